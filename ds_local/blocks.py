@@ -1,0 +1,234 @@
+"""A Hugging Face causal language model as a list of pipeline layers: embedding, blocks, readout.
+
+The layers wrap Hugging Face's own modules and call them by keyword, with the mask and the positions computed on the spot from
+the hidden state alone, so that one tensor is all that travels between stages. Every module is taken from a real
+`PreTrainedModel`: a block built from a bare config has no attention implementation and silently sees the future.
+
+A family of models is one entry of `FAMILIES`. Shapes: B sequences, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from ds_local.heads import AuxiliaryHead, lm_loss
+from ds_local.seeds import seeded
+
+
+class UnsupportedModel(ValueError):
+    """A model that cannot be cut into pipeline layers."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family of Hugging Face models keeps its parts (dotted names below the causal LM)."""
+
+    tokens: str
+    blocks: str
+    norm: str
+    readout: str = "lm_head"
+    positions: str | None = None  # learned position embedding
+    dropout: str | None = None  # after the embeddings
+    rotary: str | None = None
+
+
+_LLAMA = Family("model.embed_tokens", "model.layers", "model.norm", rotary="model.rotary_emb")
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(
+        "transformer.wte", "transformer.h", "transformer.ln_f", positions="transformer.wpe", dropout="transformer.drop"
+    ),
+    "llama": _LLAMA,
+}
+
+
+def load_model_config(source: str | Path | dict[str, Any] | PretrainedConfig) -> PretrainedConfig:
+    """A Hugging Face config from a JSON file, a model folder, a hub name, a dict or a config.
+
+    Raises:
+        UnsupportedModel: when it cannot be read or its family is not supported; the message lists the families.
+    """
+    if isinstance(source, PretrainedConfig):
+        config = source
+    elif isinstance(source, dict):
+        config = AutoConfig.for_model(**source)
+    else:
+        config = _read_config(source)
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModel(f"model_type {config.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    return config
+
+
+def _read_config(source: str | Path) -> PretrainedConfig:
+    path = Path(source)
+    if path.is_file():
+        try:
+            fields = json.loads(path.read_text())
+            return AutoConfig.for_model(**fields)
+        except (json.JSONDecodeError, TypeError, KeyError, ValueError) as error:
+            raise UnsupportedModel(f"{path} is not a Hugging Face model config with a model_type: {error}") from error
+    if not path.is_dir() and (path.is_absolute() or path.suffix == ".json" or str(source).count("/") > 1):
+        raise UnsupportedModel(f"no model config at {path}; give a config.json, a model folder or a hub name")
+    try:
+        return AutoConfig.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"cannot read a model config from {source!r}: {error}") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _skeleton_of(config_json: str) -> PreTrainedModel:
+    config = AutoConfig.for_model(**json.loads(config_json))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The whole model without storage, for its structure; shared, so never changed."""
+    return _skeleton_of(json.dumps(config.to_dict(), sort_keys=True, default=str))
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    return FAMILIES[config.model_type]
+
+
+def _materialize(config: PretrainedConfig, name: str, *key: int | str) -> nn.Module:
+    """A copy of one part of the model with freshly initialized weights that depend on `key` alone."""
+    model = skeleton(config)
+    part = copy.deepcopy(model.get_submodule(name)).to_empty(device="cpu")
+    with seeded(*key):
+        part.apply(model._init_weights)
+    return part
+
+
+class _Context:
+    """What every block of a stage shares besides weights: causal mask and rotary embedding, kept per sequence length."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = config
+        rotary = family_of(config).rotary
+        # built anew, not copied: its frequencies are computed, and computed ones are not in the skeleton
+        self.rotary = None if rotary is None else type(skeleton(config).get_submodule(rotary))(config=config)
+        self._kept: dict[tuple, dict[str, Any]] = {}
+
+    def kwargs(self, hidden_BTD: Tensor, attention: str) -> dict[str, Any]:
+        key = (attention, hidden_BTD.shape[0], hidden_BTD.shape[1], hidden_BTD.dtype, hidden_BTD.device)
+        if key not in self._kept:
+            with torch.no_grad():
+                self._kept[key] = self._build(hidden_BTD.detach(), attention)
+        return self._kept[key]
+
+    def _build(self, hidden_BTD: Tensor, attention: str) -> dict[str, Any]:
+        position_ids = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device).unsqueeze(0)
+        make_mask = create_sliding_window_causal_mask if attention == "sliding_attention" else create_causal_mask
+        mask = make_mask(
+            config=self.config, inputs_embeds=hidden_BTD, attention_mask=None, past_key_values=None, position_ids=position_ids
+        )
+        kwargs: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
+        if self.rotary is not None:
+            self.rotary.to(hidden_BTD.device)
+            kwargs["position_embeddings"] = self.rotary(hidden_BTD, position_ids)
+        return kwargs
+
+
+@functools.lru_cache(maxsize=4)
+def _context_of(config_json: str) -> _Context:
+    return _Context(AutoConfig.for_model(**json.loads(config_json)))
+
+
+class Embedding(nn.Module):
+    """Token ids [B, T] -> hidden [B, T, D]."""
+
+    def __init__(self, config: PretrainedConfig, seed: int) -> None:
+        super().__init__()
+        family = family_of(config)
+        self.hf_names = {"tokens": family.tokens}
+        self.tokens = _materialize(config, family.tokens, seed, "tokens")
+        self.positions = None
+        if family.positions:
+            self.positions = _materialize(config, family.positions, seed, "positions")
+            self.hf_names["positions"] = family.positions
+        self.dropout = copy.deepcopy(skeleton(config).get_submodule(family.dropout)) if family.dropout else None
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        hidden_BTD = self.tokens(ids_BT)
+        if self.positions is not None:
+            hidden_BTD = hidden_BTD + self.positions(torch.arange(ids_BT.shape[1], device=ids_BT.device))
+        return hidden_BTD if self.dropout is None else self.dropout(hidden_BTD)
+
+
+class Block(nn.Module):
+    """One decoder layer: hidden [B, T, D] -> hidden [B, T, D]."""
+
+    def __init__(self, config: PretrainedConfig, index: int, seed: int) -> None:
+        super().__init__()
+        name = f"{family_of(config).blocks}.{index}"
+        self.hf_names = {"block": name}
+        self.block = _materialize(config, name, seed, "block", index)
+        self.attention = attention_of(config, index)
+        self.context = _context_of(json.dumps(config.to_dict(), sort_keys=True, default=str))
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return self.block(hidden_BTD, **self.context.kwargs(hidden_BTD, self.attention))
+
+
+class Readout(nn.Module):
+    """Final norm and unembedding: hidden [B, T, D] -> logits [B, T, V]."""
+
+    def __init__(self, config: PretrainedConfig, seed: int) -> None:
+        super().__init__()
+        family = family_of(config)
+        self.hf_names = {"norm": family.norm, "readout": family.readout}
+        self.norm = _materialize(config, family.norm, seed, "norm")
+        self.readout = _materialize(config, family.readout, seed, "readout")
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return self.readout(self.norm(hidden_BTD))
+
+    def loss(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """The scalar loss of `heads.lm_loss`; the engine calls this instead of `forward` followed by a loss function."""
+        return lm_loss(self(hidden_BTD), labels_BT)
+
+
+def attention_of(config: PretrainedConfig, index: int) -> str:
+    """ "full_attention" or "sliding_attention" of block `index`."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        return layer_types[index]
+    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+
+
+def make_head(config: PretrainedConfig, segment: int, seed: int, bias: bool = False) -> AuxiliaryHead:
+    """The auxiliary head of a segment: the family's own norm and a linear readout of its own."""
+    norm = _materialize(config, family_of(config).norm, seed, "head norm", segment)
+    readout = nn.Linear(config.hidden_size, config.vocab_size, bias=bias)
+    with seeded(seed, "head readout", segment):
+        skeleton(config)._init_weights(readout)
+    return AuxiliaryHead(norm, readout)
+
+
+def num_blocks(config: PretrainedConfig) -> int:
+    return len(skeleton(config).get_submodule(family_of(config).blocks))
+
+
+def num_positions(config: PretrainedConfig) -> int:
+    """Longest sequence the model takes."""
+    return config.max_position_embeddings
+
+
+def forward_flops(config: PretrainedConfig, seq_len: int) -> tuple[float, float]:
+    """(one block, readout): floating-point operations of a forward pass per token, matrix products only."""
+    model = skeleton(config)
+    block = model.get_submodule(f"{family_of(config).blocks}.0")
+    matrices = sum(p.numel() for p in block.parameters() if p.dim() == 2)
+    attention = 4 * seq_len * config.hidden_size  # scores and their product with the values
+    return 2.0 * matrices + attention, 2.0 * config.vocab_size * config.hidden_size

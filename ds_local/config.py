@@ -1,0 +1,379 @@
+"""The "local_parallel" section of ds_config.json, and what must hold between it and the rest of the file.
+
+DeepSpeed reads the same file and ignores our section. Inside it an unknown key is an error that names the nearest key.
+DeepSpeed itself accepts misspelt top-level keys in silence, so those we or our users rely on are checked here too, and what
+DeepSpeed cannot do correctly under a pipeline is refused with the reason. All of this happens before any process group starts.
+
+No torch, no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from ds_local.order import make_schedule
+from ds_local.routes import MODES, Routes, make_routes
+from ds_local.schedule import Schedule
+
+SECTION = "local_parallel"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message names the key, the values and the remedy."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Row(_Strict):
+    """One row of the route table (see `routes.py`)."""
+
+    mode: Literal[MODES] = "local"  # type: ignore[valid-type]
+    """Which loss trains which segment."""
+    window: PositiveInt | None = None
+    """Segments in a chunk, losses a segment hears, or loss distance plus one. Default 2 where the mode takes one."""
+    combine: Literal["sum", "mean"] = "sum"
+    """How overlapping combines the losses a segment hears."""
+    weights: tuple[NonNegativeFloat, ...] | None = None
+    """Factors of the losses of deep_supervision, one per segment. Default all 1."""
+
+    def routes(self, num_segments: int, step: int = 0) -> Routes:
+        """The table of this row. Raises RouteError when it does not fit the number of segments."""
+        return make_routes(self.mode, num_segments, self.window, self.combine, self.weights, step)
+
+
+class MixEntry(Row):
+    """A row that some micro-batches of each step follow."""
+
+    micro_batches: PositiveInt | None = None
+    """How many micro-batches of a step follow this row. Left out in one entry: that one takes the rest."""
+
+
+class Scheme(Row):
+    """One row for all micro-batches of a step, or a mix of rows."""
+
+    mix: tuple[MixEntry, ...] | None = None
+    """Rows of the micro-batches of one step, those that should go first at the front. Replaces `mode`."""
+
+    @model_validator(mode="after")
+    def _mode_or_mix(self) -> Scheme:
+        if self.mix is not None:
+            clash = self.model_fields_set & {"mode", "window", "combine", "weights"}
+            if clash:
+                raise ValueError(f"give either mix or {', '.join(sorted(clash))}, not both")
+            if not self.mix or sum(entry.micro_batches is None for entry in self.mix) > 1:
+                raise ValueError("mix needs at least one entry, and at most one entry without micro_batches")
+        return self
+
+    def rows(self, num_segments: int, num_micro_batches: int, step: int = 0) -> list[tuple[Routes, int]]:
+        """(table, micro-batches that follow it) for one step.
+
+        Raises:
+            ConfigError: when the counts do not add up to `num_micro_batches`.
+        """
+        if self.mix is None:
+            return [(self.routes(num_segments, step), num_micro_batches)]
+        given = sum(entry.micro_batches or 0 for entry in self.mix)
+        open_ended = any(entry.micro_batches is None for entry in self.mix)
+        rest = num_micro_batches - given
+        if rest < 0 or (rest > 0 and not open_ended):
+            raise ConfigError(
+                f"{SECTION}.mix names {given} micro-batches but gradient_accumulation_steps is {num_micro_batches}; "
+                "make them agree, or leave micro_batches out of one entry"
+            )
+        return [(e.routes(num_segments, step), rest if e.micro_batches is None else e.micro_batches) for e in self.mix]
+
+
+class Phase(Scheme):
+    """A scheme that holds for a stretch of the run."""
+
+    until_step: PositiveInt | None = None
+    """First optimizer step (counted from 0) that no longer follows this phase. Only the last phase leaves it out."""
+
+
+class LinkConfig(_Strict):
+    """Messages between stages."""
+
+    depth: PositiveInt = 4
+    """Messages a link holds before its sender waits; also the number of receives posted ahead."""
+    timeout_seconds: PositiveFloat = 300.0
+    """Longest wait for a neighbour. Must exceed the longest pause of any stage (compilation, a slow disk)."""
+
+
+class HeadConfig(_Strict):
+    """Auxiliary heads of `causal_lm` models."""
+
+    bias: bool = False
+    """A bias on the readout."""
+
+
+class LocalParallelConfig(Scheme):
+    """The "local_parallel" section."""
+
+    num_stages: PositiveInt | None = None
+    """Pipeline stages. Default: given by the caller or the command line."""
+    segments_per_stage: PositiveInt = 1
+    """Segments each stage holds; K = num_stages x segments_per_stage."""
+    phases: tuple[Phase, ...] | None = None
+    """Schemes for successive stretches of the run. Replaces `mode` and `mix`."""
+    parts: tuple[NonNegativeInt, ...] | None = None
+    """Layer boundaries of the segments, K + 1 increasing numbers from 0 to the number of layers. Default: balanced."""
+    link: LinkConfig = LinkConfig()
+    """Messages between stages."""
+    head: HeadConfig = HeadConfig()
+    """Auxiliary heads."""
+    seed: NonNegativeInt = 1234
+    """Seed of weights and dropout."""
+
+    @model_validator(mode="after")
+    def _phases_in_order(self) -> LocalParallelConfig:
+        if self.phases is not None:
+            clash = self.model_fields_set & {"mode", "window", "combine", "weights", "mix"}
+            if clash:
+                raise ValueError(f"give either phases or {', '.join(sorted(clash))}, not both")
+            given = [phase.until_step for phase in self.phases]
+            ends = [end for end in given if end is not None]
+            if len(ends) != len(given) - 1 or given[-1] is not None or any(a >= b for a, b in pairwise(ends)):
+                raise ValueError(f"phases need increasing until_step values and a last phase without one, got {given}")
+        return self
+
+    def scheme_at(self, step: int) -> Scheme:
+        """The scheme of optimizer step `step` (counted from 0)."""
+        for phase in self.phases or ():
+            if phase.until_step is None or step < phase.until_step:
+                return phase
+        return self
+
+    def schedule_at(self, step: int, num_stages: int, num_micro_batches: int) -> Schedule:
+        """The schedule of one step, for all stages."""
+        num_segments = num_stages * self.segments_per_stage
+        return make_schedule(self.scheme_at(step).rows(num_segments, num_micro_batches, step), num_stages)
+
+    def schedule_key(self, step: int) -> tuple[int, int]:
+        """Steps with equal keys have equal schedules: the phase, and how far shifted chunks have moved."""
+        scheme = self.scheme_at(step)
+        entries = scheme.mix or [scheme]
+        period = math.lcm(*(entry.window or 2 for entry in entries if entry.mode == "shifted_chunked"))
+        return next((i for i, phase in enumerate(self.phases or ()) if phase is scheme), -1), step % period
+
+    def head_segments(self, num_segments: int) -> set[int]:
+        """Segments with an auxiliary head: those before the last whose loss trains a segment in any phase.
+
+        Raises:
+            RouteError: when a row does not fit the number of segments.
+        """
+        losses: set[int] = set()
+        for step in self.distinct_steps():
+            scheme = self.scheme_at(step)
+            for row in scheme.mix or [scheme]:
+                losses.update(row.routes(num_segments, step).losses)
+        return losses - {num_segments - 1}
+
+    def distinct_steps(self) -> list[int]:
+        """Steps whose schedules together show every schedule of the run."""
+        steps, start = [], 0
+        for phase in self.phases or (None,):
+            scheme = phase or self
+            entries: list[Row] = [*scheme.mix] if scheme.mix else [scheme]
+            windows = [entry.window or 2 for entry in entries if entry.mode == "shifted_chunked"]
+            steps += list(range(start, start + max(windows, default=1)))
+            start = phase.until_step if phase and phase.until_step else start
+        return steps
+
+
+def load_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The whole DeepSpeed config as a dict, from a file or a mapping.
+
+    Raises:
+        ConfigError: when it cannot be read, is no JSON object, or has a key twice.
+    """
+    if isinstance(source, Mapping):
+        return dict(source)
+
+    def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        double = sorted({key for key in keys if keys.count(key) > 1})
+        if double:
+            raise ConfigError(f"{source} has the key {double[0]!r} twice; keep one")
+        return dict(pairs)
+
+    try:
+        config = json.loads(Path(source).read_text(), object_pairs_hook=no_doubles)
+    except OSError as error:
+        raise ConfigError(f"cannot read the DeepSpeed config {source}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the DeepSpeed config {source} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"the DeepSpeed config {source} must be a JSON object, got {type(config).__name__}")
+    return config
+
+
+def local_parallel(config: Mapping[str, Any]) -> LocalParallelConfig:
+    """The checked "local_parallel" section of a DeepSpeed config; all defaults when there is none.
+
+    Raises:
+        ConfigError: naming the key, and the nearest valid key when it is unknown.
+    """
+    try:
+        return LocalParallelConfig.model_validate(config.get(SECTION, {}))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_sentence(e) for e in error.errors())) from None
+
+
+def _sentence(error: Any) -> str:
+    path = ".".join([SECTION, *map(str, error["loc"])])
+    if error["type"] != "extra_forbidden":
+        detail = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
+        given = "" if isinstance(error["input"], Mapping) else f", got {error['input']!r}"
+        return f"{path}: {detail}{given}"
+    *parents, key = error["loc"]
+    known = _fields_at(LocalParallelConfig, parents)
+    return f"{path} is not a known key; {_nearest(str(key), known)}"
+
+
+def _fields_at(model: type[BaseModel], path: list[Any]) -> list[str]:
+    for part in path:
+        if isinstance(part, str) and part in model.model_fields:
+            model = next((m for m in _models_in(model.model_fields[part].annotation)), model)
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(sorted(known))}"
+
+
+# Top-level keys of ds_config.json that DeepSpeed 0.19 reads and our users set. A key that looks like one of these but is
+# not is taken for a slip of the pen; anything further off is left to the user.
+DEEPSPEED_KEYS = (
+    "activation_checkpointing", "aio", "bf16", "bfloat16", "checkpoint", "comet", "comms_logger", "communication_data_type",
+    "compile", "csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last", "disable_allgather", "dump_state",
+    "elasticity", "flops_profiler", "fp16", "gradient_accumulation_steps", "gradient_clipping", "gradient_predivide_factor",
+    "graph_harvesting", "local_parallel", "memory_breakdown", "optimizer", "pipeline", "prescale_gradients", "scheduler",
+    "seq_parallel_communication_data_type", "sparse_attention", "sparse_gradients", "steps_per_print", "tensor_parallel",
+    "tensorboard", "timers", "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "use_data_before_expert_parallelism", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "zero_optimization",
+)  # fmt: skip
+
+
+def _offloads(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.get("device", "none") != "none"
+
+
+# (keys from the top down, is this value refused?, reason and remedy); a key that is absent is never refused
+_REFUSED: tuple[tuple[tuple[str, ...], Any, str], ...] = (
+    (("fp16", "enabled"), bool,
+     "fp16 needs an overflow check over all stages, and DeepSpeed leaves the loss unscaled under ZeRO-0; use bf16"),
+    (("torch_autocast", "enabled"), bool, "autocast is not wired into the stages; use bf16"),
+    (("zero_optimization", "stage"), lambda v: v not in (0, 1),
+     "DeepSpeed's pipelines work with ZeRO stages 0 and 1 only; use 0 or 1"),
+    (("zero_optimization", "offload_optimizer"), _offloads,
+     "optimizer offload relies on backward hooks that a pipeline stage does not run; remove it"),
+    (("zero_optimization", "offload_param"), _offloads, "parameter offload is a ZeRO-3 feature; remove it"),
+    (("pipeline", "pipe_partitioned"), bool, "partitioned activations need a tensor-parallel axis; remove it"),
+    (("pipeline", "grad_partitioned"), bool, "partitioned gradients need a tensor-parallel axis; remove it"),
+    (("pipeline", "use_reentrant"), bool, "reentrant checkpointing is cut off by detached stage inputs; remove it"),
+    (("elasticity", "enabled"), bool, "DeepSpeed refuses elasticity with pipelines; remove it"),
+    (("data_efficiency", "enabled"), bool, "its samplers need a data loader on every stage; remove it"),
+    (("tensor_parallel", "autotp_size"), lambda v: isinstance(v, int) and v > 1,
+     "stages are not split by tensor parallelism; set it to 1"),
+)  # fmt: skip
+
+_NUMBERS = {
+    "train_batch_size": (int, 1), "train_micro_batch_size_per_gpu": (int, 1), "gradient_accumulation_steps": (int, 1),
+    "gradient_clipping": (float, 0), "steps_per_print": (int, 1),
+}  # fmt: skip
+
+
+def check_deepspeed(config: Mapping[str, Any]) -> None:
+    """Refuse misspelt keys, wrong types and features that do not work under a local pipeline.
+
+    Raises:
+        ConfigError: naming the key, the value and the remedy.
+    """
+    for key in config:
+        if key not in DEEPSPEED_KEYS:
+            close = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.8)
+            if close:
+                raise ConfigError(f"{key!r} is not a DeepSpeed key; did you mean {close[0]!r}?")
+    for key, (kind, least) in _NUMBERS.items():
+        value = config.get(key)
+        if value is None:
+            continue
+        right = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        if not right or value < least:
+            raise ConfigError(f"{key} must be {'an integer' if kind is int else 'a number'} of at least {least}, got {value!r}")
+    for path, wrong, reason in _REFUSED:
+        found: Any = config
+        for key in path:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if found is not None and wrong(found):
+            raise ConfigError(f"{'.'.join(path)} is {found!r}: {reason}")
+
+
+def batch_sizes(config: Mapping[str, Any], num_replicas: int) -> tuple[int, int]:
+    """(sequences per micro-batch, micro-batches per step), from any two of DeepSpeed's three batch keys.
+
+    Raises:
+        ConfigError: when they contradict each other or the number of replicas.
+    """
+    total = config.get("train_batch_size")
+    micro = config.get("train_micro_batch_size_per_gpu")
+    accumulation = config.get("gradient_accumulation_steps")
+    if total is None and micro is None:
+        raise ConfigError("set train_micro_batch_size_per_gpu and gradient_accumulation_steps, or train_batch_size")
+    if micro is None:
+        accumulation = accumulation or 1
+        micro = (total or 0) // (accumulation * num_replicas)
+    elif accumulation is None:
+        accumulation = 1 if total is None else total // (micro * num_replicas)
+    if not micro or not accumulation or (total is not None and total != micro * accumulation * num_replicas):
+        raise ConfigError(
+            f"train_batch_size {total} is not train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps "
+            f"{accumulation} x {num_replicas} replicas; change one of them, or leave train_batch_size out"
+        )
+    return micro, accumulation
+
+
+def num_stages_and_replicas(section: LocalParallelConfig, world_size: int, num_stages: int | None = None) -> tuple[int, int]:
+    """How the processes divide into pipeline stages and data-parallel replicas.
+
+    Args:
+        num_stages: what the caller asks for; default the section's `num_stages`, or one stage per process.
+
+    Raises:
+        ConfigError: when the stages do not divide the processes.
+    """
+    stages = num_stages or section.num_stages or world_size
+    if num_stages and section.num_stages and num_stages != section.num_stages:
+        raise ConfigError(f"num_stages is {num_stages} but {SECTION}.num_stages is {section.num_stages}; make them agree")
+    if world_size % stages:
+        raise ConfigError(
+            f"{world_size} processes cannot be divided into {stages} stages; start a multiple of {stages} processes"
+        )
+    return stages, world_size // stages

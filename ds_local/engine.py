@@ -1,0 +1,522 @@
+"""`LocalPipelineEngine`: DeepSpeed's pipeline engine, driven by the route table; and `initialize`, its entry point.
+
+Each optimizer step the engine turns its stage's part of the `Schedule` into DeepSpeed instructions and executes them. Between
+steps it waits for nobody: there is no collective over stages on the step path. What DeepSpeed computes over all stages (the
+gradient norm, the overflow flag, the loss) is computed per stage instead, and figures of other stages ride along with the
+activations. Stages meet only to evaluate and to save.
+
+Gradients are accumulated by plain autograd passes, scaled here: DeepSpeed's own scaling by accumulation steps never applies.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+
+from ds_local.config import ConfigError, batch_sizes, check_deepspeed, load_config, local_parallel
+from ds_local.instructions import (
+    ForwardPass,
+    GradientPass,
+    LoadMicroBatch,
+    RecvActivation,
+    RecvGrad,
+    ReduceGrads,
+    SendActivation,
+    SendGrad,
+    StageSchedule,
+)
+from ds_local.metrics import Reports, monitor_listener
+from ds_local.module import LocalPipelineModule
+from ds_local.notices import post_notice, read_notice, report_failure
+from ds_local.schedule import Link, validate
+from ds_local.seeds import seeded
+from ds_local.transport import End, Sender, Tag, TransportError, make_end, pack, unpack
+
+
+@dataclass
+class _Live:
+    """What a segment keeps of a micro-batch between its forward and its last pass."""
+
+    inputs: Any
+    labels: Any
+    outputs: Any = None
+    gradients: dict[int, list[Tensor]] = field(default_factory=dict)  # loss -> gradient at the outputs
+    passed_on: list[Tensor] = field(default_factory=list)  # gradient at the inputs, to be sent
+    passes_left: int = 0
+
+
+class _StageLocal:
+    """Stands in for the process grid where DeepSpeed would reduce over all stages: there this stage is the whole model."""
+
+    def __init__(self, grid: Any) -> None:
+        self._grid = grid
+
+    def get_model_parallel_group(self) -> Any:
+        return self._grid.get_slice_parallel_group()
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._grid.get_slice_parallel_world_size()
+
+    def get_model_parallel_rank(self) -> int:
+        return self._grid.get_slice_parallel_rank()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+
+class LocalPipelineEngine(PipelineEngine):
+    """Trains a `LocalPipelineModule`. Use `initialize` to make one.
+
+    `train_batch` returns this stage's own loss (the mean over the step's micro-batches and replicas) and never waits for
+    another stage, or None where the routes give this stage no loss. `segment_losses` holds the loss of each local segment.
+    """
+
+    module: LocalPipelineModule
+    data_iterator: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = self.module.section
+        self.num_segments = self.module.num_segments
+        self.replica_id = self.grid.get_data_parallel_id()
+        self.segment_losses: dict[int, Tensor] = {}
+        self.eval_losses: dict[int, float] = {}
+        self.should_stop = False  # every rank is to leave its loop after this step; see `request_stop`
+        self._stop_requested = False
+        self._live: dict[tuple[int, int], _Live] = {}
+        self._batch: dict[int, tuple[Any, Any]] = {}
+        self._grad_norms: dict[int, Tensor] = {}
+        self._keep_norms_local()
+        self._schedules: dict[Any, StageSchedule] = {}
+        self._activation_links, self._gradient_links = self._make_links()
+        last = self.grid._topo.get_rank(pipe=self.num_stages - 1, data=0)
+        own = self.module.local_segments if self.replica_id == 0 else range(0)
+        self.reports = Reports(self.num_segments, self.section.segments_per_stage, self.steps_per_print(), last, own)
+        if self.global_rank == 0 and self.monitor.enabled:
+            self.reports.listeners.append(monitor_listener(self.monitor, self.train_batch_size()))
+
+    # --- what DeepSpeed would do over all stages ------------------------------------------------------------------------
+
+    def _keep_norms_local(self) -> None:
+        """Clip and check overflow per stage: the reductions over all stages would bring the bubble back at every step."""
+        local = _StageLocal(self.grid)
+        if hasattr(self.optimizer, "mpu"):
+            self.optimizer.mpu = local
+        if hasattr(self.optimizer, "model_parallel_group"):  # ZeRO reads these once, at construction
+            self.optimizer.model_parallel_group = None
+            self.optimizer.model_parallel_world_size = 1
+            self.optimizer.model_parallel_rank = 0
+
+    def clip_fp32_gradients(self) -> None:
+        """Clip each segment by its own gradient norm. DeepSpeed's version takes stage 0's norm for all stages."""
+        for segment in self.module.local_segments:
+            parameters = list(self.module.segment_parameters(segment))
+            self._grad_norms[segment] = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clipping())
+
+    def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
+        return grad  # losses are scaled where they are computed
+
+    def _report_progress(self, step: int) -> None:
+        pass  # `metrics.py` reports all stages in one line
+
+    # --- links ----------------------------------------------------------------------------------------------------------
+
+    def _make_links(self) -> tuple[dict[int, Any], dict[Link, Any]]:
+        """All links of this rank: by lower segment for activations, by `Link` for gradients. A collective call."""
+        gradient_links: set[Link] = set()
+        for step in self.section.distinct_steps():
+            schedule = self.section.schedule_at(step, self.num_stages, self.micro_batches)
+            validate(schedule, self.section.link.depth)
+            sent = (schedule.sends(action) for action in schedule.actions())
+            gradient_links.update(link for link in sent if link is not None and link.kind == "gradient")
+        activations = {lower: self._make_link(Link("activation", lower)) for lower in range(self.num_segments - 1)}
+        return activations, {link: self._make_link(link) for link in sorted(gradient_links)}
+
+    def _make_link(self, link: Link) -> End | None:
+        per_stage = self.section.segments_per_stage
+        lower, upper = link.lower // per_stage, (link.lower + 1) // per_stage
+        source, target = (lower, upper) if link.kind == "activation" else (upper, lower)
+        get_rank = self.grid._topo.get_rank
+        ranks = [
+            [get_rank(pipe=stage, data=replica) for stage in range(self.num_stages)] for replica in range(self.dp_world_size)
+        ]
+        settings = self.section.link
+        return make_end(str(link), self.stage_id, source, target, ranks, settings.depth, settings.timeout_seconds, self.device)
+
+    def _links(self) -> list[Any]:
+        return [link for link in [*self._activation_links.values(), *self._gradient_links.values()] if link is not None]
+
+    # --- a step ---------------------------------------------------------------------------------------------------------
+
+    def train_batch(self, data_iter: Any = None) -> Tensor | None:
+        """One optimizer step.
+
+        Args:
+            data_iter: yields micro-batches `(inputs, labels)`; read on the first stage only, others may pass None.
+
+        Returns:
+            This stage's loss, a scalar tensor; None when the routes give this stage no loss in this step.
+
+        Raises:
+            TransportError: when a neighbour is gone or silent; RuntimeError when the data runs out.
+        """
+        if not torch.is_grad_enabled():
+            raise RuntimeError("train_batch() needs gradients enabled; use eval_batch() to evaluate")
+        if data_iter is not None:
+            self.set_dataiterator(data_iter)
+        self.module.train()
+        started, before = time.perf_counter(), self._traffic()
+        self.segment_losses = {}
+        with self._failures_reported():
+            self._look_for_stop()
+            self._exec_schedule(self._train_schedule())
+        traffic = {name: value - before[name] for name, value in self._traffic().items()}
+        self.reports.close_step({
+            segment: {
+                "step": self.global_steps, "loss": self.segment_losses.get(segment), "seconds": time.perf_counter() - started,
+                "grad_norm": self._grad_norms.get(segment, self.get_global_grad_norm()), **traffic,
+            }
+            for segment in self.module.local_segments
+        })  # fmt: skip
+        with_loss = [self.segment_losses[s] for s in self.module.local_segments if s in self.segment_losses]
+        return with_loss[-1] if with_loss else None
+
+    def _traffic(self) -> dict[str, float]:
+        links = self._links()
+        return {
+            "waited": sum(link.waited for link in links),
+            "sent_bytes": sum(s.num_bytes for s in links if isinstance(s, Sender)),
+        }
+
+    def _train_schedule(self) -> StageSchedule:
+        key = self.section.schedule_key(self.global_steps), self.micro_batches
+        if key not in self._schedules:
+            whole = self.section.schedule_at(self.global_steps, self.num_stages, self.micro_batches)
+            self._schedules[key] = StageSchedule(whole, self.stage_id)
+        return self._schedules[key]
+
+    @contextmanager
+    def _failures_reported(self) -> Iterator[None]:
+        """Tell every stage why this one ends, then let the error go on."""
+        try:
+            yield
+        except BaseException as error:
+            reason = (
+                f"stage {self.stage_id} (rank {self.global_rank}) at step {self.global_steps}: {error or type(error).__name__}"
+            )
+            if not isinstance(error, TransportError) or "first failure reported" not in str(error):
+                report_failure(reason)
+            for link in self._links():
+                if isinstance(link, Sender):
+                    link.fail(reason)
+            raise
+
+    # --- stopping -------------------------------------------------------------------------------------------------------
+
+    def request_stop(self) -> None:
+        """Ask all ranks to leave their training loop at the same step, two steps from now at the latest.
+
+        May be called on any rank, from a signal handler too. Every rank learns of it as `should_stop` after a `train_batch`.
+        """
+        self._stop_requested = True
+
+    def _look_for_stop(self) -> None:
+        """Agree on the last step without a collective: rank 0 decides, stage 0 reads it, activations carry it onward.
+
+        Rank 0 names the step after the one it is about to start. No other rank of stage 0 can have begun that one, since
+        the replicas average their gradients at the end of every step.
+        """
+        if self._stop_requested and self.global_rank != 0:
+            post_notice("stop_requested", "yes")
+        if self.stage_id != 0:
+            return
+        if (
+            self.global_rank == 0
+            and read_notice("stop_after") is None
+            and (self._stop_requested or read_notice("stop_requested"))
+        ):
+            post_notice("stop_after", str(self.global_steps + (1 if dist.get_world_size() > 1 else 0)))
+        last = read_notice("stop_after")
+        self.should_stop = last is not None and self.global_steps >= int(last)
+
+    # --- evaluation -----------------------------------------------------------------------------------------------------
+
+    def eval_batch(
+        self,
+        data_iter: Any,
+        return_logits: bool = False,
+        compute_loss: bool = True,
+        reduce_output: str | None = "avg",
+        bcast_loss: bool = True,
+        num_micro_batches: int | None = None,
+    ) -> Any:
+        """Every segment's loss without training. All ranks must call it; stages meet here.
+
+        Args:
+            data_iter: as for `train_batch`; shapes must be those of training.
+            return_logits: also return what the last layer gives for the last micro-batch (None on other stages).
+            num_micro_batches: micro-batches to read on each replica; default the accumulation steps.
+
+        Returns:
+            The model's own loss (scalar tensor, the same on all ranks): a mean over micro-batches and replicas, weighted by
+            predicted tokens for language models. `eval_losses` holds the loss of every segment that has a head.
+        """
+        if reduce_output != "avg":
+            raise ValueError(f'reduce_output must be "avg", got {reduce_output!r}')
+        self.module.eval()
+        train_iterator, self.data_iterator = self.data_iterator, data_iter
+        sums = torch.zeros(2, self.num_segments, dtype=torch.float64, device=self.device)
+        logits = None
+        with torch.no_grad(), self._failures_reported():
+            for micro_batch in range(self.micro_batches if num_micro_batches is None else num_micro_batches):
+                for segment in self.module.local_segments:
+                    logits = self._evaluate_segment(segment, -1 - micro_batch, sums, compute_loss, return_logits)
+            dist.all_reduce(sums)
+        self.data_iterator = train_iterator
+        self.reports.flush()
+        losses = (sums[0] / sums[1]).tolist()
+        self.eval_losses = {segment: loss for segment, loss in enumerate(losses) if not math.isnan(loss)}
+        loss = torch.tensor(losses[-1], device=self.device)
+        return (loss, logits) if return_logits else loss
+
+    def _evaluate_segment(self, segment: int, micro_batch: int, sums: Tensor, compute_loss: bool, return_logits: bool) -> Any:
+        at = {"segment": segment, "micro_batch": micro_batch}
+        if segment:
+            self._exec_recv_activation(**at)
+        else:
+            self._exec_load_micro_batch(**at)
+        live = self._live[segment, micro_batch]
+        live.outputs = self.module.run_segment(segment, live.inputs)
+        if segment + 1 < self.num_segments:
+            self._exec_send_activation(**at)
+        if compute_loss and self.module.has_loss(segment):
+            weight = self.module.weight_of(live.labels)
+            sums[0, segment] += self.module.loss_of(segment, live.outputs, live.labels) * weight
+            sums[1, segment] += weight
+        del self._live[segment, micro_batch]
+        return self.module.logits_of(live.outputs) if return_logits and segment + 1 == self.num_segments else None
+
+    # --- instructions ---------------------------------------------------------------------------------------------------
+
+    def _exec_load_micro_batch(self, segment: int, micro_batch: int) -> None:
+        try:
+            batch = self._next_batch()
+        except StopIteration:
+            raise RuntimeError(
+                f"the data ran out at micro-batch {micro_batch}; "
+                "wrap the loader in deepspeed.utils.RepeatingLoader, or stop earlier"
+            ) from None
+        inputs, labels = _split_batch(batch)
+        self._live[segment, micro_batch] = _Live(_to(inputs, self.device), _to(labels, self.device))
+
+    def _exec_recv_activation(self, segment: int, micro_batch: int) -> None:
+        tag, message = self._activation_links[segment - 1].receive(Tag(self.global_steps, micro_batch))
+        self.should_stop |= tag.last_step
+        self.reports.figures[:segment] = message["figures"][:segment]
+        self._live[segment, micro_batch] = _Live(unpack("hidden", message), _widen(unpack("labels", message)))
+
+    def _exec_forward_pass(self, segment: int, micro_batch: int) -> None:
+        live = self._live[segment, micro_batch]
+        passes = self._routes(micro_batch).passes[segment]
+        live.passes_left = len(passes)
+        if any(one.sends is not None for one in passes):
+            for tensor in _floating(live.inputs):
+                tensor.requires_grad_()
+        with seeded(self.section.seed, "dropout", self.global_steps, micro_batch, self.replica_id, segment):
+            live.outputs = self.module.run_segment(segment, live.inputs)
+
+    def _exec_send_activation(self, segment: int, micro_batch: int) -> None:
+        live = self._live[segment, micro_batch]
+        message = pack("hidden", live.outputs) | pack("labels", _narrow(live.labels)) | {"figures": self.reports.figures}
+        self._activation_links[segment].send(Tag(self.global_steps, micro_batch, self.should_stop), message)
+
+    def _exec_recv_grad(self, segment: int, micro_batch: int, loss: int) -> None:
+        link = self._gradient_links[Link("gradient", segment, loss - segment)]
+        _, message = link.receive(Tag(self.global_steps, micro_batch))
+        self._live[segment, micro_batch].gradients[loss] = list(message.values())
+
+    def _exec_send_grad(self, segment: int, micro_batch: int, loss: int) -> None:
+        live = self._live[segment, micro_batch]
+        link = self._gradient_links[Link("gradient", segment - 1, loss - (segment - 1))]
+        link.send(Tag(self.global_steps, micro_batch), pack("gradient", tuple(live.passed_on)))
+        live.passed_on = []
+        self._release(segment, micro_batch)
+
+    def _exec_gradient_pass(self, segment: int, micro_batch: int, which: int) -> None:
+        live = self._live[segment, micro_batch]
+        one = self._routes(micro_batch).passes[segment][which]
+        if any(loss == segment for loss, _ in one.reads) and segment not in live.gradients:
+            self._run_head(segment, micro_batch, live)
+        outputs = [tensor for tensor in _floating(live.outputs) if tensor.requires_grad]
+        gradients = _combine([(live.gradients[loss], coefficient) for loss, coefficient in one.reads])
+        live.passes_left -= 1
+        keep_graph = live.passes_left > 0
+        inputs = [tensor for tensor in _floating(live.inputs) if tensor.requires_grad]
+        passed_on: list[Any] = []
+        if not one.weights:
+            passed_on = list(torch.autograd.grad(outputs, inputs, gradients, retain_graph=keep_graph))
+        elif outputs:
+            torch.autograd.backward(outputs, gradients, retain_graph=keep_graph)
+            passed_on = [tensor.grad for tensor in inputs]
+            for tensor in inputs:
+                tensor.grad = None
+        if one.sends is None:
+            self._release(segment, micro_batch)
+        else:
+            live.passed_on = [g if one.send_scale == 1.0 else g * one.send_scale for g in passed_on]
+
+    def _run_head(self, segment: int, micro_batch: int, live: _Live) -> None:
+        """Loss, gradients of the head's own parameters, and the loss's gradient at the segment's output.
+
+        The head works on a detached copy of the output, so it learns only from its own loss, and its logits are gone before
+        the segment's own backward pass starts.
+        """
+        hidden = _map(live.outputs, lambda t: t.detach().requires_grad_(t.is_floating_point()))
+        loss = self.module.loss_of(segment, hidden, live.labels)
+        scale = self._routes(micro_batch).loss_weights[segment] / self.micro_batches
+        torch.autograd.backward(loss * scale)
+        live.gradients[segment] = [tensor.grad for tensor in _floating(hidden) if tensor.grad is not None]
+        self.segment_losses[segment] = self.segment_losses.get(segment, 0.0) + loss.detach() / self._count_of_losses(segment)
+
+    def _release(self, segment: int, micro_batch: int) -> None:
+        if not self._live[segment, micro_batch].passes_left:
+            del self._live[segment, micro_batch]
+
+    def _exec_reduce_grads(self) -> None:
+        """Average gradients and losses over the replicas of this stage."""
+        if not self.is_data_parallel and not self.zero_optimization():
+            return
+        # DeepSpeed fills in zeros for parameters without a gradient; an optimizer would decay a head that is not in use
+        unused = [p for p in self.module.parameters() if p.requires_grad and p.grad is None]
+        super()._exec_reduce_grads()
+        if not self.zero_optimization() and not self.using_bf16_optimizer:
+            for parameter in unused:
+                parameter.grad = None
+        if self.is_data_parallel and self.segment_losses:
+            losses = torch.stack([loss.float() for loss in self.segment_losses.values()])
+            dist.all_reduce(losses, group=self.grid.get_data_parallel_group())
+            self.segment_losses = dict(zip(self.segment_losses, losses / self.dp_world_size, strict=True))
+
+    def _routes(self, micro_batch: int) -> Any:
+        return self._train_schedule().whole.rows[micro_batch]
+
+    def _count_of_losses(self, segment: int) -> int:
+        return sum(segment in routes.weights for routes in self._train_schedule().whole.rows)
+
+    _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
+        **PipelineEngine._INSTRUCTION_MAP,
+        LoadMicroBatch: _exec_load_micro_batch,
+        RecvActivation: _exec_recv_activation,
+        ForwardPass: _exec_forward_pass,
+        SendActivation: _exec_send_activation,
+        RecvGrad: _exec_recv_grad,
+        GradientPass: _exec_gradient_pass,
+        SendGrad: _exec_send_grad,
+        ReduceGrads: _exec_reduce_grads,
+    }
+
+
+def _split_batch(batch: Any) -> tuple[Any, Any]:
+    """(inputs, labels) of a micro-batch: a pair, a dict of a Hugging Face data collator, or token ids that are both."""
+    if isinstance(batch, Mapping):
+        return batch["input_ids"], batch.get("labels", batch["input_ids"])
+    if isinstance(batch, Tensor):
+        return batch, batch
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return tuple(batch)
+    raise ConfigError(f"a micro-batch must be (inputs, labels), a dict with input_ids, or token ids; got {type(batch).__name__}")
+
+
+def _map(value: Any, function: Any) -> Any:
+    """Apply `function` to a tensor or to each of a tuple of tensors."""
+    return function(value) if isinstance(value, Tensor) else tuple(function(tensor) for tensor in value)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return None if value is None else _map(value, lambda t: t.to(device))
+
+
+def _floating(value: Any) -> list[Tensor]:
+    return [t for t in ([value] if isinstance(value, Tensor) else value) if t.is_floating_point()]
+
+
+def _narrow(labels: Any) -> Any:
+    """Token ids take 4 bytes on a link, not 8."""
+    return None if labels is None else _map(labels, lambda t: t.int() if t.dtype == torch.int64 else t)
+
+
+def _widen(labels: Any) -> Any:
+    return None if labels is None else _map(labels, lambda t: t.long() if t.dtype == torch.int32 else t)
+
+
+def _combine(weighted: list[tuple[list[Tensor], float]]) -> list[Tensor]:
+    """The sum of gradients, each times its coefficient."""
+    if len(weighted) == 1 and weighted[0][1] == 1.0:
+        return weighted[0][0]
+    columns = zip(*([gradient * coefficient for gradient in gradients] for gradients, coefficient in weighted), strict=True)
+    return [torch.stack(column).sum(0) if len(column) > 1 else column[0] for column in columns]
+
+
+def initialize(
+    args: Any = None,
+    model: LocalPipelineModule | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: Any = None,
+    mesh_param: Any = None,
+    config_params: Any = None,
+) -> tuple[LocalPipelineEngine, Any, Any, Any]:
+    """`deepspeed.initialize` for a `LocalPipelineModule`: the same arguments, the same 4-tuple.
+
+    DeepSpeed picks its engine class by itself, so the few steps it takes around that are taken here.
+
+    Returns:
+        (engine, optimizer, training data loader, learning-rate scheduler).
+
+    Raises:
+        ConfigError: for a model of another kind, or a configuration that cannot work.
+    """
+    if not isinstance(model, LocalPipelineModule) or mpu is not None or mesh_param is not None:
+        raise ConfigError(
+            f"ds_local.initialize takes a LocalPipelineModule and neither mpu nor mesh_param, got {type(model).__name__}"
+        )
+    source = (
+        config if config is not None else config_params if config_params is not None else getattr(args, "deepspeed_config", None)
+    )
+    if source is None:
+        raise ConfigError("pass config=..., or args with --deepspeed_config")
+    ds_config = load_config(source)
+    check_deepspeed(ds_config)
+    if local_parallel(ds_config) != model.section:
+        raise ConfigError("the module was built with another local_parallel section; pass both the same config")
+    batch_sizes(ds_config, model.mpu().get_data_parallel_world_size())
+    bf16 = ds_config.get("bf16", ds_config.get("bfloat16", {}))
+    config_class = DeepSpeedConfig(ds_config, model.mpu())
+    if bf16.get("enabled"):
+        # the hand-over from bf16 to fp32 gradients must happen in every pass, on every stage: as a hook of the parameters
+        config_class.bfloat16_config.immediate_grad_update = True
+    deepspeed.set_optimizer_flags(config_class, model)
+    engine = LocalPipelineEngine(
+        args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, training_data=training_data,
+        lr_scheduler=lr_scheduler, mpu=model.mpu(), dist_init_required=dist_init_required, collate_fn=collate_fn,
+        config=ds_config, config_class=config_class,
+    )  # fmt: skip
+    engine._configure_python_gc()
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler

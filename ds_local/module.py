@@ -1,0 +1,250 @@
+"""`LocalPipelineModule`: a DeepSpeed `PipelineModule` whose layers are cut into segments, each with a head of its own.
+
+A stage holds one or more consecutive segments. What a segment does (run its layers, compute its loss) is here; in which order
+stages do it is `schedule.py`, what travels between them is `transport.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ds_local import blocks, heads
+from ds_local.config import (
+    ConfigError,
+    LocalParallelConfig,
+    check_deepspeed,
+    load_config,
+    local_parallel,
+    num_stages_and_replicas,
+)
+from ds_local.partition import balance
+
+MakeHead = Callable[[int], nn.Module]
+
+
+class LocalPipelineModule(PipelineModule):
+    """Layers, cut into segments and dealt to pipeline stages.
+
+    Args:
+        layers: as for `PipelineModule`: modules, `LayerSpec`s or functions, each taking what the one before returns.
+        num_stages: pipeline stages; default `local_parallel.num_stages`, or one stage per process.
+        loss_fn: `loss_fn(outputs of the last layer, labels) -> scalar`, the model's own loss.
+        head: `head(segment_id) -> nn.Module`, called as `module(hidden, labels) -> scalar`; makes the auxiliary head of each
+            segment that the routes give a loss, except the last, which has the model's own.
+        config: the DeepSpeed config (path or dict) with its "local_parallel" section.
+        parts: layer boundaries of the segments, from 0 to the number of layers; default `local_parallel.parts`, or balanced by
+            trainable parameters.
+        activation_checkpoint_interval: recompute every so many layers in the backward pass (non-reentrant); 0 is off.
+        topology: as for `PipelineModule`; its axes must be pipe and data.
+
+    Raises:
+        ConfigError: when the configuration contradicts itself, the model or the number of processes. Nothing has been
+            started by then.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        num_stages: int | None = None,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        head: MakeHead | None = None,
+        config: str | Path | Mapping[str, Any] | None = None,
+        parts: Sequence[int] | None = None,
+        activation_checkpoint_interval: int = 0,
+        topology: Any = None,
+    ) -> None:
+        layers = list(layers)
+        ds_config = load_config(config or {})
+        check_deepspeed(ds_config)
+        self.section = local_parallel(ds_config)
+        stages = _num_stages(self.section, num_stages, topology)
+        self._given_parts = self.section.parts or parts
+        self._make_head = head
+        self._check_layers(layers, stages)
+        if not dist.is_initialized():
+            deepspeed.init_distributed()
+        super().__init__(
+            layers=layers, num_stages=stages, topology=topology, loss_fn=loss_fn, partition_method="parameters",
+            activation_checkpoint_interval=activation_checkpoint_interval,
+        )  # fmt: skip
+        del self._make_head
+
+    def _check_layers(self, layers: list[Any], num_stages: int) -> None:
+        num_segments = num_stages * self.section.segments_per_stage
+        if num_segments > len(layers):
+            raise ConfigError(
+                f"{num_stages} stages x {self.section.segments_per_stage} segments need at least {num_segments} layers, "
+                f"the model has {len(layers)}; lower num_stages or segments_per_stage"
+            )
+        if any(isinstance(layer, TiedLayerSpec) for layer in layers) and num_stages > 1:
+            raise ConfigError(
+                "TiedLayerSpec between stages needs a collective over all stages in every step; use separate layers (untied)"
+            )
+        parts = self._given_parts
+        if parts is not None:
+            rising = all(a < b for a, b in pairwise(parts))
+            if len(parts) != num_segments + 1 or parts[0] != 0 or parts[-1] != len(layers) or not rising:
+                raise ConfigError(
+                    f"local_parallel.parts is {list(parts)}; it needs {num_segments + 1} increasing numbers "
+                    f"from 0 to the number of layers, {len(layers)}"
+                )
+        if self.section.head_segments(num_segments) and self._make_head is None:  # also refuses routes that do not fit
+            raise ConfigError("the routes give segments before the last a loss; pass head=make_head to LocalPipelineModule")
+
+    # --- building -------------------------------------------------------------------------------------------------------
+
+    def _partition_layers(self, method: str = "parameters") -> None:
+        per_stage = self.section.segments_per_stage
+        self.num_segments = self.num_stages * per_stage
+        if self._given_parts is not None:
+            self.segment_parts = list(self._given_parts)
+        else:
+            self.segment_parts = balance([count + 1 for count in self._count_layer_params()], [0.0] * self.num_segments)
+        self.parts = self.segment_parts[::per_stage]
+        self.local_segments = range(self.stage_id * per_stage, (self.stage_id + 1) * per_stage)
+        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+
+    def _build(self) -> None:
+        super()._build()
+        self.heads = nn.ModuleDict()
+        if self._make_head is not None:
+            for segment in sorted(set(self.local_segments) & self.section.head_segments(self.num_segments)):
+                self.heads[str(segment)] = self._make_head(segment)
+        for parameter in self.heads.parameters():
+            setattr(parameter, "ds_pipe_replicated", False)  # noqa: B010 - DeepSpeed counts what is marked in its norms
+
+    # --- running --------------------------------------------------------------------------------------------------------
+
+    def layers_of(self, segment: int) -> list[Callable[[Any], Any]]:
+        start, stop = self.segment_parts[segment] - self._local_start, self.segment_parts[segment + 1] - self._local_start
+        return self.forward_funcs[start:stop]
+
+    def run_segment(self, segment: int, inputs: Any) -> Any:
+        """The segment's layers; of the last segment all but a readout that computes its own loss."""
+        layers = self.layers_of(segment)
+        if self._computes_own_loss(segment):
+            layers = layers[:-1]
+        interval = self.activation_checkpoint_interval or len(layers)
+        for start in range(0, len(layers), interval):
+            run = partial(_apply, layers[start : start + interval])
+            if self.activation_checkpoint_interval and torch.is_grad_enabled():
+                inputs = checkpoint(run, inputs, use_reentrant=False)
+            else:
+                inputs = run(inputs)
+        return inputs
+
+    def loss_of(self, segment: int, hidden: Any, labels: Any) -> Tensor:
+        """The segment's loss (scalar): its auxiliary head's, or the model's own for the last segment."""
+        if segment < self.num_segments - 1:
+            return self.heads[str(segment)](hidden, labels)
+        if self._computes_own_loss(segment):
+            return self.forward_funcs[-1].loss(hidden, labels)
+        return hidden if self.loss_fn is None else self.loss_fn(hidden, labels)
+
+    def _computes_own_loss(self, segment: int) -> bool:
+        """Does the last layer compute the model's loss itself, so that the logits need not be kept?"""
+        last = segment == self.num_segments - 1
+        return last and self.loss_fn is heads.lm_loss and isinstance(self.forward_funcs[-1], blocks.Readout)
+
+    def logits_of(self, outputs: Any) -> Any:
+        """What the last layer gives, from the outputs of the last segment."""
+        return self.forward_funcs[-1](outputs) if self._computes_own_loss(self.num_segments - 1) else outputs
+
+    def has_loss(self, segment: int) -> bool:
+        return segment == self.num_segments - 1 or str(segment) in self.heads
+
+    def weight_of(self, labels: Any) -> float | Tensor:
+        """Weight of a micro-batch in an average of losses: its predicted positions in a language model, else 1."""
+        return heads.count_targets(labels) if self.loss_fn is heads.lm_loss else 1.0
+
+    def segment_parameters(self, segment: int) -> Iterator[nn.Parameter]:
+        """Parameters of the segment's layers and head."""
+        for layer in self.layers_of(segment):
+            if isinstance(layer, nn.Module):
+                yield from layer.parameters()
+        if str(segment) in self.heads:
+            yield from self.heads[str(segment)].parameters()
+
+
+def _num_stages(section: LocalParallelConfig, num_stages: int | None, topology: Any) -> int:
+    """Checked against the number of processes, which the launcher has announced even before they have met."""
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return num_stages_and_replicas(section, world_size, topology.get_dim("pipe") if topology else num_stages)[0]
+
+
+def _apply(layers: Sequence[Callable[[Any], Any]], inputs: Any) -> Any:
+    for layer in layers:
+        inputs = layer(inputs)
+    return inputs
+
+
+def causal_lm(
+    model: Any,
+    num_stages: int | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    seq_len: int | None = None,
+    activation_checkpoint_interval: int = 0,
+    topology: Any = None,
+) -> LocalPipelineModule:
+    """A Hugging Face causal language model, ready to train: embedding, blocks, readout, and an auxiliary head per segment.
+
+    Args:
+        model: a config.json in Hugging Face's form, a model folder or name, a dict or a `PretrainedConfig`.
+        num_stages, config, activation_checkpoint_interval, topology: as for `LocalPipelineModule`.
+        seq_len: tokens in a sequence, for balancing the segments; default the model's longest.
+
+    Raises:
+        UnsupportedModel: for a family that is not in `blocks.FAMILIES`.
+        ConfigError: when the configuration contradicts the model or the number of processes.
+    """
+    hf_config = blocks.load_model_config(model)
+    section = local_parallel(load_config(config or {}))
+    depth = blocks.num_blocks(hf_config)
+    stages = _num_stages(section, num_stages, topology)
+    num_segments = stages * section.segments_per_stage
+    if num_segments > depth:
+        raise ConfigError(
+            f"{stages} stages x {section.segments_per_stage} segments need at least {num_segments} blocks, "
+            f"the model has {depth}; lower num_stages or use a deeper model"
+        )
+    longest = blocks.num_positions(hf_config)
+    if seq_len is not None and seq_len > longest:
+        raise ConfigError(
+            f"sequences have {seq_len} tokens but the model takes at most {longest}; prepare data with --seq-len {longest}"
+        )
+
+    seed = section.seed
+    layers = [
+        LayerSpec(blocks.Embedding, hf_config, seed),
+        *(LayerSpec(blocks.Block, hf_config, index, seed) for index in range(depth)),
+        LayerSpec(blocks.Readout, hf_config, seed),
+    ]
+    module = LocalPipelineModule(
+        layers, stages, loss_fn=heads.lm_loss, head=lambda segment: blocks.make_head(hf_config, segment, seed, section.head.bias),
+        config=config, parts=_balanced_parts(hf_config, seq_len or longest, section.head_segments(num_segments), num_segments),
+        activation_checkpoint_interval=activation_checkpoint_interval, topology=topology,
+    )  # fmt: skip
+    module.hf_config = hf_config
+    return module
+
+
+def _balanced_parts(hf_config: Any, seq_len: int, head_segments: set[int], num_segments: int) -> list[int]:
+    """Layer boundaries that balance the segments' floating-point operations, with at least one block in each."""
+    block, readout = blocks.forward_flops(hf_config, seq_len)
+    depth = blocks.num_blocks(hf_config)
+    # the embedding goes with the first block and costs next to nothing; the readout goes with the last
+    costs = [block] * (depth - 1) + [block + readout]
+    cuts = balance(costs, [readout if segment in head_segments else 0.0 for segment in range(num_segments)])
+    return [0, *(cut + 1 for cut in cuts[1:-1]), depth + 2]

@@ -1,0 +1,195 @@
+"""In which order a stage computes: list scheduling of the passes that the routes demand.
+
+A stage that is free takes the most urgent piece of work whose inputs are there: a forward as long as few micro-batches are
+alive (one for each stage up to the furthest loss: 1 for local training, the usual 1F1B bound for backpropagation), then a
+gradient pass that sends, then one that does not; earlier micro-batches first. The unit costs used here only order the work;
+the result is a fixed list, the same on every machine whatever its speed.
+
+The micro-batches of one step may follow different rows ("mixed"). Those of the first row go first, as far as memory allows;
+the later rows fill the time until their gradients come back. There a pass that sends goes before a forward, and a forward
+may exceed its bound rather than leave the stage idle: the bound on segment 0 holds for all. The order in which a segment
+adds up the gradients of such a step is decided for one segment per stage and kept for every other layout, so that K segments
+give the same bits on 1, 2 or K ranks.
+
+Pure Python: no torch, no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from ds_local.routes import Routes
+from ds_local.schedule import BACKWARD, FORWARD, Action, Schedule, unit_cost
+
+Mix = Sequence[tuple[Routes, int]]  # (row, how many micro-batches of the step follow it)
+
+
+def make_schedule(mix: Mix, num_stages: int) -> Schedule:
+    """Order one optimizer step.
+
+    Args:
+        mix: the rows of the step's micro-batches, those that should go first at the front.
+        num_stages: the segments are dealt to the stages in order, evenly.
+
+    Raises:
+        ValueError: when the rows disagree on the number of segments or it is not a multiple of `num_stages`.
+    """
+    mix = [(routes, count) for routes, count in mix if count > 0]
+    num_segments = mix[0][0].num_segments
+    if any(routes.num_segments != num_segments for routes, _ in mix) or num_segments % num_stages:
+        raise ValueError(f"{num_segments} segments cannot be dealt evenly to {num_stages} stages")
+    name = " + ".join(f"{count} x {routes.mode}" for routes, count in mix) if len(mix) > 1 else mix[0][0].mode
+    stage_of = tuple(segment * num_stages // num_segments for segment in range(num_segments))
+    if len(mix) > 1 and num_stages < num_segments:
+        template = _ListScheduler(mix, tuple(range(num_segments)))
+        template.run()
+        scheduler = _ListScheduler(mix, stage_of, template)
+    else:
+        scheduler = _ListScheduler(mix, stage_of)
+    scheduler.run()
+    return Schedule(name, tuple(map(tuple, scheduler.order)), stage_of, tuple(mix[row][0] for row in scheduler.row_of))
+
+
+class _ListScheduler:
+    """One event-driven run. With a `template` it keeps that run's rows, memory bounds and order of sums."""
+
+    def __init__(self, mix: Mix, stage_of: tuple[int, ...], template: _ListScheduler | None = None) -> None:
+        self.mix = mix
+        self.stage_of = stage_of
+        self.mixed = len(mix) > 1
+        num_segments, num_stages = len(stage_of), stage_of[-1] + 1
+        self.segments = [[s for s in reversed(range(num_segments)) if stage_of[s] == p] for p in range(num_stages)]
+        self.order: list[list[Action]] = [[] for _ in range(num_stages)]
+        self.sums: list[list[int]] = [[] for _ in stage_of]  # micro-batches in the order of their weight passes
+        self.required_sums = template.sums if template else None
+        self.row_of: list[int] = list(template.row_of) if template else []  # micro-batch -> row, chosen when segment 0 takes it
+        self.remaining = [0] * len(mix) if template else [count for _, count in mix]
+        self.bound: list[int] = template.peak if template else [sum(self.remaining)] * num_segments
+        self.inputs_there = [sum(count for _, count in mix)] + [0] * (num_segments - 1)
+        self.forwarded = [0] * num_segments
+        self.live = [[0] * len(mix) for _ in stage_of]  # per segment and row
+        self.peak: list[int] = [0] * num_segments
+        self.passes_left: dict[tuple[int, int], int] = {}  # (segment, micro-batch)
+        self.missing: dict[Action, int] = {}  # inputs a pass still waits for
+        self.readers: dict[tuple[int, int, int], list[Action]] = defaultdict(list)  # (segment, micro-batch, loss)
+        self.ready: list[list[tuple]] = [[] for _ in range(num_stages)]  # heaps of passes whose inputs are there
+        self.busy = [False] * num_stages
+        self.running: list[tuple[float, int, Action]] = []  # heap of (end, stage, action)
+
+    def run(self) -> None:
+        now, free = 0.0, set(range(len(self.order)))
+        while True:
+            for stage in sorted(free):
+                action = None if self.busy[stage] else self._most_urgent(stage)
+                if action is not None:
+                    self.order[stage].append(action)
+                    self.busy[stage] = True
+                    heapq.heappush(self.running, (now + unit_cost(action), stage, action))
+            if not self.running:
+                return
+            now, free = self.running[0][0], set()
+            while self.running and self.running[0][0] == now:
+                _, stage, action = heapq.heappop(self.running)
+                self.busy[stage] = False
+                free |= {stage, self._finish(action)}
+
+    def _most_urgent(self, stage: int) -> Action | None:
+        if self.mixed:
+            return (
+                self._take_pass(stage, silent=False)
+                or self._take_forward(stage, self._within_reach)
+                or self._take_pass(stage, silent=True)
+                or self._take_forward(stage, self._within_bound)
+            )
+        return self._take_forward(stage, self._within_reach) or self._take_pass(stage, silent=True)
+
+    def _take_forward(self, stage: int, room: Callable[[int, int], bool]) -> Action | None:
+        for segment in self.segments[stage]:
+            micro_batch = self.forwarded[segment]
+            if micro_batch == self.inputs_there[segment] or not self._has_row(micro_batch):
+                continue
+            row = self.row_of[micro_batch]
+            if room(segment, row):
+                self.forwarded[segment] += 1
+                self.live[segment][row] += 1
+                self.peak[segment] = max(self.peak[segment], sum(self.live[segment]))
+                return Action(FORWARD, segment, micro_batch)
+        return None
+
+    def _has_row(self, micro_batch: int) -> bool:
+        """Give the next micro-batch of segment 0 the first row that has micro-batches and memory left."""
+        if micro_batch == len(self.row_of):
+            free = (row for row, left in enumerate(self.remaining) if left and self._within_reach(0, row))
+            row = next(free, None)
+            if row is None:
+                return False
+            self.remaining[row] -= 1
+            self.row_of.append(row)
+        return True
+
+    def _within_reach(self, segment: int, row: int) -> bool:
+        """Is less alive of this row than one micro-batch for each stage up to its furthest loss?"""
+        furthest = segment + self.mix[row][0].reach[segment]
+        return self.live[segment][row] <= self.stage_of[furthest] - self.stage_of[segment]
+
+    def _within_bound(self, segment: int, row: int) -> bool:
+        return sum(self.live[segment]) < self.bound[segment]
+
+    def _take_pass(self, stage: int, silent: bool) -> Action | None:
+        """The most urgent pass; of those that send nothing only if `silent`."""
+        ready, held_back, taken = self.ready[stage], [], None
+        while taken is None and ready and ready[0][0] <= silent:
+            entry = heapq.heappop(ready)
+            if self._keeps_sums(entry[-1]):
+                taken = entry[-1]
+            else:
+                held_back.append(entry)
+        for entry in held_back:
+            heapq.heappush(ready, entry)
+        if taken is not None and taken.kind == BACKWARD:
+            self.sums[taken.segment].append(taken.micro_batch)
+        return taken
+
+    def _keeps_sums(self, action: Action) -> bool:
+        if self.required_sums is None or action.kind != BACKWARD:
+            return True
+        done = len(self.sums[action.segment])
+        return self.required_sums[action.segment][done] == action.micro_batch
+
+    def _finish(self, action: Action) -> int:
+        """Book the end of `action`; returns the stage that gets its result (its own when nobody does)."""
+        kind, segment, micro_batch, _ = action
+        row = self.row_of[micro_batch]
+        passes = self.mix[row][0].passes[segment]
+        if kind == FORWARD:
+            self.passes_left[segment, micro_batch] = len(passes)
+            for which, one in enumerate(passes):
+                self._plan(Action.of_pass(one, segment, micro_batch, which), [loss for loss, _ in one.reads if loss != segment])
+            if segment + 1 == len(self.stage_of):
+                return self.stage_of[segment]
+            self.inputs_there[segment + 1] += 1
+            return self.stage_of[segment + 1]
+        self.passes_left[segment, micro_batch] -= 1
+        self.live[segment][row] -= not self.passes_left[segment, micro_batch]
+        loss = passes[action.which].sends
+        if loss is None:
+            return self.stage_of[segment]
+        for reader in self.readers.pop((segment - 1, micro_batch, loss)):
+            self.missing[reader] -= 1
+            self._enlist(reader)
+        return self.stage_of[segment - 1]
+
+    def _plan(self, action: Action, losses_from_above: list[int]) -> None:
+        self.missing[action] = len(losses_from_above)
+        for loss in losses_from_above:
+            self.readers[action.segment, action.micro_batch, loss].append(action)
+        self._enlist(action)
+
+    def _enlist(self, action: Action) -> None:
+        if not self.missing[action]:
+            passes = self.mix[self.row_of[action.micro_batch]][0].passes[action.segment]
+            silent = passes[action.which].sends is None
+            entry = (silent, action.micro_batch, -action.segment, action.which, action)
+            heapq.heappush(self.ready[self.stage_of[action.segment]], entry)

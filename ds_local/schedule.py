@@ -1,0 +1,345 @@
+"""The compute order of every stage as plain data, and all that follows from it.
+
+A `Schedule` lists, stage by stage, the forwards and gradient passes of one optimizer step. It is the only description of
+a schedule in this package: the engine executes it, `print` shows it as a grid, `validate` proves that it cannot deadlock,
+the simulator gives it times. Transfers are not listed, they are derived: an action that needs the result of another
+segment receives it, an action whose result another segment needs sends it (`Schedule.requires`, `Schedule.sends`).
+
+Pure Python: no torch, no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from ds_local.routes import Pass, Routes
+
+FORWARD = "F"  # the segment's layers
+BACKWARD = "B"  # a pass with parameter gradients; sends an input gradient where the route says so
+INPUT_GRADIENT = "I"  # a pass that only hands a gradient through
+WEIGHT_GRADIENT = "W"  # the other half of a backward that a zero-bubble schedule has split
+
+
+class ScheduleError(ValueError):
+    """A schedule that is incomplete or would deadlock; the message carries the grid."""
+
+
+class Action(NamedTuple):
+    """One piece of compute of one segment on one micro-batch."""
+
+    kind: str
+    segment: int
+    micro_batch: int
+    which: int = 0  # of the segment's passes; 0 for a forward
+
+    @classmethod
+    def of_pass(cls, one: Pass, segment: int, micro_batch: int, which: int) -> Action:
+        return cls(BACKWARD if one.weights else INPUT_GRADIENT, segment, micro_batch, which)
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.micro_batch}"
+
+
+class Link(NamedTuple):
+    """A one-way channel between two neighbouring segments; messages keep their order on it."""
+
+    kind: str  # "activation" (up) or "gradient" (down)
+    lower: int  # the lower of the two segments
+    distance: int = 0  # of a gradient: how far above the lower segment its loss is; each distance has its own link
+
+    def __str__(self) -> str:
+        arrow = "->" if self.kind == "activation" else "<-"
+        return f"{self.kind} link {self.lower} {arrow} {self.lower + 1}" + (
+            f" (loss distance {self.distance})" if self.distance else ""
+        )
+
+
+class Event(NamedTuple):
+    """An executed action of a replay, in time units of its costs."""
+
+    stage: int
+    step: int
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every stage computes in one optimizer step, in order. Build it with `order.make_schedule`."""
+
+    name: str
+    stages: tuple[tuple[Action, ...], ...]
+    stage_of: tuple[int, ...]  # segment -> stage
+    rows: tuple[Routes, ...]  # the table of each micro-batch
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.stages)
+
+    @property
+    def num_micro_batches(self) -> int:
+        return len(self.rows)
+
+    def route(self, action: Action) -> Pass:
+        """The pass an action other than a forward belongs to."""
+        return self.rows[action.micro_batch].passes[action.segment][action.which]
+
+    def requires(self, action: Action) -> list[tuple[Action, Link | None]]:
+        """The actions that must have run before `action`, with the link their result comes over (None: same segment).
+
+        A message that several passes of a segment read is received once, for the first of them.
+        """
+        kind, segment, micro_batch, _ = action
+        if kind == FORWARD:
+            below = segment - 1
+            return [(Action(FORWARD, below, micro_batch), Link("activation", below))] if segment else []
+        if kind == WEIGHT_GRADIENT:
+            return [(Action(INPUT_GRADIENT, segment, micro_batch), None)]
+        required: list[tuple[Action, Link | None]] = [(Action(FORWARD, segment, micro_batch), None)]
+        for loss in self.received(action):
+            sender = self._senders[segment + 1, micro_batch, loss]
+            required.append((sender, Link("gradient", segment, loss - segment)))
+        return required
+
+    def received(self, action: Action) -> list[int]:
+        """The losses whose gradients `action`, a pass, receives from the segment above."""
+        _, segment, micro_batch, _ = action
+        losses = [loss for loss, _ in self.route(action).reads if loss != segment]
+        return [loss for loss in losses if self._receivers[segment, micro_batch, loss] == action]
+
+    def sends(self, action: Action) -> Link | None:
+        """The link on which the result of `action` leaves its segment, if any."""
+        kind, segment, _, _ = action
+        if kind == FORWARD:
+            return Link("activation", segment) if segment + 1 < len(self.stage_of) else None
+        loss = None if kind == WEIGHT_GRADIENT else self.route(action).sends
+        return None if loss is None else Link("gradient", segment - 1, loss - (segment - 1))
+
+    def crosses_stages(self, link: Link) -> bool:
+        return self.stage_of[link.lower] != self.stage_of[link.lower + 1]
+
+    @cached_property
+    def _senders(self) -> dict[tuple[int, int, int], Action]:
+        """(segment, micro-batch, loss) -> the action that sends this loss's gradient down from there."""
+        return {
+            (a.segment, a.micro_batch, loss): a
+            for a in self.actions()
+            if a.kind in (BACKWARD, INPUT_GRADIENT) and (loss := self.route(a).sends) is not None
+        }
+
+    @cached_property
+    def _receivers(self) -> dict[tuple[int, int, int], Action]:
+        """(segment, micro-batch, loss) -> the first action there that reads this loss's gradient."""
+        receivers: dict[tuple[int, int, int], Action] = {}
+        for action in self.actions():
+            if action.kind in (BACKWARD, INPUT_GRADIENT):
+                for loss, _ in self.route(action).reads:
+                    receivers.setdefault((action.segment, action.micro_batch, loss), action)
+        return receivers
+
+    def actions(self) -> Iterator[Action]:
+        for stage in self.stages:
+            yield from stage
+
+    @cached_property
+    def last_use(self) -> frozenset[Action]:
+        """The actions after which nothing of their micro-batch is alive in their segment any more."""
+        return frozenset({(a.segment, a.micro_batch): a for a in self.actions()}.values())
+
+    @cached_property
+    def peak_live(self) -> tuple[int, ...]:
+        """Per stage the largest number of micro-batches (of one segment each) whose activations are alive at once."""
+        peaks = []
+        for stage in self.stages:
+            live = peak = 0
+            for action in stage:
+                live += action.kind == FORWARD
+                peak = max(peak, live)
+                live -= action in self.last_use
+            peaks.append(peak)
+        return tuple(peaks)
+
+    def message_counts(self) -> dict[str, int]:
+        """Messages between stages in one step."""
+        counts = {"activations": 0, "gradients": 0}
+        for action in self.actions():
+            link = self.sends(action)
+            if link is not None and self.crosses_stages(link):
+                counts[link.kind + "s"] += 1
+        return counts
+
+    def __str__(self) -> str:
+        events, stuck = replay(self)
+        return _grid(self, events) + ("" if stuck is None else f"\n{stuck}")
+
+
+def unit_cost(action: Action) -> float:
+    """Forward, input gradient and weight gradient take one tick each."""
+    return 2.0 if action.kind == BACKWARD else 1.0
+
+
+def replay(
+    schedule: Schedule,
+    cost: Callable[[Action], float] = unit_cost,
+    link_time: Callable[[Link], float] = lambda link: 0.0,
+    link_depth: int | None = None,
+    steps: int = 1,
+) -> tuple[list[Event], str | None]:
+    """Run the schedule in model time: every stage does its actions in order, each as early as its inputs allow.
+
+    Args:
+        cost: time of an action.
+        link_time: time a message keeps its link busy; links between segments of one stage are free.
+        link_depth: messages a link between stages holds before its sender has to wait; None: no limit.
+        steps: optimizer steps to run one after another. No stage waits for another between them.
+
+    Returns:
+        The events in the order they were found, and None, or a sentence naming what each stage waits for when nothing
+        can go on.
+    """
+    events: list[Event] = []
+    done: dict[tuple[int, Action], float] = {}  # when its result is there, without the transfer
+    arrived: dict[tuple[int, Action], float] = {}  # the same with the transfer
+    consumed: dict[Link, list[float]] = defaultdict(list)  # per link and message: when its receiver took it
+    sent: dict[Link, int] = defaultdict(int)
+    link_free: dict[Link, float] = defaultdict(float)
+    clock = [0.0] * schedule.num_stages
+    programs = [_program(schedule, stage, steps) for stage in range(schedule.num_stages)]
+    wants: list[tuple | None] = [next(p, None) for p in programs]
+    waiting: dict[tuple, list[int]] = defaultdict(list)
+    runnable = list(range(schedule.num_stages))
+
+    def wake(key: tuple) -> None:
+        runnable.extend(waiting.pop(key, ()))
+
+    def blocked_on(stage: int) -> tuple | None:
+        """What `stage` must wait for before its next piece of work, as a key of `waiting`."""
+        kind, step, action, link = wants[stage]  # type: ignore[misc]
+        if kind == "send":
+            if link_depth is None or not schedule.crosses_stages(link) or sent[link] - link_depth < len(consumed[link]):
+                return None
+            return ("consumed", link, sent[link] - link_depth)
+        return next(((step, r) for r, via in schedule.requires(action) if (step, r) not in (arrived if via else done)), None)
+
+    def run(stage: int) -> None:
+        kind, step, action, link = wants[stage]  # type: ignore[misc]
+        if kind == "send":
+            start = max(done[step, action], link_free[link])
+            link_free[link] = arrived[step, action] = start + (link_time(link) if schedule.crosses_stages(link) else 0.0)
+            if link_depth is not None and sent[link] >= link_depth and schedule.crosses_stages(link):
+                clock[stage] = max(clock[stage], consumed[link][sent[link] - link_depth])
+            sent[link] += 1
+            wake((step, action))
+            return
+        required = schedule.requires(action)
+        start = max([clock[stage], *(done[step, r] if via is None else arrived[step, r] for r, via in required)])
+        for _, via in required:
+            if via is not None:
+                consumed[via].append(start)
+                wake(("consumed", via, len(consumed[via]) - 1))
+        clock[stage] = done[step, action] = start + cost(action)
+        events.append(Event(stage, step, action, start, clock[stage]))
+        wake((step, action))
+
+    while runnable:
+        stage = runnable.pop()
+        while wants[stage] is not None:
+            key = blocked_on(stage)
+            if key is not None:
+                waiting[key].append(stage)
+                break
+            run(stage)
+            wants[stage] = next(programs[stage], None)
+    return events, _stuck(wants)
+
+
+def _program(schedule: Schedule, stage: int, steps: int) -> Iterator[tuple[str, int, Action, Link | None]]:
+    """What a stage does, in order: ("compute", step, action, None) and ("send", step, action, link)."""
+    for step in range(steps):
+        for action in schedule.stages[stage]:
+            yield "compute", step, action, None
+            link = schedule.sends(action)
+            if link is not None:
+                yield "send", step, action, link
+
+
+def _stuck(wants: list[tuple | None]) -> str | None:
+    blocked = [
+        f"stage {stage} waits {'to send the result of' if want[0] == 'send' else 'for the inputs of'} "
+        f"{want[2]} (segment {want[2].segment}, step {want[1]})"
+        for stage, want in enumerate(wants)
+        if want is not None
+    ]
+    return "deadlock: " + "; ".join(blocked) if blocked else None
+
+
+def validate(schedule: Schedule, link_depth: int) -> None:
+    """Prove that the schedule is complete, keeps the order of every link, and cannot deadlock at this link depth.
+
+    Raises:
+        ScheduleError: with a sentence and the grid.
+    """
+    expected = {
+        Action(FORWARD, segment, micro_batch)
+        for micro_batch in range(schedule.num_micro_batches)
+        for segment in range(len(schedule.stage_of))
+    }
+    for micro_batch, routes in enumerate(schedule.rows):
+        for segment, passes in enumerate(routes.passes):
+            for which, one in enumerate(passes):
+                expected.add(Action.of_pass(one, segment, micro_batch, which))
+    found = list(schedule.actions())
+    if len(found) != len(set(found)) or set(found) != expected:
+        odd = sorted(set(found) ^ expected) or sorted({a for a in found if found.count(a) > 1})
+        raise ScheduleError(f"{schedule.name}: actions missing, unknown or double: {', '.join(map(repr, odd[:5]))}")
+    for stage, actions in enumerate(schedule.stages):
+        for action in actions:
+            if schedule.stage_of[action.segment] != stage:
+                raise ScheduleError(f"{schedule.name}: {action!r} is listed on stage {stage}, not on its own")
+    _check_order(schedule)
+    # two steps: the second one meets links that the first has left full
+    _, stuck = replay(schedule, link_depth=link_depth, steps=2)
+    if stuck is not None:
+        raise ScheduleError(f"{schedule.name}: {stuck}; links hold {link_depth} messages, raise link.depth\n{schedule}")
+
+
+def _check_order(schedule: Schedule) -> None:
+    sent: dict[Link, list[int]] = defaultdict(list)
+    received: dict[Link, list[int]] = defaultdict(list)
+    for action in schedule.actions():
+        link = schedule.sends(action)
+        if link is not None:
+            sent[link].append(action.micro_batch)
+        for _, via in schedule.requires(action):
+            if via is not None:
+                received[via].append(action.micro_batch)
+    for link, order in sent.items():
+        if schedule.crosses_stages(link) and received[link] != order:
+            raise ScheduleError(
+                f"{schedule.name}: the {link} carries micro-batches {order} but they are taken in the order "
+                f"{received[link]}\n{schedule}"
+            )
+
+
+def _grid(schedule: Schedule, events: list[Event]) -> str:
+    """One row per stage, one column per tick of unit cost; `.` is idle, `'` the second tick of a backward."""
+    if not events:
+        return "(empty schedule)"
+    makespan = int(max(e.end for e in events))
+    several = len(schedule.stage_of) > schedule.num_stages
+    cells = [["."] * makespan for _ in range(schedule.num_stages)]
+    for stage, _, action, start, end in events:
+        label = f"{action.segment}{action}" if several else str(action)
+        for tick in range(int(start), int(end)):
+            cells[stage][tick] = label if tick == start else "'"
+    width = max(len(c) for row in cells for c in row)
+    busy = sum(e.end - e.start for e in events)
+    idle = 1 - busy / (makespan * schedule.num_stages)
+    size = f"{schedule.num_stages} stages, {schedule.num_micro_batches} micro-batches"
+    head = f"{schedule.name}: {size}, {makespan} ticks, idle {idle:.0%}"
+    return "\n".join([head] + [f"stage {s}  " + " ".join(c.ljust(width) for c in row).rstrip() for s, row in enumerate(cells)])

@@ -1,0 +1,327 @@
+"""One-way links between neighbouring segments.
+
+A message is a dict of named tensors with a tag (step, micro-batch). Segments of one stage hand over in memory; stages talk over a
+two-rank process group for each edge and direction. The receiver keeps `depth` receives posted ahead, so a message lands while
+its stage computes; the sender keeps each buffer alive until it is gone and waits once `depth` messages are under way. Gloo
+moves bytes only after the receive is posted, which is why the ring of receives matters.
+
+A link's shapes are fixed by its first message. Everything that waits has a limit and names whom it waited for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_local.notices import first_failure
+
+_SPEC_BYTES = 16384  # of the first message, which says what all others look like
+_HEADER = 4  # int64 entries: code, step, micro-batch, flags
+_MESSAGE, _FAILED = 1, 2
+_ALIGN = 16
+_FAREWELL_SECONDS = 5.0  # spent on telling the neighbours about a failure
+
+
+Message = Mapping[str, Tensor]
+
+
+class TransportError(RuntimeError):
+    """A neighbour is gone, silent, or sent something else than expected; the message names it."""
+
+
+class Tag(NamedTuple):
+    """What a message belongs to."""
+
+    step: int
+    micro_batch: int
+    last_step: bool = False  # the sender will stop after this step
+
+    def __str__(self) -> str:
+        return f"step {self.step}, micro-batch {self.micro_batch}"
+
+
+class MemoryLink:
+    """Between two segments of the same stage: both ends in one object, nothing waits."""
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+        self.num_bytes = 0
+        self._queue: deque[tuple[Tag, Message]] = deque()
+
+    def send(self, tag: Tag, tensors: Message) -> None:
+        self._queue.append((tag, {name: tensor.detach() for name, tensor in tensors.items()}))
+
+    def receive(self, tag: Tag) -> tuple[Tag, Message]:
+        for position, (found, tensors) in enumerate(self._queue):
+            if found[:2] == tag[:2]:
+                del self._queue[position]
+                return found, tensors
+        raise TransportError(f"no message for {tag} within the stage")
+
+    def flush(self) -> None:
+        """Nothing is ever under way."""
+
+    def fail(self, reason: str) -> None:
+        """The other end is this very stage."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Who is at the other end of a link, for error messages."""
+
+    stage: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"stage {self.stage} (rank {self.rank})"
+
+
+class _Layout:
+    """Where each tensor of a message lies in its byte buffer, behind the header."""
+
+    def __init__(self, specs: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> None:
+        self.specs = list(specs)
+        self.offsets = []
+        position = _HEADER * 8
+        for _, shape, dtype in specs:
+            position = -(-position // _ALIGN) * _ALIGN
+            self.offsets.append(position)
+            position += math.prod(shape) * dtype.itemsize
+        self.num_bytes = position
+
+    @classmethod
+    def of(cls, tensors: Message) -> _Layout:
+        return cls([(name, tuple(t.shape), t.dtype) for name, t in tensors.items()])
+
+    @classmethod
+    def parse(cls, described: list[tuple[str, list[int], str]]) -> _Layout:
+        return cls([(name, tuple(shape), getattr(torch, dtype)) for name, shape, dtype in described])
+
+    def describe(self) -> list[tuple[str, list[int], str]]:
+        return [(name, list(shape), str(dtype).removeprefix("torch.")) for name, shape, dtype in self.specs]
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        return {
+            name: buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for offset, (name, shape, dtype) in zip(self.offsets, self.specs, strict=True)
+        }
+
+
+class _GroupEnd:
+    """What both ends of a link between two stages share.
+
+    Args:
+        name: what the link carries, for messages.
+        group: a two-rank process group that nothing else uses.
+        peer: the other end.
+        depth: messages under way before the sender waits; receives posted ahead.
+        timeout_seconds: longest wait.
+    """
+
+    def __init__(self, name: str, group: Any, peer: Peer, depth: int, timeout_seconds: float) -> None:
+        self.name = name
+        self.peer = peer
+        self.depth = depth
+        self.timeout_seconds = timeout_seconds
+        self.waited = 0.0  # seconds spent waiting for the other end
+        self.num_bytes = 0  # through this end, headers included
+        self._group = group
+        self._layout: _Layout | None = None
+        self._under_way: deque[tuple[Any, Tensor]] = deque()
+
+    def _wait(self, work: Any, purpose: str) -> None:
+        started = time.perf_counter()
+        try:
+            work.wait(timedelta(seconds=self.timeout_seconds))
+        except RuntimeError as error:
+            waited = time.perf_counter() - started
+            cause = "the connection is gone" if waited < self.timeout_seconds * 0.9 else f"nothing came within {waited:.0f} s"
+            raise TransportError(f"waited for {self.peer} {purpose} on the {self.name}, but {cause}{first_failure()}") from error
+        self.waited += time.perf_counter() - started
+
+
+class Sender(_GroupEnd):
+    """The sending end of a link between two stages."""
+
+    def send(self, tag: Tag, tensors: Message) -> None:
+        """Hand the tensors over; they are copied, so the caller may change them at once.
+
+        Raises:
+            TransportError: when the shapes differ from the first message's, or the peer is gone or does not keep up.
+        """
+        layout = _Layout.of(tensors)
+        if self._layout is None:
+            self._layout = layout
+            self._post(_spec_buffer({"layout": layout.describe()}))
+        elif layout.specs != self._layout.specs:
+            raise TransportError(
+                f"the {self.name} to {self.peer} was opened for tensors {self._layout.describe()} but {tag} has "
+                f"{layout.describe()}; shapes must stay the same: drop incomplete batches"
+            )
+        buffer = torch.empty(layout.num_bytes, dtype=torch.uint8)
+        for name, view in layout.views(buffer).items():
+            view.copy_(tensors[name].detach())
+        _write_header(buffer, _MESSAGE, tag)
+        while len(self._under_way) >= self.depth:
+            work, _ = self._under_way.popleft()
+            self._wait(work, f"to take a message ({tag} is next)")
+        self._post(buffer)
+        self.num_bytes += layout.num_bytes
+
+    def _post(self, buffer: Tensor) -> None:
+        try:
+            self._under_way.append((dist.isend(buffer, self.peer.rank, self._group), buffer))
+        except RuntimeError as error:
+            raise TransportError(f"cannot reach {self.peer} on the {self.name}{first_failure()}") from error
+
+    def flush(self) -> None:
+        """Wait until everything sent has been taken."""
+        while self._under_way:
+            work, _ = self._under_way.popleft()
+            self._wait(work, "to take the last messages")
+
+    def fail(self, reason: str) -> None:
+        """Tell the receiver why nothing more will come. Best effort: never raises, waits a few seconds at most."""
+        if self._layout is None:
+            buffer = _spec_buffer({"failed": reason})
+        else:
+            buffer = torch.zeros(self._layout.num_bytes, dtype=torch.uint8)
+            text = torch.frombuffer(bytearray(reason.encode()), dtype=torch.uint8)[: self._layout.num_bytes - _HEADER * 8]
+            buffer[_HEADER * 8 : _HEADER * 8 + len(text)] = text
+            _write_header(buffer, _FAILED, Tag(0, 0))
+        self.timeout_seconds = min(self.timeout_seconds, _FAREWELL_SECONDS)
+        try:
+            self._post(buffer)
+            self.flush()
+        except TransportError:
+            return  # the peer is gone as well
+
+
+class Receiver(_GroupEnd):
+    """The receiving end of a link between two stages."""
+
+    def __init__(self, name: str, group: Any, peer: Peer, depth: int, timeout_seconds: float, device: torch.device) -> None:
+        super().__init__(name, group, peer, depth, timeout_seconds)
+        self.device = device
+
+    def receive(self, tag: Tag) -> tuple[Tag, Message]:
+        """The next message, which must be the one for `tag`; its tensors belong to the caller.
+
+        Raises:
+            TransportError: when it is another one, or the peer failed, is gone or silent.
+        """
+        if self._layout is None:
+            self._open(tag)
+        work, buffer = self._under_way.popleft()
+        self._wait(work, f"to send {tag}")
+        self._post(torch.empty_like(buffer))
+        code, step, micro_batch, last_step = buffer[: _HEADER * 8].view(torch.int64).tolist()
+        if code == _FAILED:
+            raise TransportError(f"{self.peer} ended: {_text(buffer[_HEADER * 8 :])}")
+        found = Tag(step, micro_batch, bool(last_step))
+        if code != _MESSAGE or found[:2] != tag[:2]:
+            raise TransportError(
+                f"the {self.name} from {self.peer} brought {found}, expected {tag}; do all ranks run the same configuration?"
+            )
+        assert self._layout is not None, "opened above"
+        self.num_bytes += self._layout.num_bytes
+        return found, {name: view.to(self.device) for name, view in self._layout.views(buffer).items()}
+
+    def _open(self, tag: Tag) -> None:
+        """Learn the shapes from the first message and post the receives."""
+        buffer = torch.empty(_SPEC_BYTES, dtype=torch.uint8)
+        self._post(buffer)
+        work, _ = self._under_way.popleft()
+        self._wait(work, f"to send its first message ({tag})")
+        spec = json.loads(_text(buffer))
+        if "failed" in spec:
+            raise TransportError(f"{self.peer} ended: {spec['failed']}")
+        self._layout = _Layout.parse(spec["layout"])
+        for _ in range(self.depth):
+            self._post(torch.empty(self._layout.num_bytes, dtype=torch.uint8))
+
+    def _post(self, buffer: Tensor) -> None:
+        try:
+            self._under_way.append((dist.irecv(buffer, self.peer.rank, self._group), buffer))
+        except RuntimeError as error:
+            raise TransportError(f"cannot reach {self.peer} on the {self.name}{first_failure()}") from error
+
+
+def _write_header(buffer: Tensor, code: int, tag: Tag) -> None:
+    buffer[: _HEADER * 8].view(torch.int64).copy_(torch.tensor([code, tag.step, tag.micro_batch, int(tag.last_step)]))
+
+
+def _spec_buffer(spec: dict[str, Any]) -> Tensor:
+    data = json.dumps(spec).encode()
+    if len(data) > _SPEC_BYTES:
+        raise TransportError(
+            f"the shapes of a message take {len(data)} bytes to describe, at most {_SPEC_BYTES} fit; send fewer tensors"
+        )
+    buffer = torch.zeros(_SPEC_BYTES, dtype=torch.uint8)
+    buffer[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return buffer
+
+
+def _text(buffer: Tensor) -> str:
+    return bytes(buffer.tolist()).rstrip(b"\0").decode(errors="replace")
+
+
+# --- tensors of a message: one under its name, several as name.0, name.1, ... ---------------------------------------------
+
+
+def pack(name: str, value: Tensor | Sequence[Tensor] | None) -> dict[str, Tensor]:
+    if value is None:
+        return {}
+    return {name: value} if isinstance(value, Tensor) else {f"{name}.{i}": t for i, t in enumerate(value)}
+
+
+def unpack(name: str, message: Message) -> Any:
+    """What `pack` was given, a sequence as a tuple."""
+    if name in message:
+        return message[name]
+    several = tuple(tensor for key, tensor in message.items() if key.startswith(f"{name}."))
+    return several or None
+
+
+# --- links of a rank ------------------------------------------------------------------------------------------------------
+
+End = MemoryLink | Sender | Receiver
+
+
+def make_end(
+    name: str,
+    stage: int,
+    source: int,
+    target: int,
+    ranks: Sequence[Sequence[int]],
+    depth: int,
+    timeout_seconds: float,
+    device: Any,
+) -> End | None:
+    """This rank's end of a link from stage `source` to stage `target`, None when it has none. A collective call.
+
+    Args:
+        stage: this rank's stage.
+        ranks: for each replica the global rank of each stage.
+    """
+    if source == target:
+        return MemoryLink() if stage == source else None
+    mine: End | None = None
+    for replica in ranks:
+        pair = [replica[source], replica[target]]
+        group = dist.new_group(pair, backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        if dist.get_rank() == pair[0]:
+            mine = Sender(name, group, Peer(target, pair[1]), depth, timeout_seconds)
+        elif dist.get_rank() == pair[1]:
+            mine = Receiver(name, group, Peer(source, pair[0]), depth, timeout_seconds, device)
+    return mine
