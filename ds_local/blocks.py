@@ -92,9 +92,16 @@ def _skeleton_of(config_json: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
+def config_dict(config: PretrainedConfig) -> dict[str, Any]:
+    """The config as plain JSON values, without private fields, which must never be taken from a file."""
+    return {
+        k: v for k, v in json.loads(config.to_json_string(use_diff=False)).items() if not k.startswith("_") and k != "loss_type"
+    }
+
+
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The whole model without storage, for its structure; shared, so never changed."""
-    return _skeleton_of(json.dumps(config.to_dict(), sort_keys=True, default=str))
+    return _skeleton_of(json.dumps(config_dict(config), sort_keys=True))
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -151,12 +158,10 @@ class Embedding(nn.Module):
     def __init__(self, config: PretrainedConfig, seed: int) -> None:
         super().__init__()
         family = family_of(config)
-        self.hf_names = {"tokens": family.tokens}
         self.tokens = _materialize(config, family.tokens, seed, "tokens")
         self.positions = None
         if family.positions:
             self.positions = _materialize(config, family.positions, seed, "positions")
-            self.hf_names["positions"] = family.positions
         self.dropout = copy.deepcopy(skeleton(config).get_submodule(family.dropout)) if family.dropout else None
 
     def forward(self, ids_BT: Tensor) -> Tensor:
@@ -171,11 +176,9 @@ class Block(nn.Module):
 
     def __init__(self, config: PretrainedConfig, index: int, seed: int) -> None:
         super().__init__()
-        name = f"{family_of(config).blocks}.{index}"
-        self.hf_names = {"block": name}
-        self.block = _materialize(config, name, seed, "block", index)
+        self.block = _materialize(config, f"{family_of(config).blocks}.{index}", seed, "block", index)
         self.attention = attention_of(config, index)
-        self.context = _context_of(json.dumps(config.to_dict(), sort_keys=True, default=str))
+        self.context = _context_of(json.dumps(config_dict(config), sort_keys=True))
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         return self.block(hidden_BTD, **self.context.kwargs(hidden_BTD, self.attention))
@@ -187,7 +190,6 @@ class Readout(nn.Module):
     def __init__(self, config: PretrainedConfig, seed: int) -> None:
         super().__init__()
         family = family_of(config)
-        self.hf_names = {"norm": family.norm, "readout": family.readout}
         self.norm = _materialize(config, family.norm, seed, "norm")
         self.readout = _materialize(config, family.readout, seed, "readout")
 
@@ -197,6 +199,16 @@ class Readout(nn.Module):
     def loss(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """The scalar loss of `heads.lm_loss`; the engine calls this instead of `forward` followed by a loss function."""
         return lm_loss(self(hidden_BTD), labels_BT)
+
+
+def hf_names(config: PretrainedConfig, layer: int) -> dict[str, str]:
+    """Where the parts of pipeline layer `layer` are in the Hugging Face model: name in the layer -> name in the model."""
+    family = family_of(config)
+    if layer == 0:
+        return {"tokens": family.tokens} | ({"positions": family.positions} if family.positions else {})
+    if layer <= num_blocks(config):
+        return {"block": f"{family.blocks}.{layer - 1}"}
+    return {"norm": family.norm, "readout": family.readout}
 
 
 def attention_of(config: PretrainedConfig, index: int) -> str:

@@ -11,6 +11,7 @@ Gradients are accumulated by plain autograd passes, scaled here: DeepSpeed's own
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
+from ds_local import checkpoint
+from ds_local.blocks import config_dict
+from ds_local.checkpoint import CheckpointError
 from ds_local.config import ConfigError, batch_sizes, check_deepspeed, load_config, local_parallel
 from ds_local.instructions import (
     ForwardPass,
@@ -39,6 +43,7 @@ from ds_local.instructions import (
 from ds_local.metrics import Reports, monitor_listener
 from ds_local.module import LocalPipelineModule
 from ds_local.notices import post_notice, read_notice, report_failure
+from ds_local.replacements import SafeCheckpointEngine, StageLocal
 from ds_local.schedule import Link, validate
 from ds_local.seeds import seeded
 from ds_local.transport import End, Sender, Tag, TransportError, make_end, pack, unpack
@@ -54,25 +59,6 @@ class _Live:
     gradients: dict[int, list[Tensor]] = field(default_factory=dict)  # loss -> gradient at the outputs
     passed_on: list[Tensor] = field(default_factory=list)  # gradient at the inputs, to be sent
     passes_left: int = 0
-
-
-class _StageLocal:
-    """Stands in for the process grid where DeepSpeed would reduce over all stages: there this stage is the whole model."""
-
-    def __init__(self, grid: Any) -> None:
-        self._grid = grid
-
-    def get_model_parallel_group(self) -> Any:
-        return self._grid.get_slice_parallel_group()
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._grid.get_slice_parallel_world_size()
-
-    def get_model_parallel_rank(self) -> int:
-        return self._grid.get_slice_parallel_rank()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._grid, name)
 
 
 class LocalPipelineEngine(PipelineEngine):
@@ -97,6 +83,7 @@ class LocalPipelineEngine(PipelineEngine):
         self._live: dict[tuple[int, int], _Live] = {}
         self._batch: dict[int, tuple[Any, Any]] = {}
         self._grad_norms: dict[int, Tensor] = {}
+        self.checkpoint_engine = SafeCheckpointEngine(self._config)
         self._keep_norms_local()
         self._schedules: dict[Any, StageSchedule] = {}
         self._activation_links, self._gradient_links = self._make_links()
@@ -110,7 +97,7 @@ class LocalPipelineEngine(PipelineEngine):
 
     def _keep_norms_local(self) -> None:
         """Clip and check overflow per stage: the reductions over all stages would bring the bubble back at every step."""
-        local = _StageLocal(self.grid)
+        local = StageLocal(self.grid)
         if hasattr(self.optimizer, "mpu"):
             self.optimizer.mpu = local
         if hasattr(self.optimizer, "model_parallel_group"):  # ZeRO reads these once, at construction
@@ -249,6 +236,65 @@ class LocalPipelineEngine(PipelineEngine):
             post_notice("stop_after", str(self.global_steps + (1 if dist.get_world_size() > 1 else 0)))
         last = read_notice("stop_after")
         self.should_stop = last is not None and self.global_steps >= int(last)
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self, save_dir: str, tag: str | None = None, client_state: dict[str, Any] | None = None, save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:  # fmt: skip
+        """Save everything a resumed run needs. All ranks must call it; stages meet here.
+
+        The folder `save_dir/tag` appears complete or not at all (see `checkpoint.py`).
+
+        Raises:
+            CheckpointError: for a tag that is no plain file name.
+        """
+        tag = checkpoint.checked_tag(str(tag or f"global_step{self.global_steps}"))
+        partial = checkpoint.begin(save_dir, tag)
+        super().save_checkpoint(save_dir, partial, client_state or {}, False, exclude_frozen_parameters)
+        checkpoint.commit(save_dir, partial, tag, self._facts(), save_latest)
+        self.reports.flush()
+        return True
+
+    def load_checkpoint(
+        self, load_dir: str, tag: str | None = None, load_module_strict: bool = True, load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True, load_module_only: bool = False, custom_load_fn: Any = None,
+    ) -> tuple[str | None, dict[str, Any]]:  # fmt: skip
+        """Load a checkpoint, by default the latest. All ranks must call it.
+
+        Weights load into any number of stages; the optimizer's state only into the layout it was saved from
+        (otherwise pass `load_module_only=True`).
+
+        Returns:
+            (path, client state).
+
+        Raises:
+            CheckpointError: when there is none, it is damaged, or the layout differs. Nothing has been changed by then.
+        """
+        tag = checkpoint.checked_tag(tag) if tag else checkpoint.latest_tag(load_dir)
+        facts = checkpoint.verify(os.path.join(load_dir, tag))
+        with_optimizer = load_optimizer_states and not load_module_only
+        saved, own = _layout(facts), _layout(self._facts())
+        if with_optimizer and saved != own:
+            raise CheckpointError(f"{load_dir}/{tag} has {saved}, this run has {own}; keep the layout, or load weights only")
+        # DeepSpeed 0.19 writes the bf16 optimizer's shards to ZeRO files even without ZeRO, but does not look for them there
+        unlooked_for = with_optimizer and self.using_bf16_optimizer and not self.zero_optimization()
+        path, client_state = super().load_checkpoint(
+            load_dir, tag, load_module_strict, load_optimizer_states and not unlooked_for, load_lr_scheduler_states,
+            load_module_only, custom_load_fn,
+        )  # fmt: skip
+        if unlooked_for:
+            self._load_zero_checkpoint(load_dir, tag)
+        return path, client_state
+
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint says about itself."""
+        return {
+            "step": self.global_steps, "num_stages": self.num_stages, "num_replicas": self.dp_world_size,
+            "segment_parts": self.module.segment_parts, "local_parallel": self.section.model_dump(mode="json"),
+            "model": None if self.module.hf_config is None else config_dict(self.module.hf_config),
+        }  # fmt: skip
 
     # --- evaluation -----------------------------------------------------------------------------------------------------
 
@@ -425,6 +471,11 @@ class LocalPipelineEngine(PipelineEngine):
         SendGrad: _exec_send_grad,
         ReduceGrads: _exec_reduce_grads,
     }
+
+
+def _layout(facts: Mapping[str, Any]) -> str:
+    """What an optimizer's state depends on."""
+    return f"segment parts {facts['segment_parts']} on {facts['num_stages']} stages x {facts['num_replicas']} replicas"
 
 
 def _split_batch(batch: Any) -> tuple[Any, Any]:

@@ -137,3 +137,54 @@ class MetricsFile:
     def write(self, rows: list[dict[str, Any]]) -> None:
         with self.path.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows; a last line that a killed run left half-written is dropped."""
+        rows = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def keep_until(self, step: int) -> float:
+        """Drop what a run wrote after the step it resumes from; returns the seconds it had trained by then."""
+        rows = [row for row in self.read() if row["step"] <= step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return max((row["seconds"] for row in rows), default=0.0)
+
+
+def summary_table(eval_losses: dict[int, float], reports: list[list[SegmentReport]], tokens_per_second: float) -> str:
+    """Validation loss of every segment, idle share of its stage, throughput, as a small text table."""
+    warm = reports[1:] or reports
+    lines = ["segment  stage  validation loss  perplexity  idle share"]
+    for row in zip(*warm, strict=True) if warm else ():
+        seconds = sum(r.seconds for r in row)
+        idle = sum(r.idle_share * r.seconds for r in row) / seconds if seconds else 0.0
+        loss = eval_losses.get(row[0].segment)
+        figures = f"{loss:>15.4f}  {math.exp(loss):>10.2f}" if loss is not None else f"{'-':>15}  {'-':>10}"
+        lines.append(f"{row[0].segment:>7}  {row[0].stage:>5}  {figures}  {idle:>10.1%}")
+    return "\n".join([*lines, f"{tokens_per_second:,.0f} tokens/s"])
+
+
+def draw_losses(metrics: str | Path, picture: str | Path) -> None:
+    """Loss curves of every segment: training thin, validation with dots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in MetricsFile(metrics).read() if row["loss"] is not None]
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for segment in sorted({row["segment"] for row in rows}):
+        for split, style in (("train", {"linewidth": 0.9, "alpha": 0.6}), ("validation", {"marker": "o", "markersize": 4})):
+            points = [(row["tokens"], row["loss"]) for row in rows if row["segment"] == segment and row["split"] == split]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=f"C{segment % 10}", label=f"segment {segment}, {split}", **style)
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("loss (nats per token)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)

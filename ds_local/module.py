@@ -16,7 +16,9 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.utils import logger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -70,6 +72,7 @@ class LocalPipelineModule(PipelineModule):
         check_deepspeed(ds_config)
         self.section = local_parallel(ds_config)
         stages = _num_stages(self.section, num_stages, topology)
+        self.hf_config: Any = None  # of a Hugging Face model; set by `causal_lm`
         self._given_parts = self.section.parts or parts
         self._make_head = head
         self._check_layers(layers, stages)
@@ -125,6 +128,24 @@ class LocalPipelineModule(PipelineModule):
         for parameter in self.heads.parameters():
             setattr(parameter, "ds_pipe_replicated", False)  # noqa: B010 - DeepSpeed counts what is marked in its norms
 
+    # --- checkpoints: heads have files of their own, so that the layer files fit a stock PipelineModule ---------------------
+
+    def save_state_dict(self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False) -> None:
+        super().save_state_dict(save_dir, checkpoint_engine, exclude_frozen_params)
+        if self._grid.data_parallel_id == 0:
+            for segment, head in self.heads.items():
+                state = clone_tensors_for_torch_save(head.state_dict())
+                checkpoint_engine.save(state_dict=state, path=os.path.join(save_dir, head_file(int(segment))))
+
+    def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
+        super().load_state_dir(load_dir, checkpoint_engine, strict)
+        for segment, head in self.heads.items():
+            path = os.path.join(load_dir, head_file(int(segment)))
+            if os.path.exists(path):
+                head.load_state_dict(checkpoint_engine.load(path, map_location="cpu"), strict=strict)
+            else:
+                logger.warning(f"no head for segment {segment} in {load_dir}: it starts afresh")
+
     # --- running --------------------------------------------------------------------------------------------------------
 
     def layers_of(self, segment: int) -> list[Callable[[Any], Any]]:
@@ -176,6 +197,11 @@ class LocalPipelineModule(PipelineModule):
                 yield from layer.parameters()
         if str(segment) in self.heads:
             yield from self.heads[str(segment)].parameters()
+
+
+def head_file(segment: int) -> str:
+    """Name of the checkpoint file of a segment's auxiliary head."""
+    return f"head_{segment:02d}-model_states.pt"
 
 
 def _num_stages(section: LocalParallelConfig, num_stages: int | None, topology: Any) -> int:

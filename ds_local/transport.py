@@ -213,15 +213,22 @@ class Receiver(_GroupEnd):
     def __init__(self, name: str, group: Any, peer: Peer, depth: int, timeout_seconds: float, device: torch.device) -> None:
         super().__init__(name, group, peer, depth, timeout_seconds)
         self.device = device
+        self._early: dict[tuple[int, int], tuple[Tag, Message]] = {}  # came before they were asked for
 
     def receive(self, tag: Tag) -> tuple[Tag, Message]:
-        """The next message, which must be the one for `tag`; its tensors belong to the caller.
+        """The message for `tag`; its tensors belong to the caller. Other messages of the step may come first, they are kept.
 
         Raises:
-            TransportError: when it is another one, or the peer failed, is gone or silent.
+            TransportError: when a message of another step comes, or the peer failed, is gone or silent.
         """
+        while tag[:2] not in self._early:
+            found, message = self._next(tag)
+            self._early[found[:2]] = found, message
+        return self._early.pop(tag[:2])
+
+    def _next(self, tag: Tag) -> tuple[Tag, Message]:
         if self._layout is None:
-            self._open(tag)
+            self._layout = self._open(tag)
         work, buffer = self._under_way.popleft()
         self._wait(work, f"to send {tag}")
         self._post(torch.empty_like(buffer))
@@ -229,15 +236,14 @@ class Receiver(_GroupEnd):
         if code == _FAILED:
             raise TransportError(f"{self.peer} ended: {_text(buffer[_HEADER * 8 :])}")
         found = Tag(step, micro_batch, bool(last_step))
-        if code != _MESSAGE or found[:2] != tag[:2]:
+        if code != _MESSAGE or step != tag.step:
             raise TransportError(
                 f"the {self.name} from {self.peer} brought {found}, expected {tag}; do all ranks run the same configuration?"
             )
-        assert self._layout is not None, "opened above"
         self.num_bytes += self._layout.num_bytes
         return found, {name: view.to(self.device) for name, view in self._layout.views(buffer).items()}
 
-    def _open(self, tag: Tag) -> None:
+    def _open(self, tag: Tag) -> _Layout:
         """Learn the shapes from the first message and post the receives."""
         buffer = torch.empty(_SPEC_BYTES, dtype=torch.uint8)
         self._post(buffer)
@@ -246,9 +252,10 @@ class Receiver(_GroupEnd):
         spec = json.loads(_text(buffer))
         if "failed" in spec:
             raise TransportError(f"{self.peer} ended: {spec['failed']}")
-        self._layout = _Layout.parse(spec["layout"])
+        layout = _Layout.parse(spec["layout"])
         for _ in range(self.depth):
-            self._post(torch.empty(self._layout.num_bytes, dtype=torch.uint8))
+            self._post(torch.empty(layout.num_bytes, dtype=torch.uint8))
+        return layout
 
     def _post(self, buffer: Tensor) -> None:
         try:

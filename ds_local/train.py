@@ -1,0 +1,259 @@
+"""The training loop: build, train, evaluate every segment, save, resume, stop when told to.
+
+`scripts/train.py` parses the arguments and calls `train`. A run folder holds run.json (what ran), metrics.jsonl (what came of
+it), checkpoints/ and loss.png.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from argparse import Namespace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import distributed as dist
+from tqdm import tqdm
+
+from ds_local import blocks
+from ds_local.checkpoint import latest_tag
+from ds_local.config import (
+    SECTION,
+    ConfigError,
+    batch_sizes,
+    check_deepspeed,
+    load_config,
+    local_parallel,
+    num_stages_and_replicas,
+)
+from ds_local.data import BatchShape, TokenData, training_batches, validation_batches
+from ds_local.engine import LocalPipelineEngine, initialize
+from ds_local.metrics import MetricsFile, SegmentReport, draw_losses, summary_table
+from ds_local.module import causal_lm
+
+VOCABULARY_PADDING = 128  # a model's vocabulary may be rounded up by less than this, as is usual for speed
+
+
+def train(args: Namespace) -> None:
+    """Run `scripts/train.py`; see there for the arguments.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, ...: in a sentence, before any training, with nothing lost.
+    """
+    config, data, hf_config = read_inputs(args)
+    run = Path(args.output)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    section = local_parallel(config)
+    stages, replicas = num_stages_and_replicas(section, world_size)
+    micro_batch_size, num_micro_batches = batch_sizes(config, replicas)
+    _check_run_folder(run, args.resume)
+
+    interval = config.get("activation_checkpointing", {}).get("interval", 0)
+    model = causal_lm(hf_config, stages, config, data.seq_len, activation_checkpoint_interval=interval)
+    engine = initialize(model=model, config=config)[0]
+    if args.resume:
+        engine.load_checkpoint(str(run / "checkpoints"))
+    shape = BatchShape(micro_batch_size, num_micro_batches, replicas, engine.replica_id)
+    if engine.global_rank == 0:
+        _start_run_folder(run, args, config, data, engine)
+    dist.barrier()
+    _Loop(args, run, engine, data, shape).run()
+
+
+def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
+    """Config, data and model of a run, checked against each other.
+
+    Raises:
+        ConfigError: naming the two values that contradict each other.
+    """
+    config = load_config(args.deepspeed_config)
+    check_deepspeed(config)
+    config[SECTION] = overridden_section(config.get(SECTION, {}), args)
+    local_parallel(config)
+    data = TokenData(args.data)
+    hf_config = blocks.load_model_config(args.model)
+    padding = hf_config.vocab_size - data.vocab_size
+    if not 0 <= padding < VOCABULARY_PADDING:
+        raise ConfigError(
+            f"{args.model} has vocab_size {hf_config.vocab_size} but the tokenizer in {args.data} has {data.vocab_size} tokens; "
+            f"set vocab_size to {data.vocab_size}, or prepare the data with another tokenizer"
+        )
+    if data.seq_len > blocks.num_positions(hf_config):
+        raise ConfigError(
+            f"{args.data} has sequences of {data.seq_len} tokens but {args.model} takes at most "
+            f"{blocks.num_positions(hf_config)}; prepare the data with a smaller --seq-len"
+        )
+    hf_config.bos_token_id = hf_config.eos_token_id = data.facts["eos_token_id"]
+    return config, data, hf_config
+
+
+def overridden_section(section: dict[str, Any], args: Namespace) -> dict[str, Any]:
+    """The "local_parallel" section with what the command line says instead."""
+    section = dict(section)
+    if args.mode is not None or args.backprop_micro_batches is not None:
+        for key in ("mode", "window", "combine", "weights", "mix", "phases"):
+            section.pop(key, None)
+        row = {"mode": args.mode or "local"} | ({} if args.window is None else {"window": args.window})
+        if args.backprop_micro_batches:
+            section["mix"] = [{"mode": "backprop", "micro_batches": args.backprop_micro_batches}, row]
+        else:
+            section |= row
+        if args.backprop_from is not None:
+            scheme = {key: section.pop(key) for key in ("mode", "window", "mix") if key in section}
+            section["phases"] = [{**scheme, "until_step": args.backprop_from}, {"mode": "backprop"}]
+    elif args.window is not None or args.backprop_from is not None:
+        raise ConfigError("--window and --backprop-from need --mode or --backprop-micro-batches")
+    for key in ("num_stages", "segments_per_stage", "seed"):
+        if getattr(args, key) is not None:
+            section[key] = getattr(args, key)
+    return section
+
+
+def _check_run_folder(run: Path, resume: bool) -> None:
+    if resume:
+        latest_tag(run / "checkpoints")
+    elif (run / "run.json").exists():
+        raise ConfigError(f"{run} already holds a run; add --resume to continue it, or choose another --output")
+
+
+def _start_run_folder(run: Path, args: Namespace, config: dict[str, Any], data: TokenData, engine: LocalPipelineEngine) -> None:
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        shutil.copytree(data.tokenizer_folder, run / "checkpoints" / "tokenizer", dirs_exist_ok=True)
+    schedules = [engine.section.schedule_at(s, engine.num_stages, engine.micro_batches) for s in engine.section.distinct_steps()]
+    facts = {
+        "arguments": vars(args),
+        "config": config,
+        "model": blocks.config_dict(engine.module.hf_config),
+        "data": {"folder": str(data.folder), **data.facts},
+        "layout": {
+            "stages": engine.num_stages, "replicas": engine.dp_world_size,
+            "segments": engine.num_segments, "segment_parts": engine.module.segment_parts,
+        },
+        "routes": [list(dict.fromkeys(map(str, s.rows))) for s in schedules],
+        "schedules": [str(s).splitlines() for s in schedules],
+        "machine": {"processor": platform.machine(), "cpus": os.cpu_count(), "device": str(engine.device)},
+        "versions": {name: version(name) for name in ("ds_local", "torch", "deepspeed", "transformers", "datasets")}
+        | {"python": platform.python_version()},
+    }  # fmt: skip
+    (run / "run.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
+
+
+class _Loop:
+    """Steps until done; rank 0 keeps the books."""
+
+    def __init__(self, args: Namespace, run: Path, engine: LocalPipelineEngine, data: TokenData, shape: BatchShape) -> None:
+        self.args, self.run_folder, self.engine, self.data = args, run, engine, data
+        self.shape = shape
+        self.is_first = engine.global_rank == 0
+        self.tokens_per_step = shape.per_step * data.seq_len
+        self.metrics = MetricsFile(run / "metrics.jsonl")
+        self.started = time.perf_counter()
+        self.earlier_seconds = 0.0
+        self.first_step = engine.global_steps
+        self.reports: list[list[SegmentReport]] = []
+        if self.is_first:
+            self.earlier_seconds = self.metrics.keep_until(engine.global_steps)
+            engine.reports.listeners.append(self._on_report)
+        self.bar = tqdm(
+            total=args.max_steps,
+            initial=engine.global_steps,
+            disable=not self.is_first,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+
+    def run(self) -> None:
+        engine, args = self.engine, self.args
+        signal.signal(signal.SIGTERM, lambda *_: engine.request_stop())
+        batches = None
+        if engine.is_first_stage():
+            batches = training_batches(self.data, engine.section.seed, engine.global_steps, self.shape)
+        saved = evaluated = engine.global_steps if args.resume else -1
+        while engine.global_steps < args.max_steps and not engine.should_stop:
+            engine.train_batch(batches)
+            step = engine.global_steps
+            if step == self.first_step + 1:
+                self.started = time.perf_counter()  # the first step pays for warm-up
+            if args.eval_every and step % args.eval_every == 0:
+                evaluated = self._evaluate()
+            if args.save_every and step % args.save_every == 0:
+                saved = self._save()
+        if saved != engine.global_steps:
+            self._save()
+        if evaluated != engine.global_steps and not engine.should_stop:
+            self._evaluate()
+        self.bar.close()
+        if self.is_first:
+            self._conclude()
+
+    def _seconds(self) -> float:
+        return self.earlier_seconds + time.perf_counter() - self.started
+
+    def _on_report(self, reports: list[SegmentReport]) -> None:
+        """Called on rank 0 with all segments' figures of a step."""
+        step = reports[0].step
+        self.reports.append(reports)
+        seconds = self._seconds()
+        self.metrics.write([
+            {
+                "step": step, "segment": r.segment, "stage": r.stage, "split": "train", "loss": r.loss,
+                "tokens": step * self.tokens_per_step, "seconds": round(seconds, 3), "grad_norm": r.grad_norm,
+                "idle_share": round(r.idle_share, 4), "step_seconds": round(r.seconds, 4), "sent_bytes": r.sent_bytes,
+            }
+            for r in reports
+        ])  # fmt: skip
+        losses = " ".join(f"{r.loss:.3f}" if r.loss is not None else "-" for r in reports)
+        self.bar.set_postfix_str(f"loss {losses} | {self._tokens_per_second(step):,.0f} tokens/s", refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def _tokens_per_second(self, step: int) -> float:
+        elapsed = time.perf_counter() - self.started
+        return max(0, step - self.first_step - 1) * self.tokens_per_step / elapsed if elapsed > 0 else 0.0
+
+    def _evaluate(self) -> int:
+        batches = validation_batches(self.data, self.shape, self.args.eval_sequences)
+        began = time.perf_counter()
+        self.engine.eval_batch(iter(batches), num_micro_batches=len(batches))
+        self.started += time.perf_counter() - began  # throughput is that of training
+        step = self.engine.global_steps
+        if self.is_first:
+            per_stage = self.engine.section.segments_per_stage
+            self.metrics.write([
+                {
+                    "step": step, "segment": segment, "stage": segment // per_stage, "split": "validation", "loss": loss,
+                    "tokens": step * self.tokens_per_step, "seconds": round(self._seconds(), 3),
+                }
+                for segment, loss in self.engine.eval_losses.items()
+            ])  # fmt: skip
+        return step
+
+    def _save(self) -> int:
+        began = time.perf_counter()
+        self.engine.save_checkpoint(str(self.run_folder / "checkpoints"))
+        self.started += time.perf_counter() - began
+        return self.engine.global_steps
+
+    def _conclude(self) -> None:
+        picture = self.run_folder / "loss.png"
+        draw_losses(self.metrics.path, picture)
+        print(summary_table(self.engine.eval_losses, self.reports, self._tokens_per_second(self.engine.global_steps)))
+        what = "stopped as asked" if self.engine.should_stop else "finished"
+        print(
+            f"{what} at step {self.engine.global_steps}; loss curves: {picture}; checkpoints: {self.run_folder / 'checkpoints'}"
+        )
+        sys.stdout.flush()
+
+
+def end_quietly() -> None:
+    """Leave together, so that no rank sees a neighbour's connection close while it still works."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,68 @@
+"""Pretrain a causal language model over pipeline stages that learn from their own losses.
+
+    deepspeed scripts/train.py --model configs/gpt2-nano.json --data data/python --output runs/nano --max-steps 300 \
+        --deepspeed --deepspeed_config ds_config.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from ds_local.routes import MODES
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="config.json in Hugging Face's form")
+    add("--data", required=True, help="folder written by scripts/prepare_data.py")
+    add("--output", required=True, help="run folder: run.json, metrics.jsonl, checkpoints/, loss.png")
+    add("--max-steps", type=int, required=True, help="optimizer steps in all, earlier ones of a resumed run included")
+    add("--eval-every", type=int, default=0, help="steps between validations; 0: only at the end")
+    add("--eval-sequences", type=int, help="validation sequences to use; default all")
+    add("--save-every", type=int, default=0, help="steps between checkpoints; 0: only at the end")
+    add("--resume", action="store_true", help="continue the run in --output from its latest checkpoint")
+    scheme = parser.add_argument_group("scheme (instead of what the config file's local_parallel section says)")
+    scheme.add_argument("--num-stages", type=int, help="pipeline stages; default one per process")
+    scheme.add_argument("--segments-per-stage", type=int)
+    scheme.add_argument("--mode", choices=MODES)
+    scheme.add_argument("--window", type=int, help="of modes that take one")
+    scheme.add_argument("--backprop-micro-batches", type=int, help="micro-batches of each step that run real backpropagation")
+    scheme.add_argument("--backprop-from", type=int, help="plain backpropagation from this step on")
+    scheme.add_argument("--seed", type=int, help="of weights, dropout and data order")
+    deepspeed = parser.add_argument_group("DeepSpeed")
+    deepspeed.add_argument("--deepspeed", action="store_true", help="accepted for DeepSpeed's sake; always on")
+    deepspeed.add_argument("--deepspeed_config", required=True, help="ds_config.json")
+    deepspeed.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    args = parse_arguments()
+    os.environ.setdefault("LOCAL_RANK", str(max(args.local_rank, 0)))
+    from ds_local import train
+
+    try:
+        train.train(args)
+        train.end_quietly()
+    except (ValueError, RuntimeError, OSError) as error:
+        # before training starts all ranks find the same mistake: say it once
+        if dist_started() or os.environ["LOCAL_RANK"] == "0":
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def dist_started() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_initialized()
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    if code:
+        os._exit(code)  # a failed rank must not wait in anybody's destructor
