@@ -42,7 +42,7 @@ from ds_local.instructions import (
 )
 from ds_local.metrics import Reports, monitor_listener
 from ds_local.module import LocalPipelineModule
-from ds_local.notices import post_notice, read_notice, report_failure
+from ds_local.notices import first_failure, post_notice, read_notice, report_failure
 from ds_local.replacements import SafeCheckpointEngine, StageLocal
 from ds_local.schedule import Link, validate
 from ds_local.seeds import seeded
@@ -199,15 +199,29 @@ class LocalPipelineEngine(PipelineEngine):
         try:
             yield
         except BaseException as error:
-            reason = (
-                f"stage {self.stage_id} (rank {self.global_rank}) at step {self.global_steps}: {error or type(error).__name__}"
-            )
-            if not isinstance(error, TransportError) or "first failure reported" not in str(error):
+            failure = self._explained(error)
+            reason = getattr(failure, "reason", None)
+            if reason is None:
+                what = str(failure) or type(failure).__name__
+                reason = f"stage {self.stage_id} (rank {self.global_rank}) at step {self.global_steps}: {what}"
                 report_failure(reason)
             for link in self._links():
                 if isinstance(link, Sender):
                     link.fail(reason)
-            raise
+            if failure is error:
+                raise
+            raise failure from error
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """A collective that broke does not say with whom; among replicas we can."""
+        text = str(error)
+        if not isinstance(error, RuntimeError) or not any(word in text for word in ("gloo/transport", "NCCL", "ProcessGroup")):
+            return error
+        others = ", ".join(f"rank {rank}" for rank in self.grid.dp_group if rank != self.global_rank)
+        return TransportError(
+            f"stage {self.stage_id} lost a replica ({others or 'another stage while all met'} gone or silent){first_failure()}; "
+            f"the process group said: {text.splitlines()[0][:200]}"
+        )
 
     # --- stopping -------------------------------------------------------------------------------------------------------
 
@@ -251,10 +265,11 @@ class LocalPipelineEngine(PipelineEngine):
             CheckpointError: for a tag that is no plain file name.
         """
         tag = checkpoint.checked_tag(str(tag or f"global_step{self.global_steps}"))
-        partial = checkpoint.begin(save_dir, tag)
-        super().save_checkpoint(save_dir, partial, client_state or {}, False, exclude_frozen_parameters)
-        checkpoint.commit(save_dir, partial, tag, self._facts(), save_latest)
-        self.reports.flush()
+        with self._failures_reported():
+            partial = checkpoint.begin(save_dir, tag)
+            super().save_checkpoint(save_dir, partial, client_state or {}, False, exclude_frozen_parameters)
+            checkpoint.commit(save_dir, partial, tag, self._facts(), save_latest)
+            self.reports.flush()
         return True
 
     def load_checkpoint(
@@ -329,8 +344,8 @@ class LocalPipelineEngine(PipelineEngine):
                 for segment in self.module.local_segments:
                     logits = self._evaluate_segment(segment, -1 - micro_batch, sums, compute_loss, return_logits)
             dist.all_reduce(sums)
+            self.reports.flush()
         self.data_iterator = train_iterator
-        self.reports.flush()
         losses = (sums[0] / sums[1]).tolist()
         self.eval_losses = {segment: loss for segment, loss in enumerate(losses) if not math.isnan(loss)}
         loss = torch.tensor(losses[-1], device=self.device)

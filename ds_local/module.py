@@ -13,7 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
@@ -32,6 +31,7 @@ from ds_local.config import (
     num_stages_and_replicas,
 )
 from ds_local.partition import balance
+from ds_local.replacements import start_processes
 
 MakeHead = Callable[[int], nn.Module]
 
@@ -77,7 +77,7 @@ class LocalPipelineModule(PipelineModule):
         self._make_head = head
         self._check_layers(layers, stages)
         if not dist.is_initialized():
-            deepspeed.init_distributed()
+            start_processes()
         super().__init__(
             layers=layers, num_stages=stages, topology=topology, loss_fn=loss_fn, partition_method="parameters",
             activation_checkpoint_interval=activation_checkpoint_interval,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
@@ -11,6 +12,17 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from ds_local.checkpoint import CheckpointError
+
+
+def start_processes() -> None:
+    """`deepspeed.init_distributed`, without DeepSpeed's shared-memory op for CPUs.
+
+    Only inference uses that op, yet every start loads it: it is compiled first (a start killed meanwhile leaves a lock on which
+    all later ones wait in silence), and each run leaves 64 MB per rank behind in /dev/shm.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
+
 
 # what DeepSpeed pickles into its optimizer files besides tensors and plain data
 _PLAIN_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]

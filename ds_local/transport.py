@@ -36,7 +36,14 @@ Message = Mapping[str, Tensor]
 
 
 class TransportError(RuntimeError):
-    """A neighbour is gone, silent, or sent something else than expected; the message names it."""
+    """A neighbour is gone, silent, or sent something else than expected; the message names it.
+
+    `reason` is what the stage that failed first said, if this rank has been told.
+    """
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Tag(NamedTuple):
@@ -234,7 +241,7 @@ class Receiver(_GroupEnd):
         self._post(torch.empty_like(buffer))
         code, step, micro_batch, last_step = buffer[: _HEADER * 8].view(torch.int64).tolist()
         if code == _FAILED:
-            raise TransportError(f"{self.peer} ended: {_text(buffer[_HEADER * 8 :])}")
+            raise _failed_elsewhere(_text(buffer[_HEADER * 8 :]))
         found = Tag(step, micro_batch, bool(last_step))
         if code != _MESSAGE or step != tag.step:
             raise TransportError(
@@ -251,7 +258,7 @@ class Receiver(_GroupEnd):
         self._wait(work, f"to send its first message ({tag})")
         spec = json.loads(_text(buffer))
         if "failed" in spec:
-            raise TransportError(f"{self.peer} ended: {spec['failed']}")
+            raise _failed_elsewhere(spec["failed"])
         layout = _Layout.parse(spec["layout"])
         for _ in range(self.depth):
             self._post(torch.empty(layout.num_bytes, dtype=torch.uint8))
@@ -262,6 +269,10 @@ class Receiver(_GroupEnd):
             self._under_way.append((dist.irecv(buffer, self.peer.rank, self._group), buffer))
         except RuntimeError as error:
             raise TransportError(f"cannot reach {self.peer} on the {self.name}{first_failure()}") from error
+
+
+def _failed_elsewhere(reason: str) -> TransportError:
+    return TransportError(f"the run ended elsewhere: {reason}", reason)
 
 
 def _write_header(buffer: Tensor, code: int, tag: Tag) -> None:

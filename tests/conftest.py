@@ -33,6 +33,8 @@ def golden(request):
         if request.config.getoption("--rewrite-golden"):
             path.parent.mkdir(exist_ok=True)
             path.write_text(text + "\n")
-        assert text + "\n" == path.read_text(), f"{name} changed; if that was meant, run pytest --rewrite-golden and read the difference"
+        assert text + "\n" == path.read_text(), (
+            f"{name} changed; if that was meant, run pytest --rewrite-golden and read the difference"
+        )
 
     return compare

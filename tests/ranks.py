@@ -1,8 +1,7 @@
 """Real gloo processes for tests: `run_ranks(function, world_size, ...)` runs a module-level function on every rank.
 
-Importing DeepSpeed costs seconds a process, so ranks stay alive between tests, one set for each world size (DeepSpeed's
-shared-memory op keeps the size it was started with); each call gets a process group of its own. A call has a time limit, and
-the first rank that fails is reported with its traceback.
+Importing DeepSpeed costs seconds a process, so ranks stay alive between tests; each call gets a process group of its own. A
+call has a time limit, and the first rank that fails is reported with its traceback.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ class RankError(AssertionError):
 
 
 def _serve(rank: int, jobs: Any, results: Any) -> None:
+    mp.current_process()._config["daemon"] = False  # so that a DataLoader may have workers
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", LOCAL_RANK=str(rank), RANK=str(rank))
     import torch
 
@@ -53,12 +53,14 @@ def _run(function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
     import deepspeed
     import torch.distributed as dist
 
+    from ds_local.replacements import start_processes
+
     log = os.environ.get("DS_LOCAL_TEST_LOG")
     with open(log or os.devnull, "a") as sink:
         saved = os.dup(1), os.dup(2)
         os.dup2(sink.fileno(), 1), os.dup2(sink.fileno(), 2)
         try:
-            deepspeed.init_distributed("gloo", verbose=False)
+            start_processes()
             return function(*args, **kwargs)
         finally:
             if dist.is_initialized():
@@ -116,13 +118,12 @@ class Pool:
         self._workers, self._results = [], self._context.Queue()
 
 
-_pools: dict[int, Pool] = {}
+_pool = Pool()
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
-    return _pools.setdefault(world_size, Pool()).run(function, world_size, *args, **kwargs)
+    return _pool.run(function, world_size, *args, **kwargs)
 
 
 def close_ranks() -> None:
-    for pool in _pools.values():
-        pool.close()
+    _pool.close()

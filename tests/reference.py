@@ -3,6 +3,8 @@ graph over the whole model per micro-batch, and a table of which loss trains whi
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from ds_local import blocks
@@ -37,7 +39,7 @@ def table_of(mode: str, num_segments: int, window: int = 2, combine: str = "sum"
         elif mode == "interlocking":
             add(min(s + window - 1, last), s)
         elif mode == "overlapping":
-            heard = [l for l in range(num_segments) if s <= l < s + window]
+            heard = [loss for loss in range(num_segments) if s <= loss < s + window]
             for loss in heard:
                 add(loss, s, 1.0 if combine == "sum" else 1.0 / len(heard))
         elif mode == "deep_supervision":
@@ -58,13 +60,18 @@ class Reference:
     def __init__(self, family: str, parts: list[int], lr: float = 1e-2, clip: float = 1.0, seed: int = SEED) -> None:
         config = blocks.load_model_config(MODELS[family])
         depth = blocks.num_blocks(config)
-        layers = [blocks.Embedding(config, seed), *(blocks.Block(config, i, seed) for i in range(depth)), blocks.Readout(config, seed)]
+        layers = [
+            blocks.Embedding(config, seed),
+            *(blocks.Block(config, i, seed) for i in range(depth)),
+            blocks.Readout(config, seed),
+        ]
         self.layers = layers
         self.num_segments = len(parts) - 1
-        self.segments = [layers[a:b] for a, b in zip(parts, parts[1:], strict=False)]
+        self.segments = [layers[a:b] for a, b in pairwise(parts)]
         self.heads = [blocks.make_head(config, s, seed) for s in range(self.num_segments - 1)]
         self.parameters = [
-            [p for layer in segment for p in layer.parameters()] + [p for head in self.heads[s : s + 1] for p in head.parameters()]
+            [p for layer in segment for p in layer.parameters()]
+            + [p for head in self.heads[s : s + 1] for p in head.parameters()]
             for s, segment in enumerate(self.segments)
         ]
         self.clip = clip
@@ -123,7 +130,9 @@ class Reference:
 
     def state(self) -> dict[str, torch.Tensor]:
         state = {f"{i}.{name}": p.detach().clone() for i, layer in enumerate(self.layers) for name, p in layer.named_parameters()}
-        return state | {f"heads.{s}.{n}": p.detach().clone() for s, head in enumerate(self.heads) for n, p in head.named_parameters()}
+        return state | {
+            f"heads.{s}.{n}": p.detach().clone() for s, head in enumerate(self.heads) for n, p in head.named_parameters()
+        }
 
 
 def batch(step: int, micro_batch: int, replica: int, size: int = 2, length: int = 16, vocabulary: int = 64) -> torch.Tensor:
