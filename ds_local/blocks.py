@@ -222,8 +222,8 @@ def attention_of(config: PretrainedConfig, index: int) -> str:
 def make_head(config: PretrainedConfig, segment: int, seed: int, bias: bool = False) -> AuxiliaryHead:
     """The auxiliary head of a segment: the family's own norm and a linear readout of its own."""
     norm = _materialize(config, family_of(config).norm, seed, "head norm", segment)
-    readout = nn.Linear(config.hidden_size, config.vocab_size, bias=bias)
     with seeded(seed, "head readout", segment):
+        readout = nn.Linear(config.hidden_size, config.vocab_size, bias=bias)
         skeleton(config)._init_weights(readout)
     return AuxiliaryHead(norm, readout)
 

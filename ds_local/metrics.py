@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from torch import Tensor
+from torch import distributed as dist
 
 from ds_local.notices import Mailbox
 
@@ -60,7 +60,7 @@ class Reports:
         self._last_emitted = 0
         rank = dist.get_rank()
         self._reads, self._writes = rank == 0, rank == source
-        group = torch.distributed.new_group([0, source], backend="gloo") if source else None
+        group = dist.new_group([0, source], backend="gloo") if source else None
         self._mailbox = Mailbox(group, 0, (num_segments, len(FIGURES))) if self._reads or self._writes else None
 
     def close_step(self, rows: dict[int, dict[str, Any]]) -> None:
@@ -81,7 +81,7 @@ class Reports:
         own = {segment: self.figures[segment].tolist() for segment in self._local_segments}
         mailed = self._mailbox.sent if self._mailbox and self._writes else 0
         gathered: list[Any] = [None] * dist.get_world_size()
-        torch.distributed.all_gather_object(gathered, (own, mailed))
+        dist.all_gather_object(gathered, (own, mailed))
         if self._reads and self._mailbox is not None:
             self._emit(self._mailbox.read(at_least=max(mailed for _, mailed in gathered)))
             figures = torch.empty_like(self.figures)
@@ -155,17 +155,23 @@ class MetricsFile:
         return max((row["seconds"] for row in rows), default=0.0)
 
 
-def summary_table(eval_losses: dict[int, float], reports: list[list[SegmentReport]], tokens_per_second: float) -> str:
-    """Validation loss of every segment, idle share of its stage, throughput, as a small text table."""
-    warm = reports[1:] or reports
+def summary_table(rows: list[dict[str, Any]]) -> str:
+    """What came of a run, from the rows of metrics.jsonl: last validation loss and idle share per segment, throughput."""
+    train = [row for row in rows if row["split"] == "train"]
+    validation = {row["segment"]: row["loss"] for row in rows if row["split"] == "validation"}
     lines = ["segment  stage  validation loss  perplexity  idle share"]
-    for row in zip(*warm, strict=True) if warm else ():
-        seconds = sum(r.seconds for r in row)
-        idle = sum(r.idle_share * r.seconds for r in row) / seconds if seconds else 0.0
-        loss = eval_losses.get(row[0].segment)
+    for segment, stage in sorted({(row["segment"], row["stage"]) for row in train}):
+        # the first report pays for the start
+        own = [row for row in train if row["segment"] == segment][1:]
+        seconds = sum(row["step_seconds"] for row in own)
+        idle = f"{sum(row['idle_share'] * row['step_seconds'] for row in own) / seconds:>10.1%}" if seconds else f"{'-':>10}"
+        loss = validation.get(segment)
         figures = f"{loss:>15.4f}  {math.exp(loss):>10.2f}" if loss is not None else f"{'-':>15}  {'-':>10}"
-        lines.append(f"{row[0].segment:>7}  {row[0].stage:>5}  {figures}  {idle:>10.1%}")
-    return "\n".join([*lines, f"{tokens_per_second:,.0f} tokens/s"])
+        lines.append(f"{segment:>7}  {stage:>5}  {figures}  {idle}")
+    if train and train[-1]["seconds"] > train[0]["seconds"]:
+        speed = (train[-1]["tokens"] - train[0]["tokens"]) / (train[-1]["seconds"] - train[0]["seconds"])
+        lines.append(f"{train[-1]['step']} steps, {train[-1]['tokens']:,} tokens, {speed:,.0f} tokens/s")
+    return "\n".join(lines)
 
 
 def draw_losses(metrics: str | Path, picture: str | Path) -> None:

@@ -202,80 +202,110 @@ def replay(
         The events in the order they were found, and None, or a sentence naming what each stage waits for when nothing
         can go on.
     """
-    events: list[Event] = []
-    done: dict[tuple[int, Action], float] = {}  # when its result is there, without the transfer
-    arrived: dict[tuple[int, Action], float] = {}  # the same with the transfer
-    consumed: dict[Link, list[float]] = defaultdict(list)  # per link and message: when its receiver took it
-    sent: dict[Link, int] = defaultdict(int)
-    link_free: dict[Link, float] = defaultdict(float)
-    clock = [0.0] * schedule.num_stages
-    programs = [_program(schedule, stage, steps) for stage in range(schedule.num_stages)]
-    wants: list[tuple | None] = [next(p, None) for p in programs]
-    waiting: dict[tuple, list[int]] = defaultdict(list)
-    runnable = list(range(schedule.num_stages))
+    run = _Replay(schedule, cost, link_time, link_depth, steps)
+    run.run()
+    return run.events, run.stuck()
 
-    def wake(key: tuple) -> None:
-        runnable.extend(waiting.pop(key, ()))
 
-    def blocked_on(stage: int) -> tuple | None:
-        """What `stage` must wait for before its next piece of work, as a key of `waiting`."""
-        kind, step, action, link = wants[stage]  # type: ignore[misc]
-        if kind == "send":
-            if link_depth is None or not schedule.crosses_stages(link) or sent[link] - link_depth < len(consumed[link]):
-                return None
-            return ("consumed", link, sent[link] - link_depth)
-        return next(((step, r) for r, via in schedule.requires(action) if (step, r) not in (arrived if via else done)), None)
+class _Replay:
+    """The state of one `replay`: for each stage its clock and its next piece of work, for each link what is on it."""
 
-    def run(stage: int) -> None:
-        kind, step, action, link = wants[stage]  # type: ignore[misc]
-        if kind == "send":
-            start = max(done[step, action], link_free[link])
-            link_free[link] = arrived[step, action] = start + (link_time(link) if schedule.crosses_stages(link) else 0.0)
-            if link_depth is not None and sent[link] >= link_depth and schedule.crosses_stages(link):
-                clock[stage] = max(clock[stage], consumed[link][sent[link] - link_depth])
-            sent[link] += 1
-            wake((step, action))
-            return
-        required = schedule.requires(action)
-        start = max([clock[stage], *(done[step, r] if via is None else arrived[step, r] for r, via in required)])
+    def __init__(
+        self,
+        schedule: Schedule,
+        cost: Callable[[Action], float],
+        link_time: Callable[[Link], float],
+        depth: int | None,
+        steps: int,
+    ) -> None:
+        self.schedule, self.cost, self.link_time, self.depth = schedule, cost, link_time, depth
+        self.events: list[Event] = []
+        self.done: dict[tuple[int, Action], float] = {}  # (step, action) -> when its result is there, on its own segment
+        self.arrived: dict[tuple[int, Action], float] = {}  # ... at the other end of its link
+        self.consumed: dict[Link, list[float]] = defaultdict(list)  # when each message was taken off its link
+        self.sent: dict[Link, int] = defaultdict(int)
+        self.link_free: dict[Link, float] = defaultdict(float)
+        self.clock = [0.0] * schedule.num_stages
+        self.programs = [_program(schedule, stage, steps) for stage in range(schedule.num_stages)]
+        self.next = [next(program, None) for program in self.programs]
+        self.waiting: dict[tuple, list[int]] = defaultdict(list)  # what a stage waits for -> stages
+        self.runnable = list(range(schedule.num_stages))
+
+    def run(self) -> None:
+        while self.runnable:
+            stage = self.runnable.pop()
+            while (work := self.next[stage]) is not None:
+                missing = self._missing_for(work)
+                if missing is not None:
+                    self.waiting[missing].append(stage)
+                    break
+                self._send(stage, work) if work.link is not None else self._compute(stage, work)
+                self.next[stage] = next(self.programs[stage], None)
+
+    def _missing_for(self, work: _Work) -> tuple | None:
+        """What must happen before this piece of work, as a key of `waiting`."""
+        step, action, link = work
+        if link is not None:
+            full = self.depth is not None and self.schedule.crosses_stages(link)
+            number = self.sent[link] - (self.depth or 0)
+            return ("taken", link, number) if full and number >= len(self.consumed[link]) else None
+        for required, via in self.schedule.requires(action):
+            if (step, required) not in (self.arrived if via else self.done):
+                return step, required
+        return None
+
+    def _send(self, stage: int, work: _Work) -> None:
+        step, action, link = work
+        assert link is not None, "told apart by the caller"
+        crosses = self.schedule.crosses_stages(link)
+        start = max(self.done[step, action], self.link_free[link])
+        self.link_free[link] = self.arrived[step, action] = start + (self.link_time(link) if crosses else 0.0)
+        number = self.sent[link] - (self.depth or 0)
+        if crosses and self.depth is not None and number >= 0:
+            self.clock[stage] = max(self.clock[stage], self.consumed[link][number])
+        self.sent[link] += 1
+        self._wake((step, action))
+
+    def _compute(self, stage: int, work: _Work) -> None:
+        step, action, _ = work
+        required = self.schedule.requires(action)
+        start = max([self.clock[stage], *((self.arrived if via else self.done)[step, r] for r, via in required)])
         for _, via in required:
             if via is not None:
-                consumed[via].append(start)
-                wake(("consumed", via, len(consumed[via]) - 1))
-        clock[stage] = done[step, action] = start + cost(action)
-        events.append(Event(stage, step, action, start, clock[stage]))
-        wake((step, action))
+                self.consumed[via].append(start)
+                self._wake(("taken", via, len(self.consumed[via]) - 1))
+        self.clock[stage] = self.done[step, action] = start + self.cost(action)
+        self.events.append(Event(stage, step, action, start, self.clock[stage]))
+        self._wake((step, action))
 
-    while runnable:
-        stage = runnable.pop()
-        while wants[stage] is not None:
-            key = blocked_on(stage)
-            if key is not None:
-                waiting[key].append(stage)
-                break
-            run(stage)
-            wants[stage] = next(programs[stage], None)
-    return events, _stuck(wants)
+    def _wake(self, key: tuple) -> None:
+        self.runnable.extend(self.waiting.pop(key, ()))
+
+    def stuck(self) -> str | None:
+        blocked = [
+            f"stage {stage} waits {'for the inputs of' if work.link is None else 'to send the result of'} "
+            f"{work.action} (segment {work.action.segment}, step {work.step})"
+            for stage, work in enumerate(self.next)
+            if work is not None
+        ]
+        return "deadlock: " + "; ".join(blocked) if blocked else None
 
 
-def _program(schedule: Schedule, stage: int, steps: int) -> Iterator[tuple[str, int, Action, Link | None]]:
-    """What a stage does, in order: ("compute", step, action, None) and ("send", step, action, link)."""
+class _Work(NamedTuple):
+    """A piece of a stage's program: compute an action, or (with a link) send its result."""
+
+    step: int
+    action: Action
+    link: Link | None
+
+
+def _program(schedule: Schedule, stage: int, steps: int) -> Iterator[_Work]:
     for step in range(steps):
         for action in schedule.stages[stage]:
-            yield "compute", step, action, None
+            yield _Work(step, action, None)
             link = schedule.sends(action)
             if link is not None:
-                yield "send", step, action, link
-
-
-def _stuck(wants: list[tuple | None]) -> str | None:
-    blocked = [
-        f"stage {stage} waits {'to send the result of' if want[0] == 'send' else 'for the inputs of'} "
-        f"{want[2]} (segment {want[2].segment}, step {want[1]})"
-        for stage, want in enumerate(wants)
-        if want is not None
-    ]
-    return "deadlock: " + "; ".join(blocked) if blocked else None
+                yield _Work(step, action, link)
 
 
 def validate(schedule: Schedule, link_depth: int) -> None:

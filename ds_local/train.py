@@ -157,7 +157,6 @@ class _Loop:
         self.started = time.perf_counter()
         self.earlier_seconds = 0.0
         self.first_step = engine.global_steps
-        self.reports: list[list[SegmentReport]] = []
         if self.is_first:
             self.earlier_seconds = self.metrics.keep_until(engine.global_steps)
             engine.reports.listeners.append(self._on_report)
@@ -200,7 +199,6 @@ class _Loop:
     def _on_report(self, reports: list[SegmentReport]) -> None:
         """Called on rank 0 with all segments' figures of a step."""
         step = reports[0].step
-        self.reports.append(reports)
         seconds = self._seconds()
         self.metrics.write([
             {
@@ -244,8 +242,8 @@ class _Loop:
     def _conclude(self) -> None:
         picture = self.run_folder / "loss.png"
         draw_losses(self.metrics.path, picture)
-        print(summary_table(self.engine.eval_losses, self.reports, self._tokens_per_second(self.engine.global_steps)))
         what = "stopped as asked" if self.engine.should_stop else "finished"
+        print(summary_table(self.metrics.read()))
         print(
             f"{what} at step {self.engine.global_steps}; loss curves: {picture}; checkpoints: {self.run_folder / 'checkpoints'}"
         )
