@@ -218,7 +218,9 @@ def prepare(
             for start in range(0, len(document.text), PIECE):
                 split = "validation" if _held_out(f"{document.name}:{start}", validation_share) else "train"
                 packers[split].add(document.text[start : start + PIECE], ends=start + PIECE >= len(document.text))
-        if not packers["validation"].sequences:  # few documents: hold out the end of the last one
+        if not packers["train"].available:  # the only document was held out
+            packers = {"train": packers["validation"], "validation": packers["train"]}
+        if not packers["validation"].available:  # few documents: hold out the end of the last one
             packers["train"].give_last_to(packers["validation"], validation_share)
         splits = {split: packer.finish() for split, packer in packers.items()}
         if any(len(split) == 0 for split in splits.values()):
@@ -284,10 +286,15 @@ class _Packer:
         flat = pa.array(rows.ravel())
         self.writer.write_table(pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(flat, self.seq_len)}))
 
+    @property
+    def available(self) -> int:
+        """Whole sequences, written and not yet written."""
+        return self.sequences + len(self.buffer) // self.seq_len
+
     def give_last_to(self, other: _Packer, share: float) -> None:
         """Move the last sequences of this split, those not yet written, to `other`."""
         whole = len(self.buffer) // self.seq_len
-        given = min(whole, max(1, round(share * (self.sequences + whole))))
+        given = min(whole, max(1, round(share * self.available)))
         if given:
             rows = self.buffer[(whole - given) * self.seq_len : whole * self.seq_len].reshape(given, self.seq_len)
             other._write(rows)

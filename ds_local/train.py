@@ -52,6 +52,8 @@ def train(args: Namespace) -> None:
     section = local_parallel(config)
     stages, replicas = num_stages_and_replicas(section, world_size)
     micro_batch_size, num_micro_batches = batch_sizes(config, replicas)
+    for step in section.distinct_steps():
+        section.schedule_at(step, stages, num_micro_batches)
     _check_run_folder(run, args.resume)
 
     interval = config.get("activation_checkpointing", {}).get("interval", 0)
@@ -250,8 +252,13 @@ class _Loop:
         sys.stdout.flush()
 
 
+def running() -> bool:
+    """Have the processes met? Before that all of them find the same mistakes."""
+    return dist.is_initialized()
+
+
 def end_quietly() -> None:
     """Leave together, so that no rank sees a neighbour's connection close while it still works."""
-    if dist.is_initialized():
+    if running():
         dist.barrier()
         dist.destroy_process_group()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 
 from ds_local.routes import MODES
 
@@ -48,17 +49,11 @@ def main() -> int:
         train.train(args)
         train.end_quietly()
     except (ValueError, RuntimeError, OSError) as error:
-        # before training starts all ranks find the same mistake: say it once
-        if dist_started() or os.environ["LOCAL_RANK"] == "0":
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if not train.running() and os.environ["LOCAL_RANK"] != "0":
+            time.sleep(5)  # most likely all ranks found the same mistake; the first one says it, and the launcher ends the rest
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
-
-
-def dist_started() -> bool:
-    import torch.distributed as dist
-
-    return dist.is_initialized()
 
 
 if __name__ == "__main__":

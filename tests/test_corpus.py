@@ -84,6 +84,13 @@ def test_what_is_no_text_is_counted(tmp_path, tokenizer):
     assert not first.text.startswith("\ufeff")
 
 
+@pytest.mark.parametrize("name", [f"{n}.txt" for n in range(60)])
+def test_one_small_file_gives_both_splits_whatever_its_name(tmp_path, tokenizer, name):
+    (tmp_path / name).write_text(words(300))
+    facts = make(tmp_path, tokenizer, tmp_path / name)
+    assert facts["sequences"]["train"] > facts["sequences"]["validation"] >= 1
+
+
 def test_a_line_of_50_megabytes(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text(words(11_000)[:50_000] * 1000)
     facts = make(tmp_path, tokenizer, tmp_path / "a.txt", seq_len=512)
