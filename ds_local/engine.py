@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import deepspeed
@@ -43,6 +44,7 @@ from ds_local.instructions import (
 from ds_local.metrics import Reports, monitor_listener
 from ds_local.module import LocalPipelineModule
 from ds_local.notices import first_failure, post_notice, read_notice, report_failure
+from ds_local.profiling import Recorder
 from ds_local.replacements import SafeCheckpointEngine, StageLocal
 from ds_local.schedule import Link, validate
 from ds_local.seeds import seeded
@@ -80,13 +82,14 @@ class LocalPipelineEngine(PipelineEngine):
         self.eval_losses: dict[int, float] = {}
         self.should_stop = False  # every rank is to leave its loop after this step; see `request_stop`
         self._stop_requested = False
+        self.recorder: Recorder | None = None  # set it to keep a trace
         self._live: dict[tuple[int, int], _Live] = {}
         self._batch: dict[int, tuple[Any, Any]] = {}
         self._grad_norms: dict[int, Tensor] = {}
         self.checkpoint_engine = SafeCheckpointEngine(self._config)
         self._keep_norms_local()
         self._schedules: dict[Any, StageSchedule] = {}
-        self._activation_links, self._gradient_links = self._make_links()
+        self.activation_links, self.gradient_links = self._make_links()
         last = self.grid._topo.get_rank(pipe=self.num_stages - 1, data=0)
         own = self.module.local_segments if self.replica_id == 0 else range(0)
         self.reports = Reports(self.num_segments, self.section.segments_per_stage, self.steps_per_print(), last, own)
@@ -142,7 +145,7 @@ class LocalPipelineEngine(PipelineEngine):
         return make_end(str(link), self.stage_id, source, target, ranks, settings.depth, settings.timeout_seconds, self.device)
 
     def _links(self) -> list[Any]:
-        return [link for link in [*self._activation_links.values(), *self._gradient_links.values()] if link is not None]
+        return [link for link in [*self.activation_links.values(), *self.gradient_links.values()] if link is not None]
 
     # --- a step ---------------------------------------------------------------------------------------------------------
 
@@ -185,6 +188,15 @@ class LocalPipelineEngine(PipelineEngine):
             "waited": sum(link.waited for link in links),
             "sent_bytes": sum(s.num_bytes for s in links if isinstance(s, Sender)),
         }
+
+    def _exec_schedule(self, pipe_schedule: StageSchedule) -> None:
+        for instructions in pipe_schedule:
+            for instruction in instructions:
+                run = partial(self._INSTRUCTION_MAP[type(instruction)], self, **instruction.kwargs)
+                if self.recorder is None:
+                    run()
+                else:
+                    self.recorder.record(instruction.name, self.global_steps, run)
 
     def _train_schedule(self) -> StageSchedule:
         key = self.section.schedule_key(self.global_steps), self.micro_batches
@@ -382,10 +394,10 @@ class LocalPipelineEngine(PipelineEngine):
         self._live[segment, micro_batch] = _Live(_to(inputs, self.device), _to(labels, self.device))
 
     def _exec_recv_activation(self, segment: int, micro_batch: int) -> None:
-        tag, message = self._activation_links[segment - 1].receive(Tag(self.global_steps, micro_batch))
+        tag, message = self.activation_links[segment - 1].receive(Tag(self.global_steps, micro_batch))
         self.should_stop |= tag.last_step
         self.reports.figures[:segment] = message["figures"][:segment]
-        self._live[segment, micro_batch] = _Live(unpack("hidden", message), _widen(unpack("labels", message)))
+        self._live[segment, micro_batch] = _Live(*self.parts_of_message(message))
 
     def _exec_forward_pass(self, segment: int, micro_batch: int) -> None:
         live = self._live[segment, micro_batch]
@@ -399,17 +411,26 @@ class LocalPipelineEngine(PipelineEngine):
 
     def _exec_send_activation(self, segment: int, micro_batch: int) -> None:
         live = self._live[segment, micro_batch]
-        message = pack("hidden", live.outputs) | pack("labels", _narrow(live.labels)) | {"figures": self.reports.figures}
-        self._activation_links[segment].send(Tag(self.global_steps, micro_batch, self.should_stop), message)
+        tag = Tag(self.global_steps, micro_batch, self.should_stop)
+        self.activation_links[segment].send(tag, self.message_for_next(live.outputs, live.labels))
+
+    def message_for_next(self, hidden: Any, labels: Any) -> dict[str, Tensor]:
+        """What travels to the next segment: hidden state, labels, and the figures of the segments so far."""
+        return pack("hidden", hidden) | pack("labels", _narrow(labels)) | {"figures": self.reports.figures}
+
+    @staticmethod
+    def parts_of_message(message: Mapping[str, Tensor]) -> tuple[Any, Any]:
+        """(hidden, labels) of a message from the segment below."""
+        return unpack("hidden", message), _widen(unpack("labels", message))
 
     def _exec_recv_grad(self, segment: int, micro_batch: int, loss: int) -> None:
-        link = self._gradient_links[Link("gradient", segment, loss - segment)]
+        link = self.gradient_links[Link("gradient", segment, loss - segment)]
         _, message = link.receive(Tag(self.global_steps, micro_batch))
         self._live[segment, micro_batch].gradients[loss] = list(message.values())
 
     def _exec_send_grad(self, segment: int, micro_batch: int, loss: int) -> None:
         live = self._live[segment, micro_batch]
-        link = self._gradient_links[Link("gradient", segment - 1, loss - (segment - 1))]
+        link = self.gradient_links[Link("gradient", segment - 1, loss - (segment - 1))]
         link.send(Tag(self.global_steps, micro_batch), pack("gradient", tuple(live.passed_on)))
         live.passed_on = []
         self._release(segment, micro_batch)

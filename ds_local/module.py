@@ -190,6 +190,12 @@ class LocalPipelineModule(PipelineModule):
         """Weight of a micro-batch in an average of losses: its predicted positions in a language model, else 1."""
         return heads.count_targets(labels) if self.loss_fn is heads.lm_loss else 1.0
 
+    def head_parameters(self, segment: int) -> list[nn.Parameter]:
+        """Parameters that only the segment's loss sees: its auxiliary head's, or those of a readout that computes the loss."""
+        if str(segment) in self.heads:
+            return list(self.heads[str(segment)].parameters())
+        return list(self.forward_funcs[-1].parameters()) if self._computes_own_loss(segment) else []
+
     def segment_parameters(self, segment: int) -> Iterator[nn.Parameter]:
         """Parameters of the segment's layers and head."""
         for layer in self.layers_of(segment):

@@ -24,6 +24,13 @@ def start_processes() -> None:
     deepspeed.init_distributed()
 
 
+def end_processes() -> None:
+    """Leave the process group, so that this process may join another one."""
+    if torch.distributed.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+
+
 # what DeepSpeed pickles into its optimizer files besides tensors and plain data
 _PLAIN_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
 

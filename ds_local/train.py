@@ -21,7 +21,7 @@ from typing import Any
 from torch import distributed as dist
 from tqdm import tqdm
 
-from ds_local import blocks
+from ds_local import blocks, profiling
 from ds_local.checkpoint import latest_tag
 from ds_local.config import (
     SECTION,
@@ -177,6 +177,8 @@ class _Loop:
         batches = None
         if engine.is_first_stage():
             batches = training_batches(self.data, engine.section.seed, engine.global_steps, self.shape)
+        if args.profile:
+            engine.recorder = profiling.Recorder(engine.device)
         saved = evaluated = engine.global_steps if args.resume else -1
         while engine.global_steps < args.max_steps and not engine.should_stop:
             engine.train_batch(batches)
@@ -192,6 +194,8 @@ class _Loop:
         if evaluated != engine.global_steps and not engine.should_stop:
             self._evaluate()
         self.bar.close()
+        if args.profile:
+            profiling.write(engine, None if batches is None else next(batches), self.run_folder)
         if self.is_first:
             self._conclude()
 

@@ -146,6 +146,11 @@ class _GroupEnd:
         self._layout: _Layout | None = None
         self._under_way: deque[tuple[Any, Tensor]] = deque()
 
+    @property
+    def message_bytes(self) -> int:
+        """Size of a message, 0 before the first."""
+        return self._layout.num_bytes if self._layout else 0
+
     def _wait(self, work: Any, purpose: str) -> None:
         started = time.perf_counter()
         try:

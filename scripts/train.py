@@ -25,6 +25,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--eval-sequences", type=int, help="validation sequences to use; default all")
     add("--save-every", type=int, default=0, help="steps between checkpoints; 0: only at the end")
     add("--resume", action="store_true", help="continue the run in --output from its latest checkpoint")
+    add("--profile", action="store_true", help="write profile.json (for simulate.py) and trace.json (for Perfetto) at the end")
     scheme = parser.add_argument_group("scheme (instead of what the config file's local_parallel section says)")
     scheme.add_argument("--num-stages", type=int, help="pipeline stages; default one per process")
     scheme.add_argument("--segments-per-stage", type=int)

@@ -1,0 +1,193 @@
+"""What each stage's work really costs, for the simulator; and what really happened, as a trace.
+
+`Recorder` keeps the instructions of the last steps with their times. `measure` times each segment's forward, head, input
+gradient and weight gradient by themselves, and a message on each link. `write` puts both beside the
+run: profile.json, which `simulate.py --profile` reads, and trace.json for Chrome or Perfetto with one lane per stage.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ds_local.transport import Tag
+
+KEPT = 20_000  # instructions
+REPEATS = 10
+
+
+class Recorder:
+    """Call it around an instruction; attach it to an engine as `engine.recorder`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.events: deque[tuple[str, int, float, float]] = deque(maxlen=KEPT)  # (name, step, start, end)
+        self._device = device
+
+    def record(self, name: str, step: int, run: Callable[[], None]) -> None:
+        start = self._now()
+        run()
+        self.events.append((name, step, start, self._now()))
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # only while recording
+        return time.time()
+
+
+def measure(engine: Any, inputs: Any) -> dict[str, list[float]]:
+    """Seconds per segment of every part of its work. A collective call.
+
+    All stages are timed at once, as they run: stages on one machine share its memory and cores.
+
+    Args:
+        inputs: a micro-batch for the first segment on the first stage, None elsewhere; shapes as in training.
+
+    Returns:
+        The costs of all segments on every rank, in the form of `simulator.Costs`.
+    """
+    own: dict[str, dict[int, float]] = {}
+    inputs_of = {}
+    for stage in range(engine.num_stages):
+        for segment in engine.module.local_segments if engine.stage_id == stage else ():
+            inputs_of[segment] = inputs
+            with torch.no_grad():
+                inputs = engine.module.run_segment(segment, inputs[0]), inputs[1]
+        if stage + 1 < engine.num_stages and engine.stage_id in (stage, stage + 1):
+            inputs = _measure_link(engine, stage, inputs, own)
+    dist.barrier()
+    for segment, given in inputs_of.items():
+        for name, seconds in _measure_segment(engine, segment, *given).items():
+            own.setdefault(name, {})[segment] = seconds
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    costs = {name: [0.0] * engine.num_segments for name in ("forward", "input_grad", "weight_grad", "head", "link")}
+    for part in gathered:
+        for name, values in part.items():
+            for segment, seconds in values.items():
+                costs[name][segment] = seconds
+    return costs
+
+
+def _measure_segment(engine: Any, segment: int, hidden: Any, labels: Any) -> dict[str, float]:
+    module = engine.module
+    module.train()
+    parameters = [p for p in module.segment_parameters(segment) if p.requires_grad]
+    if isinstance(hidden, Tensor) and hidden.is_floating_point():
+        hidden = hidden.detach().requires_grad_()
+    outputs = module.run_segment(segment, hidden)
+    gradient = torch.ones_like(outputs)
+    wanted = [hidden] if isinstance(hidden, Tensor) and hidden.requires_grad else []
+
+    def through(inputs: list[Tensor]) -> float:
+        """Forward and backward. autograd.grad, not backward: nothing may be added to the gradients of the run."""
+        return _seconds(lambda: torch.autograd.grad(module.run_segment(segment, hidden), inputs, gradient, allow_unused=True))
+
+    forward = _seconds(lambda: module.run_segment(segment, hidden))
+    backward = through([*wanted, *parameters]) - forward
+    input_grad = through(wanted) - forward if wanted else backward / 2
+    costs = {"forward": forward, "input_grad": max(0.0, input_grad), "weight_grad": max(0.0, backward - input_grad)}
+    if module.has_loss(segment):
+        detached = outputs.detach().requires_grad_()
+
+        def head() -> None:
+            loss = module.loss_of(segment, detached, labels)
+            torch.autograd.grad(loss, [detached, *module.head_parameters(segment)], allow_unused=True)
+
+        costs["head"] = _seconds(head)
+    return costs
+
+
+def _measure_link(engine: Any, lower_stage: int, inputs: Any, own: dict[str, dict[int, float]]) -> Any:
+    """Send messages over the link above a stage; the receiver times them."""
+    lower = (lower_stage + 1) * engine.section.segments_per_stage - 1
+    link = engine.activation_links[lower]
+    tags = [Tag(engine.global_steps, -1000 - n) for n in range(REPEATS)]
+    if engine.stage_id == lower_stage:
+        message = engine.message_for_next(*inputs)
+        for tag in tags:
+            link.send(tag, message)
+        link.flush()
+        return inputs
+    times = []
+    for tag in tags:
+        _, received = link.receive(tag)
+        times.append(time.perf_counter())
+    own.setdefault("link", {})[lower] = (times[-1] - times[1]) / (len(times) - 2)
+    return engine.parts_of_message(received)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times[2:])
+
+
+def write(engine: Any, inputs: Any, folder: Path) -> None:
+    """profile.json and trace.json. A collective call; rank 0 writes.
+
+    Args:
+        inputs: as for `measure`.
+    """
+    recorded = list(engine.recorder.events) if engine.recorder else []
+    costs: dict[str, Any] = measure(engine, inputs)
+    sizes = [link.message_bytes for link in engine.activation_links.values() if hasattr(link, "message_bytes")]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (engine.stage_id, engine.replica_id, recorded, max(sizes, default=0)))
+    if engine.global_rank:
+        return
+    stages = {stage: events for stage, replica, events, _ in gathered if replica == 0}
+    costs["optimizer"] = [0.0] * engine.num_segments
+    costs["activation_bytes"] = max(size for *_, size in gathered)
+    for stage, events in stages.items():
+        first = stage * engine.section.segments_per_stage
+        costs["optimizer"][first] = _typical(events, "ReduceGrads") + _typical(events, "OptimizerStep")
+    costs["forward"][0] += _typical(stages[0], "LoadMicroBatch")
+    layout = {"stages": engine.num_stages, "segments": engine.num_segments, "micro_batches": engine.micro_batches}
+    measured = {"step_seconds": [_period(stages[stage]) for stage in sorted(stages)]}
+    (folder / "profile.json").write_text(json.dumps({"layout": layout, "costs": costs, "measured": measured}, indent=1) + "\n")
+    (folder / "trace.json").write_text(json.dumps(_trace(gathered)))
+
+
+def _typical(events: list[tuple[str, int, float, float]], wanted: str) -> float:
+    """Median seconds of an instruction."""
+    return median([end - start for name, _, start, end in events if name == wanted] or [0.0])
+
+
+def _period(events: list[tuple[str, int, float, float]]) -> float | None:
+    """Median seconds from one optimizer step to the next."""
+    ends = [end for name, _, _, end in events if name == "OptimizerStep"]
+    return median(b - a for a, b in pairwise(ends)) if len(ends) > 1 else None
+
+
+def _trace(lanes: list[Any]) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for stage, replica, events, _ in lanes:
+        rows.append({"name": "thread_name", "ph": "M", "pid": replica, "tid": stage, "args": {"name": f"stage {stage}"}})
+        rows += [
+            {
+                "name": name,
+                "ph": "X",
+                "pid": replica,
+                "tid": stage,
+                "ts": start * 1e6,
+                "dur": (end - start) * 1e6,
+                "args": {"step": step},
+            }
+            for name, step, start, end in events
+        ]
+    return {"traceEvents": rows}
