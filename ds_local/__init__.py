@@ -8,7 +8,7 @@ Reading order
     corpus, data text -> tokens -> sequences -> micro-batches
     blocks       a Hugging Face model as pipeline layers;  heads: a loss for an early segment
     module       layers cut into segments;  partition: where to cut;  seeds: random numbers by purpose
-    transport    links between stages;  notices: words off the step path
+    transport    links between stages;  tensors: what they carry;  notices: words off the step path
     engine       runs it all under DeepSpeed;  instructions, replacements: its DeepSpeed side
     metrics, checkpoint, train, hf
 

@@ -167,6 +167,10 @@ class LocalParallelConfig(Scheme):
         num_segments = num_stages * self.segments_per_stage
         return make_schedule(self.scheme_at(step).rows(num_segments, num_micro_batches, step), num_stages)
 
+    def distinct_schedules(self, num_stages: int, num_micro_batches: int) -> list[Schedule]:
+        """Every schedule of the run, in the order in which they first come."""
+        return [self.schedule_at(step, num_stages, num_micro_batches) for step in self.distinct_steps()]
+
     def schedule_key(self, step: int) -> tuple[int, int]:
         """Steps with equal keys have equal schedules: the phase, and how far shifted chunks have moved."""
         scheme = self.scheme_at(step)

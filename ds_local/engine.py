@@ -48,7 +48,8 @@ from ds_local.profiling import Recorder
 from ds_local.replacements import SafeCheckpointEngine, StageLocal
 from ds_local.schedule import Link, validate
 from ds_local.seeds import seeded
-from ds_local.transport import End, Sender, Tag, TransportError, make_end, pack, unpack
+from ds_local.tensors import combine, floating, map_tensors, narrow, pack, split_batch, to_device, unpack, widen
+from ds_local.transport import End, Sender, Tag, TransportError, make_end
 
 
 @dataclass
@@ -124,12 +125,10 @@ class LocalPipelineEngine(PipelineEngine):
 
     def _make_links(self) -> tuple[dict[int, Any], dict[Link, Any]]:
         """All links of this rank: by lower segment for activations, by `Link` for gradients. A collective call."""
-        gradient_links: set[Link] = set()
-        for step in self.section.distinct_steps():
-            schedule = self.section.schedule_at(step, self.num_stages, self.micro_batches)
-            validate(schedule, self.section.link.depth)
-            sent = (schedule.sends(action) for action in schedule.actions())
-            gradient_links.update(link for link in sent if link is not None and link.kind == "gradient")
+        schedules = self.section.distinct_schedules(self.num_stages, self.micro_batches)
+        validate(schedules, self.section.link.depth)
+        sent = {schedule.sends(action) for schedule in schedules for action in schedule.actions()}
+        gradient_links = {link for link in sent if link is not None and link.kind == "gradient"}
         activations = {lower: self._make_link(Link("activation", lower)) for lower in range(self.num_segments - 1)}
         return activations, {link: self._make_link(link) for link in sorted(gradient_links)}
 
@@ -390,8 +389,8 @@ class LocalPipelineEngine(PipelineEngine):
                 f"the data ran out at micro-batch {micro_batch}; "
                 "wrap the loader in deepspeed.utils.RepeatingLoader, or stop earlier"
             ) from None
-        inputs, labels = _split_batch(batch)
-        self._live[segment, micro_batch] = _Live(_to(inputs, self.device), _to(labels, self.device))
+        inputs, labels = split_batch(batch)
+        self._live[segment, micro_batch] = _Live(to_device(inputs, self.device), to_device(labels, self.device))
 
     def _exec_recv_activation(self, segment: int, micro_batch: int) -> None:
         tag, message = self.activation_links[segment - 1].receive(Tag(self.global_steps, micro_batch))
@@ -404,7 +403,7 @@ class LocalPipelineEngine(PipelineEngine):
         passes = self._routes(micro_batch).passes[segment]
         live.passes_left = len(passes)
         if any(one.sends is not None for one in passes):
-            for tensor in _floating(live.inputs):
+            for tensor in floating(live.inputs):
                 tensor.requires_grad_()
         with seeded(self.section.seed, "dropout", self.global_steps, micro_batch, self.replica_id, segment):
             live.outputs = self.module.run_segment(segment, live.inputs)
@@ -416,12 +415,12 @@ class LocalPipelineEngine(PipelineEngine):
 
     def message_for_next(self, hidden: Any, labels: Any) -> dict[str, Tensor]:
         """What travels to the next segment: hidden state, labels, and the figures of the segments so far."""
-        return pack("hidden", hidden) | pack("labels", _narrow(labels)) | {"figures": self.reports.figures}
+        return pack("hidden", hidden) | pack("labels", narrow(labels)) | {"figures": self.reports.figures}
 
     @staticmethod
     def parts_of_message(message: Mapping[str, Tensor]) -> tuple[Any, Any]:
         """(hidden, labels) of a message from the segment below."""
-        return unpack("hidden", message), _widen(unpack("labels", message))
+        return unpack("hidden", message), widen(unpack("labels", message))
 
     def _exec_recv_grad(self, segment: int, micro_batch: int, loss: int) -> None:
         link = self.gradient_links[Link("gradient", segment, loss - segment)]
@@ -440,11 +439,11 @@ class LocalPipelineEngine(PipelineEngine):
         one = self._routes(micro_batch).passes[segment][which]
         if any(loss == segment for loss, _ in one.reads) and segment not in live.gradients:
             self._run_head(segment, micro_batch, live)
-        outputs = [tensor for tensor in _floating(live.outputs) if tensor.requires_grad]
-        gradients = _combine([(live.gradients[loss], coefficient) for loss, coefficient in one.reads])
+        outputs = [tensor for tensor in floating(live.outputs) if tensor.requires_grad]
+        gradients = combine([(live.gradients[loss], coefficient) for loss, coefficient in one.reads])
         live.passes_left -= 1
         keep_graph = live.passes_left > 0
-        inputs = [tensor for tensor in _floating(live.inputs) if tensor.requires_grad]
+        inputs = [tensor for tensor in floating(live.inputs) if tensor.requires_grad]
         passed_on: list[Any] = []
         if not one.weights:
             passed_on = list(torch.autograd.grad(outputs, inputs, gradients, retain_graph=keep_graph))
@@ -464,11 +463,11 @@ class LocalPipelineEngine(PipelineEngine):
         The head works on a detached copy of the output, so it learns only from its own loss, and its logits are gone before
         the segment's own backward pass starts.
         """
-        hidden = _map(live.outputs, lambda t: t.detach().requires_grad_(t.is_floating_point()))
+        hidden = map_tensors(live.outputs, lambda t: t.detach().requires_grad_(t.is_floating_point()))
         loss = self.module.loss_of(segment, hidden, live.labels)
         scale = self._routes(micro_batch).loss_weights[segment] / self.micro_batches
         torch.autograd.backward(loss * scale)
-        live.gradients[segment] = [tensor.grad for tensor in _floating(hidden) if tensor.grad is not None]
+        live.gradients[segment] = [tensor.grad for tensor in floating(hidden) if tensor.grad is not None]
         self.segment_losses[segment] = self.segment_losses.get(segment, 0.0) + loss.detach() / self._count_of_losses(segment)
 
     def _release(self, segment: int, micro_batch: int) -> None:
@@ -512,47 +511,6 @@ class LocalPipelineEngine(PipelineEngine):
 def _layout(facts: Mapping[str, Any]) -> str:
     """What an optimizer's state depends on."""
     return f"segment parts {facts['segment_parts']} on {facts['num_stages']} stages x {facts['num_replicas']} replicas"
-
-
-def _split_batch(batch: Any) -> tuple[Any, Any]:
-    """(inputs, labels) of a micro-batch: a pair, a dict of a Hugging Face data collator, or token ids that are both."""
-    if isinstance(batch, Mapping):
-        return batch["input_ids"], batch.get("labels", batch["input_ids"])
-    if isinstance(batch, Tensor):
-        return batch, batch
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return tuple(batch)
-    raise ConfigError(f"a micro-batch must be (inputs, labels), a dict with input_ids, or token ids; got {type(batch).__name__}")
-
-
-def _map(value: Any, function: Any) -> Any:
-    """Apply `function` to a tensor or to each of a tuple of tensors."""
-    return function(value) if isinstance(value, Tensor) else tuple(function(tensor) for tensor in value)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return None if value is None else _map(value, lambda t: t.to(device))
-
-
-def _floating(value: Any) -> list[Tensor]:
-    return [t for t in ([value] if isinstance(value, Tensor) else value) if t.is_floating_point()]
-
-
-def _narrow(labels: Any) -> Any:
-    """Token ids take 4 bytes on a link, not 8."""
-    return None if labels is None else _map(labels, lambda t: t.int() if t.dtype == torch.int64 else t)
-
-
-def _widen(labels: Any) -> Any:
-    return None if labels is None else _map(labels, lambda t: t.long() if t.dtype == torch.int32 else t)
-
-
-def _combine(weighted: list[tuple[list[Tensor], float]]) -> list[Tensor]:
-    """The sum of gradients, each times its coefficient."""
-    if len(weighted) == 1 and weighted[0][1] == 1.0:
-        return weighted[0][0]
-    columns = zip(*([gradient * coefficient for gradient in gradients] for gradients, coefficient in weighted), strict=True)
-    return [torch.stack(column).sum(0) if len(column) > 1 else column[0] for column in columns]
 
 
 def initialize(

@@ -62,7 +62,8 @@ class _ListScheduler:
         num_segments, num_stages = len(stage_of), stage_of[-1] + 1
         self.segments = [[s for s in reversed(range(num_segments)) if stage_of[s] == p] for p in range(num_stages)]
         self.order: list[list[Action]] = [[] for _ in range(num_stages)]
-        self.sums: list[list[int]] = [[] for _ in stage_of]  # micro-batches in the order of their weight passes
+        # what a segment adds up, its weights' and its head's gradients -> micro-batches in the order in which they are added
+        self.sums: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.required_sums = template.sums if template else None
         self.row_of: list[int] = list(template.row_of) if template else []  # micro-batch -> row, chosen when segment 0 takes it
         self.remaining = [0] * len(mix) if template else [count for _, count in mix]
@@ -148,15 +149,22 @@ class _ListScheduler:
                 held_back.append(entry)
         for entry in held_back:
             heapq.heappush(ready, entry)
-        if taken is not None and taken.kind == BACKWARD:
-            self.sums[taken.segment].append(taken.micro_batch)
+        if taken is not None:
+            for key in self._adds_to(taken):
+                self.sums[key].append(taken.micro_batch)
         return taken
 
     def _keeps_sums(self, action: Action) -> bool:
-        if self.required_sums is None or action.kind != BACKWARD:
-            return True
-        done = len(self.sums[action.segment])
-        return self.required_sums[action.segment][done] == action.micro_batch
+        required = self.required_sums
+        return required is None or all(required[key][len(self.sums[key])] == action.micro_batch for key in self._adds_to(action))
+
+    def _adds_to(self, action: Action) -> list[tuple[str, int]]:
+        """The first pass of a micro-batch that reads the segment's own loss also runs its head."""
+        segment = action.segment
+        passes = self.mix[self.row_of[action.micro_batch]][0].passes[segment]
+        with_own_loss = [which for which, one in enumerate(passes) if any(loss == segment for loss, _ in one.reads)]
+        weights = [("weights", segment)] if action.kind == BACKWARD else []
+        return weights + ([("head", segment)] if with_own_loss[:1] == [action.which] else [])
 
     def _finish(self, action: Action) -> int:
         """Book the end of `action`; returns the stage that gets its result (its own when nobody does)."""

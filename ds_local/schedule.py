@@ -11,7 +11,7 @@ Pure Python: no torch, no DeepSpeed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -184,15 +184,16 @@ def unit_cost(action: Action) -> float:
 
 
 def replay(
-    schedule: Schedule,
-    cost: Callable[[Action], float] = unit_cost,
+    schedules: Schedule | Sequence[Schedule],
+    cost: Callable[[Schedule, Action], float] = lambda schedule, action: unit_cost(action),
     link_time: Callable[[Link], float] = lambda link: 0.0,
     link_depth: int | None = None,
     steps: int = 1,
 ) -> tuple[list[Event], str | None]:
-    """Run the schedule in model time: every stage does its actions in order, each as early as its inputs allow.
+    """Run schedules in model time: every stage does its actions in order, each as early as its inputs allow.
 
     Args:
+        schedules: of successive optimizer steps; they start over when there are more steps.
         cost: time of an action.
         link_time: time a message keeps its link busy; links between segments of one stage are free.
         link_depth: messages a link between stages holds before its sender has to wait; None: no limit.
@@ -202,7 +203,8 @@ def replay(
         The events in the order they were found, and None, or a sentence naming what each stage waits for when nothing
         can go on.
     """
-    run = _Replay(schedule, cost, link_time, link_depth, steps)
+    schedules = [schedules] if isinstance(schedules, Schedule) else schedules
+    run = _Replay([schedules[step % len(schedules)] for step in range(steps)], cost, link_time, link_depth)
     run.run()
     return run.events, run.stuck()
 
@@ -212,24 +214,25 @@ class _Replay:
 
     def __init__(
         self,
-        schedule: Schedule,
-        cost: Callable[[Action], float],
+        schedules: Sequence[Schedule],
+        cost: Callable[[Schedule, Action], float],
         link_time: Callable[[Link], float],
         depth: int | None,
-        steps: int,
     ) -> None:
-        self.schedule, self.cost, self.link_time, self.depth = schedule, cost, link_time, depth
+        self.schedules, self.cost, self.link_time, self.depth = schedules, cost, link_time, depth
         self.events: list[Event] = []
         self.done: dict[tuple[int, Action], float] = {}  # (step, action) -> when its result is there, on its own segment
         self.arrived: dict[tuple[int, Action], float] = {}  # ... at the other end of its link
         self.consumed: dict[Link, list[float]] = defaultdict(list)  # when each message was taken off its link
         self.sent: dict[Link, int] = defaultdict(int)
         self.link_free: dict[Link, float] = defaultdict(float)
-        self.clock = [0.0] * schedule.num_stages
-        self.programs = [_program(schedule, stage, steps) for stage in range(schedule.num_stages)]
+        num_stages = schedules[0].num_stages
+        self.crosses_stages = schedules[0].crosses_stages  # the same in all steps
+        self.clock = [0.0] * num_stages
+        self.programs = [_program(schedules, stage) for stage in range(num_stages)]
         self.next = [next(program, None) for program in self.programs]
         self.waiting: dict[tuple, list[int]] = defaultdict(list)  # what a stage waits for -> stages
-        self.runnable = list(range(schedule.num_stages))
+        self.runnable = list(range(num_stages))
 
     def run(self) -> None:
         while self.runnable:
@@ -246,10 +249,10 @@ class _Replay:
         """What must happen before this piece of work, as a key of `waiting`."""
         step, action, link = work
         if link is not None:
-            full = self.depth is not None and self.schedule.crosses_stages(link)
+            full = self.depth is not None and self.crosses_stages(link)
             number = self.sent[link] - (self.depth or 0)
             return ("taken", link, number) if full and number >= len(self.consumed[link]) else None
-        for required, via in self.schedule.requires(action):
+        for required, via in self.schedules[step].requires(action):
             if (step, required) not in (self.arrived if via else self.done):
                 return step, required
         return None
@@ -257,7 +260,7 @@ class _Replay:
     def _send(self, stage: int, work: _Work) -> None:
         step, action, link = work
         assert link is not None, "told apart by the caller"
-        crosses = self.schedule.crosses_stages(link)
+        crosses = self.crosses_stages(link)
         start = max(self.done[step, action], self.link_free[link])
         self.link_free[link] = self.arrived[step, action] = start + (self.link_time(link) if crosses else 0.0)
         number = self.sent[link] - (self.depth or 0)
@@ -268,13 +271,13 @@ class _Replay:
 
     def _compute(self, stage: int, work: _Work) -> None:
         step, action, _ = work
-        required = self.schedule.requires(action)
+        required = self.schedules[step].requires(action)
         start = max([self.clock[stage], *((self.arrived if via else self.done)[step, r] for r, via in required)])
         for _, via in required:
             if via is not None:
                 self.consumed[via].append(start)
                 self._wake(("taken", via, len(self.consumed[via]) - 1))
-        self.clock[stage] = self.done[step, action] = start + self.cost(action)
+        self.clock[stage] = self.done[step, action] = start + self.cost(self.schedules[step], action)
         self.events.append(Event(stage, step, action, start, self.clock[stage]))
         self._wake((step, action))
 
@@ -299,8 +302,8 @@ class _Work(NamedTuple):
     link: Link | None
 
 
-def _program(schedule: Schedule, stage: int, steps: int) -> Iterator[_Work]:
-    for step in range(steps):
+def _program(schedules: Sequence[Schedule], stage: int) -> Iterator[_Work]:
+    for step, schedule in enumerate(schedules):
         for action in schedule.stages[stage]:
             yield _Work(step, action, None)
             link = schedule.sends(action)
@@ -308,12 +311,27 @@ def _program(schedule: Schedule, stage: int, steps: int) -> Iterator[_Work]:
                 yield _Work(step, action, link)
 
 
-def validate(schedule: Schedule, link_depth: int) -> None:
-    """Prove that the schedule is complete and cannot deadlock at this link depth.
+def validate(schedules: Schedule | Sequence[Schedule], link_depth: int) -> None:
+    """Prove that schedules are complete and that no run through them can deadlock at this link depth.
+
+    Args:
+        schedules: of successive steps or phases; each may be repeated before the next one follows.
 
     Raises:
         ScheduleError: with a sentence and the grid.
     """
+    schedules = [schedules] if isinstance(schedules, Schedule) else schedules
+    for schedule in schedules:
+        _check_complete(schedule)
+    # every schedule after itself and after the one before it: a step meets links that the step before has left full
+    twice = [schedule for schedule in schedules for _ in range(2)]
+    _, stuck = replay(twice, link_depth=link_depth, steps=len(twice) + 1)
+    if stuck is not None:
+        grids = "\n".join(map(str, schedules))
+        raise ScheduleError(f"{schedules[0].name}: {stuck}; links hold {link_depth} messages, raise link.depth\n{grids}")
+
+
+def _check_complete(schedule: Schedule) -> None:
     expected = {
         Action(FORWARD, segment, micro_batch)
         for micro_batch in range(schedule.num_micro_batches)
@@ -331,10 +349,6 @@ def validate(schedule: Schedule, link_depth: int) -> None:
         for action in actions:
             if schedule.stage_of[action.segment] != stage:
                 raise ScheduleError(f"{schedule.name}: {action!r} is listed on stage {stage}, not on its own")
-    # two steps: the second one meets links that the first has left full
-    _, stuck = replay(schedule, link_depth=link_depth, steps=2)
-    if stuck is not None:
-        raise ScheduleError(f"{schedule.name}: {stuck}; links hold {link_depth} messages, raise link.depth\n{schedule}")
 
 
 def _grid(schedule: Schedule, events: list[Event]) -> str:

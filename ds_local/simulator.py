@@ -17,7 +17,7 @@ from typing import Any
 
 from ds_local.schedule import BACKWARD, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Action, Event, Link, Schedule, replay
 
-MAX_STEPS = 12  # of a steady-state replay
+MAX_ROUNDS = 12  # of a steady-state replay
 
 
 @dataclass(frozen=True)
@@ -95,45 +95,51 @@ class Timeline:
         }
 
 
-def simulate(schedule: Schedule, costs: Costs, link_depth: int | None = None) -> Timeline:
-    """Replay `schedule` with `costs`, once alone and then for several steps until the period settles.
+def simulate(schedules: Schedule | Sequence[Schedule], costs: Costs, link_depth: int | None = None) -> Timeline:
+    """Replay a step with `costs`, once alone and then for several steps until the period settles.
+
+    Args:
+        schedules: of a step, or of successive steps that differ (shifted chunks) and start over after the last.
 
     Raises:
         ValueError: when the schedule deadlocks at this link depth, or all costs are 0.
     """
-    last = len(schedule.stage_of) - 1
-    head_actions = _first_reader_of_own_loss(schedule)
+    schedules = [schedules] if isinstance(schedules, Schedule) else schedules
+    first = schedules[0]
+    per_action = {id(schedule): _action_costs(schedule, costs) for schedule in schedules}
 
-    def cost(action: Action) -> float:
-        kind, segment, _, _ = action
-        if kind == FORWARD:
-            return costs.of("forward", segment)
-        parts = {BACKWARD: ("input_grad", "weight_grad"), INPUT_GRADIENT: ("input_grad",), WEIGHT_GRADIENT: ("weight_grad",)}[
-            kind
-        ]
-        head = costs.of("head", segment, segment == last) if action in head_actions else 0.0
-        return sum(costs.of(part, segment) for part in parts) + head
+    def cost(schedule: Schedule, action: Action) -> float:
+        return per_action[id(schedule)][action]
 
     def link_time(link: Link) -> float:
         return costs.of("link", link.lower)
 
-    final = {stage: actions[-1] for stage, actions in enumerate(schedule.stages)}
-    segments_of = {stage: [s for s, p in enumerate(schedule.stage_of) if p == stage] for stage in final}
-
-    def cost_with_optimizer(action: Action) -> float:
-        stage = schedule.stage_of[action.segment]
-        extra = sum(costs.of("optimizer", s) for s in segments_of[stage]) if action == final[stage] else 0.0
-        return cost(action) + extra
-
-    alone, stuck = replay(schedule, cost_with_optimizer, link_time, link_depth)
+    alone, stuck = replay(first, cost, link_time, link_depth)
     if stuck is not None:
-        raise ValueError(f"{schedule.name}: {stuck}; links hold {link_depth} messages")
+        raise ValueError(f"{first.name}: {stuck}; links hold {link_depth} messages")
     makespan = max(e.end for e in alone)
     if makespan <= 0:
         raise ValueError("all costs are 0; give at least --forward a time")
-    busy = [sum(cost_with_optimizer(a) for a in actions) for actions in schedule.stages]
-    period = _steady_period(schedule, cost_with_optimizer, link_time, link_depth)
-    return Timeline(schedule, makespan, period, busy, alone, costs.activation_bytes)
+    busy = [
+        sum(cost(schedule, action) for schedule in schedules for action in schedule.stages[stage]) / len(schedules)
+        for stage in range(first.num_stages)
+    ]
+    return Timeline(first, makespan, _steady_period(schedules, cost, link_time, link_depth), busy, alone, costs.activation_bytes)
+
+
+def _action_costs(schedule: Schedule, costs: Costs) -> dict[Action, float]:
+    """Time of every action; a stage's last one also pays for its optimizer step."""
+    parts = {
+        FORWARD: ("forward",), BACKWARD: ("input_grad", "weight_grad"), INPUT_GRADIENT: ("input_grad",),
+        WEIGHT_GRADIENT: ("weight_grad",),
+    }  # fmt: skip
+    times = {a: sum(costs.of(part, a.segment) for part in parts[a.kind]) for a in schedule.actions()}
+    last = len(schedule.stage_of) - 1
+    for action in _first_reader_of_own_loss(schedule):
+        times[action] += costs.of("head", action.segment, action.segment == last)
+    for stage, actions in enumerate(schedule.stages):
+        times[actions[-1]] += sum(costs.of("optimizer", s) for s, p in enumerate(schedule.stage_of) if p == stage)
+    return times
 
 
 def _first_reader_of_own_loss(schedule: Schedule) -> set[Action]:
@@ -145,18 +151,19 @@ def _first_reader_of_own_loss(schedule: Schedule) -> set[Action]:
     return set(readers.values())
 
 
-def _steady_period(schedule: Schedule, cost: Any, link_time: Any, link_depth: int | None) -> float:
-    """How much later a step ends than the one before it, once the run has settled."""
-    steps = 4
+def _steady_period(schedules: Sequence[Schedule], cost: Any, link_time: Any, link_depth: int | None) -> float:
+    """How much later a step ends than the one before it (a mean over `schedules`), once the run has settled."""
+    cycle = len(schedules)
+    rounds = 4
     while True:
-        events, _ = replay(schedule, cost, link_time, link_depth, steps)
-        ends = [0.0] * steps
+        events, _ = replay(schedules, cost, link_time, link_depth, rounds * cycle)
+        ends = [0.0] * rounds
         for event in events:
-            ends[event.step] = max(ends[event.step], event.end)
+            ends[event.step // cycle] = max(ends[event.step // cycle], event.end)
         before, settled = ends[-2] - ends[-3], ends[-1] - ends[-2]
-        if abs(settled - before) < 1e-9 * max(settled, 1e-300) or steps >= MAX_STEPS:
-            return settled
-        steps += 4
+        if abs(settled - before) < 1e-9 * max(settled, 1e-300) or rounds >= MAX_ROUNDS:
+            return settled / cycle
+        rounds += 4
 
 
 def chrome_trace(timeline: Timeline, microseconds_per_unit: float = 1e6) -> dict[str, Any]:

@@ -52,8 +52,7 @@ def train(args: Namespace) -> None:
     section = local_parallel(config)
     stages, replicas = num_stages_and_replicas(section, world_size)
     micro_batch_size, num_micro_batches = batch_sizes(config, replicas)
-    for step in section.distinct_steps():
-        section.schedule_at(step, stages, num_micro_batches)
+    section.distinct_schedules(stages, num_micro_batches)
     _check_run_folder(run, args.resume)
 
     interval = config.get("activation_checkpointing", {}).get("interval", 0)
@@ -128,7 +127,7 @@ def _start_run_folder(run: Path, args: Namespace, config: dict[str, Any], data: 
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     if not args.resume:
         shutil.copytree(data.tokenizer_folder, run / "checkpoints" / "tokenizer", dirs_exist_ok=True)
-    schedules = [engine.section.schedule_at(s, engine.num_stages, engine.micro_batches) for s in engine.section.distinct_steps()]
+    schedules = engine.section.distinct_schedules(engine.num_stages, engine.micro_batches)
     facts = {
         "arguments": vars(args),
         "config": config,

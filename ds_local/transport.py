@@ -299,23 +299,6 @@ def _text(buffer: Tensor) -> str:
     return bytes(buffer.tolist()).rstrip(b"\0").decode(errors="replace")
 
 
-# --- tensors of a message: one under its name, several as name.0, name.1, ... ---------------------------------------------
-
-
-def pack(name: str, value: Tensor | Sequence[Tensor] | None) -> dict[str, Tensor]:
-    if value is None:
-        return {}
-    return {name: value} if isinstance(value, Tensor) else {f"{name}.{i}": t for i, t in enumerate(value)}
-
-
-def unpack(name: str, message: Message) -> Any:
-    """What `pack` was given, a sequence as a tuple."""
-    if name in message:
-        return message[name]
-    several = tuple(tensor for key, tensor in message.items() if key.startswith(f"{name}."))
-    return several or None
-
-
 # --- links of a rank ------------------------------------------------------------------------------------------------------
 
 End = MemoryLink | Sender | Receiver

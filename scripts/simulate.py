@@ -46,16 +46,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def build(mode: str, args: argparse.Namespace, main: bool) -> Schedule:
-    """The schedule of `mode`; the mix, window and segments per stage of the command line belong to the main one."""
+def build(mode: str, args: argparse.Namespace, main: bool) -> list[Schedule]:
+    """The schedules of `mode` until they repeat; mix, window and segments per stage of the command line are the main one's."""
     if mode in PEERS:
-        return PEERS[mode](args.stages, args.micro_batches)
+        return [PEERS[mode](args.stages, args.micro_batches)]
     segments = args.stages * args.segments_per_stage
     backprop = args.backprop_micro_batches if main else 0
     if backprop > args.micro_batches:
         raise ValueError(f"--backprop-micro-batches {backprop} exceeds --micro-batches {args.micro_batches}")
-    row = make_routes(mode, segments, args.window if main else None, args.combine if main else "sum")
-    return make_schedule([(make_routes("backprop", segments), backprop), (row, args.micro_batches - backprop)], args.stages)
+    window = args.window if main else None
+    combine = args.combine if main else "sum"
+    period = (window or 2) if mode == "shifted_chunked" else 1
+    rows = [make_routes(mode, segments, window, combine, step=step) for step in range(period)]
+    true = make_routes("backprop", segments)
+    return [make_schedule([(true, backprop), (row, args.micro_batches - backprop)], args.stages) for row in rows]
 
 
 def costs_for(schedule: Schedule, args: argparse.Namespace) -> Costs:
@@ -83,7 +87,7 @@ def main() -> int:
     args = parse_arguments()
     try:
         schedules = [build(args.mode, args, True), *(build(mode, args, False) for mode in args.compare)]
-        timelines = [simulate(schedule, costs_for(schedule, args), args.link_depth) for schedule in schedules]
+        timelines = [simulate(steps, costs_for(steps[0], args), args.link_depth) for steps in schedules]
     except ValueError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -93,7 +97,7 @@ def main() -> int:
         print(json.dumps(result, indent=1))
     else:
         if max(args.stages * args.segments_per_stage, args.micro_batches) <= WIDEST:
-            for schedule in schedules:
+            for schedule in [step for steps in schedules for step in steps]:
                 print(schedule, end="\n\n")
         print("\n".join(describe(timeline) for timeline in timelines))
         if args.json:

@@ -13,8 +13,8 @@ FILES = sorted(PACKAGE.glob("*.py"))
 # from the ground up; a module may import what stands before it, never what comes after
 ORDER = [
     "routes", "schedule", "order", "peers", "simulator", "config", "partition", "seeds", "heads", "blocks", "data", "corpus",
-    "notices", "checkpoint", "replacements", "instructions", "transport", "profiling", "module", "metrics", "engine", "hf",
-    "train", "ranks",
+    "notices", "checkpoint", "replacements", "instructions", "tensors", "transport", "profiling", "module", "metrics", "engine",
+    "hf", "train", "ranks",
 ]  # fmt: skip
 PURE = ["routes", "schedule", "order", "peers", "simulator", "config", "partition"]
 DEEPSPEED = {"replacements", "instructions", "module", "engine"}
