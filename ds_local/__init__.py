@@ -7,9 +7,11 @@ Reading order
     config       the "local_parallel" section of ds_config.json
     corpus, data text -> tokens -> sequences -> micro-batches
     blocks       a Hugging Face model as pipeline layers;  heads: a loss for an early segment
-    module       layers cut into segments;  partition: where to cut;  seeds: random numbers by purpose
+    flops        what a segment's work costs;  partition: where to cut
     transport    links between stages;  tensors: what they carry;  notices: words off the step path
-    engine       runs it all under DeepSpeed;  instructions, replacements: its DeepSpeed side
+    copies       weights of other segments in auxiliary heads
+    module       layers cut into segments;  seeds: random numbers by purpose
+    engine       runs it all under DeepSpeed;  start: makes one;  instructions, replacements: its DeepSpeed side
     metrics, checkpoint, train, hf
 
 Words
@@ -24,11 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ds_local.config import ConfigError
-    from ds_local.engine import LocalPipelineEngine, initialize
+    from ds_local.engine import LocalPipelineEngine
     from ds_local.module import LocalPipelineModule, causal_lm
     from ds_local.order import make_schedule
     from ds_local.routes import make_routes
     from ds_local.simulator import Costs, simulate
+    from ds_local.start import initialize
 
 __all__ = [
     "LocalPipelineModule",
@@ -45,7 +48,7 @@ __all__ = [
 _HOME = {
     "LocalPipelineModule": "module",
     "causal_lm": "module",
-    "initialize": "engine",
+    "initialize": "start",
     "LocalPipelineEngine": "engine",
     "ConfigError": "config",
     "make_routes": "routes",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from ds_local.heads import AuxiliaryHead, lm_loss
+from ds_local.config import HeadConfig
+from ds_local.heads import AuxiliaryHead, count_targets, linear_cross_entropy
 from ds_local.seeds import seeded
 
 
@@ -174,9 +176,9 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """One decoder layer: hidden [B, T, D] -> hidden [B, T, D]."""
 
-    def __init__(self, config: PretrainedConfig, index: int, seed: int) -> None:
+    def __init__(self, config: PretrainedConfig, index: int, seed: int, key: tuple[int | str, ...] | None = None) -> None:
         super().__init__()
-        self.block = _materialize(config, f"{family_of(config).blocks}.{index}", seed, "block", index)
+        self.block = _materialize(config, f"{family_of(config).blocks}.{index}", seed, *(key or ("block", index)))
         self.attention = attention_of(config, index)
         self.context = _context_of(json.dumps(config_dict(config), sort_keys=True))
 
@@ -187,9 +189,10 @@ class Block(nn.Module):
 class Readout(nn.Module):
     """Final norm and unembedding: hidden [B, T, D] -> logits [B, T, V]."""
 
-    def __init__(self, config: PretrainedConfig, seed: int) -> None:
+    def __init__(self, config: PretrainedConfig, seed: int, kernel: str = "torch") -> None:
         super().__init__()
         family = family_of(config)
+        self.kernel = kernel
         self.norm = _materialize(config, family.norm, seed, "norm")
         self.readout = _materialize(config, family.readout, seed, "readout")
 
@@ -198,7 +201,10 @@ class Readout(nn.Module):
 
     def loss(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """The scalar loss of `heads.lm_loss`; the engine calls this instead of `forward` followed by a loss function."""
-        return lm_loss(self(hidden_BTD), labels_BT)
+        hidden_ND, targets_N = hidden_BTD[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
+        weight_VD: Tensor = self.readout.weight  # type: ignore[assignment]
+        loss = linear_cross_entropy(self.norm(hidden_ND), weight_VD, targets_N, self.kernel)
+        return loss / count_targets(labels_BT).clamp(min=1)
 
 
 def hf_names(config: PretrainedConfig, layer: int) -> dict[str, str]:
@@ -219,13 +225,37 @@ def attention_of(config: PretrainedConfig, index: int) -> str:
     return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
 
 
-def make_head(config: PretrainedConfig, segment: int, seed: int, bias: bool = False) -> AuxiliaryHead:
-    """The auxiliary head of a segment: the family's own norm and a linear readout of its own."""
-    norm = _materialize(config, family_of(config).norm, seed, "head norm", segment)
-    with seeded(seed, "head readout", segment):
-        readout = nn.Linear(config.hidden_size, config.vocab_size, bias=bias)
-        skeleton(config)._init_weights(readout)
-    return AuxiliaryHead(norm, readout)
+def make_head(config: PretrainedConfig, segment: int, seed: int, head: HeadConfig, parts: Sequence[int]) -> AuxiliaryHead:
+    """The auxiliary head of a segment: the family's own blocks and norm, and a linear readout.
+
+    Args:
+        parts: layer boundaries of the segments; layer 0 is the embedding.
+    """
+    family = family_of(config)
+    first = parts[segment + 1] - 1  # block that follows the segment
+    private = []
+    for number in range(head_blocks(config, segment, head, parts)):
+        key = ("head block", segment, number) if head.blocks_from == "new" else ("block", first + number)
+        private.append(Block(config, first + number, seed, key))
+        private[-1].requires_grad_(head.blocks_from != "next_tracked")
+    norm = _materialize(config, family.norm, seed, "head norm", segment)
+    down = None
+    if head.readout == "shared":
+        readout = _materialize(config, family.readout, seed, "readout").requires_grad_(False)
+    else:
+        with seeded(seed, "head readout", segment):
+            readout = nn.Linear(head.rank or config.hidden_size, config.vocab_size, bias=False)
+            skeleton(config)._init_weights(readout)
+            if head.rank:
+                down = nn.Linear(config.hidden_size, head.rank, bias=False)
+                skeleton(config)._init_weights(down)
+    return AuxiliaryHead(norm, readout, private, down, head.temperature, head.token_fraction, head.kernel)
+
+
+def head_blocks(config: PretrainedConfig, segment: int, head: HeadConfig, parts: Sequence[int]) -> int:
+    """Private blocks in the head of `segment`: as many as asked for, and as there are to be copied or above it."""
+    last = parts[segment + 2] if head.blocks_from == "next_tracked" else parts[-1]
+    return head.blocks_of(segment, min(last - 1, num_blocks(config)) - (parts[segment + 1] - 1))
 
 
 def num_blocks(config: PretrainedConfig) -> int:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -119,10 +120,41 @@ class LinkConfig(_Strict):
 
 
 class HeadConfig(_Strict):
-    """Auxiliary heads of `causal_lm` models."""
+    """Auxiliary heads of `causal_lm` models: private blocks -> norm -> bottleneck -> readout -> loss."""
 
-    bias: bool = False
-    """A bias on the readout."""
+    blocks: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
+    """Private blocks before the norm, made of the model's own block; a list has one entry per segment but the last. No head gets
+    more blocks than the model has above its segment."""
+    blocks_from: Literal["new", "next", "next_tracked"] = "new"
+    """Weights of the private blocks: their own, a copy of the next segment's first blocks that then learns by itself, or a
+    read-only moving average of these that follows them."""
+    readout: Literal["private", "shared"] = "private"
+    """A readout of its own, or a read-only copy of the last segment's."""
+    refresh_every: PositiveInt = 20
+    """Steps between two refreshes of what is copied from other segments."""
+    tracking: float = Field(default=0.9, ge=0, lt=1)
+    """Share of the old value in the moving average of tracked blocks, at each refresh."""
+    rank: PositiveInt | None = None
+    """Width of a bottleneck before the readout. Default: none."""
+    temperature: bool = False
+    """Learn a factor on the logits."""
+    token_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the positions of a micro-batch whose loss is computed in training."""
+    every: PositiveInt = 1
+    """Auxiliary losses are computed for one in so many micro-batches, and count that much more."""
+    kernel: Literal["torch", "checkpointed", "liger", "cce"] = "torch"
+    """What computes large losses (see `heads.linear_cross_entropy`); liger and cce need their packages and a GPU."""
+
+    @model_validator(mode="after")
+    def _rank_of_its_own(self) -> HeadConfig:
+        if self.rank is not None and self.readout == "shared":
+            raise ValueError("a shared readout has the full width; leave rank out, or use a private readout")
+        return self
+
+    def blocks_of(self, segment: int, blocks_above: int) -> int:
+        """Private blocks in the head of `segment`."""
+        asked = self.blocks if isinstance(self.blocks, int) else self.blocks[segment]
+        return min(asked, blocks_above)
 
 
 class LocalParallelConfig(Scheme):
@@ -134,14 +166,23 @@ class LocalParallelConfig(Scheme):
     """Segments each stage holds; K = num_stages x segments_per_stage."""
     phases: tuple[Phase, ...] | None = None
     """Schemes for successive stretches of the run. Replaces `mode` and `mix`."""
+    partition: str = "cost"
+    """How `causal_lm` models are cut: "cost" balances floating-point operations (heads and readout included), "uniform" gives
+    each segment as many blocks; or the path of a profile.json, whose measured times are balanced."""
     parts: tuple[NonNegativeInt, ...] | None = None
-    """Layer boundaries of the segments, K + 1 increasing numbers from 0 to the number of layers. Default: balanced."""
+    """Layer boundaries of the segments, K + 1 increasing numbers from 0 to the number of layers. Replaces `partition`."""
     link: LinkConfig = LinkConfig()
     """Messages between stages."""
     head: HeadConfig = HeadConfig()
     """Auxiliary heads."""
     seed: NonNegativeInt = 1234
     """Seed of weights and dropout."""
+    lr_multipliers: tuple[PositiveFloat, ...] | None = None
+    """Factors on the learning rate, one per segment."""
+    clip_multipliers: tuple[PositiveFloat, ...] | None = None
+    """Factors on gradient_clipping, one per segment (fp32 without ZeRO, where every segment is clipped by itself)."""
+    warmup_stagger: NonNegativeInt = 0
+    """Segment s ramps its learning rate up over s times so many steps, on top of the scheduler's warm-up."""
 
     @model_validator(mode="after")
     def _phases_in_order(self) -> LocalParallelConfig:
@@ -155,6 +196,30 @@ class LocalParallelConfig(Scheme):
                 raise ValueError(f"phases need increasing until_step values and a last phase without one, got {given}")
         return self
 
+    def check_lengths(self, num_segments: int) -> None:
+        """Raises ConfigError when a list with an entry per segment has another length."""
+        lists = {
+            "lr_multipliers": (self.lr_multipliers, num_segments), "clip_multipliers": (self.clip_multipliers, num_segments),
+            "head.blocks": (self.head.blocks, num_segments - 1),
+        }  # fmt: skip
+        for key, (value, wanted) in lists.items():
+            if isinstance(value, tuple) and len(value) != wanted:
+                raise ConfigError(
+                    f"{SECTION}.{key} has {len(value)} entries; {num_segments} segments need {wanted}: change the list"
+                )
+
+    @property
+    def scales_learning_rates(self) -> bool:
+        return self.lr_multipliers is not None or self.warmup_stagger > 0
+
+    def lr_multiplier(self, segment: int, step: int) -> float:
+        """Factor on a segment's learning rate in optimizer step `step` (counted from 0)."""
+        ramp = min(1.0, (step + 1) / (1 + segment * self.warmup_stagger))
+        return ramp * (self.lr_multipliers[segment] if self.lr_multipliers else 1.0)
+
+    def clip_multiplier(self, segment: int) -> float:
+        return self.clip_multipliers[segment] if self.clip_multipliers else 1.0
+
     def scheme_at(self, step: int) -> Scheme:
         """The scheme of optimizer step `step` (counted from 0)."""
         for phase in self.phases or ():
@@ -164,8 +229,12 @@ class LocalParallelConfig(Scheme):
 
     def schedule_at(self, step: int, num_stages: int, num_micro_batches: int) -> Schedule:
         """The schedule of one step, for all stages."""
-        num_segments = num_stages * self.segments_per_stage
-        return make_schedule(self.scheme_at(step).rows(num_segments, num_micro_batches, step), num_stages)
+        return make_schedule(self.rows_at(step, num_stages * self.segments_per_stage, num_micro_batches), num_stages)
+
+    def rows_at(self, step: int, num_segments: int, num_micro_batches: int) -> list[tuple[Routes, int]]:
+        """(table, micro-batches that follow it) for one step."""
+        rows = self.scheme_at(step).rows(num_segments, num_micro_batches, step)
+        return [part for row in rows for part in _thinned(*row, self.head.every)]
 
     def distinct_schedules(self, num_stages: int, num_micro_batches: int) -> list[Schedule]:
         """Every schedule of the run, in the order in which they first come."""
@@ -201,6 +270,14 @@ class LocalParallelConfig(Scheme):
             steps += list(range(start, start + max(windows, default=1)))
             start = phase.until_step if phase and phase.until_step else start
         return steps
+
+
+def _thinned(routes: Routes, count: int, every: int) -> list[tuple[Routes, int]]:
+    """`count` micro-batches of which one in `every` has auxiliary losses."""
+    kept = math.ceil(count / every)
+    if kept == count or not set(routes.losses) - {routes.num_segments - 1}:
+        return [(routes, count)]
+    return [(routes.scaled_auxiliary(count / kept), kept), (routes.scaled_auxiliary(0), count - kept)]
 
 
 def load_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -338,6 +415,13 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
             found = found.get(key) if isinstance(found, Mapping) else None
         if found is not None and wrong(found):
             raise ConfigError(f"{'.'.join(path)} is {found!r}: {reason}")
+    by_stage = any(config.get(key, {}).get("enabled") for key in ("bf16", "bfloat16"))
+    by_stage |= bool(config.get("zero_optimization", {}).get("stage"))
+    if by_stage and config.get(SECTION, {}).get("clip_multipliers"):
+        raise ConfigError(
+            f"{SECTION}.clip_multipliers need fp32 and ZeRO stage 0: DeepSpeed's bf16 and ZeRO optimizers clip a whole stage "
+            "at once; remove them, or scale the learning rates instead"
+        )
 
 
 def batch_sizes(config: Mapping[str, Any], num_replicas: int) -> tuple[int, int]:

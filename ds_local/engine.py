@@ -1,4 +1,4 @@
-"""`LocalPipelineEngine`: DeepSpeed's pipeline engine, driven by the route table; and `initialize`, its entry point.
+"""`LocalPipelineEngine`: DeepSpeed's pipeline engine, driven by the route table.
 
 Each optimizer step the engine turns its stage's part of the `Schedule` into DeepSpeed instructions and executes them. Between
 steps it waits for nobody: there is no collective over stages on the step path. What DeepSpeed computes over all stages (the
@@ -14,22 +14,20 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
-import deepspeed
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from ds_local import checkpoint
 from ds_local.blocks import config_dict
 from ds_local.checkpoint import CheckpointError
-from ds_local.config import ConfigError, batch_sizes, check_deepspeed, load_config, local_parallel
+from ds_local.copies import Copies, copies_file, refresh_delay
 from ds_local.instructions import (
     ForwardPass,
     GradientPass,
@@ -65,7 +63,7 @@ class _Live:
 
 
 class LocalPipelineEngine(PipelineEngine):
-    """Trains a `LocalPipelineModule`. Use `initialize` to make one.
+    """Trains a `LocalPipelineModule`. Use `start.initialize` to make one.
 
     `train_batch` returns this stage's own loss (the mean over the step's micro-batches and replicas) and never waits for
     another stage, or None where the routes give this stage no loss. `segment_losses` holds the loss of each local segment.
@@ -89,8 +87,11 @@ class LocalPipelineEngine(PipelineEngine):
         self._grad_norms: dict[int, Tensor] = {}
         self.checkpoint_engine = SafeCheckpointEngine(self._config)
         self._keep_norms_local()
+        self._scale_by_segment()
         self._schedules: dict[Any, StageSchedule] = {}
         self.activation_links, self.gradient_links = self._make_links()
+        self.copies = self._make_copies()
+        self.copies = self._make_copies()
         last = self.grid._topo.get_rank(pipe=self.num_stages - 1, data=0)
         own = self.module.local_segments if self.replica_id == 0 else range(0)
         self.reports = Reports(self.num_segments, self.section.segments_per_stage, self.steps_per_print(), last, own)
@@ -109,11 +110,31 @@ class LocalPipelineEngine(PipelineEngine):
             self.optimizer.model_parallel_world_size = 1
             self.optimizer.model_parallel_rank = 0
 
+    def _scale_by_segment(self) -> None:
+        """The factors of the config on learning rates, where `start.initialize` made a parameter group for each segment; and on
+        the clipping of DeepSpeed's own optimizers, which treat a stage as a whole."""
+        if not self.section.scales_learning_rates:
+            return
+        kept: list[float] = []
+
+        def scale(optimizer: Any, *_: Any) -> None:
+            kept[:] = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] *= self.section.lr_multiplier(group["segment"], self.global_steps)
+
+        def restore(optimizer: Any, *_: Any) -> None:
+            for group, rate in zip(optimizer.param_groups, kept, strict=True):
+                group["lr"] = rate
+
+        self.basic_optimizer.register_step_pre_hook(scale)
+        self.basic_optimizer.register_step_post_hook(restore)
+
     def clip_fp32_gradients(self) -> None:
         """Clip each segment by its own gradient norm. DeepSpeed's version takes stage 0's norm for all stages."""
         for segment in self.module.local_segments:
             parameters = list(self.module.segment_parameters(segment))
-            self._grad_norms[segment] = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clipping())
+            limit = self.gradient_clipping() * self.section.clip_multiplier(segment)
+            self._grad_norms[segment] = torch.nn.utils.clip_grad_norm_(parameters, limit)
 
     def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
         return grad  # losses are scaled where they are computed
@@ -133,18 +154,27 @@ class LocalPipelineEngine(PipelineEngine):
         return activations, {link: self._make_link(link) for link in sorted(gradient_links)}
 
     def _make_link(self, link: Link) -> End | None:
+        source, target = (link.lower, link.lower + 1) if link.kind == "activation" else (link.lower + 1, link.lower)
+        return self._make_end(str(link), source, target, self.section.link.depth)
+
+    def _make_copies(self) -> Copies:
+        head, depth = self.section.head, self.section.link.depth
+        delay = refresh_delay(self.num_segments, self.micro_batches, depth)
+        return Copies(self.module.copies, self.module.copied_tensors, self._make_end, head.refresh_every, delay, head.tracking)
+
+    def _make_end(self, name: str, source: int, target: int, depth: int) -> End | None:
+        """This rank's end of a link between two segments. A collective call."""
         per_stage = self.section.segments_per_stage
-        lower, upper = link.lower // per_stage, (link.lower + 1) // per_stage
-        source, target = (lower, upper) if link.kind == "activation" else (upper, lower)
         get_rank = self.grid._topo.get_rank
         ranks = [
             [get_rank(pipe=stage, data=replica) for stage in range(self.num_stages)] for replica in range(self.dp_world_size)
         ]
-        settings = self.section.link
-        return make_end(str(link), self.stage_id, source, target, ranks, settings.depth, settings.timeout_seconds, self.device)
+        timeout = self.section.link.timeout_seconds
+        return make_end(name, self.stage_id, source // per_stage, target // per_stage, ranks, depth, timeout, self.device)
 
     def _links(self) -> list[Any]:
-        return [link for link in [*self.activation_links.values(), *self.gradient_links.values()] if link is not None]
+        links = [*self.activation_links.values(), *self.gradient_links.values(), *self.copies.links]
+        return [link for link in links if link is not None]
 
     # --- a step ---------------------------------------------------------------------------------------------------------
 
@@ -169,7 +199,9 @@ class LocalPipelineEngine(PipelineEngine):
         self.segment_losses = {}
         with self._failures_reported():
             self._look_for_stop()
+            self.copies.take(self.global_steps)
             self._exec_schedule(self._train_schedule())
+            self.copies.send(self.global_steps)
         traffic = {name: value - before[name] for name, value in self._traffic().items()}
         self.reports.close_step({
             segment: {
@@ -278,6 +310,7 @@ class LocalPipelineEngine(PipelineEngine):
         tag = checkpoint.checked_tag(str(tag or f"global_step{self.global_steps}"))
         with self._failures_reported():
             partial = checkpoint.begin(save_dir, tag)
+            self._save_copies(os.path.join(save_dir, partial))
             super().save_checkpoint(save_dir, partial, client_state or {}, False, exclude_frozen_parameters)
             checkpoint.commit(save_dir, partial, tag, self._facts(), save_latest)
             self.reports.flush()
@@ -304,6 +337,7 @@ class LocalPipelineEngine(PipelineEngine):
         saved, own = _layout(facts), _layout(self._facts())
         if with_optimizer and saved != own:
             raise CheckpointError(f"{load_dir}/{tag} has {saved}, this run has {own}; keep the layout, or load weights only")
+        self.copies.collect(self.global_steps)
         # DeepSpeed 0.19 writes the bf16 optimizer's shards to ZeRO files even without ZeRO, but does not look for them there
         unlooked_for = with_optimizer and self.using_bf16_optimizer and not self.zero_optimization()
         path, client_state = super().load_checkpoint(
@@ -312,7 +346,24 @@ class LocalPipelineEngine(PipelineEngine):
         )  # fmt: skip
         if unlooked_for:
             self._load_zero_checkpoint(load_dir, tag)
+        self._load_copies(os.path.join(load_dir, tag) if with_optimizer else None)
         return path, client_state
+
+    def _save_copies(self, folder: str) -> None:
+        self.copies.collect(self.global_steps)
+        for segment in self.module.local_segments if self.replica_id == 0 else ():
+            state = self.copies.state(segment)
+            if state:
+                os.makedirs(folder, exist_ok=True)
+                torch.save(state, os.path.join(folder, copies_file(segment)))
+
+    def _load_copies(self, folder: str | None) -> None:
+        states = {}
+        for segment in self.module.local_segments if folder else ():
+            path = os.path.join(folder or "", copies_file(segment))
+            if os.path.exists(path):
+                states[segment] = torch.load(path, map_location=self.device, weights_only=True)
+        self.copies.load(states, self.global_steps)
 
     def _facts(self) -> dict[str, Any]:
         """What a checkpoint says about itself."""
@@ -376,7 +427,7 @@ class LocalPipelineEngine(PipelineEngine):
             weight = self.module.weight_of(live.labels)
             sums[0, segment] += self.module.loss_of(segment, live.outputs, live.labels) * weight
             sums[1, segment] += weight
-        del self._live[segment, micro_batch]
+        self._live.pop((segment, micro_batch), None)  # sending may have let go of it
         return self.module.logits_of(live.outputs) if return_logits and segment + 1 == self.num_segments else None
 
     # --- instructions ---------------------------------------------------------------------------------------------------
@@ -405,13 +456,17 @@ class LocalPipelineEngine(PipelineEngine):
         if any(one.sends is not None for one in passes):
             for tensor in floating(live.inputs):
                 tensor.requires_grad_()
-        with seeded(self.section.seed, "dropout", self.global_steps, micro_batch, self.replica_id, segment):
+        with self._seeded("dropout", segment, micro_batch), torch.set_grad_enabled(bool(passes)):
             live.outputs = self.module.run_segment(segment, live.inputs)
+
+    def _seeded(self, purpose: str, segment: int, micro_batch: int) -> AbstractContextManager[None]:
+        return seeded(self.section.seed, purpose, self.global_steps, micro_batch, self.replica_id, segment)
 
     def _exec_send_activation(self, segment: int, micro_batch: int) -> None:
         live = self._live[segment, micro_batch]
         tag = Tag(self.global_steps, micro_batch, self.should_stop)
         self.activation_links[segment].send(tag, self.message_for_next(live.outputs, live.labels))
+        self._release(segment, micro_batch)  # if no loss of this micro-batch trains the segment
 
     def message_for_next(self, hidden: Any, labels: Any) -> dict[str, Tensor]:
         """What travels to the next segment: hidden state, labels, and the figures of the segments so far."""
@@ -464,7 +519,8 @@ class LocalPipelineEngine(PipelineEngine):
         the segment's own backward pass starts.
         """
         hidden = map_tensors(live.outputs, lambda t: t.detach().requires_grad_(t.is_floating_point()))
-        loss = self.module.loss_of(segment, hidden, live.labels)
+        with self._seeded("head", segment, micro_batch):
+            loss = self.module.loss_of(segment, hidden, live.labels)
         scale = self._routes(micro_batch).loss_weights[segment] / self.micro_batches
         torch.autograd.backward(loss * scale)
         live.gradients[segment] = [tensor.grad for tensor in floating(hidden) if tensor.grad is not None]
@@ -511,57 +567,3 @@ class LocalPipelineEngine(PipelineEngine):
 def _layout(facts: Mapping[str, Any]) -> str:
     """What an optimizer's state depends on."""
     return f"segment parts {facts['segment_parts']} on {facts['num_stages']} stages x {facts['num_replicas']} replicas"
-
-
-def initialize(
-    args: Any = None,
-    model: LocalPipelineModule | None = None,
-    optimizer: Any = None,
-    model_parameters: Any = None,
-    training_data: Any = None,
-    lr_scheduler: Any = None,
-    distributed_port: int = 29500,
-    mpu: Any = None,
-    dist_init_required: bool | None = None,
-    collate_fn: Any = None,
-    config: Any = None,
-    mesh_param: Any = None,
-    config_params: Any = None,
-) -> tuple[LocalPipelineEngine, Any, Any, Any]:
-    """`deepspeed.initialize` for a `LocalPipelineModule`: the same arguments, the same 4-tuple.
-
-    DeepSpeed picks its engine class by itself, so the few steps it takes around that are taken here.
-
-    Returns:
-        (engine, optimizer, training data loader, learning-rate scheduler).
-
-    Raises:
-        ConfigError: for a model of another kind, or a configuration that cannot work.
-    """
-    if not isinstance(model, LocalPipelineModule) or mpu is not None or mesh_param is not None:
-        raise ConfigError(
-            f"ds_local.initialize takes a LocalPipelineModule and neither mpu nor mesh_param, got {type(model).__name__}"
-        )
-    source = (
-        config if config is not None else config_params if config_params is not None else getattr(args, "deepspeed_config", None)
-    )
-    if source is None:
-        raise ConfigError("pass config=..., or args with --deepspeed_config")
-    ds_config = load_config(source)
-    check_deepspeed(ds_config)
-    if local_parallel(ds_config) != model.section:
-        raise ConfigError("the module was built with another local_parallel section; pass both the same config")
-    batch_sizes(ds_config, model.mpu().get_data_parallel_world_size())
-    bf16 = ds_config.get("bf16", ds_config.get("bfloat16", {}))
-    config_class = DeepSpeedConfig(ds_config, model.mpu())
-    if bf16.get("enabled"):
-        # the hand-over from bf16 to fp32 gradients must happen in every pass, on every stage: as a hook of the parameters
-        config_class.bfloat16_config.immediate_grad_update = True
-    deepspeed.set_optimizer_flags(config_class, model)
-    engine = LocalPipelineEngine(
-        args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, training_data=training_data,
-        lr_scheduler=lr_scheduler, mpu=model.mpu(), dist_init_required=dist_init_required, collate_fn=collate_fn,
-        config=ds_config, config_class=config_class,
-    )  # fmt: skip
-    engine._configure_python_gc()
-    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler

@@ -25,11 +25,14 @@ from ds_local import blocks, heads
 from ds_local.config import (
     ConfigError,
     LocalParallelConfig,
+    batch_sizes,
     check_deepspeed,
     load_config,
     local_parallel,
     num_stages_and_replicas,
 )
+from ds_local.copies import Copy, planned_copies
+from ds_local.flops import choose_parts
 from ds_local.partition import balance
 from ds_local.replacements import start_processes
 
@@ -72,7 +75,8 @@ class LocalPipelineModule(PipelineModule):
         check_deepspeed(ds_config)
         self.section = local_parallel(ds_config)
         stages = _num_stages(self.section, num_stages, topology)
-        self.hf_config: Any = None  # of a Hugging Face model; set by `causal_lm`
+        self.hf_config: Any = None  # of a Hugging Face model; set by `causal_lm`, as are the copies in its heads
+        self.copies: list[Copy] = []
         self._given_parts = self.section.parts or parts
         self._make_head = head
         self._check_layers(layers, stages)
@@ -86,6 +90,7 @@ class LocalPipelineModule(PipelineModule):
 
     def _check_layers(self, layers: list[Any], num_stages: int) -> None:
         num_segments = num_stages * self.section.segments_per_stage
+        self.section.check_lengths(num_segments)
         if num_segments > len(layers):
             raise ConfigError(
                 f"{num_stages} stages x {self.section.segments_per_stage} segments need at least {num_segments} layers, "
@@ -193,16 +198,27 @@ class LocalPipelineModule(PipelineModule):
     def head_parameters(self, segment: int) -> list[nn.Parameter]:
         """Parameters that only the segment's loss sees: its auxiliary head's, or those of a readout that computes the loss."""
         if str(segment) in self.heads:
-            return list(self.heads[str(segment)].parameters())
+            return [p for p in self.heads[str(segment)].parameters() if p.requires_grad]
         return list(self.forward_funcs[-1].parameters()) if self._computes_own_loss(segment) else []
 
+    def copied_tensors(self, copy: Copy, end: str) -> list[Tensor]:
+        """The weights of a copy at its "source" or "target", in the same order."""
+        if end == "target":
+            head: Any = self.heads[str(copy.target)]
+            return list((head.readout if copy.kind == "readout" else head.blocks).parameters())
+        if copy.kind == "readout":
+            return [self.forward_funcs[-1].readout.weight]
+        private = [layer for layer in self.layers_of(copy.source) if isinstance(layer, blocks.Block)]
+        count = blocks.head_blocks(self.hf_config, copy.target, self.section.head, self.segment_parts)
+        return [p for block in private[:count] for p in block.parameters()]
+
     def segment_parameters(self, segment: int) -> Iterator[nn.Parameter]:
-        """Parameters of the segment's layers and head."""
+        """Parameters of the segment's layers and head that take gradients."""
         for layer in self.layers_of(segment):
             if isinstance(layer, nn.Module):
-                yield from layer.parameters()
+                yield from (p for p in layer.parameters() if p.requires_grad)
         if str(segment) in self.heads:
-            yield from self.heads[str(segment)].parameters()
+            yield from (p for p in self.heads[str(segment)].parameters() if p.requires_grad)
 
 
 def head_file(segment: int) -> str:
@@ -212,8 +228,11 @@ def head_file(segment: int) -> str:
 
 def _num_stages(section: LocalParallelConfig, num_stages: int | None, topology: Any) -> int:
     """Checked against the number of processes, which the launcher has announced even before they have met."""
-    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    return num_stages_and_replicas(section, world_size, topology.get_dim("pipe") if topology else num_stages)[0]
+    return num_stages_and_replicas(section, _world_size(), topology.get_dim("pipe") if topology else num_stages)[0]
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _apply(layers: Sequence[Callable[[Any], Any]], inputs: Any) -> Any:
@@ -242,10 +261,12 @@ def causal_lm(
         ConfigError: when the configuration contradicts the model or the number of processes.
     """
     hf_config = blocks.load_model_config(model)
-    section = local_parallel(load_config(config or {}))
+    ds_config = load_config(config or {})
+    section = local_parallel(ds_config)
     depth = blocks.num_blocks(hf_config)
     stages = _num_stages(section, num_stages, topology)
     num_segments = stages * section.segments_per_stage
+    section.check_lengths(num_segments)
     if num_segments > depth:
         raise ConfigError(
             f"{stages} stages x {section.segments_per_stage} segments need at least {num_segments} blocks, "
@@ -261,22 +282,15 @@ def causal_lm(
     layers = [
         LayerSpec(blocks.Embedding, hf_config, seed),
         *(LayerSpec(blocks.Block, hf_config, index, seed) for index in range(depth)),
-        LayerSpec(blocks.Readout, hf_config, seed),
+        LayerSpec(blocks.Readout, hf_config, seed, section.head.kernel),
     ]
+    num_micro_batches = batch_sizes(ds_config, _world_size() // stages)[1]
+    parts = section.parts or choose_parts(hf_config, section, num_segments, num_micro_batches, seq_len or longest)
     module = LocalPipelineModule(
-        layers, stages, loss_fn=heads.lm_loss, head=lambda segment: blocks.make_head(hf_config, segment, seed, section.head.bias),
-        config=config, parts=_balanced_parts(hf_config, seq_len or longest, section.head_segments(num_segments), num_segments),
+        layers, stages, loss_fn=heads.lm_loss, config=config, parts=parts,
+        head=lambda segment: blocks.make_head(hf_config, segment, seed, section.head, parts),
         activation_checkpoint_interval=activation_checkpoint_interval, topology=topology,
     )  # fmt: skip
     module.hf_config = hf_config
+    module.copies = planned_copies(section, num_segments, section.head_segments(num_segments))
     return module
-
-
-def _balanced_parts(hf_config: Any, seq_len: int, head_segments: set[int], num_segments: int) -> list[int]:
-    """Layer boundaries that balance the segments' floating-point operations, with at least one block in each."""
-    block, readout = blocks.forward_flops(hf_config, seq_len)
-    depth = blocks.num_blocks(hf_config)
-    # the embedding goes with the first block and costs next to nothing; the readout goes with the last
-    costs = [block] * (depth - 1) + [block + readout]
-    cuts = balance(costs, [readout if segment in head_segments else 0.0 for segment in range(num_segments)])
-    return [0, *(cut + 1 for cut in cuts[1:-1]), depth + 2]

@@ -132,7 +132,10 @@ class _ListScheduler:
 
     def _within_reach(self, segment: int, row: int) -> bool:
         """Is less alive of this row than one micro-batch for each stage up to its furthest loss?"""
-        furthest = segment + self.mix[row][0].reach[segment]
+        routes = self.mix[row][0]
+        if not routes.passes[segment]:  # only passing through: passes that are ready go first
+            return not self.ready[self.stage_of[segment]]
+        furthest = segment + routes.reach[segment]
         return self.live[segment][row] <= self.stage_of[furthest] - self.stage_of[segment]
 
     def _within_bound(self, segment: int, row: int) -> bool:
@@ -173,6 +176,7 @@ class _ListScheduler:
         passes = self.mix[row][0].passes[segment]
         if kind == FORWARD:
             self.passes_left[segment, micro_batch] = len(passes)
+            self.live[segment][row] -= not passes
             for which, one in enumerate(passes):
                 self._plan(Action.of_pass(one, segment, micro_batch, which), [loss for loss, _ in one.reads if loss != segment])
             if segment + 1 == len(self.stage_of):

@@ -81,7 +81,7 @@ def measure(engine: Any, inputs: Any) -> dict[str, list[float]]:
 def _measure_segment(engine: Any, segment: int, hidden: Any, labels: Any) -> dict[str, float]:
     module = engine.module
     module.train()
-    parameters = [p for p in module.segment_parameters(segment) if p.requires_grad]
+    parameters = list(module.segment_parameters(segment))
     if isinstance(hidden, Tensor) and hidden.is_floating_point():
         hidden = hidden.detach().requires_grad_()
     outputs = module.run_segment(segment, hidden)
@@ -157,7 +157,10 @@ def write(engine: Any, inputs: Any, folder: Path) -> None:
         first = stage * engine.section.segments_per_stage
         costs["optimizer"][first] = _typical(events, "ReduceGrads") + _typical(events, "OptimizerStep")
     costs["forward"][0] += _typical(stages[0], "LoadMicroBatch")
-    layout = {"stages": engine.num_stages, "segments": engine.num_segments, "micro_batches": engine.micro_batches}
+    layout = {
+        "stages": engine.num_stages, "segments": engine.num_segments, "segment_parts": engine.module.segment_parts,
+        "micro_batches": engine.micro_batches,
+    }  # fmt: skip
     measured = {"step_seconds": [_period(stages[stage]) for stage in sorted(stages)]}
     (folder / "profile.json").write_text(json.dumps({"layout": layout, "costs": costs, "measured": measured}, indent=1) + "\n")
     (folder / "trace.json").write_text(json.dumps(_trace(gathered)))

@@ -60,12 +60,18 @@ class Routes:
     mode: str
     num_segments: int
     weights: Weights
-    loss_weights: dict[int, float]  # factor on each loss before its gradient is taken; only deep_supervision changes it
+    loss_weights: dict[int, float]  # factor on each loss before its gradient is taken
 
     @property
     def losses(self) -> tuple[int, ...]:
         """Segments that compute a loss; the others need neither head nor labels."""
         return tuple(sorted(self.weights))
+
+    def scaled_auxiliary(self, factor: float) -> Routes:
+        """The table with every loss but the model's own times `factor`; 0 leaves them out."""
+        kept = {loss: row for loss, row in self.weights.items() if factor or loss == self.num_segments - 1}
+        factors = {loss: self.loss_weights[loss] * (1.0 if loss == self.num_segments - 1 else factor) for loss in kept}
+        return Routes(self.mode if factor else f"{self.mode} without auxiliary losses", self.num_segments, kept, factors)
 
     @cached_property
     def passes(self) -> tuple[tuple[Pass, ...], ...]:

@@ -33,9 +33,10 @@ from ds_local.config import (
     num_stages_and_replicas,
 )
 from ds_local.data import BatchShape, TokenData, training_batches, validation_batches
-from ds_local.engine import LocalPipelineEngine, initialize
+from ds_local.engine import LocalPipelineEngine
 from ds_local.metrics import MetricsFile, SegmentReport, draw_losses, summary_table
 from ds_local.module import causal_lm
+from ds_local.start import initialize
 
 VOCABULARY_PADDING = 128  # a model's vocabulary may be rounded up by less than this, as is usual for speed
 

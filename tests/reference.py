@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 
 from ds_local import blocks
+from ds_local.config import HeadConfig
 
 GPT2 = {
     "model_type": "gpt2", "n_layer": 4, "n_embd": 32, "n_head": 4, "vocab_size": 64, "n_positions": 16,
@@ -57,7 +58,9 @@ def table_of(mode: str, num_segments: int, window: int = 2, combine: str = "sum"
 class Reference:
     """All segments of a model in one process."""
 
-    def __init__(self, family: str, parts: list[int], lr: float = 1e-2, clip: float = 1.0, seed: int = SEED) -> None:
+    def __init__(
+        self, family: str, parts: list[int], lr: float = 1e-2, clip: float = 1.0, seed: int = SEED, head: HeadConfig | None = None
+    ) -> None:
         config = blocks.load_model_config(MODELS[family])
         depth = blocks.num_blocks(config)
         layers = [
@@ -68,7 +71,7 @@ class Reference:
         self.layers = layers
         self.num_segments = len(parts) - 1
         self.segments = [layers[a:b] for a, b in pairwise(parts)]
-        self.heads = [blocks.make_head(config, s, seed) for s in range(self.num_segments - 1)]
+        self.heads = [blocks.make_head(config, s, seed, head or HeadConfig(), parts) for s in range(self.num_segments - 1)]
         self.parameters = [
             [p for layer in segment for p in layer.parameters()]
             + [p for head in self.heads[s : s + 1] for p in head.parameters()]

@@ -6,6 +6,7 @@ from reference import MODELS
 from transformers import AutoModelForCausalLM
 
 from ds_local import blocks
+from ds_local.config import HeadConfig
 from ds_local.heads import lm_loss
 from ds_local.hf import from_hf, to_hf
 
@@ -91,7 +92,7 @@ def test_building_leaves_the_random_numbers_alone(config):
     expected = torch.rand(3)
     torch.manual_seed(7)
     layers_of(config)
-    blocks.make_head(config, 0, 0)
+    blocks.make_head(config, 0, 0, HeadConfig(), [0, 2, 4])
     assert torch.equal(torch.rand(3), expected)
 
 

@@ -21,7 +21,7 @@ MISTAKES = {
     "misspelt link key": ({"link": {"dept": 4}}, "did you mean 'depth'?"),
     "link depth 0": ({"link": {"depth": 0}}, "local_parallel.link.depth"),
     "timeout 0": ({"link": {"timeout_seconds": 0}}, "local_parallel.link.timeout_seconds"),
-    "misspelt head key": ({"head": {"bia": True}}, "did you mean 'bias'?"),
+    "misspelt head key": ({"head": {"rnk": True}}, "did you mean 'rank'?"),
     "mode and mix": ({"mode": "local", "mix": [{"mode": "local"}]}, "give either mix or mode"),
     "empty mix": ({"mix": []}, "at least one entry"),
     "two open entries in a mix": ({"mix": [{"mode": "local"}, {"mode": "backprop"}]}, "at most one entry without micro_batches"),

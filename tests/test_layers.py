@@ -12,12 +12,12 @@ FILES = sorted(PACKAGE.glob("*.py"))
 
 # from the ground up; a module may import what stands before it, never what comes after
 ORDER = [
-    "routes", "schedule", "order", "peers", "simulator", "config", "partition", "seeds", "heads", "blocks", "data", "corpus",
-    "notices", "checkpoint", "replacements", "instructions", "tensors", "transport", "profiling", "module", "metrics", "engine",
-    "hf", "train", "ranks",
+    "routes", "schedule", "order", "peers", "simulator", "config", "partition", "seeds", "heads", "blocks", "flops",
+    "data", "corpus", "notices", "checkpoint", "replacements", "instructions", "tensors", "transport", "copies",
+    "profiling", "module", "metrics", "engine", "start", "hf", "train", "ranks",
 ]  # fmt: skip
 PURE = ["routes", "schedule", "order", "peers", "simulator", "config", "partition"]
-DEEPSPEED = {"replacements", "instructions", "module", "engine"}
+DEEPSPEED = {"replacements", "instructions", "module", "engine", "start"}
 TRANSFORMERS = {"blocks", "corpus", "hf"}
 
 

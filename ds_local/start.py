@@ -1,0 +1,70 @@
+"""`initialize`: an engine for a `LocalPipelineModule`, as `deepspeed.initialize` makes them for other modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from ds_local.config import ConfigError, batch_sizes, check_deepspeed, load_config, local_parallel
+from ds_local.engine import LocalPipelineEngine
+from ds_local.module import LocalPipelineModule
+
+
+def initialize(
+    args: Any = None,
+    model: LocalPipelineModule | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: Any = None,
+    mesh_param: Any = None,
+    config_params: Any = None,
+) -> tuple[LocalPipelineEngine, Any, Any, Any]:
+    """`deepspeed.initialize` for a `LocalPipelineModule`: the same arguments, the same 4-tuple.
+
+    DeepSpeed picks its engine class by itself, so the few steps it takes around that are taken here.
+
+    Returns:
+        (engine, optimizer, training data loader, learning-rate scheduler).
+
+    Raises:
+        ConfigError: for a model of another kind, or a configuration that cannot work.
+    """
+    if not isinstance(model, LocalPipelineModule) or mpu is not None or mesh_param is not None:
+        raise ConfigError(
+            f"ds_local.initialize takes a LocalPipelineModule and neither mpu nor mesh_param, got {type(model).__name__}"
+        )
+    source = (
+        config if config is not None else config_params if config_params is not None else getattr(args, "deepspeed_config", None)
+    )
+    if source is None:
+        raise ConfigError("pass config=..., or args with --deepspeed_config")
+    ds_config = load_config(source)
+    check_deepspeed(ds_config)
+    if local_parallel(ds_config) != model.section:
+        raise ConfigError("the module was built with another local_parallel section; pass both the same config")
+    batch_sizes(ds_config, model.mpu().get_data_parallel_world_size())
+    bf16 = ds_config.get("bf16", ds_config.get("bfloat16", {}))
+    config_class = DeepSpeedConfig(ds_config, model.mpu())
+    if bf16.get("enabled"):
+        # the hand-over from bf16 to fp32 gradients must happen in every pass, on every stage: as a hook of the parameters
+        config_class.bfloat16_config.immediate_grad_update = True
+    deepspeed.set_optimizer_flags(config_class, model)
+    if model.section.scales_learning_rates and model_parameters is None:
+        model_parameters = [
+            {"params": list(model.segment_parameters(segment)), "segment": segment} for segment in model.local_segments
+        ]
+    engine = LocalPipelineEngine(
+        args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, training_data=training_data,
+        lr_scheduler=lr_scheduler, mpu=model.mpu(), dist_init_required=dist_init_required, collate_fn=collate_fn,
+        config=ds_config, config_class=config_class,
+    )  # fmt: skip
+    engine._configure_python_gc()
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler

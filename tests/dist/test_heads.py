@@ -1,0 +1,131 @@
+"""Heads that copy weights of other segments: at the promised step, by the formula, the same on any number of ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jobs
+import pytest
+import torch
+from ranks import run_ranks
+
+HEAD = {"readout": "shared", "blocks": 1, "blocks_from": "next_tracked", "refresh_every": 2, "tracking": 0.75}
+CHEAP = {"token_fraction": 0.5, "temperature": True, "every": 2, "rank": 8}
+STEPS = 14
+
+
+def follow(section: dict[str, Any], stages: int, steps: int) -> Any:
+    """Source and copy of every copied weight after every step."""
+    engine = jobs.build(section, stages, gas=4)
+    data = jobs.batches(engine)
+    seen = []
+    for _ in range(steps):
+        engine.train_batch(data)
+        seen.append({
+            str(copy): tuple([t.detach().clone() for t in engine.module.copied_tensors(copy, end)] for end in ("source", "target"))
+            for copy in engine.module.copies
+        })  # fmt: skip
+    return engine.copies.delay, seen
+
+
+def test_copies_follow_the_formula_at_the_promised_step():
+    delay, seen = run_ranks(follow, 1, {"segments_per_stage": 4, "head": HEAD}, 1, STEPS)[0]
+    assert delay == 7
+    names = list(seen[0])
+    assert sum("readout" in name for name in names) == 3
+    assert sum("blocks" in name for name in names) == 3
+    for name in names:
+        expected = seen[0][name][1]
+        for step in range(1, STEPS):  # seen[step] is the state after step + 1 optimizer steps
+            due = step - delay
+            if due > 0 and due % 2 == 0:
+                keep = 0.75 if "blocks" in name else 0.0
+                sent = seen[due - 1][name][0]
+                expected = [keep * old + (1 - keep) * new for old, new in zip(expected, sent, strict=True)]
+            for got, wanted in zip(seen[step][name][1], expected, strict=True):
+                torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
+    assert any(not torch.equal(a, b) for name in names for a, b in zip(seen[0][name][1], seen[-1][name][1], strict=True))
+
+
+@pytest.mark.parametrize("head", [HEAD, CHEAP], ids=["copied", "cheap"])
+@pytest.mark.parametrize("row", [{"mode": "local"}, {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}])
+def test_heads_give_the_same_bits_on_1_2_and_4_ranks(head, row):
+    section = {**row, "head": head}
+    runs = [run_ranks(jobs.train, r, {**section, "segments_per_stage": 4 // r}, r, STEPS) for r in (1, 2, 4)]
+    assert runs[0][0]["reports"] == runs[1][0]["reports"] == runs[2][0]["reports"]
+    plain = run_ranks(jobs.train, 1, {**row, "segments_per_stage": 4}, 1, STEPS)
+    assert runs[0][0]["reports"] != plain[0]["reports"]
+
+
+def resume(section: dict[str, Any], stages: int, folder: str) -> Any:
+    """Losses of the last steps, without and with a checkpoint in between."""
+
+    def losses(engine, steps):
+        data = jobs.batches(engine, start=engine.global_steps)
+        return [None if loss is None else loss.item() for loss in (engine.train_batch(data) for _ in range(steps))]
+
+    engine = jobs.build(section, stages)
+    losses(engine, 9)
+    engine.save_checkpoint(folder)
+    expected = losses(engine, 9)
+    again = jobs.build(section, stages)
+    again.load_checkpoint(folder)
+    resumed = losses(again, 9)
+    engine.load_checkpoint(folder)  # into an engine with copies of later steps under way
+    return expected, resumed, losses(engine, 9)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_copies_under_way_survive_a_resume(ranks, tmp_path):
+    section = {"segments_per_stage": 4 // ranks, "head": HEAD}
+    for expected, resumed, reloaded in run_ranks(resume, ranks, section, ranks, str(tmp_path)):
+        assert expected == resumed == reloaded
+
+
+def with_factors(section: dict[str, Any], extra: dict[str, Any]) -> Any:
+    engine = jobs.build(section, 2, **extra)
+    data = jobs.batches(engine)
+    before = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    engine.train_batch(data)
+    moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in engine.module.named_parameters()}
+    return moved, [group["lr"] for group in engine.optimizer.param_groups]
+
+
+@pytest.mark.parametrize(
+    ("extra", "tolerance"),
+    [({}, 0.05), ({"zero_optimization": {"stage": 1}}, 0.05), ({"bf16": {"enabled": True}}, 0.3)],
+    ids=["fp32", "zero1", "bf16"],
+)
+def test_learning_rate_factors_scale_the_first_adam_step(extra, tolerance):
+    plain = run_ranks(with_factors, 2, {"segments_per_stage": 2}, extra)
+    scaled = run_ranks(with_factors, 2, {"segments_per_stage": 2, "lr_multipliers": [1, 0.5, 1, 0.25]}, extra)
+    for stage, ((before, _), (after, rates)) in enumerate(zip(plain, scaled, strict=True)):
+        assert rates == [0.01, 0.01]  # what schedulers and logs see stays
+        ratios = {name: after[name] / before[name] for name in before if before[name] > 5e-3}
+        expected = [1.0, 0.5] if stage == 0 else [1.0, 0.25]
+        nearest = {name: min(expected, key=lambda factor: abs(ratio - factor)) for name, ratio in ratios.items()}
+        assert set(nearest.values()) == set(expected)
+        assert all(abs(ratios[name] - factor) < tolerance for name, factor in nearest.items())
+
+
+def test_clipping_factors_scale_each_segments_gradient():
+    plain = run_ranks(norms, 2, {"segments_per_stage": 2})
+    scaled = run_ranks(norms, 2, {"segments_per_stage": 2, "clip_multipliers": [1, 0.5, 2, 1]})
+    flat = [dict(sorted({s: n for result in run for s, n in result.items()}.items())) for run in (plain, scaled)]
+    assert list(flat[0].values()) == pytest.approx([0.01] * 4, rel=1e-3)
+    assert list(flat[1].values()) == pytest.approx([0.01, 0.005, 0.02, 0.01], rel=1e-3)
+
+
+def norms(section: dict[str, Any]) -> dict[int, float]:
+    """The gradient norm that is left of each segment after clipping to 0.01."""
+    engine = jobs.build(section, 2, gradient_clipping=0.01)
+    left: dict[int, float] = {}
+
+    def keep(*_: Any) -> None:
+        for segment in engine.module.local_segments:
+            grads = [p.grad.norm() for p in engine.module.segment_parameters(segment) if p.grad is not None]
+            left[segment] = torch.stack(grads).norm().item()
+
+    engine.basic_optimizer.register_step_pre_hook(keep)
+    engine.train_batch(jobs.batches(engine))
+    return left
