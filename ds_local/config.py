@@ -84,6 +84,11 @@ class Scheme(Row):
                 raise ValueError("mix needs at least one entry, and at most one entry without micro_batches")
         return self
 
+    @property
+    def period(self) -> int:
+        """Steps after which schedules repeat: more than 1 where chunks shift."""
+        return math.lcm(*(entry.window or 2 for entry in self.mix or [self] if entry.mode == "shifted_chunked"))
+
     def rows(self, num_segments: int, num_micro_batches: int, step: int = 0) -> list[tuple[Routes, int]]:
         """(table, micro-batches that follow it) for one step.
 
@@ -243,9 +248,7 @@ class LocalParallelConfig(Scheme):
     def schedule_key(self, step: int) -> tuple[int, int]:
         """Steps with equal keys have equal schedules: the phase, and how far shifted chunks have moved."""
         scheme = self.scheme_at(step)
-        entries = scheme.mix or [scheme]
-        period = math.lcm(*(entry.window or 2 for entry in entries if entry.mode == "shifted_chunked"))
-        return next((i for i, phase in enumerate(self.phases or ()) if phase is scheme), -1), step % period
+        return next((i for i, phase in enumerate(self.phases or ()) if phase is scheme), -1), step % scheme.period
 
     def head_segments(self, num_segments: int) -> set[int]:
         """Segments with an auxiliary head: those before the last whose loss trains a segment in any phase.
@@ -262,14 +265,12 @@ class LocalParallelConfig(Scheme):
 
     def distinct_steps(self) -> list[int]:
         """Steps whose schedules together show every schedule of the run."""
-        steps, start = [], 0
-        for phase in self.phases or (None,):
-            scheme = phase or self
-            entries: list[Row] = [*scheme.mix] if scheme.mix else [scheme]
-            windows = [entry.window or 2 for entry in entries if entry.mode == "shifted_chunked"]
-            steps += list(range(start, start + max(windows, default=1)))
-            start = phase.until_step if phase and phase.until_step else start
-        return steps
+        return [step for start, scheme in self.schemes() for step in range(start, start + scheme.period)]
+
+    def schemes(self) -> list[tuple[int, Scheme]]:
+        """(first step, scheme) of every stretch of the run."""
+        starts = [0, *(phase.until_step or 0 for phase in self.phases or ())]
+        return list(zip(starts, self.phases or (self,), strict=False))
 
 
 def _thinned(routes: Routes, count: int, every: int) -> list[tuple[Routes, int]]:

@@ -50,9 +50,7 @@ def unit_times(profile: str | Path) -> UnitCosts:
     try:
         facts = json.loads(Path(profile).read_text())
         costs, parts = facts["costs"], facts["layout"]["segment_parts"]
-        sizes = [b - a for a, b in pairwise(parts)]
-        sizes[0] -= 1  # the embedding
-        sizes[-1] -= 1  # the readout
+        sizes = _blocks_of(parts)
         whole = [sum(costs[part][s] for part in ("forward", "input_grad", "weight_grad")) for s in range(len(sizes))]
         measured = [seconds for seconds in costs["head"][:-1] if seconds]
         heads = [seconds or (mean(measured) if measured else 0.0) for seconds in costs["head"][:-1]]
@@ -94,13 +92,25 @@ def _loss_shares(section: LocalParallelConfig, num_segments: int, num_micro_batc
     return [sum(count for routes, count in rows if s in routes.weights) / num_micro_batches for s in range(num_segments)]
 
 
+def segment_times(unit: UnitCosts, parts: Sequence[int]) -> tuple[list[float], ...]:
+    """(forward, input gradient, weight gradient, head) of each segment, the first three alike: for `simulator.Costs`."""
+    third = [unit.block / 3 * blocks for blocks in _blocks_of(parts)]
+    return third, third, third, [*unit.heads, unit.readout]
+
+
+def _blocks_of(parts: Sequence[int]) -> list[int]:
+    """Blocks in each segment: its layers without the embedding and the readout."""
+    sizes = [b - a for a, b in pairwise(parts)]
+    sizes[0] -= 1
+    sizes[-1] -= 1
+    return sizes
+
+
 def stage_flops(schedule: Schedule, unit: UnitCosts, parts: Sequence[int]) -> list[dict[str, float]]:
     """For each stage the cost of a step per token of a micro-batch: "useful" is what backpropagation would compute too,
     "auxiliary" are heads and gradients that are only handed through."""
     last = len(schedule.stage_of) - 1
-    sizes = [b - a for a, b in pairwise(parts)]
-    sizes[0] -= 1
-    sizes[-1] -= 1
+    sizes = _blocks_of(parts)
     costs = [{"useful": 0.0, "auxiliary": 0.0} for _ in schedule.stages]
     for stage, actions in enumerate(schedule.stages):
         for action in actions:

@@ -93,11 +93,15 @@ class Pool:
         deadline = time.monotonic() + timeout
         while len(answers) < world_size:
             try:
-                number, rank, fine, value = self._results.get(timeout=max(0.1, deadline - time.monotonic()))
+                number, rank, fine, value = self._results.get(timeout=1.0)
             except queue.Empty:
                 missing = sorted(set(range(world_size)) - set(answers))
+                dead = [rank for rank in missing if not self._workers[rank][0].is_alive()]
+                if not dead and time.monotonic() < deadline:
+                    continue
                 self.close()
-                raise RankError(f"ranks {missing} did not finish within {timeout} s") from None
+                what = f"ranks {dead} died" if dead else f"ranks {missing} did not finish within {timeout} s"
+                raise RankError(what) from None
             if number != self._number:
                 continue
             if not fine:

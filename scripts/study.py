@@ -1,0 +1,408 @@
+"""The quality study: methods on equal tokens and the same data order, one table.
+
+    python scripts/study.py run --methods backprop local mixed --segments 4 --seeds 1 --minutes 9
+    python scripts/study.py table
+
+`run` trains what is not finished yet, all segments of a model in one process through the real engine, and stops after the given
+minutes; call it again to go on. Several may run at once: each takes runs that nobody else works on. `table` reads what is
+finished and writes docs/quality.json, docs/quality.md and docs/quality.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import math
+import os
+import platform
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import mean
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCAL, BACKPROP = {"mode": "local"}, {"mode": "backprop"}
+
+
+class Preset(NamedTuple):
+    """A recipe in which depth matters."""
+
+    model: dict[str, Any]
+    source: str
+    tokenizer: str
+    steps: int
+    sequences: int  # per step
+    micro_batches: int  # per step, unless a method needs another number
+    learning_rate: float
+    precision: dict[str, Any]
+
+
+def _gpt2(layers: int, width: int, heads: int, vocabulary: int, positions: int) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2", "n_layer": layers, "n_embd": width, "n_head": heads, "vocab_size": vocabulary,
+        "n_positions": positions, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+BF16 = {"bf16": {"enabled": True}}
+PRESETS = {
+    "cpu": Preset(_gpt2(8, 64, 4, 512, 64), "python-stdlib", "sentencepiece:512", 3000, 32, 4, 4e-3, {}),
+    "tiny": Preset(_gpt2(4, 32, 4, 512, 32), "python-stdlib", "sentencepiece:512", 20, 8, 4, 4e-3, {}),  # to try the script
+    "gpu-10m": Preset(_gpt2(12, 256, 4, 4096, 256), "python-stdlib", "sentencepiece:4096", 4000, 64, 8, 2e-3, BF16),
+    "gpu-125m": Preset(_gpt2(12, 768, 12, 16384, 512), "python-stdlib", "sentencepiece:16384", 4000, 128, 8, 6e-4, BF16),
+}
+
+
+def mixed(share: float) -> dict[str, Any]:
+    """A share of each step's micro-batches runs backpropagation; `section_of` fills in how many these are."""
+    return {"mix": [{"mode": "backprop", "share": share}, LOCAL]}
+
+
+class Method(NamedTuple):
+    """A scheme, the share of the steps at the end that run backpropagation, and the options of the heads."""
+
+    scheme: dict[str, Any]
+    tail: float = 0.0
+    head: Mapping[str, Any] = MappingProxyType({})
+    micro_batches: int | None = None
+
+
+EIGHTH = {"token_fraction": 0.125}
+SHARED = {"readout": "shared", "temperature": True}
+METHODS = {
+    "backprop": Method(BACKPROP),
+    "local": Method(LOCAL),
+    "local, shared readout": Method(LOCAL, 0.0, SHARED),
+    "local, one private block": Method(LOCAL, 0.0, {"blocks": 1}),
+    "local, one tracked block": Method(LOCAL, 0.0, {"blocks": 1, "blocks_from": "next_tracked"}),
+    "local, 1/8 of the tokens": Method(LOCAL, 0.0, EIGHTH),
+    "local, rank 16": Method(LOCAL, 0.0, {"rank": 16}),
+    "overlapping 2": Method({"mode": "overlapping", "window": 2}),
+    "interlocking 2": Method({"mode": "interlocking", "window": 2}),
+    "interlocking 3": Method({"mode": "interlocking", "window": 3}),
+    "chunked 2": Method({"mode": "chunked", "window": 2}),
+    "shifted chunks 2": Method({"mode": "shifted_chunked", "window": 2}),
+    "local, backprop tail 5 %": Method(LOCAL, 0.05),
+    "local, backprop tail 10 %": Method(LOCAL, 0.1),
+    "local, backprop tail 20 %": Method(LOCAL, 0.2),
+    "mixed 1/8": Method(mixed(1 / 8), 0.0, {}, 8),
+    "mixed 1/4": Method(mixed(1 / 4)),
+    "mixed 1/2": Method(mixed(1 / 2)),
+    "mixed 1/8, tail 20 %": Method(mixed(1 / 8), 0.2, {}, 8),
+    "mixed 1/4, tail 10 %": Method(mixed(1 / 4), 0.1),
+    "mixed 1/4, tail 20 %": Method(mixed(1 / 4), 0.2),
+    "mixed 1/2, tail 10 %": Method(mixed(1 / 2), 0.1),
+    "mixed 1/4, tail 20 %, 1/8 of the tokens": Method(mixed(1 / 4), 0.2, EIGHTH),
+    "mixed 1/4, tail 20 %, 1/16 of the tokens": Method(mixed(1 / 4), 0.2, {"token_fraction": 0.0625}),
+    "mixed 1/4, tail 20 %, one private block": Method(mixed(1 / 4), 0.2, {"blocks": 1}),
+    "mixed 1/4, tail 20 %, shared readout": Method(mixed(1 / 4), 0.2, SHARED),
+    "mixed 1/4, tail 20 %, block, 1/8 of the tokens": Method(mixed(1 / 4), 0.2, {"blocks": 1, **EIGHTH}),
+}
+
+
+class Run(NamedTuple):
+    """One training run of the study."""
+
+    preset: str
+    method: str
+    segments: int
+    seed: int
+    lr_factor: float
+
+    @property
+    def name(self) -> str:
+        plain = re.sub(r"[ ,%]+", "_", self.method.replace("/", "-")).strip("_")
+        return f"{plain}-K{self.segments}-seed{self.seed}-lr{self.lr_factor:g}"
+
+
+def section_of(method: Method, num_segments: int, num_micro_batches: int, steps: int) -> dict[str, Any]:
+    """The "local_parallel" section of a method, for one process that holds all segments."""
+    scheme = json.loads(json.dumps(method.scheme))
+    for entry in scheme.get("mix", ()):
+        if "share" in entry:
+            entry["micro_batches"] = max(1, round(entry.pop("share") * num_micro_batches))
+    if method.tail:
+        scheme = {"phases": [{**scheme, "until_step": round(steps * (1 - method.tail))}, BACKPROP]}
+    return {**scheme, "num_stages": 1, "segments_per_stage": num_segments, "head": dict(method.head)}
+
+
+def ds_config(run: Run) -> dict[str, Any]:
+    preset, method = PRESETS[run.preset], METHODS[run.method]
+    micro_batches = method.micro_batches or preset.micro_batches
+    rate = preset.learning_rate * run.lr_factor
+    warm_up = max(1, preset.steps // 60)
+    return {
+        "train_micro_batch_size_per_gpu": preset.sequences // micro_batches,
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10,
+        "optimizer": {"type": "AdamW", "params": {"lr": rate, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True}},
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {"total_num_steps": preset.steps, "warmup_num_steps": warm_up, "cos_min_ratio": 0.1},
+        },
+        "local_parallel": {**section_of(method, run.segments, micro_batches, preset.steps), "seed": run.seed},
+        **preset.precision,
+    }
+
+
+# --- running --------------------------------------------------------------------------------------------------------------
+
+
+def work(args: argparse.Namespace) -> int:
+    deadline = time.monotonic() + args.minutes * 60
+    folder = ROOT / args.folder / args.preset
+    folder.mkdir(parents=True, exist_ok=True)
+    data = _prepared(args.preset)
+    runs = [
+        Run(args.preset, method, segments, seed, factor)
+        for seed in args.seeds for factor in args.lr_factors for segments in args.segments for method in args.methods
+    ]  # fmt: skip
+    for run in runs:
+        place = folder / run.name
+        place.mkdir(exist_ok=True)
+        with _claimed(place / "lock") as mine:
+            if mine and not (place / "result.json").exists() and not _train(run, place, data, deadline):
+                return 0 if time.monotonic() >= deadline else 1
+    print("all of these runs are finished")
+    return 0
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Is this run ours, and not another process's?"""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _prepared(preset: str) -> Path:
+    facts = PRESETS[preset]
+    data = ROOT / "data" / f"study-{facts.tokenizer.partition(':')[2]}-{facts.model['n_positions']}"
+    data.parent.mkdir(exist_ok=True)
+    with (data.parent / f"{data.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not (data / "prepared.json").exists():
+            command = ["--source", facts.source, "--tokenizer", facts.tokenizer, "--seq-len", str(facts.model["n_positions"])]
+            subprocess.run([sys.executable, ROOT / "scripts" / "prepare_data.py", *command, "--output", str(data)], check=True)
+    return data
+
+
+def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
+    """Train until done or out of time. True when done."""
+    preset = PRESETS[run.preset]
+    (place / "model.json").write_text(json.dumps(preset.model))
+    (place / "ds_config.json").write_text(json.dumps(ds_config(run), indent=1))
+    resume = ["--resume"] if (place / "run" / "checkpoints" / "latest").exists() else []
+    if not resume and (place / "run" / "run.json").exists():
+        (place / "run" / "run.json").unlink()  # ended before its first checkpoint
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    environment = {
+        **os.environ,
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    command = [
+        sys.executable, str(ROOT / "scripts" / "train.py"), "--model", str(place / "model.json"), "--data", str(data),
+        "--output", str(place / "run"), "--max-steps", str(preset.steps), "--eval-every", str(max(1, preset.steps // 10)),
+        "--eval-sequences", "1024", "--deepspeed_config", str(place / "ds_config.json"), *resume,
+    ]  # fmt: skip
+    with (place / "log.txt").open("a") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT)
+        try:
+            code = process.wait(max(1.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)  # it saves and leaves
+            process.wait(120)
+            print(f"{run.name}: to be continued")
+            return False
+    if code:
+        print(f"{run.name}: failed, see {place / 'log.txt'}", file=sys.stderr)
+        return False
+    rows = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    curve = [(row["tokens"], row["loss"]) for row in rows if row["split"] == "validation" and row["segment"] == run.segments - 1]
+    exits = {r["segment"]: r["loss"] for r in rows if r["split"] == "validation" and r["step"] == preset.steps}
+    facts = json.loads((place / "run" / "run.json").read_text())
+    result = {
+        **run._asdict(), "loss": curve[-1][1], "curve": curve, "exits": exits, "tokens": rows[-1]["tokens"],
+        "parts": facts["layout"]["segment_parts"], "versions": facts["versions"], "machine": facts["machine"],
+    }  # fmt: skip
+    (place / "result.json").write_text(json.dumps(result, indent=1))
+    print(f"{run.name}: {result['loss']:.4f}")
+    return True
+
+
+# --- the table ------------------------------------------------------------------------------------------------------------
+
+
+class Prediction(NamedTuple):
+    aux_share: float  # of the FLOPs of the busiest stage
+    time: dict[tuple[int, int], float]  # (micro-batches, c/F) -> time of the run against balanced 1F1B
+
+
+def predict(model: dict[str, Any], method: Method, num_segments: int, seq_len: int) -> Prediction:
+    """One segment on each of as many stages, each method with boundaries of its own."""
+    from ds_local.blocks import load_model_config
+    from ds_local.config import local_parallel
+    from ds_local.flops import choose_parts, segment_times, stage_flops, unit_flops
+    from ds_local.simulator import Costs, simulate
+
+    config = load_model_config(dict(model))
+    steps, result, share = 1000, {}, 0.0
+    for count in (4, 8, 16):
+        times: dict[tuple[str, int], float] = {}
+        for name, one in (("method", method), ("1f1b", METHODS["backprop"])):
+            section = local_parallel({"local_parallel": {**section_of(one, 1, count, steps), "num_stages": num_segments}})
+            parts = choose_parts(config, section, num_segments, count, seq_len)
+            unit = unit_flops(config, section.head, num_segments, seq_len)
+            for slow_link in (0, 1):
+                block_forward = unit.block / 3 * (parts[-1] - 2) / num_segments
+                forward, input_grad, weight_grad, head = segment_times(unit, parts)
+                costs = Costs(forward, input_grad, weight_grad, head, slow_link * block_forward)
+                total = 0.0
+                schemes = section.schemes()
+                for (start, scheme), end in zip(schemes, [*(s for s, _ in schemes[1:]), steps], strict=True):
+                    schedules = [section.schedule_at(start + i, num_segments, count) for i in range(scheme.period)]
+                    total += (end - start) * simulate(schedules, costs).steady_period
+                times[name, slow_link] = total
+            if name == "method" and count == 8:
+                whole = section.schedule_at(0, num_segments, count)
+                share = max(s["auxiliary"] / (s["useful"] + s["auxiliary"]) for s in stage_flops(whole, unit, parts))
+        for slow_link in (0, 1):
+            result[count, slow_link] = times["method", slow_link] / times["1f1b", slow_link]
+    return Prediction(share, result)
+
+
+def finished(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
+
+
+def best_rate(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs at the learning rate with the lowest mean loss."""
+    rates = {r["lr_factor"] for r in results}
+    return min(([r for r in results if r["lr_factor"] == rate] for rate in rates), key=lambda runs: mean(r["loss"] for r in runs))
+
+
+def table(args: argparse.Namespace) -> int:
+    from ds_local.blocks import load_model_config, skeleton
+
+    preset = PRESETS[args.preset]
+    results = finished(ROOT / args.folder / args.preset)
+    yardsticks = [r for r in results if r["method"] == "backprop"]
+    if not yardsticks:
+        print("no backprop run is finished yet; run it first", file=sys.stderr)
+        return 1
+    yardstick = best_rate(yardsticks)
+    reference = mean(r["loss"] for r in yardstick)
+    parameters = sum(p.numel() for p in skeleton(load_model_config(dict(preset.model))).parameters())
+    rows = []
+    for method in METHODS:
+        for segments in sorted({r["segments"] for r in results if r["method"] == method}):
+            runs = best_rate([r for r in results if r["method"] == method and r["segments"] == segments])
+            loss = mean(r["loss"] for r in runs)
+            forecast = predict(preset.model, METHODS[method], segments, preset.model["n_positions"])
+            rows.append({
+                "method": method, "segments": segments, "parameters": parameters, "tokens": runs[0]["tokens"],
+                "seeds": len(runs), "perplexity": round(math.exp(loss), 4),
+                "gap_percent": round(100 * (math.exp(loss - reference) - 1), 2), "aux_flops_share": round(forecast.aux_share, 4),
+                "predicted_time_ratio": round(forecast.time[8, 0], 4), "device": runs[0]["machine"]["device"],
+                "lr_factor": runs[0]["lr_factor"], "losses": [round(r["loss"], 4) for r in runs],
+                "predicted_time_ratios": {f"M={m}, c/F={c}": round(t, 4) for (m, c), t in forecast.time.items()},
+            })  # fmt: skip
+    docs = ROOT / "docs"
+    docs.mkdir(exist_ok=True)
+    (docs / "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
+    text = markdown(rows, args.preset)
+    (docs / "quality_table.md").write_text(text)
+    draw([r for r in results if r["lr_factor"] == 1.0], rows, docs / "quality.png")
+    print(text)
+    return 0
+
+
+def markdown(rows: list[dict[str, Any]], preset: str) -> str:
+    facts = PRESETS[preset]
+    lines = [
+        f"<!-- written by `python scripts/study.py table --preset {preset}` -->",
+        f"{facts.model['n_layer']} blocks of width {facts.model['n_embd']}, {rows[0]['parameters']:,} parameters, "
+        f"{rows[0]['tokens']:,} tokens, {platform.machine()} {rows[0]['device']}. The gap is in perplexity, to the mean of the "
+        "backprop runs. The auxiliary share is of the busiest stage's FLOPs; times are simulated, one segment a stage, for the "
+        "whole run, against balanced 1F1B with the same steps.",
+        "",
+        "| method | K | seeds | loss | perplexity | gap | auxiliary share | time M=4 | M=8 | M=16 | M=8, c/F=1 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        time_of = row["predicted_time_ratios"]
+        times = " | ".join(f"{time_of[key]:.2f}" for key in ("M=4, c/F=0", "M=8, c/F=0", "M=16, c/F=0", "M=8, c/F=1"))
+        lines.append(
+            f"| {row['method']} | {row['segments']} | {row['seeds']} | {mean(row['losses']):.4f} | {row['perplexity']:.3f} | "
+            f"{row['gap_percent']:+.1f} % | {row['aux_flops_share']:.1%} | {times} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: list[dict[str, Any]], rows: list[dict[str, Any]], picture: Path) -> None:
+    """Validation loss against tokens, and against predicted time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = ["backprop", "local", "local, backprop tail 20 %", "mixed 1/4", "mixed 1/4, tail 20 %", "chunked 2", "interlocking 2"]
+    ratio = {(row["method"], row["segments"]): row["predicted_time_ratio"] for row in rows}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for number, method in enumerate(shown):
+        runs = [r for r in results if r["method"] == method and (r["segments"] == 4 or method == "backprop")]
+        if not runs or (method, runs[0]["segments"]) not in ratio:
+            continue
+        for axis, scale in zip(axes, (1.0, ratio[method, runs[0]["segments"]]), strict=True):
+            tokens, losses = zip(*runs[0]["curve"], strict=True)
+            axis.plot([t * scale / 1e6 for t in tokens], losses, marker=".", color=f"C{number}", label=method)
+    axes[0].set_xlabel("million tokens")
+    axes[1].set_xlabel("predicted time at P = 4, M = 8 (unit: balanced 1F1B's time for a million tokens)")
+    axes[0].set_ylabel("validation loss (nats per token)")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.set_ylim(top=min(axis.get_ylim()[1], 3.0))
+    axes[0].legend(fontsize=8)
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "table", "methods"])
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
+    parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--segments", nargs="+", type=int, default=[4])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--lr-factors", nargs="+", type=float, default=[1.0], help="factors on the preset's learning rate")
+    parser.add_argument("--minutes", type=float, default=9.0, help="stop after so long; what is unfinished goes on next time")
+    parser.add_argument("--folder", default="out/study", help="where runs are kept")
+    args = parser.parse_args()
+    if args.command == "methods":
+        print("\n".join(METHODS))
+        return 0
+    return work(args) if args.command == "run" else table(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
