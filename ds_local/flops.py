@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ds_local import blocks
 from ds_local.config import ConfigError, HeadConfig, LocalParallelConfig
 from ds_local.partition import balance
-from ds_local.schedule import BACKWARD, FORWARD, INPUT_GRADIENT, Schedule
+from ds_local.schedule import BACKWARD, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Schedule
 
 
 class UnitCosts(NamedTuple):
@@ -106,16 +106,25 @@ def _blocks_of(parts: Sequence[int]) -> list[int]:
     return sizes
 
 
+def auxiliary_shares(
+    config: Any, section: LocalParallelConfig, schedule: Schedule, parts: Sequence[int], seq_len: int
+) -> list[float]:
+    """For each stage the share of a step's floating-point operations that backpropagation would not compute."""
+    unit = unit_flops(config, section.head, len(parts) - 1, seq_len)
+    return [cost["auxiliary"] / (cost["useful"] + cost["auxiliary"]) for cost in stage_flops(schedule, unit, parts)]
+
+
 def stage_flops(schedule: Schedule, unit: UnitCosts, parts: Sequence[int]) -> list[dict[str, float]]:
     """For each stage the cost of a step per token of a micro-batch: "useful" is what backpropagation would compute too,
     "auxiliary" are heads and gradients that are only handed through."""
     last = len(schedule.stage_of) - 1
     sizes = _blocks_of(parts)
     costs = [{"useful": 0.0, "auxiliary": 0.0} for _ in schedule.stages]
+    split = any(action.kind == WEIGHT_GRADIENT for action in schedule.actions())  # then no input gradient is extra
     for stage, actions in enumerate(schedule.stages):
         for action in actions:
             third = unit.block * sizes[action.segment] / 3
-            kind = "auxiliary" if action.kind == INPUT_GRADIENT else "useful"
+            kind = "auxiliary" if action.kind == INPUT_GRADIENT and not split else "useful"
             costs[stage][kind] += third * {FORWARD: 1, BACKWARD: 2}.get(action.kind, 1)
         for segment in (s for s, p in enumerate(schedule.stage_of) if p == stage):
             losses = sum(segment in routes.weights for routes in schedule.rows)

@@ -34,8 +34,10 @@ from ds_local.config import (
 )
 from ds_local.data import BatchShape, TokenData, training_batches, validation_batches
 from ds_local.engine import LocalPipelineEngine
+from ds_local.flops import auxiliary_shares
 from ds_local.metrics import MetricsFile, SegmentReport, draw_losses, summary_table
 from ds_local.module import causal_lm
+from ds_local.schedule import Schedule
 from ds_local.start import initialize
 
 VOCABULARY_PADDING = 128  # a model's vocabulary may be rounded up by less than this, as is usual for speed
@@ -137,6 +139,7 @@ def _start_run_folder(run: Path, args: Namespace, config: dict[str, Any], data: 
         "layout": {
             "stages": engine.num_stages, "replicas": engine.dp_world_size,
             "segments": engine.num_segments, "segment_parts": engine.module.segment_parts,
+            "auxiliary_flops": [_shares(engine, schedule, data.seq_len) for schedule in schedules],
         },
         "routes": [list(dict.fromkeys(map(str, s.rows))) for s in schedules],
         "schedules": [str(s).splitlines() for s in schedules],
@@ -145,6 +148,11 @@ def _start_run_folder(run: Path, args: Namespace, config: dict[str, Any], data: 
         | {"python": platform.python_version()},
     }  # fmt: skip
     (run / "run.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
+
+
+def _shares(engine: LocalPipelineEngine, schedule: Schedule, seq_len: int) -> list[float]:
+    shares = auxiliary_shares(engine.module.hf_config, engine.section, schedule, engine.module.segment_parts, seq_len)
+    return [round(share, 4) for share in shares]
 
 
 class _Loop:

@@ -2,6 +2,7 @@
 
 python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --backprop-micro-batches 2
 python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --compare 1f1b zero_bubble --png schedules.png
+python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --compare 1f1b --model configs/gpt2-nano.json
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from ds_local.order import make_schedule
 from ds_local.peers import PEERS
@@ -38,6 +40,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     costs.add_argument("--head", type=float, default=0.0, help="auxiliary head with its loss and gradients")
     costs.add_argument("--link", type=float, default=0.0, help="time a message keeps a link busy")
     costs.add_argument("--profile", type=Path, help="measured times instead, from train.py --profile")
+    costs.add_argument("--model", help="Hugging Face config: times from its floating-point operations, stages balanced by them")
+    costs.add_argument("--deepspeed_config", help="with --model: head and partition options from this file")
+    costs.add_argument("--seq-len", type=int, help="with --model: tokens in a sequence; default the longest")
     costs.add_argument("--link-depth", type=int, help="messages a link holds; default no limit")
     output = parser.add_argument_group("output")
     output.add_argument("--json", help="file for the figures, - for the console instead of the grid")
@@ -71,6 +76,26 @@ def costs_for(schedule: Schedule, args: argparse.Namespace) -> Costs:
     return Costs(args.forward / pieces, args.input_grad / pieces, args.weight_grad / pieces, head, args.link)
 
 
+def of_model(schedule: Schedule, mode: str, args: argparse.Namespace) -> tuple[Costs, list[float]]:
+    """Costs in floating-point operations of a block's forward, and the auxiliary share of each stage."""
+    from ds_local import blocks
+    from ds_local.config import SECTION, load_config, local_parallel
+    from ds_local.flops import auxiliary_shares, choose_parts, segment_times, unit_flops
+
+    config = blocks.load_model_config(args.model)
+    given = local_parallel(load_config(args.deepspeed_config)) if args.deepspeed_config else local_parallel({})
+    row: dict[str, Any] = {"mode": mode if mode in MODES else "backprop"}
+    if mode == args.mode and args.window:
+        row["window"] = args.window
+    section = local_parallel({SECTION: {**row, "head": given.head.model_dump(), "partition": given.partition}})
+    seq_len = args.seq_len or blocks.num_positions(config)
+    num_segments = len(schedule.stage_of)
+    parts = choose_parts(config, section, num_segments, args.micro_batches, seq_len)
+    unit = unit_flops(config, section.head, num_segments, seq_len)
+    forward, input_grad, weight_grad, head = ([cost * 3 / unit.block for cost in part] for part in segment_times(unit, parts))
+    return Costs(forward, input_grad, weight_grad, head, args.link), auxiliary_shares(config, section, schedule, parts, seq_len)
+
+
 def describe(timeline: Timeline) -> str:
     report = timeline.report()
     live = timeline.schedule.peak_live
@@ -86,12 +111,17 @@ def describe(timeline: Timeline) -> str:
 def main() -> int:
     args = parse_arguments()
     try:
-        schedules = [build(args.mode, args, True), *(build(mode, args, False) for mode in args.compare)]
-        timelines = [simulate(steps, costs_for(steps[0], args), args.link_depth) for steps in schedules]
+        modes = [args.mode, *args.compare]
+        schedules = [build(mode, args, main) for mode, main in zip(modes, [True] + [False] * len(args.compare), strict=True)]
+        modelled = [of_model(steps[0], mode, args) for steps, mode in zip(schedules, modes, strict=True)] if args.model else []
+        costs = [costs for costs, _ in modelled] or [costs_for(steps[0], args) for steps in schedules]
+        timelines = [simulate(steps, cost, args.link_depth) for steps, cost in zip(schedules, costs, strict=True)]
     except ValueError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     reports = [timeline.report() for timeline in timelines]
+    for report, (_, shares) in zip(reports, modelled, strict=False):
+        report["auxiliary_flops"] = shares
     result = reports[0] if not args.compare else reports
     if args.json == "-":
         print(json.dumps(result, indent=1))
@@ -99,7 +129,10 @@ def main() -> int:
         if max(args.stages * args.segments_per_stage, args.micro_batches) <= WIDEST:
             for schedule in [step for steps in schedules for step in steps]:
                 print(schedule, end="\n\n")
-        print("\n".join(describe(timeline) for timeline in timelines))
+        for timeline, report in zip(timelines, reports, strict=True):
+            print(describe(timeline))
+            if args.model:
+                print("  auxiliary share of the work, by stage: " + ", ".join(f"{s:.1%}" for s in report["auxiliary_flops"]))
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     if args.png:

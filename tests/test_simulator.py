@@ -19,7 +19,7 @@ def schedule_of(mode, micro_batches=8, stages=4, window=None, step=0):
 
 def run(*arguments):
     command = [sys.executable, str(ROOT / "scripts" / "simulate.py"), *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
 
 
 def test_a_slow_stage_sets_the_period_and_the_others_idle():
@@ -98,6 +98,21 @@ def test_command_line(tmp_path):
     single = run(*common, "--json", tmp_path / "b.json")
     assert "stage 3" in single.stdout
     assert json.loads((tmp_path / "b.json").read_text())["makespan"] == 27
+
+
+def test_command_line_with_a_model(tmp_path):
+    small, config = tmp_path / "config.json", tmp_path / "ds_config.json"
+    small.write_text(json.dumps({"model_type": "gpt2"}))
+    config.write_text(json.dumps({"local_parallel": {"head": {"token_fraction": 0.0625}}}))
+    common = ["--stages", 4, "--micro-batches", 8, "--mode", "local", "--compare", "1f1b", "--model", small, "--json", "-"]
+    full, backprop = json.loads(run(*common).stdout)
+    sampled, _ = json.loads(run(*common, "--deepspeed_config", config).stdout)
+    assert backprop["auxiliary_flops"] == [0, 0, 0, 0]
+    assert full["auxiliary_flops"][3] == sampled["auxiliary_flops"][3] == 0
+    # one head costs as much as 4.5 blocks; with 1 in 16 tokens less than a third of one, beside three or four blocks
+    assert full["auxiliary_flops"][0] > 0.5
+    assert 0.05 < sampled["auxiliary_flops"][0] < 0.1
+    assert sampled["steady_period"] < 0.8 * backprop["makespan"]
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,9 @@ def test_metrics_follow_the_contract(run):
 def test_run_json_tells_what_ran(run):
     facts = json.loads((run[0] / "run.json").read_text())
     assert facts["config"]["local_parallel"]["mix"][0] == {"mode": "backprop", "micro_batches": 1}
+    shares = facts["layout"].pop("auxiliary_flops")
     assert facts["layout"] == {"stages": 2, "replicas": 1, "segments": 2, "segment_parts": [0, 3, 6]}
+    assert shares[0][0] > shares[0][1] == 0
     assert "loss 1" in facts["routes"][0][0]
     assert facts["schedules"][0][1].startswith("stage 0  F0 F1 B1")
     assert facts["data"]["fingerprint"]

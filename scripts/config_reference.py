@@ -1,0 +1,94 @@
+"""Write docs/configuration.md from the config classes themselves.
+
+python scripts/config_reference.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from ds_local import config
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+HEADER = """# Configuration
+
+<!-- written by `python scripts/config_reference.py` from ds_local/config.py; change the docstrings there -->
+
+Everything is in `ds_config.json`. DeepSpeed's own keys mean what they mean in DeepSpeed; what a pipeline of DeepSpeed 0.19 cannot
+do correctly is refused at start with the reason. Our section is `"local_parallel"`; a key it does not know is an error that names
+the nearest one. K is the number of segments: stages x segments_per_stage.
+"""
+
+
+def sections() -> list[tuple[str, type[BaseModel]]]:
+    """(path, class) of every table, the section itself first."""
+    found: list[tuple[str, type[BaseModel]]] = []
+
+    def visit(path: str, model: type[BaseModel]) -> None:
+        found.append((path, model))
+        for name, info in model.model_fields.items():
+            for inner in config._models_in(info.annotation):
+                visit(f"{path}.{name}" + ("[]" if "tuple" in str(info.annotation) else ""), inner)
+
+    visit(config.SECTION, config.LocalParallelConfig)
+    return found
+
+
+def type_name(info: FieldInfo) -> str:
+    text = str(info.annotation) if hasattr(info.annotation, "__args__") else getattr(info.annotation, "__name__", "")
+    for word in ("typing.", "ds_local.config.", "Annotated", "NoneType", "None"):
+        text = text.replace(word, "")
+    if "Literal" in text:
+        return " or ".join(f"`{value!r}`".replace("'", '"') for value in _choices(info.annotation))
+    if config._models_in(info.annotation):
+        return "list of objects" if "tuple" in text else "object"
+    kinds = [word for word in ("int", "float", "str", "bool") if word in text]
+    return ("list of " if "tuple" in text else "") + " or ".join(kinds) + (" or int" if text.startswith("int | tuple") else "")
+
+
+def _choices(annotation: Any) -> list[Any]:
+    inner = [value for value in getattr(annotation, "__args__", ()) if isinstance(value, str)]
+    return inner or [value for part in getattr(annotation, "__args__", ()) for value in _choices(part)]
+
+
+def default_of(info: FieldInfo) -> str:
+    if info.default is None or info.default is PydanticUndefined or isinstance(info.default, BaseModel):
+        return ""
+    return f"`{str(info.default).lower() if isinstance(info.default, bool) else repr(info.default)}`".replace("'", '"')
+
+
+def reference() -> str:
+    parts = [HEADER]
+    seen: set[type[BaseModel]] = set()
+    for path, model in sections():
+        if model in seen:
+            continue
+        # what entries of a mix or of phases share with the section itself is explained once
+        shared = set(config.LocalParallelConfig.model_fields) if issubclass(model, config.Row) and seen else set()
+        seen.add(model)
+        also = " It takes `mode`, `window`, `combine` and `weights` as above" if shared else ""
+        also += " or `mix`, and:" if "mix" in model.model_fields and shared else ", and:" if shared else ""
+        parts.append(f'## `"{path}"`\n\n{(model.__doc__ or "").strip()}{also}\n')
+        rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for name, info in model.model_fields.items():
+            if name not in shared:
+                meaning = " ".join((info.description or "").split())
+                rows.append(f"| `{name}` | {type_name(info)} | {default_of(info)} | {meaning} |")
+        parts.append("\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def main() -> int:
+    PAGE.write_text(reference())
+    print(f"wrote {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
