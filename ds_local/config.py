@@ -182,6 +182,9 @@ class LocalParallelConfig(Scheme):
     """Auxiliary heads."""
     seed: NonNegativeInt = 1234
     """Seed of weights and dropout."""
+    diagnostics: bool = False
+    """At every validation compare each segment's local gradient with the true one, and look at the hidden states between segments
+    (`diagnostics.py`). Needs fp32 and ZeRO stage 0."""
     lr_multipliers: tuple[PositiveFloat, ...] | None = None
     """Factors on the learning rate, one per segment."""
     clip_multipliers: tuple[PositiveFloat, ...] | None = None
@@ -386,6 +389,10 @@ _REFUSED: tuple[tuple[tuple[str, ...], Any, str], ...] = (
      "stages are not split by tensor parallelism; set it to 1"),
 )  # fmt: skip
 
+_FP32_ONLY = {
+    "clip_multipliers": "DeepSpeed's bf16 and ZeRO optimizers clip a whole stage at once; use lr_multipliers instead",
+    "diagnostics": "DeepSpeed's bf16 and ZeRO optimizers take gradients away as they arise; look at a run in fp32",
+}
 _NUMBERS = {
     "train_batch_size": (int, 1), "train_micro_batch_size_per_gpu": (int, 1), "gradient_accumulation_steps": (int, 1),
     "gradient_clipping": (float, 0), "steps_per_print": (int, 1),
@@ -418,11 +425,9 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"{'.'.join(path)} is {found!r}: {reason}")
     by_stage = any(config.get(key, {}).get("enabled") for key in ("bf16", "bfloat16"))
     by_stage |= bool(config.get("zero_optimization", {}).get("stage"))
-    if by_stage and config.get(SECTION, {}).get("clip_multipliers"):
-        raise ConfigError(
-            f"{SECTION}.clip_multipliers need fp32 and ZeRO stage 0: DeepSpeed's bf16 and ZeRO optimizers clip a whole stage "
-            "at once; remove them, or scale the learning rates instead"
-        )
+    for key, reason in _FP32_ONLY.items():
+        if by_stage and config.get(SECTION, {}).get(key):
+            raise ConfigError(f"{SECTION}.{key} needs fp32 and ZeRO stage 0: {reason}")
 
 
 def batch_sizes(config: Mapping[str, Any], num_replicas: int) -> tuple[int, int]:

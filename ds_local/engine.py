@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +28,7 @@ from ds_local import checkpoint
 from ds_local.blocks import config_dict
 from ds_local.checkpoint import CheckpointError
 from ds_local.copies import Copies, copies_file, refresh_delay
+from ds_local.diagnostics import probe_schedules
 from ds_local.instructions import (
     ForwardPass,
     GradientPass,
@@ -44,7 +45,7 @@ from ds_local.module import LocalPipelineModule
 from ds_local.notices import first_failure, post_notice, read_notice, report_failure
 from ds_local.profiling import Recorder
 from ds_local.replacements import SafeCheckpointEngine, StageLocal
-from ds_local.schedule import Link, validate
+from ds_local.schedule import Link, Schedule, validate
 from ds_local.seeds import seeded
 from ds_local.tensors import combine, floating, map_tensors, narrow, pack, split_batch, to_device, unpack, widen
 from ds_local.transport import End, Sender, Tag, TransportError, make_end
@@ -82,6 +83,8 @@ class LocalPipelineEngine(PipelineEngine):
         self.should_stop = False  # every rank is to leave its loop after this step; see `request_stop`
         self._stop_requested = False
         self.recorder: Recorder | None = None  # set it to keep a trace
+        self._probe: StageSchedule | None = None  # runs instead of the step's schedule
+        self._keep_output: Callable[[int, Any], None] | None = None
         self._live: dict[tuple[int, int], _Live] = {}
         self._batch: dict[int, tuple[Any, Any]] = {}
         self._grad_norms: dict[int, Tensor] = {}
@@ -148,6 +151,7 @@ class LocalPipelineEngine(PipelineEngine):
         """All links of this rank: by lower segment for activations, by `Link` for gradients. A collective call."""
         schedules = self.section.distinct_schedules(self.num_stages, self.micro_batches)
         validate(schedules, self.section.link.depth)
+        schedules += probe_schedules(self.section, self.num_stages) if self.section.diagnostics else []
         sent = {schedule.sends(action) for schedule in schedules for action in schedule.actions()}
         gradient_links = {link for link in sent if link is not None and link.kind == "gradient"}
         activations = {lower: self._make_link(Link("activation", lower)) for lower in range(self.num_segments - 1)}
@@ -229,7 +233,27 @@ class LocalPipelineEngine(PipelineEngine):
                 else:
                     self.recorder.record(instruction.name, self.global_steps, run)
 
+    def run_without_step(self, schedule: Schedule, micro_batch: Any, keep: Callable[[int, Any], None]) -> None:
+        """Run a schedule of one micro-batch, and leave the gradients where they arise; used between steps.
+
+        Args:
+            micro_batch: as `train_batch` reads it, on the first stage.
+            keep: called with each local segment and its output.
+        """
+        iterator, self.data_iterator = self.data_iterator, iter([micro_batch])
+        losses, self.segment_losses = self.segment_losses, {}
+        self._probe, self._keep_output = StageSchedule(schedule, self.stage_id, with_step=False), keep
+        self.module.train()
+        try:
+            with self._failures_reported():
+                self._exec_schedule(self._probe)
+        finally:
+            self._probe, self._keep_output = None, None
+            self.data_iterator, self.segment_losses = iterator, losses
+
     def _train_schedule(self) -> StageSchedule:
+        if self._probe is not None:
+            return self._probe
         key = self.section.schedule_key(self.global_steps), self.micro_batches
         if key not in self._schedules:
             whole = self.section.schedule_at(self.global_steps, self.num_stages, self.micro_batches)
@@ -458,6 +482,8 @@ class LocalPipelineEngine(PipelineEngine):
                 tensor.requires_grad_()
         with self._seeded("dropout", segment, micro_batch), torch.set_grad_enabled(bool(passes)):
             live.outputs = self.module.run_segment(segment, live.inputs)
+        if self._keep_output is not None:
+            self._keep_output(segment, live.outputs)
 
     def _seeded(self, purpose: str, segment: int, micro_batch: int) -> AbstractContextManager[None]:
         return seeded(self.section.seed, purpose, self.global_steps, micro_batch, self.replica_id, segment)

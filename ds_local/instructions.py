@@ -40,10 +40,10 @@ class SendGrad(PipeInstruction):
 class StageSchedule(PipeSchedule):
     """One stage's part of a `Schedule` as DeepSpeed instructions; transfers are put in where they belong."""
 
-    def __init__(self, whole: Schedule, stage_id: int) -> None:
+    def __init__(self, whole: Schedule, stage_id: int, with_step: bool = True) -> None:
         super().__init__(micro_batches=whole.num_micro_batches, stages=whole.num_stages, stage_id=stage_id)
         self.whole = whole
-        self._instructions = [*self._compute_and_transfers(), [ReduceGrads(), OptimizerStep()]]
+        self._instructions = [*self._compute_and_transfers(), *([[ReduceGrads(), OptimizerStep()]] if with_step else [])]
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
         yield from self._instructions

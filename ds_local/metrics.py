@@ -194,3 +194,25 @@ def draw_losses(metrics: str | Path, picture: str | Path) -> None:
     axis.legend(fontsize=8)
     figure.savefig(picture, dpi=130)
     plt.close(figure)
+
+
+def draw_diagnostics(metrics: str | Path, picture: str | Path) -> None:
+    """Gradient cosine, activation norm and effective rank of every segment over the run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in MetricsFile(metrics).read() if row["split"] == "diagnostics"]
+    names = [name for name in (rows[0] if rows else ()) if name.startswith(("gradient_", "activation_"))]
+    figure, axes = plt.subplots(1, max(1, len(names)), figsize=(11, 3.2), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], names, strict=False):
+        for segment in sorted({row["segment"] for row in rows}):
+            points = [(row["tokens"], row[name]) for row in rows if row["segment"] == segment]
+            axis.plot(*zip(*points, strict=True), marker=".", color=f"C{segment % 10}", label=f"segment {segment}")
+        axis.set_xlabel("tokens")
+        axis.set_title(name.replace("_", " "), fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)

@@ -212,11 +212,15 @@ class LocalPipelineModule(PipelineModule):
         count = blocks.head_blocks(self.hf_config, copy.target, self.section.head, self.segment_parts)
         return [p for block in private[:count] for p in block.parameters()]
 
-    def segment_parameters(self, segment: int) -> Iterator[nn.Parameter]:
-        """Parameters of the segment's layers and head that take gradients."""
+    def layer_parameters(self, segment: int) -> Iterator[nn.Parameter]:
+        """Parameters of the segment's layers that take gradients."""
         for layer in self.layers_of(segment):
             if isinstance(layer, nn.Module):
                 yield from (p for p in layer.parameters() if p.requires_grad)
+
+    def segment_parameters(self, segment: int) -> Iterator[nn.Parameter]:
+        """Parameters of the segment's layers and head that take gradients."""
+        yield from self.layer_parameters(segment)
         if str(segment) in self.heads:
             yield from (p for p in self.heads[str(segment)].parameters() if p.requires_grad)
 

@@ -21,7 +21,7 @@ from typing import Any
 from torch import distributed as dist
 from tqdm import tqdm
 
-from ds_local import blocks, profiling
+from ds_local import blocks, diagnostics, profiling
 from ds_local.checkpoint import latest_tag
 from ds_local.config import (
     SECTION,
@@ -35,7 +35,7 @@ from ds_local.config import (
 from ds_local.data import BatchShape, TokenData, training_batches, validation_batches
 from ds_local.engine import LocalPipelineEngine
 from ds_local.flops import auxiliary_shares
-from ds_local.metrics import MetricsFile, SegmentReport, draw_losses, summary_table
+from ds_local.metrics import MetricsFile, SegmentReport, draw_diagnostics, draw_losses, summary_table
 from ds_local.module import causal_lm
 from ds_local.schedule import Schedule
 from ds_local.start import initialize
@@ -245,7 +245,19 @@ class _Loop:
                 }
                 for segment, loss in self.engine.eval_losses.items()
             ])  # fmt: skip
+        if self.engine.section.diagnostics:
+            self._diagnose(batches[0])
         return step
+
+    def _diagnose(self, micro_batch: Any) -> None:
+        figures = diagnostics.probe(self.engine, micro_batch)
+        if self.is_first:
+            step = self.engine.global_steps
+            self.metrics.write([
+                {"step": step, "segment": segment, "split": "diagnostics", "loss": None, "tokens": step * self.tokens_per_step,
+                 "seconds": round(self._seconds(), 3), **values}
+                for segment, values in figures.items()
+            ])  # fmt: skip
 
     def _save(self) -> int:
         began = time.perf_counter()
@@ -256,6 +268,8 @@ class _Loop:
     def _conclude(self) -> None:
         picture = self.run_folder / "loss.png"
         draw_losses(self.metrics.path, picture)
+        if self.engine.section.diagnostics:
+            draw_diagnostics(self.metrics.path, self.run_folder / "diagnostics.png")
         what = "stopped as asked" if self.engine.should_stop else "finished"
         print(summary_table(self.metrics.read()))
         print(

@@ -129,3 +129,49 @@ def norms(section: dict[str, Any]) -> dict[int, float]:
     engine.basic_optimizer.register_step_pre_hook(keep)
     engine.train_batch(jobs.batches(engine))
     return left
+
+
+def diagnose(section: dict[str, Any], stages: int) -> Any:
+    """Figures of one probe, and the losses of steps before and after it."""
+    from reference import batch
+
+    from ds_local import diagnostics
+
+    engine = jobs.build({**section, "diagnostics": True}, stages)
+    data = jobs.batches(engine)
+    losses = [engine.train_batch(data) for _ in range(2)]
+    figures = diagnostics.probe(engine, batch(77, 0, 0) if engine.is_first_stage() else None)
+    losses += [engine.train_batch(data) for _ in range(2)]
+    return figures, [loss.item() for loss in losses if loss is not None]
+
+
+def test_diagnostics_are_the_cosines_of_one_process_autograd_and_change_nothing():
+    from reference import Reference, batch, table_of
+
+    section = {"mode": "local", "segments_per_stage": 4}
+    figures, losses = run_ranks(diagnose, 1, section, 1)[0]
+    model = Reference("gpt2", [0, 2, 3, 4, 6])
+    for step in range(2):
+        model.step([batch(step, m, 0) for m in range(4)], [table_of("local", 4)] * 4)
+    ids = batch(77, 0, 0)
+    ids = ids[0] if isinstance(ids, tuple) else ids
+    hidden, local, true = ids, [], []
+    layers = [[p for layer in segment for p in layer.parameters()] for segment in model.segments]
+    whole = model.losses(ids, {3})[3]
+    for s, segment in enumerate(model.segments):
+        if s < 3:
+            start = hidden if s == 0 else hidden.detach()
+            for layer in segment:
+                start = layer(start)
+            hidden, loss = start, model.heads[s](start, ids)
+            local.append(torch.autograd.grad(loss, layers[s], retain_graph=True))
+        true.append(torch.autograd.grad(whole, layers[s], retain_graph=True, allow_unused=True))
+    for s in range(3):
+        flat = [torch.cat([g.flatten() for g in gradients]) for gradients in (local[s], true[s])]
+        assert figures[s]["gradient_cosine"] == pytest.approx(torch.cosine_similarity(*flat, dim=0).item(), abs=1e-3)
+    assert figures[3]["gradient_cosine"] == pytest.approx(1.0, abs=1e-5)
+    assert all(0 < f["activation_norm"] and 1 <= f["activation_rank"] <= 30 for f in figures.values())
+
+    plain = run_ranks(jobs.train, 1, section, 1, 4)[0]["own"]
+    assert losses == plain
+    assert run_ranks(diagnose, 2, {"mode": "local", "segments_per_stage": 2}, 2)[1] == (figures, losses)

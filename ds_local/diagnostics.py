@@ -1,0 +1,78 @@
+"""How far local learning is from backpropagation, looked at now and then on one micro-batch.
+
+For every segment: the cosine between the gradient that the run's local row gives its layers and the true gradient, and the norm
+and effective rank of the hidden state at its end. Both gradients come from the engine's own instructions, run without an
+optimizer step. Costs two micro-batches, and all stages meet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ds_local.config import LocalParallelConfig
+from ds_local.order import make_schedule
+from ds_local.routes import Routes, make_routes
+from ds_local.schedule import Schedule
+
+FIGURES = ("gradient_cosine", "activation_norm", "activation_rank")
+
+
+def probe_schedules(section: LocalParallelConfig, num_stages: int) -> list[Schedule]:
+    """One micro-batch of the run's first row that is not backpropagation, and one of backpropagation."""
+    num_segments = num_stages * section.segments_per_stage
+    true = make_routes("backprop", num_segments)
+    rows: Iterator[Routes] = (routes for step in section.distinct_steps() for routes, _ in section.rows_at(step, num_segments, 1))
+    local = next((routes for routes in rows if routes.weights != true.weights), true)
+    return [make_schedule([(routes, 1)], num_stages) for routes in (local, true)]
+
+
+def probe(engine: Any, micro_batch: Any) -> dict[int, dict[str, float]]:
+    """The figures of every segment, on every rank. A collective call, between two steps.
+
+    Args:
+        engine: a `LocalPipelineEngine` whose section has `diagnostics`.
+        micro_batch: as `train_batch` reads it; None on stages that read none.
+    """
+    outputs: dict[int, Tensor] = {}
+    local, true = (
+        _gradients(engine, schedule, micro_batch, outputs.__setitem__)
+        for schedule in probe_schedules(engine.section, engine.num_stages)
+    )
+    own = {
+        segment: {
+            "gradient_cosine": torch.nn.functional.cosine_similarity(local[segment], true[segment], dim=0).item(),
+            **_spectrum(outputs[segment]),
+        }
+        for segment in engine.module.local_segments
+    }
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own if engine.replica_id == 0 else {})
+    return dict(sorted((segment, figures) for part in gathered for segment, figures in part.items()))
+
+
+def _gradients(engine: Any, schedule: Schedule, micro_batch: Any, keep: Callable[[int, Tensor], None]) -> dict[int, Tensor]:
+    """The gradient of each local segment's layers, flat, without its head's."""
+    engine.run_without_step(schedule, micro_batch, keep)
+    gradients = {}
+    for segment in engine.module.local_segments:
+        parameters = engine.module.layer_parameters(segment)
+        gradients[segment] = torch.cat(
+            [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
+        )
+    engine.optimizer.zero_grad(set_to_none=True)
+    return gradients
+
+
+def _spectrum(hidden: Any) -> dict[str, float]:
+    """Mean norm per token; effective rank: the exponential of the singular values' entropy (Roy and Vetterli 2007)."""
+    matrix = (hidden if isinstance(hidden, Tensor) else hidden[0]).detach().float().flatten(0, -2)
+    values = torch.linalg.svdvals(matrix - matrix.mean(0))
+    shares = values / values.sum().clamp(min=1e-30)
+    entropy = -(shares * shares.clamp(min=1e-30).log()).sum().item()
+    return {"activation_norm": matrix.norm(dim=-1).mean().item(), "activation_rank": math.exp(entropy)}
