@@ -8,7 +8,8 @@ machine, fast or slow, and every number of ranks uses the same copy in the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -125,22 +126,28 @@ class Copies:
                 if due > 0 and due % self.every == 0:
                     self._pending[copy, due] = self._arrived(copy, due)
 
-    def state(self, target: int) -> dict[str, Tensor]:
-        """What `collect` has received for a segment's head."""
-        return {
-            f"{copy.kind}.{due}.{i}": tensor
-            for (copy, due), tensors in self._pending.items()
-            if copy.target == target
-            for i, tensor in enumerate(tensors)
-        }
+    def save(self, folder: str | Path, step: int, write: bool) -> None:
+        """Keep what is on its way after `step` steps, in a file for each target. Loses nothing that has been sent.
 
-    def load(self, states: Mapping[int, Mapping[str, Tensor]], step: int) -> None:
-        """Go on after `step` steps with what was on its way to each segment."""
+        Args:
+            write: only one replica need do so.
+        """
+        self.collect(step)
+        states: dict[int, dict[str, Tensor]] = {}
+        for (copy, due), tensors in self._pending.items():
+            states.setdefault(copy.target, {}).update({f"{copy.kind}.{due}.{i}": tensor for i, tensor in enumerate(tensors)})
+        for target, state in states.items() if write else ():
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            torch.save(state, Path(folder, copies_file(target)))
+
+    def load(self, folder: str | Path | None, step: int) -> None:
+        """Go on after `step` steps with what was on its way in a checkpoint, if any."""
         self._first_step = step
         self._pending = {}
-        kinds = {(copy.target, copy.kind): copy for copy in self._in}
-        for target, state in states.items():
-            for name, tensor in state.items():
-                kind, due, _ = name.split(".")
-                if (target, kind) in kinds:
-                    self._pending.setdefault((kinds[target, kind], int(due)), []).append(tensor)
+        for copy in self._in:
+            path = Path(folder or "", copies_file(copy.target))
+            if folder is not None and path.is_file():
+                for name, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
+                    kind, due, _ = name.split(".")
+                    if kind == copy.kind:
+                        self._pending.setdefault((copy, int(due)), []).append(tensor)

@@ -27,7 +27,7 @@ from torch import Tensor
 from ds_local import checkpoint
 from ds_local.blocks import config_dict
 from ds_local.checkpoint import CheckpointError
-from ds_local.copies import Copies, copies_file, refresh_delay
+from ds_local.copies import Copies, refresh_delay
 from ds_local.diagnostics import probe_schedules
 from ds_local.instructions import (
     ForwardPass,
@@ -93,7 +93,6 @@ class LocalPipelineEngine(PipelineEngine):
         self._scale_by_segment()
         self._schedules: dict[Any, StageSchedule] = {}
         self.activation_links, self.gradient_links = self._make_links()
-        self.copies = self._make_copies()
         self.copies = self._make_copies()
         last = self.grid._topo.get_rank(pipe=self.num_stages - 1, data=0)
         own = self.module.local_segments if self.replica_id == 0 else range(0)
@@ -334,7 +333,7 @@ class LocalPipelineEngine(PipelineEngine):
         tag = checkpoint.checked_tag(str(tag or f"global_step{self.global_steps}"))
         with self._failures_reported():
             partial = checkpoint.begin(save_dir, tag)
-            self._save_copies(os.path.join(save_dir, partial))
+            self.copies.save(os.path.join(save_dir, partial), self.global_steps, write=self.replica_id == 0)
             super().save_checkpoint(save_dir, partial, client_state or {}, False, exclude_frozen_parameters)
             checkpoint.commit(save_dir, partial, tag, self._facts(), save_latest)
             self.reports.flush()
@@ -370,24 +369,8 @@ class LocalPipelineEngine(PipelineEngine):
         )  # fmt: skip
         if unlooked_for:
             self._load_zero_checkpoint(load_dir, tag)
-        self._load_copies(os.path.join(load_dir, tag) if with_optimizer else None)
+        self.copies.load(os.path.join(load_dir, tag) if with_optimizer else None, self.global_steps)
         return path, client_state
-
-    def _save_copies(self, folder: str) -> None:
-        self.copies.collect(self.global_steps)
-        for segment in self.module.local_segments if self.replica_id == 0 else ():
-            state = self.copies.state(segment)
-            if state:
-                os.makedirs(folder, exist_ok=True)
-                torch.save(state, os.path.join(folder, copies_file(segment)))
-
-    def _load_copies(self, folder: str | None) -> None:
-        states = {}
-        for segment in self.module.local_segments if folder else ():
-            path = os.path.join(folder or "", copies_file(segment))
-            if os.path.exists(path):
-                states[segment] = torch.load(path, map_location=self.device, weights_only=True)
-        self.copies.load(states, self.global_steps)
 
     def _facts(self) -> dict[str, Any]:
         """What a checkpoint says about itself."""
