@@ -24,7 +24,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
-from ds_local import checkpoint
+from ds_local import checkpoint, codecs
 from ds_local.blocks import config_dict
 from ds_local.checkpoint import CheckpointError
 from ds_local.copies import Copies, copies_file, refresh_delay
@@ -465,16 +465,19 @@ class LocalPipelineEngine(PipelineEngine):
     def _exec_send_activation(self, segment: int, micro_batch: int) -> None:
         live = self._live[segment, micro_batch]
         tag = Tag(self.global_steps, micro_batch, self.should_stop)
-        self.activation_links[segment].send(tag, self.message_for_next(live.outputs, live.labels))
+        self.activation_links[segment].send(tag, self.message_for_next(segment, live.outputs, live.labels))
         self._release(segment, micro_batch)  # if no loss of this micro-batch trains the segment
 
-    def message_for_next(self, hidden: Any, labels: Any) -> dict[str, Tensor]:
-        """What travels to the next segment: hidden state, labels, and the figures of the segments so far."""
-        return pack("hidden", hidden) | pack("labels", narrow(labels)) | {"figures": self.reports.figures}
+    def message_for_next(self, segment: int, hidden: Any, labels: Any) -> dict[str, Tensor]:
+        """What travels from `segment` to the next: hidden state, labels, and the figures of the segments so far."""
+        link = self.section.link
+        encoded = codecs.encode(pack("hidden", hidden), link.codec_above(segment), link)
+        return encoded | pack("labels", narrow(labels)) | {"figures": self.reports.figures}
 
     @staticmethod
     def parts_of_message(message: Mapping[str, Tensor]) -> tuple[Any, Any]:
         """(hidden, labels) of a message from the segment below."""
+        message = codecs.decode(message)
         return unpack("hidden", message), widen(unpack("labels", message))
 
     def _exec_recv_grad(self, segment: int, micro_batch: int, loss: int) -> None:
