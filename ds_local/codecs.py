@@ -71,7 +71,7 @@ def decode(message: Mapping[str, Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
         for name, (codec, parts) in encoded.items():
             like = parts.pop("like")
-            whole[name] = CODECS[codec].decode(parts, like.shape[-1]).to(like.dtype).view(like.shape[1:])
+            whole[name] = CODECS[codec].decode(parts, like.shape[-1]).to(like.dtype).reshape(like.shape[1:]).contiguous()
     return whole
 
 
