@@ -89,6 +89,7 @@ class LocalPipelineEngine(PipelineEngine):
         self._keep_norms_local()
         self._scale_by_segment()
         self._schedules: dict[Any, StageSchedule] = {}
+        self._schedule: StageSchedule  # of the step that runs
         self.activation_links, self.gradient_links = self._make_links()
         self.copies = self._make_copies()
         self.copies = self._make_copies()
@@ -200,7 +201,8 @@ class LocalPipelineEngine(PipelineEngine):
         with self._failures_reported():
             self._look_for_stop()
             self.copies.take(self.global_steps)
-            self._exec_schedule(self._train_schedule())
+            self._schedule = self._train_schedule()
+            self._exec_schedule(self._schedule)
             self.copies.send(self.global_steps)
         traffic = {name: value - before[name] for name, value in self._traffic().items()}
         self.reports.close_step({
@@ -527,7 +529,7 @@ class LocalPipelineEngine(PipelineEngine):
         scale = self._routes(micro_batch).loss_weights[segment] / self.micro_batches
         torch.autograd.backward(loss * scale)
         live.gradients[segment] = [tensor.grad for tensor in floating(hidden) if tensor.grad is not None]
-        self.segment_losses[segment] = self.segment_losses.get(segment, 0.0) + loss.detach() / self._count_of_losses(segment)
+        self.segment_losses[segment] = self.segment_losses.get(segment, 0.0) + loss.detach() / self._schedule.num_losses[segment]
 
     def _release(self, segment: int, micro_batch: int) -> None:
         if not self._live[segment, micro_batch].passes_left:
@@ -549,10 +551,7 @@ class LocalPipelineEngine(PipelineEngine):
             self.segment_losses = dict(zip(self.segment_losses, losses / self.dp_world_size, strict=True))
 
     def _routes(self, micro_batch: int) -> Any:
-        return self._train_schedule().whole.rows[micro_batch]
-
-    def _count_of_losses(self, segment: int) -> int:
-        return sum(segment in routes.weights for routes in self._train_schedule().whole.rows)
+        return self._schedule.whole.rows[micro_batch]
 
     _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
         **PipelineEngine._INSTRUCTION_MAP,

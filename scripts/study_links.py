@@ -1,6 +1,6 @@
 """What activation compression costs in loss: the same local training with every codec, in one process, at equal tokens.
 
-python scripts/study_links.py --data data/python --codecs none bf16 int8 int4:group_size=32 lowrank:rank=32 --steps 400 --json links.json
+python scripts/study_links.py --data data/python-512 --codecs none bf16 int8 int4:group_size=32 lowrank:rank=32 --json links.json
 
 The model is cut into segments with links in memory, which carry what links between stages carry. Every run sees the same weights
 at the start and the same data. The last segment's validation loss is measured twice: over the links as trained, and without the
@@ -23,15 +23,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, help="folder of scripts/prepare_data.py")
-    add("--model", default="configs/gpt2-nano.json")
+    add("--model", default="configs/gpt2-nano.json", help="its vocabulary is set to the data's")
     add("--codecs", nargs="+", required=True, help="NAME or NAME:OPTION=VALUE, ... of local_parallel.link")
     add("--segments", type=int, default=4)
     add("--mode", default="local")
-    add("--steps", type=int, default=400)
-    add("--micro-batch-size", type=int, default=8)
-    add("--micro-batches", type=int, default=2)
+    add("--steps", type=int, default=600)
+    add("--micro-batch-size", type=int, default=16)
+    add("--micro-batches", type=int, default=1)
     add("--learning-rate", type=float, default=2e-3)
-    add("--token-fraction", type=float, default=0.25, help="of the positions in auxiliary losses")
+    add("--token-fraction", type=float, default=0.5, help="of the positions in auxiliary losses")
     add("--eval-sequences", type=int, default=256)
     add("--seed", type=int, default=1234)
     add("--bf16", action="store_true")
@@ -71,7 +71,8 @@ def run(args: argparse.Namespace, codec: str) -> dict[str, Any]:
     from ds_local.data import BatchShape, TokenData, training_batches, validation_batches
 
     data, config = TokenData(args.data), config_of(args, codec)
-    module = ds_local.causal_lm(args.model, config=config, seq_len=data.seq_len)
+    model = {**json.loads(Path(args.model).read_text()), "vocab_size": data.vocab_size}
+    module = ds_local.causal_lm(model, config=config, seq_len=data.seq_len)
     engine = ds_local.initialize(model=module, config=config)[0]
     shape = BatchShape(args.micro_batch_size, args.micro_batches, 1, 0)
     batches = training_batches(data, args.seed, 0, shape)

@@ -13,8 +13,8 @@ FILES = sorted(PACKAGE.glob("*.py"))
 # from the ground up; a module may import what stands before it, never what comes after
 ORDER = [
     "routes", "schedule", "order", "peers", "simulator", "config", "partition", "seeds", "heads", "blocks", "flops",
-    "data", "corpus", "notices", "checkpoint", "replacements", "instructions", "tensors", "codecs", "transport", "copies",
-    "profiling", "module", "metrics", "engine", "start", "hf", "train", "ranks",
+    "data", "corpus", "notices", "checkpoint", "replacements", "instructions", "tensors", "codecs", "staging", "transport",
+    "copies", "profiling", "module", "metrics", "engine", "start", "hf", "train", "ranks",
 ]  # fmt: skip
 PURE = ["routes", "schedule", "order", "peers", "simulator", "config", "partition"]
 DEEPSPEED = {"replacements", "instructions", "module", "engine", "start"}

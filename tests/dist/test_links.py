@@ -71,3 +71,128 @@ def test_links_carry_bf16_when_training_in_bf16():
     _, second = run_ranks(traffic, 2, {"mode": "local"}, bf16={"enabled": True})
     assert second["seen"]["hidden"] == (torch.bfloat16, (2, 16, 32))
     assert second["message_bytes"] == HEADER + HIDDEN["bf16"] + LABELS + FIGURES
+
+
+# --- when things travel -----------------------------------------------------------------------------------------------------
+
+
+def on_time(which, stages=2):
+    """Two stages; each waits, where it computes, for what must have happened at the other by then."""
+    import pathlib
+    import time
+
+    from torch import nn
+
+    import ds_local
+
+    folder = pathlib.Path(which[1])
+
+    def wait_for(condition, what):
+        deadline = time.monotonic() + 60
+        while not condition():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{what} did not happen")
+            time.sleep(0.005)
+
+    def arrived():
+        """Has the message of the step's second micro-batch landed here?"""
+        posted = engine.activation_links[0]._under_way[0][1]
+        return posted[16:24].view(torch.int64).item() == 1
+
+    class Layer(nn.Module):
+        def __init__(self, stage):
+            super().__init__()
+            self.stage, self.calls = stage, 0
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, hidden):
+            self.calls += 1
+            if self.stage == 1:
+                (folder / f"arrived-{self.calls}").touch()
+                if which[0] == "receives" and self.calls == 1:
+                    engine.activation_links[0]._under_way[0][1].zero_()  # its header says nothing yet
+                    (folder / "looked").touch()
+                    wait_for(arrived, "a receive while the stage computes")
+            elif which[0] == "receives" and self.calls == 2:
+                wait_for((folder / "looked").exists, "the look at the buffer")
+            return self.linear(hidden)
+
+    class Head(nn.Module):
+        calls = 0
+
+        def forward(self, hidden, labels):
+            self.calls += 1
+            if which[0] == "sends":
+                wait_for((folder / f"arrived-{self.calls}").exists, "an arrival before the head has run")
+            return hidden.square().mean()
+
+    config = jobs.ds_config({"mode": "local"}, gas=2)
+    module = ds_local.LocalPipelineModule(
+        [Layer(0), Layer(1)], stages, loss_fn=lambda h, y: h.square().mean(), head=lambda s: Head(), config=config
+    )
+    engine = ds_local.initialize(model=module, config=config)[0]
+    data = iter([(torch.ones(2, 8), torch.zeros(2))] * 2)
+    engine.train_batch(data)
+    return True
+
+
+@pytest.mark.parametrize("which", ["sends", "receives"])
+def test_activations_leave_before_the_head_and_land_while_the_next_stage_computes(which, tmp_path):
+    assert run_ranks(on_time, 2, (which, str(tmp_path))) == [True, True]
+
+
+def staged(fail=False):
+    """Messages whose copies off the device take a while, as on a GPU: they leave later, in order, and whole."""
+    import threading
+
+    import torch.distributed as dist
+
+    from ds_local.replacements import start_processes
+    from ds_local.staging import Staging
+    from ds_local.transport import Peer, Receiver, Sender, Tag, TransportError
+
+    start_processes()
+    group, depth, count = dist.new_group([0, 1], backend="gloo"), 2, 7
+    may_copy = threading.Event()
+
+    class Slow(Staging):
+        """Copies when it is waited for, on the thread that waits."""
+
+        def to_host(self, views, tensors):
+            class Event:
+                def synchronize(self):
+                    if fail:
+                        raise RuntimeError("the copy failed")
+                    may_copy.wait(60)
+                    for name, view in views.items():
+                        view.copy_(tensors[name])
+
+            return Event()
+
+    if dist.get_rank() == 0:
+        sender = Sender("link", group, Peer(1, 1), depth, 60.0, Slow(torch.device("cpu")))
+        for i in range(depth - 1):  # the opening of the link is a message too
+            sender.send(Tag(0, i), {"hidden": torch.full((3, 5), float(i))})
+        may_copy.set()  # send has returned before any copy was done
+        try:
+            for i in range(depth - 1, count):
+                sender.send(Tag(0, i), {"hidden": torch.full((3, 5), float(i))})
+            sender.flush()
+        except TransportError as error:
+            return str(error)
+        return len({id(buffer) for buffer in sender._free})
+    if fail:
+        return None
+    receiver = Receiver("link", group, Peer(0, 0), depth, 60.0, Staging(torch.device("cpu")))
+    return [receiver.receive(Tag(0, i))[1]["hidden"].unique().tolist() for i in range(count)]
+
+
+def test_sends_wait_for_their_copies_beside_the_computation():
+    buffers, received = run_ranks(staged, 2)
+    assert received == [[float(i)] for i in range(7)]
+    assert buffers <= 3  # the ring is reused: as many as can be under way, and one being filled
+
+
+def test_a_copy_that_fails_ends_in_a_transport_error():
+    said, _ = run_ranks(staged, 2, fail=True)
+    assert "waited for stage 1 (rank 1)" in said
