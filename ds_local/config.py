@@ -201,6 +201,8 @@ class LocalParallelConfig(Scheme):
     """Messages between stages."""
     head: HeadConfig = HeadConfig()
     """Auxiliary heads."""
+    compile: bool = False
+    """`torch.compile` every layer and head, as `engine.compile()` does, which also takes a backend and its options."""
     seed: NonNegativeInt = 1234
     """Seed of weights and dropout."""
     lr_multipliers: tuple[PositiveFloat, ...] | None = None
@@ -407,6 +409,8 @@ _REFUSED: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("pipeline", "use_reentrant"), bool, "reentrant checkpointing is cut off by detached stage inputs; remove it"),
     (("elasticity", "enabled"), bool, "DeepSpeed refuses elasticity with pipelines; remove it"),
     (("data_efficiency", "enabled"), bool, "its samplers need a data loader on every stage; remove it"),
+    (("compile", "deepcompile"), bool,
+     f"DeepCompile works through ZeRO's hooks, which a pipeline stage does not run; set {SECTION}.compile instead"),
     (("tensor_parallel", "autotp_size"), lambda v: isinstance(v, int) and v > 1,
      "stages are not split by tensor parallelism; set it to 1"),
 )  # fmt: skip
