@@ -196,3 +196,23 @@ def test_sends_wait_for_their_copies_beside_the_computation():
 def test_a_copy_that_fails_ends_in_a_transport_error():
     said, _ = run_ranks(staged, 2, fail=True)
     assert "waited for stage 1 (rank 1)" in said
+
+
+def calls_of_a_step(gas):
+    """Python calls of one optimizer step."""
+    import cProfile
+    import pstats
+
+    engine = jobs.build({"mode": "local"}, 2, gas=gas)
+    data = jobs.batches(engine)
+    for _ in range(2):
+        engine.train_batch(data)
+    profile = cProfile.Profile()
+    profile.runcall(engine.train_batch, data)
+    return pstats.Stats(profile).total_calls
+
+
+def test_host_work_of_a_micro_batch_does_not_grow_with_their_number():
+    few, more, many = (run_ranks(calls_of_a_step, 2, gas) for gas in (4, 12, 20))
+    for stage in range(2):
+        assert many[stage] - more[stage] == pytest.approx(more[stage] - few[stage], rel=0.02)
