@@ -89,7 +89,7 @@ class LocalPipelineEngine(PipelineEngine):
         self._keep_norms_local()
         self._scale_by_segment()
         self._schedules: dict[Any, StageSchedule] = {}
-        self._schedule: StageSchedule  # of the step that runs
+        self._schedule: StageSchedule  # the one that runs
         self.activation_links, self.gradient_links = self._make_links()
         self.copies = self._make_copies()
         self.copies = self._make_copies()
@@ -201,8 +201,7 @@ class LocalPipelineEngine(PipelineEngine):
         with self._failures_reported():
             self._look_for_stop()
             self.copies.take(self.global_steps)
-            self._schedule = self._train_schedule()
-            self._exec_schedule(self._schedule)
+            self._exec_schedule(self._train_schedule())
             self.copies.send(self.global_steps)
         traffic = {name: value - before[name] for name, value in self._traffic().items()}
         self.reports.close_step({
@@ -223,6 +222,7 @@ class LocalPipelineEngine(PipelineEngine):
         }
 
     def _exec_schedule(self, pipe_schedule: StageSchedule) -> None:
+        self._schedule = pipe_schedule
         for instructions in pipe_schedule:
             for instruction in instructions:
                 run = partial(self._INSTRUCTION_MAP[type(instruction)], self, **instruction.kwargs)
