@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
 
 from deepspeed.runtime.pipe.schedule import OptimizerStep, PipeInstruction, PipeSchedule, ReduceGrads
 
@@ -44,11 +45,15 @@ class StageSchedule(PipeSchedule):
     def __init__(self, whole: Schedule, stage_id: int) -> None:
         super().__init__(micro_batches=whole.num_micro_batches, stages=whole.num_stages, stage_id=stage_id)
         self.whole = whole
-        self.num_losses = Counter(loss for routes in whole.rows for loss in routes.weights)  # in a step, by segment
         self._instructions = [*self._compute_and_transfers(), [ReduceGrads(), OptimizerStep()]]
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
         yield from self._instructions
+
+    @cached_property
+    def num_losses(self) -> Counter[int]:
+        """In a step, by segment."""
+        return Counter(loss for routes in self.whole.rows for loss in routes.weights)
 
     def num_pipe_buffers(self) -> int:
         """Micro-batches alive at once. The engine keeps them by name, not in numbered buffers."""
