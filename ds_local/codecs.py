@@ -15,6 +15,7 @@ Compression, Lin et al. 2018, there for gradients); "lowrank" is the randomized 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
@@ -33,7 +34,7 @@ _POWER_ITERATIONS = 2
 
 class Codec(NamedTuple):
     encode: Callable[[Tensor, LinkConfig], Parts]  # float32 [N, D] -> what travels
-    decode: Callable[[Parts, int], Tensor]  # what travelled, D -> float [N, D]
+    decode: Callable[[Parts, int, int], Tensor]  # what travelled, N, D -> [N, D]
 
 
 def encode(message: Mapping[str, Tensor], name: str, link: LinkConfig) -> dict[str, Tensor]:
@@ -71,25 +72,35 @@ def decode(message: Mapping[str, Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
         for name, (codec, parts) in encoded.items():
             like = parts.pop("like")
-            whole[name] = CODECS[codec].decode(parts, like.shape[-1]).to(like.dtype).reshape(like.shape[1:]).contiguous()
+            *batch, num_features = shape = like.shape[1:]
+            hidden_ND = CODECS[codec].decode(parts, math.prod(batch), num_features)
+            whole[name] = hidden_ND.to(like.dtype).reshape(shape).contiguous()
     return whole
 
 
 # --- rounding to few bits ---------------------------------------------------------------------------------------------------
 
 
-def _quantize(values: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """(integers in -levels..levels as int8, bfloat16 scale of each row). A row that is not finite comes back as NaN.
+def _quantize(values: Tensor, bits: int) -> Parts:
+    """Integers (int8; of 4 bits, two in a uint8) and the bfloat16 scale of each row. A row that is not finite becomes NaN.
 
-    The integers belong to the rounded scale, so an element is off by half a scale at most.
+    The integers belong to the rounded scale, so an element is off by half a scale at most. Rows of 4 bits have even length.
     """
+    levels = 2 ** (bits - 1) - 1
     scale = (values.abs().amax(-1, keepdim=True) / levels).bfloat16()
     steps = values / scale.float().clamp(min=torch.finfo(torch.float32).tiny)
-    return steps.round_().clamp_(-levels, levels).to(torch.int8), scale
+    integers = steps.round_().clamp_(-levels, levels).to(torch.int8)
+    if bits == 4:
+        nibbles = (integers + 8).to(torch.uint8)
+        integers = nibbles[..., ::2] | nibbles[..., 1::2] << 4
+    return {"values": integers, "scale": scale}
 
 
-def _dequantize(values: Tensor, scale: Tensor) -> Tensor:
-    return values.float() * scale.float()
+def _dequantize(parts: Parts) -> Tensor:
+    integers = parts["values"]
+    if integers.dtype == torch.uint8:
+        integers = torch.stack((integers & 15, integers >> 4), -1).flatten(-2).to(torch.int8) - 8
+    return integers.float() * parts["scale"].float()
 
 
 def _grouped(values_ND: Tensor, size: int | None) -> Tensor:
@@ -99,24 +110,8 @@ def _grouped(values_ND: Tensor, size: int | None) -> Tensor:
     return F.pad(values_ND, (0, -values_ND.shape[1] % size)).unflatten(1, (-1, size))
 
 
-def _encode_int8(hidden_ND: Tensor, link: LinkConfig) -> Parts:
-    values, scale = _quantize(_grouped(hidden_ND, link.group_size), 127)
-    return {"values": values, "scale": scale}
-
-
-def _decode_int8(parts: Parts, num_features: int) -> Tensor:
-    return _dequantize(parts["values"], parts["scale"]).flatten(1)[:, :num_features]
-
-
-def _encode_int4(hidden_ND: Tensor, link: LinkConfig) -> Parts:
-    values, scale = _quantize(_grouped(hidden_ND, link.group_size), 7)
-    nibbles = (values + 8).to(torch.uint8)
-    return {"values": nibbles[..., ::2] | nibbles[..., 1::2] << 4, "scale": scale}
-
-
-def _decode_int4(parts: Parts, num_features: int) -> Tensor:
-    nibbles = torch.stack((parts["values"] & 15, parts["values"] >> 4), -1).flatten(-2)
-    return _dequantize(nibbles.to(torch.int8) - 8, parts["scale"]).flatten(1)[:, :num_features]
+def _decode_groups(parts: Parts, num_tokens: int, num_features: int) -> Tensor:
+    return _dequantize(parts).flatten(1)[:, :num_features]
 
 
 # --- fewer numbers ----------------------------------------------------------------------------------------------------------
@@ -126,15 +121,13 @@ def _encode_topk(hidden_ND: Tensor, link: LinkConfig) -> Parts:
     count = max(1, round(link.keep * hidden_ND.shape[1]))
     chosen_NK = hidden_ND.abs().topk(count, -1).indices.sort(-1).values
     mask_ND = torch.zeros(hidden_ND.shape, dtype=torch.uint8, device=hidden_ND.device).scatter_(1, chosen_NK, 1)
-    values_NK, scale_N1 = _quantize(hidden_ND.gather(1, chosen_NK), 127)
-    return {"mask": _pack_bits(mask_ND), "values": values_NK, "scale": scale_N1}
+    return {"mask": _pack_bits(mask_ND), **_quantize(hidden_ND.gather(1, chosen_NK), 8)}
 
 
-def _decode_topk(parts: Parts, num_features: int) -> Tensor:
+def _decode_topk(parts: Parts, num_tokens: int, num_features: int) -> Tensor:
     mask_ND = _unpack_bits(parts["mask"])[:, :num_features]
-    values_NK = _dequantize(parts["values"], parts["scale"])
     zeros_ND = torch.zeros(mask_ND.shape, device=mask_ND.device)
-    return zeros_ND.masked_scatter(mask_ND, values_NK)  # unlike indexing by a mask it does not wait for the device
+    return zeros_ND.masked_scatter(mask_ND, _dequantize(parts))  # unlike indexing by a mask it does not wait for the device
 
 
 @lru_cache(maxsize=4)
@@ -165,18 +158,18 @@ def _encode_lowrank(hidden_ND: Tensor, link: LinkConfig) -> Parts:
     for _ in range(_POWER_ITERATIONS):
         basis_DR = torch.linalg.qr(hidden_ND.T @ (hidden_ND @ basis_DR)).Q
     # along a basis vector the coordinates are of one size, along a token they are not
-    values_RN, scale_R1 = _quantize((hidden_ND @ basis_DR).T, 127)
-    return {"values": values_RN, "scale": scale_R1, "basis": basis_DR.bfloat16()}
+    values_RN = (hidden_ND @ basis_DR).T
+    return {"basis": basis_DR.bfloat16(), **_quantize(F.pad(values_RN, (0, values_RN.shape[1] % 2)), link.bits)}
 
 
-def _decode_lowrank(parts: Parts, num_features: int) -> Tensor:
-    return _dequantize(parts["values"], parts["scale"]).T @ parts["basis"].float().T
+def _decode_lowrank(parts: Parts, num_tokens: int, num_features: int) -> Tensor:
+    return _dequantize(parts)[:, :num_tokens].T @ parts["basis"].float().T
 
 
 CODECS = {
-    "bf16": Codec(lambda hidden, _: {"values": hidden.bfloat16()}, lambda parts, _: parts["values"]),
-    "int8": Codec(_encode_int8, _decode_int8),
-    "int4": Codec(_encode_int4, _decode_int4),
+    "bf16": Codec(lambda hidden, _: {"values": hidden.bfloat16()}, lambda parts, *_: parts["values"]),
+    "int8": Codec(lambda hidden, link: _quantize(_grouped(hidden, link.group_size), 8), _decode_groups),
+    "int4": Codec(lambda hidden, link: _quantize(_grouped(hidden, link.group_size), 4), _decode_groups),
     "topk": Codec(_encode_topk, _decode_topk),
     "lowrank": Codec(_encode_lowrank, _decode_lowrank),
 }
