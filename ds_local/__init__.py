@@ -8,7 +8,8 @@ Reading order
     corpus, data text -> tokens -> sequences -> micro-batches
     blocks       a Hugging Face model as pipeline layers;  heads: a loss for an early segment
     flops        what a segment's work costs;  partition: where to cut
-    transport    links between stages;  tensors: what they carry;  notices: words off the step path
+    transport    links between stages;  tensors: what they carry;  codecs: how small;  staging: between host and device;
+                 notices: words off the step path
     copies       weights of other segments in auxiliary heads
     module       layers cut into segments;  seeds: random numbers by purpose
     engine       runs it all under DeepSpeed;  start: makes one;  instructions, replacements: its DeepSpeed side

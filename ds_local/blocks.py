@@ -166,6 +166,9 @@ class Embedding(nn.Module):
             self.positions = _materialize(config, family.positions, seed, "positions")
         self.dropout = copy.deepcopy(skeleton(config).get_submodule(family.dropout)) if family.dropout else None
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: a lookup gains nothing, and compiled for a GPU its gradient would be summed in any order."""
+
     def forward(self, ids_BT: Tensor) -> Tensor:
         hidden_BTD = self.tokens(ids_BT)
         if self.positions is not None:
@@ -181,6 +184,10 @@ class Block(nn.Module):
         self.block = _materialize(config, f"{family_of(config).blocks}.{index}", seed, *(key or ("block", index)))
         self.attention = attention_of(config, index)
         self.context = _context_of(json.dumps(config_dict(config), sort_keys=True))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """`torch.compile` the layer; the mask is made once, outside. Blocks of one shape share the compiled code."""
+        self.block.compile(*args, **kwargs)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         return self.block(hidden_BTD, **self.context.kwargs(hidden_BTD, self.attention))

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -115,6 +115,9 @@ class Phase(Scheme):
     """First optimizer step (counted from 0) that no longer follows this phase. Only the last phase leaves it out."""
 
 
+CodecName = Literal["none", "bf16", "int8", "int4", "topk", "lowrank"]
+
+
 class LinkConfig(_Strict):
     """Messages between stages."""
 
@@ -122,6 +125,31 @@ class LinkConfig(_Strict):
     """Messages a link holds before its sender waits; also the number of receives posted ahead."""
     timeout_seconds: PositiveFloat = 300.0
     """Longest wait for a neighbour. Must exceed the longest pause of any stage (compilation, a slow disk)."""
+    codec: CodecName | tuple[CodecName, ...] = "none"
+    """How activations are compressed (see `codecs.py`); a list has one entry per segment but the last."""
+    group_size: Annotated[PositiveInt, Field(multiple_of=2)] | None = None
+    """int8, int4: features of a token that share a scale. Default: all."""
+    keep: float = Field(default=1 / 16, gt=0, le=1)
+    """topk: share of a token's features that travel."""
+    rank: PositiveInt | None = None
+    """lowrank: dimensions that a micro-batch's hidden state is projected to. Default: an eighth of its features."""
+    bits: Literal[4, 8] = 8
+    """lowrank: of a coordinate."""
+
+    @model_validator(mode="after")
+    def _options_of_a_codec(self) -> LinkConfig:
+        codecs = {self.codec} if isinstance(self.codec, str) else set(self.codec)
+        for option, users in (("group_size", {"int8", "int4"}), ("keep", {"topk"}), ("rank", {"lowrank"}), ("bits", {"lowrank"})):
+            if option in self.model_fields_set and not codecs & users:
+                raise ValueError(
+                    f"{option} is an option of the codec {' and '.join(sorted(users))}, but codec is {self.codec!r}: "
+                    "change the codec or remove the option"
+                )
+        return self
+
+    def codec_above(self, segment: int) -> CodecName:
+        """The codec of the link from `segment` to the next."""
+        return self.codec if isinstance(self.codec, str) else self.codec[segment]
 
 
 class HeadConfig(_Strict):
@@ -180,6 +208,8 @@ class LocalParallelConfig(Scheme):
     """Messages between stages."""
     head: HeadConfig = HeadConfig()
     """Auxiliary heads."""
+    compile: bool = False
+    """`torch.compile` every layer and head, as `engine.compile()` does, which also takes a backend and its options."""
     seed: NonNegativeInt = 1234
     """Seed of weights and dropout."""
     diagnostics: bool = False
@@ -208,7 +238,7 @@ class LocalParallelConfig(Scheme):
         """Raises ConfigError when a list with an entry per segment has another length."""
         lists = {
             "lr_multipliers": (self.lr_multipliers, num_segments), "clip_multipliers": (self.clip_multipliers, num_segments),
-            "head.blocks": (self.head.blocks, num_segments - 1),
+            "head.blocks": (self.head.blocks, num_segments - 1), "link.codec": (self.link.codec, num_segments - 1),
         }  # fmt: skip
         for key, (value, wanted) in lists.items():
             if isinstance(value, tuple) and len(value) != wanted:
@@ -385,6 +415,8 @@ _REFUSED: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("pipeline", "use_reentrant"), bool, "reentrant checkpointing is cut off by detached stage inputs; remove it"),
     (("elasticity", "enabled"), bool, "DeepSpeed refuses elasticity with pipelines; remove it"),
     (("data_efficiency", "enabled"), bool, "its samplers need a data loader on every stage; remove it"),
+    (("compile", "deepcompile"), bool,
+     f"DeepCompile works through ZeRO's hooks, which a pipeline stage does not run; set {SECTION}.compile instead"),
     (("tensor_parallel", "autotp_size"), lambda v: isinstance(v, int) and v > 1,
      "stages are not split by tensor parallelism; set it to 1"),
 )  # fmt: skip

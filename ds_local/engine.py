@@ -24,7 +24,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
-from ds_local import checkpoint
+from ds_local import checkpoint, codecs
 from ds_local.blocks import config_dict
 from ds_local.checkpoint import CheckpointError
 from ds_local.copies import Copies, refresh_delay
@@ -92,6 +92,7 @@ class LocalPipelineEngine(PipelineEngine):
         self._keep_norms_local()
         self._scale_by_segment()
         self._schedules: dict[Any, StageSchedule] = {}
+        self._schedule: StageSchedule  # the one that runs
         self.activation_links, self.gradient_links = self._make_links()
         self.copies = self._make_copies()
         last = self.grid._topo.get_rank(pipe=self.num_stages - 1, data=0)
@@ -224,6 +225,7 @@ class LocalPipelineEngine(PipelineEngine):
         }
 
     def _exec_schedule(self, pipe_schedule: StageSchedule) -> None:
+        self._schedule = pipe_schedule
         for instructions in pipe_schedule:
             for instruction in instructions:
                 run = partial(self._INSTRUCTION_MAP[type(instruction)], self, **instruction.kwargs)
@@ -474,16 +476,19 @@ class LocalPipelineEngine(PipelineEngine):
     def _exec_send_activation(self, segment: int, micro_batch: int) -> None:
         live = self._live[segment, micro_batch]
         tag = Tag(self.global_steps, micro_batch, self.should_stop)
-        self.activation_links[segment].send(tag, self.message_for_next(live.outputs, live.labels))
+        self.activation_links[segment].send(tag, self.message_for_next(segment, live.outputs, live.labels))
         self._release(segment, micro_batch)  # if no loss of this micro-batch trains the segment
 
-    def message_for_next(self, hidden: Any, labels: Any) -> dict[str, Tensor]:
-        """What travels to the next segment: hidden state, labels, and the figures of the segments so far."""
-        return pack("hidden", hidden) | pack("labels", narrow(labels)) | {"figures": self.reports.figures}
+    def message_for_next(self, segment: int, hidden: Any, labels: Any) -> dict[str, Tensor]:
+        """What travels from `segment` to the next: hidden state, labels, and the figures of the segments so far."""
+        link = self.section.link
+        encoded = codecs.encode(pack("hidden", hidden), link.codec_above(segment), link)
+        return encoded | pack("labels", narrow(labels)) | {"figures": self.reports.figures}
 
     @staticmethod
     def parts_of_message(message: Mapping[str, Tensor]) -> tuple[Any, Any]:
         """(hidden, labels) of a message from the segment below."""
+        message = codecs.decode(message)
         return unpack("hidden", message), widen(unpack("labels", message))
 
     def _exec_recv_grad(self, segment: int, micro_batch: int, loss: int) -> None:
@@ -533,7 +538,7 @@ class LocalPipelineEngine(PipelineEngine):
         scale = self._routes(micro_batch).loss_weights[segment] / self.micro_batches
         torch.autograd.backward(loss * scale)
         live.gradients[segment] = [tensor.grad for tensor in floating(hidden) if tensor.grad is not None]
-        self.segment_losses[segment] = self.segment_losses.get(segment, 0.0) + loss.detach() / self._count_of_losses(segment)
+        self.segment_losses[segment] = self.segment_losses.get(segment, 0.0) + loss.detach() / self._schedule.num_losses[segment]
 
     def _release(self, segment: int, micro_batch: int) -> None:
         if not self._live[segment, micro_batch].passes_left:
@@ -555,10 +560,7 @@ class LocalPipelineEngine(PipelineEngine):
             self.segment_losses = dict(zip(self.segment_losses, losses / self.dp_world_size, strict=True))
 
     def _routes(self, micro_batch: int) -> Any:
-        return self._train_schedule().whole.rows[micro_batch]
-
-    def _count_of_losses(self, segment: int) -> int:
-        return sum(segment in routes.weights for routes in self._train_schedule().whole.rows)
+        return self._schedule.whole.rows[micro_batch]
 
     _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
         **PipelineEngine._INSTRUCTION_MAP,

@@ -154,6 +154,11 @@ class AuxiliaryHead(nn.Module):
         self.token_fraction = token_fraction
         self.kernel = kernel
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """`torch.compile` the private blocks; the loss has kernels of its own."""
+        for block in self.blocks:
+            block.compile(*args, **kwargs)
+
     def forward(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """The scalar loss of `lm_loss`, or in training an unbiased estimate of it."""
         for block in self.blocks:

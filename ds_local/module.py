@@ -133,6 +133,12 @@ class LocalPipelineModule(PipelineModule):
         for parameter in self.heads.parameters():
             setattr(parameter, "ds_pipe_replicated", False)  # noqa: B010 - DeepSpeed counts what is marked in its norms
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """`torch.compile` every layer, as `PipelineModule` does, and every head. Arguments are those of `torch.compile`."""
+        super().compile(*args, **kwargs)
+        for head in self.heads.values():
+            head.compile(*args, **kwargs)
+
     # --- checkpoints: heads have files of their own, so that the layer files fit a stock PipelineModule ---------------------
 
     def save_state_dict(self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False) -> None:

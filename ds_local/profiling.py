@@ -113,7 +113,7 @@ def _measure_link(engine: Any, lower_stage: int, inputs: Any, own: dict[str, dic
     link = engine.activation_links[lower]
     tags = [Tag(engine.global_steps, -1000 - n) for n in range(REPEATS)]
     if engine.stage_id == lower_stage:
-        message = engine.message_for_next(*inputs)
+        message = engine.message_for_next(lower, *inputs)
         for tag in tags:
             link.send(tag, message)
         link.flush()

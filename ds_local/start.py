@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Any
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from ds_local.config import ConfigError, batch_sizes, check_deepspeed, load_config, local_parallel
+from ds_local.config import SECTION, ConfigError, batch_sizes, check_deepspeed, load_config, local_parallel
 from ds_local.engine import LocalPipelineEngine
 from ds_local.module import LocalPipelineModule
 
@@ -50,6 +53,8 @@ def initialize(
     check_deepspeed(ds_config)
     if local_parallel(ds_config) != model.section:
         raise ConfigError("the module was built with another local_parallel section; pass both the same config")
+    if model.section.compile and get_accelerator().device_name() == "cpu" and not _cpp_compiler():
+        raise ConfigError(f"{SECTION}.compile needs a C++ compiler on a CPU and there is none; install g++, or remove the key")
     batch_sizes(ds_config, model.mpu().get_data_parallel_world_size())
     bf16 = ds_config.get("bf16", ds_config.get("bfloat16", {}))
     config_class = DeepSpeedConfig(ds_config, model.mpu())
@@ -67,4 +72,11 @@ def initialize(
         config=ds_config, config_class=config_class,
     )  # fmt: skip
     engine._configure_python_gc()
+    if model.section.compile:
+        engine.compile()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _cpp_compiler() -> str | None:
+    """What torch's compiler would use on a CPU."""
+    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)

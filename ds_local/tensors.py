@@ -28,7 +28,12 @@ def map_tensors(value: Any, function: Any) -> Any:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    return None if value is None else map_tensors(value, lambda t: t.to(device))
+    """On a GPU by way of pinned memory, so that the host need not wait for what the device still computes."""
+    if value is None:
+        return None
+    if device.type != "cuda":
+        return map_tensors(value, lambda t: t.to(device))
+    return map_tensors(value, lambda t: t.pin_memory().to(device, non_blocking=True) if t.device.type == "cpu" else t.to(device))
 
 
 def floating(value: Any) -> list[Tensor]:

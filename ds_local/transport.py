@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_local.notices import first_failure
+from ds_local.staging import Departures, Staging
 
 _SPEC_BYTES = 16384  # of the first message, which says what all others look like
 _HEADER = 4  # int64 entries: code, step, micro-batch, flags
@@ -93,35 +94,61 @@ class Peer:
         return f"stage {self.stage} (rank {self.rank})"
 
 
+class _Spec(NamedTuple):
+    """What a tensor of a message looks like."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    on_host: bool  # it lay in the sender's host memory and stays in the receiver's
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _specs_of(tensors: Message) -> list[_Spec]:
+    return [_Spec(name, tuple(t.shape), t.dtype, t.device.type == "cpu") for name, t in tensors.items()]
+
+
 class _Layout:
     """Where each tensor of a message lies in its byte buffer, behind the header."""
 
-    def __init__(self, specs: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> None:
+    def __init__(self, specs: Sequence[_Spec]) -> None:
         self.specs = list(specs)
         self.offsets = []
         position = _HEADER * 8
-        for _, shape, dtype in specs:
+        for spec in specs:
             position = -(-position // _ALIGN) * _ALIGN
             self.offsets.append(position)
-            position += math.prod(shape) * dtype.itemsize
+            position += spec.num_bytes
         self.num_bytes = position
 
     @classmethod
-    def of(cls, tensors: Message) -> _Layout:
-        return cls([(name, tuple(t.shape), t.dtype) for name, t in tensors.items()])
+    def parse(cls, described: list[tuple[str, list[int], str, bool]]) -> _Layout:
+        return cls([_Spec(name, tuple(shape), getattr(torch, dtype), host) for name, shape, dtype, host in described])
 
-    @classmethod
-    def parse(cls, described: list[tuple[str, list[int], str]]) -> _Layout:
-        return cls([(name, tuple(shape), getattr(torch, dtype)) for name, shape, dtype in described])
-
-    def describe(self) -> list[tuple[str, list[int], str]]:
-        return [(name, list(shape), str(dtype).removeprefix("torch.")) for name, shape, dtype in self.specs]
+    def describe(self) -> list[tuple[str, list[int], str, bool]]:
+        return _described(self.specs)
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         return {
-            name: buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-            for offset, (name, shape, dtype) in zip(self.offsets, self.specs, strict=True)
+            spec.name: buffer[offset : offset + spec.num_bytes].view(spec.dtype).view(spec.shape)
+            for offset, spec in zip(self.offsets, self.specs, strict=True)
         }
+
+
+def _described(specs: Sequence[_Spec]) -> list[tuple[str, list[int], str, bool]]:
+    return [(name, list(shape), str(dtype).removeprefix("torch."), on_host) for name, shape, dtype, on_host in specs]
+
+
+class _Buffer:
+    """The bytes of a message, and its header and tensors in them."""
+
+    def __init__(self, layout: _Layout, data: Tensor) -> None:
+        self.data = data
+        self.header = data[: _HEADER * 8].view(torch.int64).numpy()
+        self.tensors = layout.views(data)
 
 
 class _GroupEnd:
@@ -133,9 +160,10 @@ class _GroupEnd:
         peer: the other end.
         depth: messages under way before the sender waits; receives posted ahead.
         timeout_seconds: longest wait.
+        staging: the way between host buffers and the device that the tensors are on.
     """
 
-    def __init__(self, name: str, group: Any, peer: Peer, depth: int, timeout_seconds: float) -> None:
+    def __init__(self, name: str, group: Any, peer: Peer, depth: int, timeout_seconds: float, staging: Staging) -> None:
         self.name = name
         self.peer = peer
         self.depth = depth
@@ -144,7 +172,8 @@ class _GroupEnd:
         self.num_bytes = 0  # through this end, headers included
         self._group = group
         self._layout: _Layout | None = None
-        self._under_way: deque[tuple[Any, Tensor]] = deque()
+        self._staging = staging
+        self._under_way: deque[tuple[Any, Any]] = deque()  # (work, what must stay alive until it is done)
 
     @property
     def message_bytes(self) -> int:
@@ -155,7 +184,7 @@ class _GroupEnd:
         started = time.perf_counter()
         try:
             work.wait(timedelta(seconds=self.timeout_seconds))
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError) as error:
             waited = time.perf_counter() - started
             cause = "the connection is gone" if waited < self.timeout_seconds * 0.9 else f"nothing came within {waited:.0f} s"
             raise TransportError(f"waited for {self.peer} {purpose} on the {self.name}, but {cause}{first_failure()}") from error
@@ -165,42 +194,58 @@ class _GroupEnd:
 class Sender(_GroupEnd):
     """The sending end of a link between two stages."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._free: list[_Buffer] = []
+        self._departures = Departures()
+
     def send(self, tag: Tag, tensors: Message) -> None:
-        """Hand the tensors over; they are copied, so the caller may change them at once.
+        """Hand the tensors over; they are copied. The caller may drop them at once; on a device the copy may still run, so
+        nothing may be written into them in place.
 
         Raises:
             TransportError: when the shapes differ from the first message's, or the peer is gone or does not keep up.
         """
-        layout = _Layout.of(tensors)
+        specs = _specs_of(tensors)
         if self._layout is None:
-            self._layout = layout
-            self._post(_spec_buffer({"layout": layout.describe()}))
-        elif layout.specs != self._layout.specs:
+            self._layout = _Layout(specs)
+            self._post(_spec_buffer({"layout": self._layout.describe()}))
+        elif specs != self._layout.specs:
             raise TransportError(
                 f"the {self.name} to {self.peer} was opened for tensors {self._layout.describe()} but {tag} has "
-                f"{layout.describe()}; shapes must stay the same: drop incomplete batches"
+                f"{_described(specs)}; shapes must stay the same: drop incomplete batches"
             )
-        buffer = torch.empty(layout.num_bytes, dtype=torch.uint8)
-        for name, view in layout.views(buffer).items():
-            view.copy_(tensors[name].detach())
-        _write_header(buffer, _MESSAGE, tag)
+        buffer = self._free.pop() if self._free else _Buffer(self._layout, self._staging.buffer(self._layout.num_bytes))
+        copied = self._staging.to_host(buffer.tensors, tensors)
+        buffer.header[:] = _MESSAGE, tag.step, tag.micro_batch, tag.last_step
         while len(self._under_way) >= self.depth:
-            work, _ = self._under_way.popleft()
-            self._wait(work, f"to take a message ({tag} is next)")
-        self._post(buffer)
-        self.num_bytes += layout.num_bytes
+            self._take_back(f"to take a message ({tag} is next)")
+        if copied is None:
+            self._post(buffer.data, buffer)
+        else:
+            self._under_way.append((self._departures.after(copied, lambda: self._start(buffer.data)), buffer))
+        self.num_bytes += self._layout.num_bytes
 
-    def _post(self, buffer: Tensor) -> None:
+    def _take_back(self, purpose: str) -> None:
+        """Wait for the oldest message; its buffer may serve again."""
+        work, buffer = self._under_way.popleft()
+        self._wait(work, purpose)
+        if isinstance(buffer, _Buffer):
+            self._free.append(buffer)
+
+    def _start(self, data: Tensor) -> Any:
+        return dist.isend(data, self.peer.rank, self._group)
+
+    def _post(self, data: Tensor, kept: Any = None) -> None:
         try:
-            self._under_way.append((dist.isend(buffer, self.peer.rank, self._group), buffer))
+            self._under_way.append((self._start(data), data if kept is None else kept))
         except RuntimeError as error:
             raise TransportError(f"cannot reach {self.peer} on the {self.name}{first_failure()}") from error
 
     def flush(self) -> None:
         """Wait until everything sent has been taken."""
         while self._under_way:
-            work, _ = self._under_way.popleft()
-            self._wait(work, "to take the last messages")
+            self._take_back("to take the last messages")
 
     def fail(self, reason: str) -> None:
         """Tell the receiver why nothing more will come. Best effort: never raises, waits a few seconds at most."""
@@ -210,7 +255,7 @@ class Sender(_GroupEnd):
             buffer = torch.zeros(self._layout.num_bytes, dtype=torch.uint8)
             text = torch.frombuffer(bytearray(reason.encode()), dtype=torch.uint8)[: self._layout.num_bytes - _HEADER * 8]
             buffer[_HEADER * 8 : _HEADER * 8 + len(text)] = text
-            _write_header(buffer, _FAILED, Tag(0, 0))
+            buffer[: _HEADER * 8].view(torch.int64)[0] = _FAILED
         self.timeout_seconds = min(self.timeout_seconds, _FAREWELL_SECONDS)
         try:
             self._post(buffer)
@@ -222,9 +267,8 @@ class Sender(_GroupEnd):
 class Receiver(_GroupEnd):
     """The receiving end of a link between two stages."""
 
-    def __init__(self, name: str, group: Any, peer: Peer, depth: int, timeout_seconds: float, device: torch.device) -> None:
-        super().__init__(name, group, peer, depth, timeout_seconds)
-        self.device = device
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self._early: dict[tuple[int, int], tuple[Tag, Message]] = {}  # came before they were asked for
 
     def receive(self, tag: Tag) -> tuple[Tag, Message]:
@@ -241,19 +285,21 @@ class Receiver(_GroupEnd):
     def _next(self, tag: Tag) -> tuple[Tag, Message]:
         if self._layout is None:
             self._layout = self._open(tag)
-        work, buffer = self._under_way.popleft()
+        work, data = self._under_way.popleft()
         self._wait(work, f"to send {tag}")
-        self._post(torch.empty_like(buffer))
-        code, step, micro_batch, last_step = buffer[: _HEADER * 8].view(torch.int64).tolist()
+        self._post(self._staging.buffer(self._layout.num_bytes))
+        buffer = _Buffer(self._layout, data)
+        code, step, micro_batch, last_step = buffer.header.tolist()
         if code == _FAILED:
-            raise _failed_elsewhere(_text(buffer[_HEADER * 8 :]))
+            raise _failed_elsewhere(_text(data[_HEADER * 8 :]))
         found = Tag(step, micro_batch, bool(last_step))
         if code != _MESSAGE or step != tag.step:
             raise TransportError(
                 f"the {self.name} from {self.peer} brought {found}, expected {tag}; do all ranks run the same configuration?"
             )
         self.num_bytes += self._layout.num_bytes
-        return found, {name: view.to(self.device) for name, view in self._layout.views(buffer).items()}
+        moved = self._staging.to_device({s.name: buffer.tensors[s.name] for s in self._layout.specs if not s.on_host})
+        return found, {**buffer.tensors, **moved}
 
     def _open(self, tag: Tag) -> _Layout:
         """Learn the shapes from the first message and post the receives."""
@@ -266,7 +312,7 @@ class Receiver(_GroupEnd):
             raise _failed_elsewhere(spec["failed"])
         layout = _Layout.parse(spec["layout"])
         for _ in range(self.depth):
-            self._post(torch.empty(layout.num_bytes, dtype=torch.uint8))
+            self._post(self._staging.buffer(layout.num_bytes))
         return layout
 
     def _post(self, buffer: Tensor) -> None:
@@ -278,10 +324,6 @@ class Receiver(_GroupEnd):
 
 def _failed_elsewhere(reason: str) -> TransportError:
     return TransportError(f"the run ended elsewhere: {reason}", reason)
-
-
-def _write_header(buffer: Tensor, code: int, tag: Tag) -> None:
-    buffer[: _HEADER * 8].view(torch.int64).copy_(torch.tensor([code, tag.step, tag.micro_batch, int(tag.last_step)]))
 
 
 def _spec_buffer(spec: dict[str, Any]) -> Tensor:
@@ -327,7 +369,7 @@ def make_end(
         pair = [replica[source], replica[target]]
         group = dist.new_group(pair, backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         if dist.get_rank() == pair[0]:
-            mine = Sender(name, group, Peer(target, pair[1]), depth, timeout_seconds)
+            mine = Sender(name, group, Peer(target, pair[1]), depth, timeout_seconds, Staging(device))
         elif dist.get_rank() == pair[1]:
-            mine = Receiver(name, group, Peer(source, pair[0]), depth, timeout_seconds, device)
+            mine = Receiver(name, group, Peer(source, pair[0]), depth, timeout_seconds, Staging(device))
     return mine
