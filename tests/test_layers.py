@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.glob("*.py"))
 ORDER = [
     "routes", "schedule", "order", "peers", "simulator", "config", "partition", "seeds", "heads", "blocks", "flops",
     "data", "corpus", "notices", "checkpoint", "replacements", "instructions", "tensors", "transport", "copies",
-    "profiling", "module", "metrics", "engine", "start", "hf", "train", "ranks",
+    "replicas", "subnets", "profiling", "module", "metrics", "engine", "start", "hf", "train", "ranks",
 ]  # fmt: skip
 PURE = ["routes", "schedule", "order", "peers", "simulator", "config", "partition"]
 DEEPSPEED = {"replacements", "instructions", "module", "engine", "start"}
