@@ -100,6 +100,23 @@ def merged_factor(scale: str, num_replicas: int) -> float:
     return 1.0 / num_replicas if scale == "eval" else 1.0
 
 
+def scale_outputs(config: Any, layers: Mapping[int, dict[str, Tensor]], facts: Mapping[str, Any]) -> None:
+    """Put the merged model's factor into its weights, where an exported model must have it.
+
+    Args:
+        layers: layer number -> state dict, of a checkpoint; changed in place.
+        facts: of the checkpoint.
+    """
+    settings = facts["local_parallel"].get("replicas", {})
+    factor = merged_factor(settings.get("scale", "none"), facts["num_replicas"])
+    if settings.get("sync") != "subnets" or factor == 1.0:
+        return
+    outputs = [f"block.{CUTS[config.model_type][kind].output}.weight" for kind in settings["partition"]]
+    for state in layers.values():
+        for name in set(outputs) & state.keys():
+            state[name] = state[name] * factor
+
+
 def check_cut(config: Any, settings: ReplicasConfig, num_replicas: int) -> None:
     """Raises ConfigError when a model cannot be dealt out among so many replicas."""
     if settings.sync != "subnets":
