@@ -66,8 +66,9 @@ class _Live:
 class LocalPipelineEngine(PipelineEngine):
     """Trains a `LocalPipelineModule`. Use `start.initialize` to make one.
 
-    `train_batch` returns this stage's own loss (the mean over the step's micro-batches and replicas) and never waits for
-    another stage, or None where the routes give this stage no loss. `segment_losses` holds the loss of each local segment.
+    `train_batch` returns this stage's own loss (the mean over the step's micro-batches, and over replicas unless they train
+    apart) and never waits for another stage, or None where the routes give this stage no loss. `segment_losses` holds the loss
+    of each local segment.
     """
 
     module: LocalPipelineModule
@@ -92,7 +93,6 @@ class LocalPipelineEngine(PipelineEngine):
         self._scale_by_segment()
         self._schedules: dict[Any, StageSchedule] = {}
         self.activation_links, self.gradient_links = self._make_links()
-        self.copies = self._make_copies()
         self.copies = self._make_copies()
         last = self.grid._topo.get_rank(pipe=self.num_stages - 1, data=0)
         own = self.module.local_segments if self.replica_id == 0 else range(0)

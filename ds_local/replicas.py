@@ -199,7 +199,8 @@ class Apart(Together):
         return self.group.num_bytes
 
     def next_meeting(self, step: int) -> int:
-        return (step // self.settings.every + 1) * self.settings.every
+        every = self.settings.every if self.group.size > 1 else 1
+        return (step // every + 1) * every
 
     def after_step(self) -> None:
         if self.engine.global_steps % self.settings.every == 0:

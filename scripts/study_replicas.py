@@ -109,11 +109,10 @@ def expected_bytes(one: dict[str, Any], whole: dict[str, Any], num_replicas: int
 
 
 def study_costs(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
-    model = model_config(256, 4, 512, 128)
+    model = model_config(256, 4, 512, 64)
     rows: list[dict[str, Any]] = []
     for count in (1, 2, 4):
-        every = 4
-        results = pool.run(costs_of, count, model, {**SUBNETS, "every": every}, 4, 2 * every + 2, timeout=900)
+        results = pool.run(costs_of, count, model, {**SUBNETS, "every": 3}, 4, 11, timeout=1800)
         row = {"replicas": count, **results[0]}
         if count > 1:
             row |= expected_bytes(row, rows[0], count)
