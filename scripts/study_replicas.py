@@ -30,6 +30,8 @@ SYNCS: dict[str, dict[str, Any]] = {
     "subnets J=15, scale sqrt": {**SUBNETS, "every": 15, "scale": "sqrt"},
     "subnets J=15, moments reset": {**SUBNETS, "every": 15, "optimizer_state": "reset"},
     "subnets J=15, second moments kept": {**SUBNETS, "every": 15, "optimizer_state": "keep_second_moment"},
+    "subnets J=5, scale eval": {**SUBNETS, "every": 5, "scale": "eval"},
+    "subnets J=50, scale eval": {**SUBNETS, "every": 50, "scale": "eval"},
     "plain average J=50": {**PLAIN, "every": 50},
     "subnets J=15, MLP alone": {**SUBNETS, "every": 15, "partition": ["mlp"]},
 }
