@@ -137,15 +137,15 @@ def quality_of(folder: str, row: dict[str, Any], replicas: dict[str, Any], steps
     shape = BatchShape(batch, 1, engine.dp_world_size, engine.replica_id)
     batches = training_batches(data, 1, 0, shape)
     validation = validation_batches(data, shape, 256)
-    seconds, losses = 0.0, {}
+    seconds, sent, losses = 0.0, 0.0, {}
     for step in range(1, steps + 1):
-        began = time.process_time()
+        began, before = time.process_time(), engine.replicas.num_bytes
         engine.train_batch(batches)
         seconds += time.process_time() - began
+        sent += engine.replicas.num_bytes - before
         if step % max(1, steps // 3) == 0 or step == steps:
             engine.eval_batch(iter(validation), num_micro_batches=len(validation))
             losses[step] = engine.eval_losses[engine.num_segments - 1]
-    sent = engine.replicas.num_bytes
     tokens = steps * shape.per_step * data.seq_len
     return {"losses": losses, "cpu_seconds": seconds, "sent_bytes": None if math.isnan(sent) else sent, "tokens": tokens}
 
