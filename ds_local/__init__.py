@@ -11,6 +11,7 @@ Reading order
     transport    links between stages;  tensors: what they carry;  codecs: how small;  staging: between host and device;
                  notices: words off the step path
     copies       weights of other segments in auxiliary heads
+    replicas     replicas that train apart and meet now and then;  subnets: each on a share of the weights
     module       layers cut into segments;  seeds: random numbers by purpose
     engine       runs it all under DeepSpeed;  start: makes one;  instructions, replacements: its DeepSpeed side
     metrics, diagnostics, checkpoint, train, hf

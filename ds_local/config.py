@@ -190,6 +190,44 @@ class HeadConfig(_Strict):
         return min(asked, blocks_above)
 
 
+class ReplicasConfig(_Strict):
+    """How the data-parallel replicas of a stage stay one model."""
+
+    sync: Literal["gradients", "subnets", "periodic"] = "gradients"
+    """Average gradients in every step; or deal the blocks' weights out, so that each replica trains a part of them alone; or
+    train full replicas apart and average their weights now and then."""
+    every: PositiveInt = 15
+    """Steps between two exchanges."""
+    partition: tuple[Literal["attention_heads", "mlp"], ...] = ("attention_heads", "mlp")
+    """What subnets deal out; the rest is shared."""
+    scale: Literal["none", "train", "eval", "sqrt"] = "none"
+    """Factor on the output of what is dealt out among R replicas: none; R in training; 1/R in the merged model; or sqrt(R) in
+    training."""
+    optimizer_state: Literal["carry", "reset", "keep_second_moment"] = "carry"
+    """What becomes of the optimizer's moments at an exchange of subnets: they travel with the weights; all are forgotten; or the
+    second travel and the first are zeroed."""
+    outer_lr: PositiveFloat = 0.7
+    """Learning rate of the outer Nesterov step of periodic averaging; 1 without momentum is plain averaging."""
+    outer_momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of the outer step."""
+
+    @model_validator(mode="after")
+    def _only_what_counts(self) -> ReplicasConfig:
+        belongs = {
+            "every": ("subnets", "periodic"), "partition": ("subnets",), "scale": ("subnets",), "optimizer_state": ("subnets",),
+            "outer_lr": ("periodic",), "outer_momentum": ("periodic",),
+        }  # fmt: skip
+        idle = sorted(key for key in self.model_fields_set - {"sync"} if self.sync not in belongs[key])
+        if idle:
+            raise ValueError(
+                f"{', '.join(idle)} means nothing with sync {self.sync!r}; "
+                f"remove it, or set sync to {' or '.join(belongs[idle[0]])}"
+            )
+        if not self.partition or len(set(self.partition)) < len(self.partition):
+            raise ValueError(f"partition must name attention_heads, mlp or both, once each, got {list(self.partition)}")
+        return self
+
+
 class LocalParallelConfig(Scheme):
     """The "local_parallel" section."""
 
@@ -210,6 +248,8 @@ class LocalParallelConfig(Scheme):
     """Auxiliary heads."""
     compile: bool = False
     """`torch.compile` every layer and head, as `engine.compile()` does, which also takes a backend and its options."""
+    replicas: ReplicasConfig = ReplicasConfig()
+    """The data-parallel axis."""
     seed: NonNegativeInt = 1234
     """Seed of weights and dropout."""
     diagnostics: bool = False
@@ -221,6 +261,15 @@ class LocalParallelConfig(Scheme):
     """Factors on gradient_clipping, one per segment (fp32 without ZeRO, where every segment is clipped by itself)."""
     warmup_stagger: NonNegativeInt = 0
     """Segment s ramps its learning rate up over s times so many steps, on top of the scheduler's warm-up."""
+
+    @model_validator(mode="after")
+    def _no_copies_of_parts(self) -> LocalParallelConfig:
+        if self.replicas.sync == "subnets" and self.head.blocks_from == "next_tracked" and self.head.blocks:
+            raise ValueError(
+                "head.blocks_from 'next_tracked' follows whole blocks, but with replicas.sync 'subnets' each replica holds "
+                "a part of them; use 'next' or 'new'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _phases_in_order(self) -> LocalParallelConfig:
@@ -460,6 +509,13 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
     for key, reason in _FP32_ONLY.items():
         if by_stage and config.get(SECTION, {}).get(key):
             raise ConfigError(f"{SECTION}.{key} needs fp32 and ZeRO stage 0: {reason}")
+    replicas = config.get(SECTION, {}).get("replicas", {})
+    sync = replicas.get("sync", "gradients") if isinstance(replicas, Mapping) else "gradients"
+    if by_stage and sync != "gradients":
+        raise ConfigError(
+            f"{SECTION}.replicas.sync is {sync!r}, which needs fp32 and ZeRO stage 0: DeepSpeed's bf16 and ZeRO optimizers shard "
+            "their state over the very replicas that train apart; remove bf16 and zero_optimization, or use sync 'gradients'"
+        )
 
 
 def batch_sizes(config: Mapping[str, Any], num_replicas: int) -> tuple[int, int]:

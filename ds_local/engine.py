@@ -45,6 +45,7 @@ from ds_local.module import LocalPipelineModule
 from ds_local.notices import first_failure, post_notice, read_notice, report_failure
 from ds_local.profiling import Recorder
 from ds_local.replacements import SafeCheckpointEngine, StageLocal
+from ds_local.replicas import Together
 from ds_local.schedule import Link, Schedule, validate
 from ds_local.seeds import seeded
 from ds_local.tensors import combine, floating, map_tensors, narrow, pack, split_batch, to_device, unpack, widen
@@ -66,8 +67,9 @@ class _Live:
 class LocalPipelineEngine(PipelineEngine):
     """Trains a `LocalPipelineModule`. Use `start.initialize` to make one.
 
-    `train_batch` returns this stage's own loss (the mean over the step's micro-batches and replicas) and never waits for
-    another stage, or None where the routes give this stage no loss. `segment_losses` holds the loss of each local segment.
+    `train_batch` returns this stage's own loss (the mean over the step's micro-batches, and over replicas unless they train
+    apart) and never waits for another stage, or None where the routes give this stage no loss. `segment_losses` holds the loss
+    of each local segment.
     """
 
     module: LocalPipelineModule
@@ -85,6 +87,7 @@ class LocalPipelineEngine(PipelineEngine):
         self.recorder: Recorder | None = None  # set it to keep a trace
         self._probe: StageSchedule | None = None  # runs instead of the step's schedule
         self._keep_output: Callable[[int, Any], None] | None = None
+        self.replicas = Together()  # `start.initialize` puts here what the config asks for
         self._live: dict[tuple[int, int], _Live] = {}
         self._batch: dict[int, tuple[Any, Any]] = {}
         self._grad_norms: dict[int, Tensor] = {}
@@ -205,6 +208,7 @@ class LocalPipelineEngine(PipelineEngine):
             self._look_for_stop()
             self.copies.take(self.global_steps)
             self._exec_schedule(self._train_schedule())
+            self.replicas.after_step()
             self.copies.send(self.global_steps)
         traffic = {name: value - before[name] for name, value in self._traffic().items()}
         self.reports.close_step({
@@ -220,8 +224,9 @@ class LocalPipelineEngine(PipelineEngine):
     def _traffic(self) -> dict[str, float]:
         links = self._links()
         return {
-            "waited": sum(link.waited for link in links),
+            "waited": sum(link.waited for link in links) + self.replicas.waited,
             "sent_bytes": sum(s.num_bytes for s in links if isinstance(s, Sender)),
+            "exchanged_bytes": self.replicas.num_bytes,
         }
 
     def _exec_schedule(self, pipe_schedule: StageSchedule) -> None:
@@ -303,8 +308,8 @@ class LocalPipelineEngine(PipelineEngine):
     def _look_for_stop(self) -> None:
         """Agree on the last step without a collective: rank 0 decides, stage 0 reads it, activations carry it onward.
 
-        Rank 0 names the step after the one it is about to start. No other rank of stage 0 can have begun that one, since
-        the replicas average their gradients at the end of every step.
+        Rank 0 names the first step that no other rank of stage 0 can have begun: the next one, since replicas average their
+        gradients at the end of every step, or that after the next exchange of replicas that train apart.
         """
         if self._stop_requested and self.global_rank != 0:
             post_notice("stop_requested", "yes")
@@ -315,7 +320,8 @@ class LocalPipelineEngine(PipelineEngine):
             and read_notice("stop_after") is None
             and (self._stop_requested or read_notice("stop_requested"))
         ):
-            post_notice("stop_after", str(self.global_steps + (1 if dist.get_world_size() > 1 else 0)))
+            alone = dist.get_world_size() == 1
+            post_notice("stop_after", str(self.global_steps if alone else self.replicas.next_meeting(self.global_steps)))
         last = read_notice("stop_after")
         self.should_stop = last is not None and self.global_steps >= int(last)
 
@@ -336,7 +342,9 @@ class LocalPipelineEngine(PipelineEngine):
         with self._failures_reported():
             partial = checkpoint.begin(save_dir, tag)
             self.copies.save(os.path.join(save_dir, partial), self.global_steps, write=self.replica_id == 0)
-            super().save_checkpoint(save_dir, partial, client_state or {}, False, exclude_frozen_parameters)
+            self.replicas.save(os.path.join(save_dir, partial))
+            with self.replicas.whole(moments=True):
+                super().save_checkpoint(save_dir, partial, client_state or {}, False, exclude_frozen_parameters)
             checkpoint.commit(save_dir, partial, tag, self._facts(), save_latest)
             self.reports.flush()
         return True
@@ -363,6 +371,7 @@ class LocalPipelineEngine(PipelineEngine):
         if with_optimizer and saved != own:
             raise CheckpointError(f"{load_dir}/{tag} has {saved}, this run has {own}; keep the layout, or load weights only")
         self.copies.collect(self.global_steps)
+        self.replicas.before_load()
         # DeepSpeed 0.19 writes the bf16 optimizer's shards to ZeRO files even without ZeRO, but does not look for them there
         unlooked_for = with_optimizer and self.using_bf16_optimizer and not self.zero_optimization()
         path, client_state = super().load_checkpoint(
@@ -371,6 +380,7 @@ class LocalPipelineEngine(PipelineEngine):
         )  # fmt: skip
         if unlooked_for:
             self._load_zero_checkpoint(load_dir, tag)
+        self.replicas.load(os.path.join(load_dir, tag) if with_optimizer else None, facts)
         self.copies.load(os.path.join(load_dir, tag) if with_optimizer else None, self.global_steps)
         return path, client_state
 
@@ -410,7 +420,7 @@ class LocalPipelineEngine(PipelineEngine):
         train_iterator, self.data_iterator = self.data_iterator, data_iter
         sums = torch.zeros(2, self.num_segments, dtype=torch.float64, device=self.device)
         logits = None
-        with torch.no_grad(), self._failures_reported():
+        with torch.no_grad(), self._failures_reported(), self.replicas.whole():
             for micro_batch in range(self.micro_batches if num_micro_batches is None else num_micro_batches):
                 for segment in self.module.local_segments:
                     logits = self._evaluate_segment(segment, -1 - micro_batch, sums, compute_loss, return_logits)
@@ -545,8 +555,8 @@ class LocalPipelineEngine(PipelineEngine):
             del self._live[segment, micro_batch]
 
     def _exec_reduce_grads(self) -> None:
-        """Average gradients and losses over the replicas of this stage."""
-        if not self.is_data_parallel and not self.zero_optimization():
+        """Average gradients and losses over the replicas of this stage, unless they train apart."""
+        if not self.replicas.reduces_gradients or (not self.is_data_parallel and not self.zero_optimization()):
             return
         # DeepSpeed fills in zeros for parameters without a gradient; an optimizer would decay a head that is not in use
         unused = [p for p in self.module.parameters() if p.requires_grad and p.grad is None]

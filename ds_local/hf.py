@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from ds_local import blocks
 from ds_local.checkpoint import latest_tag, read_facts
+from ds_local.subnets import scale_outputs
 
 State = dict[str, Tensor]
 
@@ -145,6 +146,7 @@ def export(source: str | Path, output: str | Path, segment: int | None = None) -
     else:
         config = _prefix_config(config, num_layers - 1)
         layers[num_layers] = _head_as_readout(checkpoint, segment or 0)
+    scale_outputs(config, layers, facts)
     config.tie_word_embeddings = False  # stages cannot share a matrix, so the readout is one of its own
     _write(config, to_hf(config, layers), checkpoint, Path(output))
     return Path(output)

@@ -21,7 +21,7 @@ from torch import distributed as dist
 from ds_local.notices import Mailbox
 
 # columns of the figures each segment reports
-FIGURES = ("step", "loss", "grad_norm", "seconds", "waited", "sent_bytes")
+FIGURES = ("step", "loss", "grad_norm", "seconds", "waited", "sent_bytes", "exchanged_bytes")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class SegmentReport:
     seconds: float  # of the step, on this stage
     idle_share: float  # part of it spent waiting for a neighbour
     sent_bytes: int  # to neighbouring stages
+    exchanged_bytes: int | None  # to other replicas of the stage; None where DeepSpeed averages gradients
 
 
 Listener = Callable[[list[SegmentReport]], None]
@@ -106,6 +107,7 @@ class Reports:
         return SegmentReport(
             int(figures["step"] or 0), segment, segment // self._per_stage, figures["loss"], figures["grad_norm"],
             seconds, waited / seconds if seconds else 0.0, int(figures["sent_bytes"] or 0),
+            None if figures["exchanged_bytes"] is None else int(figures["exchanged_bytes"]),
         )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from ds_local.copies import Copy, planned_copies
 from ds_local.flops import choose_parts
 from ds_local.partition import balance
 from ds_local.replacements import start_processes
+from ds_local.subnets import check_cut
 
 MakeHead = Callable[[int], nn.Module]
 
@@ -100,6 +101,8 @@ class LocalPipelineModule(PipelineModule):
             raise ConfigError(
                 "TiedLayerSpec between stages needs a collective over all stages in every step; use separate layers (untied)"
             )
+        if not any(getattr(layer, "typename", None) is blocks.Block for layer in layers):
+            check_cut(None, self.section.replicas, 1)
         parts = self._given_parts
         if parts is not None:
             rising = all(a < b for a, b in pairwise(parts))
@@ -282,6 +285,7 @@ def causal_lm(
             f"{stages} stages x {section.segments_per_stage} segments need at least {num_segments} blocks, "
             f"the model has {depth}; lower num_stages or use a deeper model"
         )
+    check_cut(hf_config, section.replicas, _world_size() // stages)
     longest = blocks.num_positions(hf_config)
     if seq_len is not None and seq_len > longest:
         raise ConfigError(

@@ -13,6 +13,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from ds_local.config import SECTION, ConfigError, batch_sizes, check_deepspeed, load_config, local_parallel
 from ds_local.engine import LocalPipelineEngine
 from ds_local.module import LocalPipelineModule
+from ds_local.subnets import make_sync
 
 
 def initialize(
@@ -71,6 +72,7 @@ def initialize(
         lr_scheduler=lr_scheduler, mpu=model.mpu(), dist_init_required=dist_init_required, collate_fn=collate_fn,
         config=ds_config, config_class=config_class,
     )  # fmt: skip
+    engine.replicas = make_sync(engine)
     engine._configure_python_gc()
     if model.section.compile:
         engine.compile()

@@ -219,6 +219,7 @@ class _Loop:
                 "step": step, "segment": r.segment, "stage": r.stage, "split": "train", "loss": r.loss,
                 "tokens": step * self.tokens_per_step, "seconds": round(seconds, 3), "grad_norm": r.grad_norm,
                 "idle_share": round(r.idle_share, 4), "step_seconds": round(r.seconds, 4), "sent_bytes": r.sent_bytes,
+                "exchanged_bytes": r.exchanged_bytes,
             }
             for r in reports
         ])  # fmt: skip

@@ -1,0 +1,189 @@
+"""Ways of keeping data-parallel replicas one model: what they cost per replica, and what they learn from the same tokens.
+
+python scripts/study_replicas.py costs --json costs.json
+python scripts/study_replicas.py quality --data DIR --replicas 2 --steps 300 --json quality.json
+
+Real gloo processes on this machine. Times are processor seconds of a replica, so that neighbours on the machine do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+SUBNETS = {"sync": "subnets"}
+PERIODIC = {"sync": "periodic"}
+PLAIN = {"sync": "periodic", "outer_lr": 1.0, "outer_momentum": 0.0}
+SYNCS: dict[str, dict[str, Any]] = {
+    "gradients": {},
+    "subnets J=15": {**SUBNETS, "every": 15},
+    "periodic J=50": {**PERIODIC, "every": 50},
+    "subnets J=5": {**SUBNETS, "every": 5},
+    "subnets J=50": {**SUBNETS, "every": 50},
+    "subnets J=15, scale eval": {**SUBNETS, "every": 15, "scale": "eval"},
+    "subnets J=15, scale train": {**SUBNETS, "every": 15, "scale": "train"},
+    "subnets J=15, scale sqrt": {**SUBNETS, "every": 15, "scale": "sqrt"},
+    "subnets J=15, moments reset": {**SUBNETS, "every": 15, "optimizer_state": "reset"},
+    "subnets J=15, second moments kept": {**SUBNETS, "every": 15, "optimizer_state": "keep_second_moment"},
+    "subnets J=5, scale eval": {**SUBNETS, "every": 5, "scale": "eval"},
+    "subnets J=50, scale eval": {**SUBNETS, "every": 50, "scale": "eval"},
+    "plain average J=50": {**PLAIN, "every": 50},
+    "subnets J=15, MLP alone": {**SUBNETS, "every": 15, "partition": ["mlp"]},
+}
+ROWS: dict[str, dict[str, Any]] = {"backprop": {"mode": "backprop"}, "local": {"mode": "local", "segments_per_stage": 2}}
+
+
+def model_config(width: int, depth: int, vocabulary: int, seq_len: int) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2", "vocab_size": vocabulary, "n_positions": seq_len, "n_embd": width, "n_layer": depth, "n_head": 8,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+
+
+def build(model: dict[str, Any], row: dict[str, Any], replicas: dict[str, Any], batch: int, steps: int, lr: float) -> Any:
+    import ds_local
+
+    config = {
+        "train_micro_batch_size_per_gpu": batch, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": lr, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True}},
+        "scheduler": {"type": "WarmupCosineLR", "params": {
+            "total_num_steps": steps, "warmup_num_steps": max(2, steps // 10), "cos_min_ratio": 0.1}},
+        "local_parallel": {**row, "replicas": replicas},
+    }  # fmt: skip
+    return ds_local.initialize(model=ds_local.causal_lm(model, num_stages=1, config=config), config=config)[0]
+
+
+# --- costs ----------------------------------------------------------------------------------------------------------------
+
+
+def costs_of(model: dict[str, Any], replicas: dict[str, Any], batch: int, steps: int) -> dict[str, Any]:
+    """What this replica holds, computes and sends."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ds_local.blocks import Block
+
+    engine = build(model, ROWS["backprop"], replicas, batch, steps, 1e-3)
+    blocks = [layer for layer in engine.module.layers_of(0) if isinstance(layer, Block)]
+    hidden = torch.randn(batch, model["n_positions"], model["n_embd"], requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        out = hidden
+        for block in blocks:
+            out = block(out)
+        out.sum().backward()
+    engine.zero_grad()
+    gradients: list[int] = []
+    engine.optimizer.register_step_pre_hook(
+        lambda *_: gradients.append(sum(p.grad.numel() for p in engine.module.parameters() if p.grad is not None))
+    )
+    ids = torch.randint(0, model["vocab_size"], (batch, model["n_positions"]))
+    seconds, sent = [], []
+    for _ in range(steps):
+        began, before = time.process_time(), engine.replicas.num_bytes
+        engine.train_batch(iter([(ids, ids)]))
+        seconds.append(time.process_time() - began)
+        sent.append(engine.replicas.num_bytes - before)
+    moments = [v.numel() for state in engine.optimizer.state.values() for key, v in state.items() if key != "step"]
+    every = replicas.get("every", 1)
+    return {
+        "parameters": sum(p.numel() for p in engine.module.parameters()),
+        "block_parameters": sum(p.numel() for block in blocks for p in block.parameters()),
+        "gradients": gradients[-1], "moments": sum(moments), "block_gflops": counter.get_total_flops() / 1e9,
+        "step_cpu_seconds": statistics.median(seconds[2:]), "exchange_bytes": [amount for amount in sent if amount],
+        "exchange_cpu_seconds": statistics.median(seconds[every - 1 :: every]) if every > 1 else None,
+    }  # fmt: skip
+
+
+def expected_bytes(one: dict[str, Any], whole: dict[str, Any], num_replicas: int) -> dict[str, float]:
+    """Bytes a replica sends, by the formulas: |W| is what is cut, |S| what is shared; weights and two moments travel."""
+    cut = (whole["parameters"] - one["parameters"]) * num_replicas / (num_replicas - 1)
+    shared = whole["parameters"] - cut
+    part = (num_replicas - 1) / num_replicas
+    return {
+        "all_reduce_a_step": 2 * 4 * whole["parameters"] * part,
+        "exchange": 3 * 4 * (cut * part / num_replicas + shared * 2 * part),
+    }
+
+
+def study_costs(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    model = model_config(256, 4, 512, 64)
+    rows: list[dict[str, Any]] = []
+    for count in (1, 2, 4):
+        results = pool.run(costs_of, count, model, {**SUBNETS, "every": 3}, 4, 11, timeout=1800)
+        row = {"replicas": count, **results[0]}
+        if count > 1:
+            row |= expected_bytes(row, rows[0], count)
+            sent = [sum(result["exchange_bytes"]) / len(result["exchange_bytes"]) for result in results]
+            row["sent_an_exchange"] = statistics.mean(sent)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+# --- quality --------------------------------------------------------------------------------------------------------------
+
+
+def quality_of(folder: str, row: dict[str, Any], replicas: dict[str, Any], steps: int, batch: int, lr: float) -> dict[str, Any]:
+    """Validation loss of the merged model along the way."""
+    from ds_local.data import BatchShape, TokenData, training_batches, validation_batches
+
+    data = TokenData(folder)
+    engine = build(model_config(64, 4, data.vocab_size, data.seq_len), row, replicas, batch, steps, lr)
+    shape = BatchShape(batch, 1, engine.dp_world_size, engine.replica_id)
+    batches = training_batches(data, 1, 0, shape)
+    validation = validation_batches(data, shape, 256)
+    seconds, sent, losses = 0.0, 0.0, {}
+    for step in range(1, steps + 1):
+        began, before = time.process_time(), engine.replicas.num_bytes
+        engine.train_batch(batches)
+        seconds += time.process_time() - began
+        sent += engine.replicas.num_bytes - before
+        if step % max(1, steps // 3) == 0 or step == steps:
+            engine.eval_batch(iter(validation), num_micro_batches=len(validation))
+            losses[step] = engine.eval_losses[engine.num_segments - 1]
+    tokens = steps * shape.per_step * data.seq_len
+    return {"losses": losses, "cpu_seconds": seconds, "sent_bytes": None if math.isnan(sent) else sent, "tokens": tokens}
+
+
+def study_quality(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for name in args.only or SYNCS:
+        settings = args.data, ROWS[args.row], SYNCS[name], args.steps, args.sequences // args.replicas, args.lr
+        result = pool.run(quality_of, args.replicas, *settings, timeout=1800)[0]
+        rows.append({"sync": name, "row": args.row, "replicas": args.replicas, **result})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=["costs", "quality"])
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--data", help="folder written by scripts/prepare_data.py")
+    parser.add_argument("--row", choices=ROWS, default="backprop", help="of the route table")
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--sequences", type=int, default=16, help="in a step, over all replicas")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--only", nargs="*", choices=SYNCS, help="default all")
+    args = parser.parse_args()
+    if args.study == "quality" and not args.data:
+        parser.error("quality needs --data")
+    from ds_local.ranks import Pool
+
+    pool = Pool()
+    try:
+        rows = {"costs": study_costs, "quality": study_quality}[args.study](pool, args)
+    finally:
+        pool.close()
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
