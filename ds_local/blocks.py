@@ -50,8 +50,12 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         "transformer.wte", "transformer.h", "transformer.ln_f", positions="transformer.wpe", dropout="transformer.drop"
     ),
-    "llama": _LLAMA,
-}
+    "gpt_neox": Family(  # Pythia too
+        "gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm",
+        dropout="gpt_neox.emb_dropout", rotary="gpt_neox.rotary_emb",
+    ),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2"), _LLAMA),
+}  # fmt: skip
 
 
 def load_model_config(source: str | Path | dict[str, Any] | PretrainedConfig) -> PretrainedConfig:
@@ -61,13 +65,14 @@ def load_model_config(source: str | Path | dict[str, Any] | PretrainedConfig) ->
         UnsupportedModel: when it cannot be read or its family is not supported; the message lists the families.
     """
     if isinstance(source, PretrainedConfig):
-        config = source
+        config = copy.deepcopy(source)
     elif isinstance(source, dict):
         config = AutoConfig.for_model(**source)
     else:
         config = _read_config(source)
     if config.model_type not in FAMILIES:
         raise UnsupportedModel(f"model_type {config.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    config.dtype = None  # that of the saved weights; in training the DeepSpeed config decides
     return config
 
 
@@ -123,10 +128,10 @@ class _Context:
     """What every block of a stage shares besides weights: causal mask and rotary embedding, kept per sequence length."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        self.config = config
+        self.config = skeleton(config).config  # names the attention implementation, without which there is no mask
         rotary = family_of(config).rotary
         # built anew, not copied: its frequencies are computed, and computed ones are not in the skeleton
-        self.rotary = None if rotary is None else type(skeleton(config).get_submodule(rotary))(config=config)
+        self.rotary = None if rotary is None else type(skeleton(config).get_submodule(rotary))(config=self.config)
         self._kept: dict[tuple, dict[str, Any]] = {}
 
     def kwargs(self, hidden_BTD: Tensor, attention: str) -> dict[str, Any]:
