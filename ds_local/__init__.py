@@ -10,9 +10,11 @@ Reading order
     flops        what a segment's work costs;  partition: where to cut
     transport    links between stages;  tensors: what they carry;  notices: words off the step path
     copies       weights of other segments in auxiliary heads
+    pretrained   weights of a Hugging Face model, each rank its own
     module       layers cut into segments;  seeds: random numbers by purpose
     engine       runs it all under DeepSpeed;  start: makes one;  instructions, replacements: its DeepSpeed side
-    metrics, checkpoint, train, hf
+    metrics, checkpoint, train
+    hf           checkpoint -> Hugging Face folder;  card: its README
 
 Words
     segment: unit trained by one row of the table; K of them · stage: pipeline rank, holds `segments_per_stage` segments ·

@@ -222,6 +222,17 @@ def hf_names(config: PretrainedConfig, layer: int) -> dict[str, str]:
     return {"norm": family.norm, "readout": family.readout}
 
 
+def tensor_names(config: PretrainedConfig, layer: int) -> dict[str, str]:
+    """Every saved tensor of pipeline layer `layer`: name in the layer -> name in the Hugging Face model."""
+    whole = skeleton(config).state_dict()
+    return {
+        part + name.removeprefix(prefix): name
+        for part, prefix in hf_names(config, layer).items()
+        for name in whole
+        if name.startswith(prefix + ".")
+    }
+
+
 def attention_of(config: PretrainedConfig, index: int) -> str:
     """ "full_attention" or "sliding_attention" of block `index`."""
     layer_types = getattr(config, "layer_types", None)
@@ -243,10 +254,10 @@ def make_head(config: PretrainedConfig, segment: int, seed: int, head: HeadConfi
         key = ("head block", segment, number) if head.blocks_from == "new" else ("block", first + number)
         private.append(Block(config, first + number, seed, key))
         private[-1].requires_grad_(head.blocks_from != "next_tracked")
-    norm = _materialize(config, family.norm, seed, "head norm", segment)
+    norm = _materialize(config, family.norm, seed, "norm" if head.init == "model" else "head norm", segment)
     down = None
-    if head.readout == "shared":
-        readout = _materialize(config, family.readout, seed, "readout").requires_grad_(False)
+    if head.readout == "shared" or head.init == "model":
+        readout = _materialize(config, family.readout, seed, "readout").requires_grad_(head.readout == "private")
     else:
         with seeded(seed, "head readout", segment):
             readout = nn.Linear(head.rank or config.hidden_size, config.vocab_size, bias=False)

@@ -32,10 +32,12 @@ from ds_local.config import (
     local_parallel,
     num_stages_and_replicas,
 )
+from ds_local.corpus import check_same_tokenizer
 from ds_local.data import BatchShape, TokenData, training_batches, validation_batches
 from ds_local.engine import LocalPipelineEngine
 from ds_local.metrics import MetricsFile, SegmentReport, draw_losses, summary_table
 from ds_local.module import causal_lm
+from ds_local.pretrained import find_weights
 from ds_local.start import initialize
 
 VOCABULARY_PADDING = 128  # a model's vocabulary may be rounded up by less than this, as is usual for speed
@@ -57,7 +59,8 @@ def train(args: Namespace) -> None:
     _check_run_folder(run, args.resume)
 
     interval = config.get("activation_checkpointing", {}).get("interval", 0)
-    model = causal_lm(hf_config, stages, config, data.seq_len, activation_checkpoint_interval=interval)
+    weights = None if args.from_scratch or args.resume else find_weights(args.model)
+    model = causal_lm(hf_config, stages, config, data.seq_len, activation_checkpoint_interval=interval, weights=weights)
     engine = initialize(model=model, config=config)[0]
     if args.resume:
         engine.load_checkpoint(str(run / "checkpoints"))
@@ -81,7 +84,9 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
     data = TokenData(args.data)
     hf_config = blocks.load_model_config(args.model)
     padding = hf_config.vocab_size - data.vocab_size
-    if not 0 <= padding < VOCABULARY_PADDING:
+    weights = None if args.from_scratch else find_weights(args.model)
+    same_tokens = weights is not None and check_same_tokenizer(weights, data.tokenizer_folder)
+    if padding < 0 or (padding >= VOCABULARY_PADDING and not same_tokens):
         raise ConfigError(
             f"{args.model} has vocab_size {hf_config.vocab_size} but the tokenizer in {args.data} has {data.vocab_size} tokens; "
             f"set vocab_size to {data.vocab_size}, or prepare the data with another tokenizer"
@@ -133,6 +138,7 @@ def _start_run_folder(run: Path, args: Namespace, config: dict[str, Any], data: 
         "arguments": vars(args),
         "config": config,
         "model": blocks.config_dict(engine.module.hf_config),
+        "weights": None if args.from_scratch or Path(args.model).is_file() else Path(args.model).name,
         "data": {"folder": str(data.folder), **data.facts},
         "layout": {
             "stages": engine.num_stages, "replicas": engine.dp_world_size,

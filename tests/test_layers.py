@@ -14,9 +14,9 @@ FILES = sorted(PACKAGE.glob("*.py"))
 ORDER = [
     "routes", "schedule", "order", "peers", "simulator", "config", "partition", "seeds", "heads", "blocks", "flops",
     "data", "corpus", "notices", "checkpoint", "replacements", "instructions", "tensors", "transport", "copies",
-    "profiling", "module", "metrics", "engine", "start", "hf", "train", "ranks",
+    "profiling", "pretrained", "module", "metrics", "engine", "start", "card", "hf", "train", "ranks",
 ]  # fmt: skip
-PURE = ["routes", "schedule", "order", "peers", "simulator", "config", "partition"]
+PURE = ["routes", "schedule", "order", "peers", "simulator", "config", "partition", "card"]
 DEEPSPEED = {"replacements", "instructions", "module", "engine", "start"}
 TRANSFORMERS = {"blocks", "corpus", "hf"}
 
