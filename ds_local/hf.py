@@ -187,7 +187,8 @@ def _prefix_with(config: PretrainedConfig, depth: int, head: State, where: str) 
         if name.startswith("blocks."):
             _, index, rest = name.split(".", 2)
             layers.setdefault(depth + int(index), {})[rest] = tensor
-    readout = {name: tensor for name, tensor in head.items() if name.partition(".")[0] == "norm"}
+    folded = ("blocks.", "down.weight", "log_temperature", "readout.weight")
+    readout = {name: tensor for name, tensor in head.items() if not name.startswith(folded)}
     if "readout.weight" in head:
         weight = head["readout.weight"].float()  # [V, D], or [V, rank]
         if "down.weight" in head:
@@ -201,7 +202,8 @@ def _prefix_with(config: PretrainedConfig, depth: int, head: State, where: str) 
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     for number, tensors in layers.items():
-        check_layer(config, number, tensors, where)
+        private = number <= config.num_hidden_layers
+        check_layer(config, number, tensors, f"{where}, blocks.{number - depth}" if private else where)
     return config, layers
 
 

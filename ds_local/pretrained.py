@@ -21,7 +21,7 @@ from ds_local.config import HeadConfig
 
 HEADS_FILE = "auxiliary_heads.safetensors"  # beside an exported model, with its heads as they are
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_PIECE = 64 << 20  # bytes read at a time: a mapped file's pages count as memory of the process until it is closed
+_PIECE = 4 << 20  # bytes read at a time: a mapped file's pages count as memory of the process until it is closed
 _OLD_NAMES = {"lm_head.weight": ("embed_out.weight",)}  # GPT-NeoX before transformers 5
 
 

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def train(args: Namespace) -> None:
     Raises:
         ConfigError, DataError, CheckpointError, ...: in a sentence, before any training, with nothing lost.
     """
+    _check_launcher(os.environ)
     config, data, hf_config = read_inputs(args)
     run = Path(args.output)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -120,6 +122,16 @@ def overridden_section(section: dict[str, Any], args: Namespace) -> dict[str, An
         if getattr(args, key) is not None:
             section[key] = getattr(args, key)
     return section
+
+
+def _check_launcher(environment: Mapping[str, str]) -> None:
+    """`accelerate launch --cpu --num_processes N` sets some variables for N processes and starts one."""
+    names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and not any(name in environment for name in names):
+        raise ConfigError(
+            "accelerate launch started one process only, as it does with --cpu; replace --cpu by --multi_gpu, which needs no "
+            "GPU, or use torchrun or the deepspeed launcher"
+        )
 
 
 def _check_run_folder(run: Path, resume: bool) -> None:
