@@ -50,7 +50,7 @@ def train(args: Namespace) -> None:
     Raises:
         ConfigError, DataError, CheckpointError, ...: in a sentence, before any training, with nothing lost.
     """
-    _check_launcher(os.environ)
+    check_launcher(os.environ)
     config, data, hf_config = read_inputs(args)
     run = Path(args.output)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -124,7 +124,7 @@ def overridden_section(section: dict[str, Any], args: Namespace) -> dict[str, An
     return section
 
 
-def _check_launcher(environment: Mapping[str, str]) -> None:
+def check_launcher(environment: Mapping[str, str]) -> None:
     """`accelerate launch --cpu --num_processes N` sets some variables for N processes and starts one."""
     names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
     if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and not any(name in environment for name in names):
