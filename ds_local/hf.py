@@ -277,7 +277,8 @@ def _write(checkpoint: Checkpoint, segment: int, folder: Path, heads: bool) -> N
     if heads and segment == checkpoint.last_segment:
         named = ((s, name, tensor) for s in checkpoint.exits[:-1] for name, tensor in checkpoint.head(s).items())
         tensors = {f"segment_{s}.{name}": tensor.contiguous() for s, name, tensor in named}
-        save_file(tensors, folder / HEADS_FILE, {"format": "pt", "segment_parts": json.dumps(checkpoint.parts)})
+        if tensors:
+            save_file(tensors, folder / HEADS_FILE, {"format": "pt", "segment_parts": json.dumps(checkpoint.parts)})
     metrics = MetricsFile(checkpoint.run / "metrics.jsonl").read()
     size = sum(tensor.numel() for tensor in state.values())
     card = model_card(checkpoint.facts, run_facts(checkpoint.run), metrics, segment, blocks.num_blocks(config), size)

@@ -150,7 +150,7 @@ def _start_run_folder(run: Path, args: Namespace, config: dict[str, Any], data: 
         "arguments": vars(args),
         "config": config,
         "model": blocks.config_dict(engine.module.hf_config),
-        "weights": None if args.from_scratch or Path(args.model).is_file() else Path(args.model).name,
+        "weights": _name_of_weights(args),
         "data": {"folder": str(data.folder), **data.facts},
         "layout": {
             "stages": engine.num_stages, "replicas": engine.dp_world_size,
@@ -163,6 +163,13 @@ def _start_run_folder(run: Path, args: Namespace, config: dict[str, Any], data: 
         | {"python": platform.python_version()},
     }  # fmt: skip
     (run / "run.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
+
+
+def _name_of_weights(args: Namespace) -> str | None:
+    """Of the pretrained weights that a run started from: a folder's or hub name."""
+    if args.from_scratch or find_weights(args.model) is None:
+        return None
+    return Path(args.model).resolve().name if Path(args.model).exists() else args.model
 
 
 class _Loop:
