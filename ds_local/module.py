@@ -17,7 +17,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from deepspeed.utils import logger
+from deepspeed.utils import log_dist, logger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -303,6 +303,7 @@ def causal_lm(
     module.hf_config = hf_config
     module.copies = planned_copies(section, num_segments, section.head_segments(num_segments))
     if pretrained is not None:
+        log_dist(f"starting from the weights in {pretrained.folder}", ranks=[0])
         for number, layer in enumerate(module.forward_funcs, module._local_start):
             load_layer(layer, number, pretrained)
         for segment, head in module.heads.items():

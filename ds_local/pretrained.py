@@ -33,28 +33,33 @@ def find_weights(model: str | Path) -> Path | None:
     """The folder with the safetensors of a model folder or hub name; None for a config file or a folder with a config alone.
 
     Raises:
-        WeightsError: when there are weights, but only pickled ones.
+        WeightsError: when there are weights, but only pickled ones, or a hub name has none.
     """
     folder = Path(model)
     if folder.is_file():
         return None
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            folder = Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json"]))
-        except (OSError, ValueError, HFValidationError) as error:
-            raise WeightsError(f"cannot fetch the weights of {model}: {str(error).splitlines()[0]}") from error
+    local = folder.is_dir()
+    if not local:
+        folder = _downloaded(str(model))
     if (folder / _INDEX).is_file() or (folder / _SINGLE).is_file():
         return folder
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
-    if pickled:
-        raise WeightsError(
-            f"{model} has pickled weights only ({pickled[0]}), which can run code when they are read; if you trust them, rewrite "
-            "them with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), or train from scratch"
-        )
-    return None
+    if local and not any(folder.glob("*.bin")):
+        return None
+    raise WeightsError(
+        f"{model} has no safetensors; pickled weights can run code when they are read. If you trust them, rewrite them with "
+        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...); for fresh weights use --from-scratch"
+    )
+
+
+def _downloaded(name: str) -> Path:
+    """The folder of a hub name in Hugging Face's cache, without what nobody here reads."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["model.safetensors", "model-*.safetensors", HEADS_FILE, "*.json", "tokenizer*"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (OSError, ValueError) as error:  # among them all errors of the hub's
+        raise WeightsError(f"cannot fetch the weights of {name}: {str(error).splitlines()[0]}") from error
 
 
 class Weights:

@@ -77,7 +77,7 @@ def test_what_counts_as_pretrained(tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     assert find_weights(tmp_path / "model") is None
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(WeightsError, match=r"pickled weights only .*save_pretrained"):
+    with pytest.raises(WeightsError, match=r"has no safetensors.*save_pretrained"):
         find_weights(tmp_path / "model")
 
 
@@ -91,6 +91,9 @@ def test_hub_names_are_looked_up_in_the_cache(tmp_path, monkeypatch):
     folder = find_weights("someone/small")
     assert folder is not None
     assert (folder / "model.safetensors").is_file()
+    next(folder.glob("*.safetensors")).unlink()
+    with pytest.raises(WeightsError, match="someone/small has no safetensors"):
+        find_weights("someone/small")  # pickled ones are not even fetched
     with pytest.raises(WeightsError, match="cannot fetch the weights of someone/else"):
         find_weights("someone/else")
 
