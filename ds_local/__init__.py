@@ -12,9 +12,11 @@ Reading order
                  notices: words off the step path
     copies       weights of other segments in auxiliary heads
     replicas     replicas that train apart and meet now and then;  subnets: each on a share of the weights
+    pretrained   weights of a Hugging Face model, each rank its own
     module       layers cut into segments;  seeds: random numbers by purpose
     engine       runs it all under DeepSpeed;  start: makes one;  instructions, replacements: its DeepSpeed side
-    metrics, diagnostics, checkpoint, train, hf
+    metrics, diagnostics, checkpoint, train
+    hf           checkpoint -> Hugging Face folder;  card: its README
 
 Words
     segment: unit trained by one row of the table; K of them · stage: pipeline rank, holds `segments_per_stage` segments ·

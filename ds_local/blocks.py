@@ -50,8 +50,12 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         "transformer.wte", "transformer.h", "transformer.ln_f", positions="transformer.wpe", dropout="transformer.drop"
     ),
-    "llama": _LLAMA,
-}
+    "gpt_neox": Family(  # Pythia too
+        "gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm",
+        dropout="gpt_neox.emb_dropout", rotary="gpt_neox.rotary_emb",
+    ),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2"), _LLAMA),
+}  # fmt: skip
 
 
 def load_model_config(source: str | Path | dict[str, Any] | PretrainedConfig) -> PretrainedConfig:
@@ -61,13 +65,14 @@ def load_model_config(source: str | Path | dict[str, Any] | PretrainedConfig) ->
         UnsupportedModel: when it cannot be read or its family is not supported; the message lists the families.
     """
     if isinstance(source, PretrainedConfig):
-        config = source
+        config = copy.deepcopy(source)
     elif isinstance(source, dict):
         config = AutoConfig.for_model(**source)
     else:
         config = _read_config(source)
     if config.model_type not in FAMILIES:
         raise UnsupportedModel(f"model_type {config.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    config.dtype = None  # that of the saved weights; in training the DeepSpeed config decides
     return config
 
 
@@ -123,10 +128,10 @@ class _Context:
     """What every block of a stage shares besides weights: causal mask and rotary embedding, kept per sequence length."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        self.config = config
+        self.config = skeleton(config).config  # names the attention implementation, without which there is no mask
         rotary = family_of(config).rotary
         # built anew, not copied: its frequencies are computed, and computed ones are not in the skeleton
-        self.rotary = None if rotary is None else type(skeleton(config).get_submodule(rotary))(config=config)
+        self.rotary = None if rotary is None else type(skeleton(config).get_submodule(rotary))(config=self.config)
         self._kept: dict[tuple, dict[str, Any]] = {}
 
     def kwargs(self, hidden_BTD: Tensor, attention: str) -> dict[str, Any]:
@@ -224,6 +229,17 @@ def hf_names(config: PretrainedConfig, layer: int) -> dict[str, str]:
     return {"norm": family.norm, "readout": family.readout}
 
 
+def tensor_names(config: PretrainedConfig, layer: int) -> dict[str, str]:
+    """Every saved tensor of pipeline layer `layer`: name in the layer -> name in the Hugging Face model."""
+    whole = skeleton(config).state_dict()
+    return {
+        part + name.removeprefix(prefix): name
+        for part, prefix in hf_names(config, layer).items()
+        for name in whole
+        if name.startswith(prefix + ".")
+    }
+
+
 def attention_of(config: PretrainedConfig, index: int) -> str:
     """ "full_attention" or "sliding_attention" of block `index`."""
     layer_types = getattr(config, "layer_types", None)
@@ -245,10 +261,10 @@ def make_head(config: PretrainedConfig, segment: int, seed: int, head: HeadConfi
         key = ("head block", segment, number) if head.blocks_from == "new" else ("block", first + number)
         private.append(Block(config, first + number, seed, key))
         private[-1].requires_grad_(head.blocks_from != "next_tracked")
-    norm = _materialize(config, family.norm, seed, "head norm", segment)
+    norm = _materialize(config, family.norm, seed, "norm" if head.init == "model" else "head norm", segment)
     down = None
-    if head.readout == "shared":
-        readout = _materialize(config, family.readout, seed, "readout").requires_grad_(False)
+    if head.readout == "shared" or head.init == "model":
+        readout = _materialize(config, family.readout, seed, "readout").requires_grad_(head.readout == "private")
     else:
         with seeded(seed, "head readout", segment):
             readout = nn.Linear(head.rank or config.hidden_size, config.vocab_size, bias=False)

@@ -123,6 +123,19 @@ def verify(checkpoint: str | Path) -> dict[str, Any]:
     return facts
 
 
+def check_file(checkpoint: str | Path, facts: dict[str, Any], name: str) -> None:
+    """Check one file of a checkpoint against its facts.
+
+    Raises:
+        CheckpointError: when the file is missing, or not what was written.
+    """
+    path = Path(checkpoint, name)
+    if name not in facts["files"] or not path.is_file():
+        raise CheckpointError(f"{path} is missing; use another checkpoint")
+    if list(_checksum(path)) != list(facts["files"][name]):
+        raise CheckpointError(f"{path} is damaged: it changed since it was written; use another checkpoint")
+
+
 def _checksums(folder: Path, names: list[str] | None = None) -> dict[str, tuple[int, str]]:
     """name -> (bytes, SHA-256) of the files in a folder, each taken by one of the ranks that see it."""
     listing = names or sorted(p.name for p in folder.iterdir() if p.is_file())

@@ -167,6 +167,8 @@ class HeadConfig(_Strict):
     """Steps between two refreshes of what is copied from other segments."""
     tracking: float = Field(default=0.9, ge=0, lt=1)
     """Share of the old value in the moving average of tracked blocks, at each refresh."""
+    init: Literal["new", "model"] = "new"
+    """Start norm and readout afresh, or as the model's final norm and readout (pretrained ones where the model is)."""
     rank: PositiveInt | None = None
     """Width of a bottleneck before the readout. Default: none."""
     temperature: bool = False
@@ -182,6 +184,8 @@ class HeadConfig(_Strict):
     def _rank_of_its_own(self) -> HeadConfig:
         if self.rank is not None and self.readout == "shared":
             raise ValueError("a shared readout has the full width; leave rank out, or use a private readout")
+        if self.rank is not None and self.init == "model":
+            raise ValueError("the model's readout has the full width; leave rank out, or init")
         return self
 
     def blocks_of(self, segment: int, blocks_above: int) -> int:

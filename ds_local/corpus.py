@@ -38,6 +38,23 @@ class Document(NamedTuple):
     text: str
 
 
+def check_same_tokenizer(model: str | Path, data: str | Path) -> bool:
+    """Does a model folder have the tokenizer of the data? False when it has none.
+
+    Raises:
+        DataError: when it has another one: pretrained weights would take every token for something else.
+    """
+    if not any(Path(model, name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return False
+    own, prepared = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (model, data))
+    if own != prepared:
+        raise DataError(
+            f"the pretrained model in {model} has another tokenizer ({len(own)} tokens) than the data ({len(prepared)} tokens); "
+            f"prepare the data with --tokenizer {model}"
+        )
+    return True
+
+
 # --- sources --------------------------------------------------------------------------------------------------------------
 
 

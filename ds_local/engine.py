@@ -85,7 +85,6 @@ class LocalPipelineEngine(PipelineEngine):
         self.should_stop = False  # every rank is to leave its loop after this step; see `request_stop`
         self._stop_requested = False
         self.recorder: Recorder | None = None  # set it to keep a trace
-        self._probe: StageSchedule | None = None  # runs instead of the step's schedule
         self._keep_output: Callable[[int, Any], None] | None = None
         self.replicas = Together()  # `start.initialize` puts here what the config asks for
         self._live: dict[tuple[int, int], _Live] = {}
@@ -248,18 +247,16 @@ class LocalPipelineEngine(PipelineEngine):
         """
         iterator, self.data_iterator = self.data_iterator, iter([micro_batch])
         losses, self.segment_losses = self.segment_losses, {}
-        self._probe, self._keep_output = StageSchedule(schedule, self.stage_id, with_step=False), keep
+        self._keep_output = keep
         self.module.train()
         try:
             with self._failures_reported():
-                self._exec_schedule(self._probe)
+                self._exec_schedule(StageSchedule(schedule, self.stage_id, with_step=False))
         finally:
-            self._probe, self._keep_output = None, None
+            self._keep_output = None
             self.data_iterator, self.segment_losses = iterator, losses
 
     def _train_schedule(self) -> StageSchedule:
-        if self._probe is not None:
-            return self._probe
         key = self.section.schedule_key(self.global_steps), self.micro_batches
         if key not in self._schedules:
             whole = self.section.schedule_at(self.global_steps, self.num_stages, self.micro_batches)

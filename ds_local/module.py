@@ -17,7 +17,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from deepspeed.utils import logger
+from deepspeed.utils import log_dist, logger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,6 +34,7 @@ from ds_local.config import (
 from ds_local.copies import Copy, planned_copies
 from ds_local.flops import choose_parts
 from ds_local.partition import balance
+from ds_local.pretrained import Weights, find_weights, load_head, load_layer
 from ds_local.replacements import start_processes
 from ds_local.subnets import check_cut
 
@@ -261,19 +262,27 @@ def causal_lm(
     seq_len: int | None = None,
     activation_checkpoint_interval: int = 0,
     topology: Any = None,
+    weights: str | Path | None = None,
+    from_scratch: bool = False,
 ) -> LocalPipelineModule:
     """A Hugging Face causal language model, ready to train: embedding, blocks, readout, and an auxiliary head per segment.
 
     Args:
         model: a config.json in Hugging Face's form, a model folder or name, a dict or a `PretrainedConfig`.
+        weights: folder of safetensors to start from; default `model`, where that is a folder or name that has some.
+        from_scratch: start from fresh weights whatever there is.
         num_stages, config, activation_checkpoint_interval, topology: as for `LocalPipelineModule`.
         seq_len: tokens in a sequence, for balancing the segments; default the model's longest.
 
     Raises:
         UnsupportedModel: for a family that is not in `blocks.FAMILIES`.
         ConfigError: when the configuration contradicts the model or the number of processes.
+        WeightsError: when the pretrained weights are damaged or of another model.
     """
     hf_config = blocks.load_model_config(model)
+    if weights is None and not from_scratch and isinstance(model, str | Path):
+        weights = find_weights(model)
+    pretrained = None if weights is None or from_scratch else Weights(weights, hf_config)
     ds_config = load_config(config or {})
     section = local_parallel(ds_config)
     depth = blocks.num_blocks(hf_config)
@@ -307,4 +316,10 @@ def causal_lm(
     )  # fmt: skip
     module.hf_config = hf_config
     module.copies = planned_copies(section, num_segments, section.head_segments(num_segments))
+    if pretrained is not None:
+        log_dist(f"starting from the weights in {pretrained.folder}", ranks=[0])
+        for number, layer in enumerate(module.forward_funcs, module._local_start):
+            load_layer(layer, number, pretrained)
+        for segment, head in module.heads.items():
+            load_head(head, int(segment), section.head, parts, pretrained)
     return module

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,13 @@ from ds_local.config import (
     local_parallel,
     num_stages_and_replicas,
 )
+from ds_local.corpus import check_same_tokenizer
 from ds_local.data import BatchShape, TokenData, training_batches, validation_batches
 from ds_local.engine import LocalPipelineEngine
 from ds_local.flops import auxiliary_shares
 from ds_local.metrics import MetricsFile, SegmentReport, draw_diagnostics, draw_losses, summary_table
 from ds_local.module import causal_lm
+from ds_local.pretrained import find_weights
 from ds_local.schedule import Schedule
 from ds_local.start import initialize
 
@@ -49,6 +52,7 @@ def train(args: Namespace) -> None:
     Raises:
         ConfigError, DataError, CheckpointError, ...: in a sentence, before any training, with nothing lost.
     """
+    check_launcher(os.environ)
     config, data, hf_config = read_inputs(args)
     run = Path(args.output)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -59,7 +63,8 @@ def train(args: Namespace) -> None:
     _check_run_folder(run, args.resume)
 
     interval = config.get("activation_checkpointing", {}).get("interval", 0)
-    model = causal_lm(hf_config, stages, config, data.seq_len, activation_checkpoint_interval=interval)
+    weights = None if args.from_scratch or args.resume else find_weights(args.model)
+    model = causal_lm(hf_config, stages, config, data.seq_len, activation_checkpoint_interval=interval, weights=weights)
     engine = initialize(model=model, config=config)[0]
     if args.resume:
         engine.load_checkpoint(str(run / "checkpoints"))
@@ -83,7 +88,9 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
     data = TokenData(args.data)
     hf_config = blocks.load_model_config(args.model)
     padding = hf_config.vocab_size - data.vocab_size
-    if not 0 <= padding < VOCABULARY_PADDING:
+    weights = None if args.from_scratch else find_weights(args.model)
+    same_tokens = weights is not None and check_same_tokenizer(weights, data.tokenizer_folder)
+    if padding < 0 or (padding >= VOCABULARY_PADDING and not same_tokens):
         raise ConfigError(
             f"{args.model} has vocab_size {hf_config.vocab_size} but the tokenizer in {args.data} has {data.vocab_size} tokens; "
             f"set vocab_size to {data.vocab_size}, or prepare the data with another tokenizer"
@@ -119,6 +126,16 @@ def overridden_section(section: dict[str, Any], args: Namespace) -> dict[str, An
     return section
 
 
+def check_launcher(environment: Mapping[str, str]) -> None:
+    """`accelerate launch --cpu --num_processes N` sets some variables for N processes and starts one."""
+    names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and not any(name in environment for name in names):
+        raise ConfigError(
+            "accelerate launch started one process only, as it does with --cpu; replace --cpu by --multi_gpu, which needs no "
+            "GPU, or use torchrun or the deepspeed launcher"
+        )
+
+
 def _check_run_folder(run: Path, resume: bool) -> None:
     if resume:
         latest_tag(run / "checkpoints")
@@ -135,6 +152,7 @@ def _start_run_folder(run: Path, args: Namespace, config: dict[str, Any], data: 
         "arguments": vars(args),
         "config": config,
         "model": blocks.config_dict(engine.module.hf_config),
+        "weights": _name_of_weights(args),
         "data": {"folder": str(data.folder), **data.facts},
         "layout": {
             "stages": engine.num_stages, "replicas": engine.dp_world_size,
@@ -153,6 +171,13 @@ def _start_run_folder(run: Path, args: Namespace, config: dict[str, Any], data: 
 def _shares(engine: LocalPipelineEngine, schedule: Schedule, seq_len: int) -> list[float]:
     shares = auxiliary_shares(engine.module.hf_config, engine.section, schedule, engine.module.segment_parts, seq_len)
     return [round(share, 4) for share in shares]
+
+
+def _name_of_weights(args: Namespace) -> str | None:
+    """Of the pretrained weights that a run started from: a folder's or hub name."""
+    if args.from_scratch or find_weights(args.model) is None:
+        return None
+    return Path(args.model).resolve().name if Path(args.model).exists() else args.model
 
 
 class _Loop:

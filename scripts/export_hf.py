@@ -1,6 +1,7 @@
 """Write a run as an ordinary Hugging Face folder.
 
 python scripts/export_hf.py runs/nano --output out/nano
+python scripts/export_hf.py runs/nano --output out/nano --all-segments
 """
 
 from __future__ import annotations
@@ -13,13 +14,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder (its latest checkpoint) or checkpoint folder")
     parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--segment", type=int, help="the prefix up to this segment, with its head, as a smaller model")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--segment", type=int, help="the prefix up to this segment, with its head, as a smaller model")
+    which.add_argument("--all-segments", action="store_true", help="a model for every exit, as OUTPUT/segment_I")
+    parser.add_argument(
+        "--heads", action="store_true", help="auxiliary heads into a second file beside the full model, to train on with them"
+    )
     args = parser.parse_args()
     from ds_local.checkpoint import CheckpointError
-    from ds_local.hf import ExportError, export
+    from ds_local.hf import ExportError, export, export_all
 
     try:
-        print(export(args.run, args.output, args.segment))
+        if args.all_segments:
+            print("\n".join(map(str, export_all(args.run, args.output, args.heads).values())))
+        else:
+            print(export(args.run, args.output, args.segment, args.heads))
     except (ExportError, CheckpointError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

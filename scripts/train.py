@@ -17,7 +17,11 @@ from ds_local.routes import MODES
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, help="config.json in Hugging Face's form")
+    add(
+        "--model", required=True, help="config.json in Hugging Face's form: fresh weights; model folder or hub name: "
+        "starts from its safetensors, if it has any",
+    )  # fmt: skip
+    add("--from-scratch", action="store_true", help="fresh weights even if --model has some")
     add("--data", required=True, help="folder written by scripts/prepare_data.py")
     add("--output", required=True, help="run folder: run.json, metrics.jsonl, checkpoints/, loss.png")
     add("--max-steps", type=int, required=True, help="optimizer steps in all, earlier ones of a resumed run included")

@@ -45,7 +45,8 @@ def command(arguments: dict[str, str], *more: str, ranks: int = 2, launcher: str
     start = {
         "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())],
         "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", str(free_port())],
-        "accelerate": [str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", str(ranks), "--num_machines", "1",
+        # "--cpu" would start one process only; "--multi_gpu" starts them through torchrun and asks for no GPU
+        "accelerate": [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", str(ranks), "--num_machines", "1",
                        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())],
     }[launcher]  # fmt: skip
     flat = [part for pair in arguments.items() for part in pair]
