@@ -7,7 +7,7 @@ Reading order
     config       the "local_parallel" section of ds_config.json
     corpus, data text -> tokens -> sequences -> micro-batches
     blocks       a Hugging Face model as pipeline layers;  heads: a loss for an early segment
-    flops        what a segment's work costs;  partition: where to cut
+    flops        what a segment's work costs;  partition: where to cut;  planner: which layout for a cluster
     transport    links between stages;  tensors: what they carry;  notices: words off the step path
     copies       weights of other segments in auxiliary heads
     module       layers cut into segments;  seeds: random numbers by purpose
