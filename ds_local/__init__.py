@@ -9,6 +9,7 @@ Reading order
     blocks       a Hugging Face model as pipeline layers;  heads: a loss for an early segment
     flops        what a segment's work costs;  partition: where to cut;  planner: which layout for a cluster
     transport    links between stages;  tensors: what they carry;  notices: words off the step path
+    cluster      is everybody here, and the same?
     copies       weights of other segments in auxiliary heads
     module       layers cut into segments;  seeds: random numbers by purpose
     engine       runs it all under DeepSpeed;  start: makes one;  instructions, replacements: its DeepSpeed side

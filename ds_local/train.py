@@ -21,7 +21,7 @@ from typing import Any
 from torch import distributed as dist
 from tqdm import tqdm
 
-from ds_local import blocks, profiling
+from ds_local import blocks, cluster, profiling
 from ds_local.checkpoint import latest_tag
 from ds_local.config import (
     SECTION,
@@ -55,6 +55,10 @@ def train(args: Namespace) -> None:
     micro_batch_size, num_micro_batches = batch_sizes(config, replicas)
     section.distinct_schedules(stages, num_micro_batches)
     _check_run_folder(run, args.resume)
+    if world_size > 1 and "MASTER_ADDR" in os.environ:
+        neighbours = section.layout.neighbours(int(os.environ["RANK"]), stages, replicas)
+        facts = cluster.own_facts([config, blocks.config_dict(hf_config), args.max_steps], args.data)
+        cluster.check_start(facts, neighbours, section.layout.start_timeout_seconds)
 
     interval = config.get("activation_checkpointing", {}).get("interval", 0)
     model = causal_lm(hf_config, stages, config, data.seq_len, activation_checkpoint_interval=interval)
@@ -62,8 +66,10 @@ def train(args: Namespace) -> None:
     if args.resume:
         engine.load_checkpoint(str(run / "checkpoints"))
     shape = BatchShape(micro_batch_size, num_micro_batches, replicas, engine.replica_id)
+    hosts = cluster.stage_hosts(engine.stage_id)
     if engine.global_rank == 0:
-        _start_run_folder(run, args, config, data, engine)
+        print(cluster.describe_hosts(hosts), flush=True)
+        _start_run_folder(run, args, config, data, engine, hosts)
     dist.barrier()
     _Loop(args, run, engine, data, shape).run()
 
@@ -124,7 +130,9 @@ def _check_run_folder(run: Path, resume: bool) -> None:
         raise ConfigError(f"{run} already holds a run; add --resume to continue it, or choose another --output")
 
 
-def _start_run_folder(run: Path, args: Namespace, config: dict[str, Any], data: TokenData, engine: LocalPipelineEngine) -> None:
+def _start_run_folder(
+    run: Path, args: Namespace, config: dict[str, Any], data: TokenData, engine: LocalPipelineEngine, hosts: dict[str, Any]
+) -> None:
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     if not args.resume:
         shutil.copytree(data.tokenizer_folder, run / "checkpoints" / "tokenizer", dirs_exist_ok=True)
@@ -137,6 +145,7 @@ def _start_run_folder(run: Path, args: Namespace, config: dict[str, Any], data: 
         "layout": {
             "stages": engine.num_stages, "replicas": engine.dp_world_size,
             "segments": engine.num_segments, "segment_parts": engine.module.segment_parts,
+            "hosts": hosts,
         },
         "routes": [list(dict.fromkeys(map(str, s.rows))) for s in schedules],
         "schedules": [str(s).splitlines() for s in schedules],

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.glob("*.py"))
 # from the ground up; a module may import what stands before it, never what comes after
 ORDER = [
     "routes", "schedule", "order", "peers", "simulator", "config", "partition", "seeds", "heads", "blocks", "flops", "planner",
-    "data", "corpus", "notices", "checkpoint", "replacements", "instructions", "tensors", "transport", "copies",
+    "data", "corpus", "notices", "checkpoint", "replacements", "instructions", "tensors", "transport", "cluster", "copies",
     "profiling", "module", "metrics", "engine", "start", "hf", "train", "ranks",
 ]  # fmt: skip
 PURE = ["routes", "schedule", "order", "peers", "simulator", "config", "partition"]

@@ -133,7 +133,7 @@ def test_a_profile_replaces_the_flops(tmp_path, small):
     costs = {"forward": [2, 2], "input_grad": [1, 1], "weight_grad": [1, 1], "head": [0.5, 3.0]}
     layout = {"stages": 2, "replicas": 1, "segment_parts": [0, 3, 6]}
     (tmp_path / "profile.json").write_text(json.dumps({"costs": costs, "layout": layout}))
-    with pytest.raises(ConfigError, match="run.json must lie beside"):
+    with pytest.raises(ConfigError, match="must lie beside the profile"):
         measured_model(small, tmp_path / "profile.json")
     config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
     (tmp_path / "run.json").write_text(json.dumps({"config": config, "layout": layout}))
