@@ -25,9 +25,6 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from ds_local.blocks import load_model_config
-from ds_local.config import batch_sizes, local_parallel
-from ds_local.planner import GIB, ROWS, Cluster, Layout, Model, Pricing, has_heads
 from ds_local.transport import Tag, make_end
 
 LIMIT_SECONDS = 180.0  # for the whole check, by default
@@ -184,12 +181,12 @@ class Assembly:
 
     _kept: list[Any] = []  # noqa: RUF012 - the server must outlive the check: the process group is made with it
 
-    def __init__(self, limit_seconds: float) -> None:
-        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    def __init__(self, limit_seconds: float, environment: Mapping[str, str] = os.environ) -> None:
+        self.rank, self.world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         self.deadline = time.monotonic() + limit_seconds
         self.limit_seconds = limit_seconds
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        launcher_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        launcher_serves = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         here = f"rank {self.rank} on {socket.gethostname()}"
         serves = self.rank == 0 and not launcher_serves
         if serves and _is_taken(port):
@@ -205,7 +202,7 @@ class Assembly:
                 f"address of its machine, does a firewall close the port? ({str(error).splitlines()[0][:120]})"
             ) from error
         self._kept.append(store)
-        self._store = dist.PrefixStore(f"ds_local/start/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        self._store = dist.PrefixStore(f"ds_local/start/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
     def gather(self, name: str, value: Any) -> dict[int, Any]:
         """Everybody's value on rank 0, as far as they came in time; {} elsewhere."""
@@ -259,7 +256,12 @@ def _is_taken(port: int) -> bool:
     return False
 
 
-def check_start(facts: dict[str, Any], neighbours: Sequence[int] = (), limit_seconds: float = LIMIT_SECONDS) -> dict[int, Any]:
+def check_start(
+    facts: dict[str, Any],
+    neighbours: Sequence[int] = (),
+    limit_seconds: float = LIMIT_SECONDS,
+    environment: Mapping[str, str] = os.environ,
+) -> dict[int, Any]:
     """Every rank is here, the same as rank 0, and reaches its neighbours. All ranks call it before they make a process group.
 
     Args:
@@ -272,8 +274,8 @@ def check_start(facts: dict[str, Any], neighbours: Sequence[int] = (), limit_sec
     Raises:
         ClusterError: the same sentence on all ranks, within the limit and a few seconds.
     """
-    check_surroundings()
-    assembly = Assembly(limit_seconds)
+    check_surroundings(environment)
+    assembly = Assembly(limit_seconds, environment)
     with socket.socket() as listener:
         listener.bind(("", 0))
         listener.listen(256)
@@ -369,40 +371,6 @@ def stage_hosts(stage: int) -> dict[str, list[int]]:
 
 def describe_hosts(hosts: Mapping[str, Any]) -> str:
     return "; ".join(f"{stage} on {', '.join(e['hosts'])} (ranks {spans(e['ranks'])})" for stage, e in hosts.items())
-
-
-def check_memory(model: str, config: Mapping[str, Any], stages: int, replicas: int) -> str:
-    """What the planner expects a device to hold beside what the smallest device has. A collective call.
-
-    Raises:
-        ClusterError: when it does not fit.
-    """
-    section = local_parallel(config)
-    micro_batch, micro_batches = batch_sizes(config, replicas)
-    scheme = section.scheme_at(0)
-    rows = {section.get("mode", "mixed"): row for row, section in ROWS.items() if isinstance(section, dict)}
-    row = "data parallel" if stages == 1 else rows.get("mixed" if scheme.mix else scheme.mode, "local")
-    heads = "" if not has_heads(row) else "shared, 1/4 of tokens" if section.head.readout == "shared" else "full"
-    itemsize = 2 if config.get("bf16", {}).get("enabled") else 4
-    recompute = bool(config.get("activation_checkpointing", {}).get("interval"))
-    layout = Layout(stages, replicas, row, heads, micro_batch, micro_batches, section.layout.stages, recompute)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    cuda = torch.cuda.is_available()
-    total = torch.cuda.mem_get_info()[1] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / here
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (total / GIB, socket.gethostname()))
-    smallest, host = min(gathered)
-    pricing = Pricing(
-        Model.of(load_model_config(model), itemsize=itemsize), Cluster(1, stages * replicas, 1, smallest, 1, 1),
-        micro_batch * micro_batches * replicas, config.get("zero_optimization", {}).get("stage", 0),
-    )  # fmt: skip
-    needed = pricing.price(layout).memory / GIB
-    if needed > smallest:
-        raise ClusterError(
-            f"the fullest stage needs about {needed:.1f} GiB but a device of {host} has {smallest:.1f}; use more stages, a smaller "
-            "train_micro_batch_size_per_gpu, or activation_checkpointing"
-        )
-    return f"memory: about {needed:.1f} of {smallest:.1f} GiB on the fullest device"
 
 
 # --- links ------------------------------------------------------------------------------------------------------------------

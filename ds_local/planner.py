@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -462,6 +462,23 @@ class Pricing:
                 link=self.edge_seconds, optimizer=self.reduce_seconds,
             )  # fmt: skip
             return timer_for(self.layout.row, self.layout.stages, micro_batches).steady_period(costs)
+
+
+def expected_memory(hf_config: Any, config: Mapping[str, Any], stages: int, replicas: int) -> float:
+    """Bytes on the fullest device of a run with this DeepSpeed config; its scheme and heads taken for the nearest known."""
+    section = local_parallel(config)
+    micro_batch, micro_batches = batch_sizes(config, replicas)
+    scheme = section.scheme_at(0)
+    rows = {of.get("mode", "mixed"): row for row, of in ROWS.items() if isinstance(of, dict)}
+    row = "data parallel" if stages == 1 else rows.get("mixed" if scheme.mix else scheme.mode, "local")
+    heads = "" if not has_heads(row) else "shared, 1/4 of tokens" if section.head.readout == "shared" else "full"
+    itemsize = 2 if config.get("bf16", {}).get("enabled") else 4
+    recompute = bool(config.get("activation_checkpointing", {}).get("interval"))
+    layout = Layout(stages, replicas, row, heads, micro_batch, micro_batches, section.layout.stages, recompute)
+    unlimited = Cluster(1, stages * replicas, tflops=1, memory_gib=math.inf, link_gbps=1, intra_gbps=1)
+    zero_stage = config.get("zero_optimization", {}).get("stage", 0)
+    pricing = Pricing(Model.of(hf_config, itemsize=itemsize), unlimited, micro_batch * micro_batches * replicas, zero_stage)
+    return pricing.price(layout).memory
 
 
 # --- search ------------------------------------------------------------------------------------------------------------------

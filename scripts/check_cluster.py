@@ -14,6 +14,7 @@ import os
 import socket
 import subprocess
 import sys
+from typing import Any
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -80,7 +81,7 @@ def check_ranks(args: argparse.Namespace) -> None:
         print(f"{world_size} ranks are here, with the same versions, code, config and data", flush=True)
     start_processes()
     edges = cluster.measure_edges(section.layout.ranks(stages, replicas), args.limit)
-    memory = cluster.check_memory(args.model, config, stages, replicas) if args.model else ""
+    memory = check_memory(args.model, config, stages, replicas) if args.model else ""
     if rank == 0:
         for edge in edges:
             (low, high), (a, b) = edge["ranks"], edge["hosts"]
@@ -91,6 +92,34 @@ def check_ranks(args: argparse.Namespace) -> None:
         print(*([memory] if memory else []), f"{len(everybody)} ranks, {len(edges)} edges: ready", sep="\n", flush=True)
     dist.barrier()
     end_processes()
+
+
+def check_memory(model: str, config: dict[str, Any], stages: int, replicas: int) -> str:
+    """What the planner expects a device to hold beside what the smallest device has. A collective call.
+
+    Raises:
+        ClusterError: when it does not fit.
+    """
+    import torch
+    from torch import distributed as dist
+
+    from ds_local.blocks import load_model_config
+    from ds_local.cluster import ClusterError
+    from ds_local.planner import GIB, expected_memory
+
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    cuda = torch.cuda.is_available()
+    total = torch.cuda.mem_get_info()[1] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / here
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (total / GIB, socket.gethostname()))
+    smallest, host = min(gathered)
+    needed = expected_memory(load_model_config(model), config, stages, replicas) / GIB
+    if needed > smallest:
+        raise ClusterError(
+            f"the fullest stage needs about {needed:.1f} GiB but a device of {host} has {smallest:.1f}; use more stages, a "
+            "smaller train_micro_batch_size_per_gpu, or activation_checkpointing"
+        )
+    return f"memory: about {needed:.1f} of {smallest:.1f} GiB on the fullest device"
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """What the planner predicts beside what real engines measure, on stages whose compute is sleep.
 
-python -m scripts.bench.planner_check [--json FILE]
+python scripts/check_planner.py [--json FILE]
 
 Sleeping stages show the bubbles of four devices on two cores; the engines, processes and messages are real.
 """
@@ -17,7 +17,7 @@ from ds_local.config import SECTION, local_parallel
 from ds_local.flops import UnitCosts
 from ds_local.planner import ROWS, Cluster, Layout, Model, Pricing
 from ds_local.ranks import Pool
-from scripts.bench import emulated
+from bench import emulated
 
 # (row, stages, replicas, micro-batches per step, seconds of a head)
 LAYOUTS = (
