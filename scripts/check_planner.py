@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench import emulated
+
 from ds_local.config import SECTION, local_parallel
 from ds_local.flops import UnitCosts
 from ds_local.planner import ROWS, Cluster, Layout, Model, Pricing
 from ds_local.ranks import Pool
-from bench import emulated
 
 # (row, stages, replicas, micro-batches per step, seconds of a head)
 LAYOUTS = (
