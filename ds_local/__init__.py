@@ -13,7 +13,7 @@ Reading order
     copies       weights of other segments in auxiliary heads
     module       layers cut into segments;  seeds: random numbers by purpose
     engine       runs it all under DeepSpeed;  start: makes one;  instructions, replacements: its DeepSpeed side
-    metrics, checkpoint, train, hf
+    metrics, watchdog, checkpoint, train, hf
 
 Words
     segment: unit trained by one row of the table; K of them · stage: pipeline rank, holds `segments_per_stage` segments ·

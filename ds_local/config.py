@@ -115,6 +115,8 @@ class LinkConfig(_Strict):
 
     depth: PositiveInt = 4
     """Messages a link holds before its sender waits; also the number of receives posted ahead."""
+    warn_seconds: PositiveFloat = 60.0
+    """A longer wait is reported, with who waits for whom."""
     timeout_seconds: PositiveFloat = 300.0
     """Longest wait for a neighbour. Must exceed the longest pause of any stage (compilation, a slow disk)."""
 

@@ -23,6 +23,11 @@ def post_notice(name: str, text: str) -> None:
     _within_reach(lambda: _store().compare_set(f"ds_local/{name}", "", text))
 
 
+def change_notice(name: str, text: str) -> None:
+    """Like `post_notice`, but the newest stays."""
+    _within_reach(lambda: _store().set(f"ds_local/{name}", text))
+
+
 def read_notice(name: str) -> str | None:
     """The notice under `name`, without waiting for one."""
 

@@ -37,6 +37,7 @@ from ds_local.engine import LocalPipelineEngine
 from ds_local.metrics import MetricsFile, SegmentReport, draw_losses, summary_table
 from ds_local.module import causal_lm
 from ds_local.start import initialize
+from ds_local.watchdog import LOG, Watchdog, say, start_log
 
 VOCABULARY_PADDING = 128  # a model's vocabulary may be rounded up by less than this, as is usual for speed
 
@@ -71,7 +72,17 @@ def train(args: Namespace) -> None:
         print(cluster.describe_hosts(hosts), flush=True)
         _start_run_folder(run, args, config, data, engine, hosts)
     dist.barrier()
-    _Loop(args, run, engine, data, shape).run()
+    start_log(run / "logs", engine.stage_id, engine.global_rank)
+    watchdog = Watchdog(
+        engine.stage_id, engine.global_rank, world_size, engine._links, section.link.warn_seconds, say=say
+    )  # fmt: skip
+    try:
+        _Loop(args, run, engine, data, shape).run()
+    except BaseException as error:
+        LOG.error("%s", error)
+        raise
+    finally:
+        watchdog.stop()
 
 
 def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
@@ -192,6 +203,9 @@ class _Loop:
         while engine.global_steps < args.max_steps and not engine.should_stop:
             engine.train_batch(batches)
             step = engine.global_steps
+            if step % engine.steps_per_print() == 0:
+                own = {segment: round(float(loss), 4) for segment, loss in engine.segment_losses.items()}
+                LOG.info("step %d, loss of segments %s", step, own)
             if step == self.first_step + 1:
                 self.started = time.perf_counter()  # the first step pays for warm-up
             if args.eval_every and step % args.eval_every == 0:
@@ -224,7 +238,10 @@ class _Loop:
             for r in reports
         ])  # fmt: skip
         losses = " ".join(f"{r.loss:.3f}" if r.loss is not None else "-" for r in reports)
-        self.bar.set_postfix_str(f"loss {losses} | {self._tokens_per_second(step):,.0f} tokens/s", refresh=False)
+        most = max(reports, key=lambda r: r.idle_share)
+        idle = sum(r.idle_share for r in reports) / len(reports)
+        waits = f"idle {idle:.0%}, most on stage {most.stage} {most.idle_share:.0%}"
+        self.bar.set_postfix_str(f"loss {losses} | {self._tokens_per_second(step):,.0f} tokens/s | {waits}", refresh=False)
         self.bar.update(step - self.bar.n)
 
     def _tokens_per_second(self, step: int) -> float:

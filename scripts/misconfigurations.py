@@ -22,7 +22,7 @@ from typing import Any
 from check_cluster import check_hosts
 
 from ds_local import cluster
-from ds_local.config import local_parallel, num_stages_and_replicas
+from ds_local.config import LocalParallelConfig, local_parallel, num_stages_and_replicas
 from ds_local.ranks import free_port
 
 LIMIT_SECONDS = 3.0  # that ranks wait for each other, here; 60 in check_cluster.py, 180 in train.py by default
@@ -102,6 +102,19 @@ def stale_lock() -> None:
                 os.environ["TORCH_EXTENSIONS_DIR"] = before
 
 
+def by_ssh(host: str, port: int = 22) -> None:
+    hostfile(f"{host} slots=1\n", lambda path: check_hosts(path, port))
+
+
+def elsewhere(address: str) -> None:
+    """Rank 1 is on another machine and gives this address."""
+    ranks(change={"host": "other", "address": address})
+
+
+def section(text: dict[str, Any]) -> LocalParallelConfig:
+    return local_parallel({"local_parallel": text})
+
+
 # what is wrong -> (how it is made, a part of what must be said)
 CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "hostfile missing": (lambda: cluster.read_hostfile("/nowhere/hostfile"), "cannot read the hostfile /nowhere/hostfile"),
@@ -109,15 +122,15 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "hostfile line without slots": (lambda: hostfile("node-a 8\n"), "line 1"),
     "host twice in the hostfile": (lambda: hostfile("a slots=2\nb slots=2\na slots=2\n"), "names a again"),
     "launcher told a hostfile that is missing": (launcher_without_its_hostfile, "it started on this machine alone"),
-    "host name without an address": (lambda: hostfile("no-such-host.invalid slots=1\n", lambda p: check_hosts(p, 22)), "has no address"),
-    "no ssh server on a host": (lambda: hostfile("127.0.0.1 slots=1\n", lambda p: check_hosts(p, 1)), "failed"),
-    "host does not answer": (lambda: hostfile(f"{NOBODY} slots=1\n", lambda p: check_hosts(p, 22)), NOBODY),
+    "host name without an address": (lambda: by_ssh("no-such-host.invalid"), "has no address"),
+    "no ssh server on a host": (lambda: by_ssh("127.0.0.1", 1), "failed"),
+    "host does not answer": (lambda: by_ssh(NOBODY), NOBODY),
     "network interface that does not exist": (lambda: surroundings(GLOO_SOCKET_IFNAME="eth77"), "the interfaces are"),
     "master address is the loopback": (
         lambda: surroundings(MASTER_ADDR="127.0.0.1", WORLD_SIZE="4", LOCAL_SIZE="2"), "pass --master_addr",
     ),
-    "host name resolves to the loopback": (lambda: ranks(change={"host": "other", "address": "127.0.1.1"}), "set GLOO_SOCKET_IFNAME"),
-    "address of the wrong network, or a firewall": (lambda: ranks(change={"host": "other", "address": NOBODY}), "does not answer"),
+    "host name resolves to the loopback": (lambda: elsewhere("127.0.1.1"), "set GLOO_SOCKET_IFNAME"),
+    "address of the wrong network, or a firewall": (lambda: elsewhere(NOBODY), "does not answer"),
     "port in use": (port_in_use, "is in use"),
     "a rank missing": (lambda: ranks(3, here=[0, 1]), "did not come within"),
     "rank 0 missing": (lambda: ranks(2, here=[1]), "cannot reach rank 0"),
@@ -127,8 +140,8 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "other data": (lambda: ranks(change={"data": "0123456789ab"}), "another data"),
     "other number of ranks": (lambda: ranks(change={"world_size": 4}), "another world size"),
     "build lock left behind": (stale_lock, "was left behind"),
-    "stages do not divide the ranks": (lambda: num_stages_and_replicas(local_parallel({}), 16, 3), "cannot be divided into 3 stages"),
-    "misspelt layout": (lambda: local_parallel({"local_parallel": {"layout": {"stage": "across_nodes"}}}), "did you mean 'stages'?"),
+    "stages do not divide the ranks": (lambda: num_stages_and_replicas(section({}), 16, 3), "cannot be divided into 3 stages"),
+    "misspelt layout": (lambda: section({"layout": {"stage": "across_nodes"}}), "did you mean 'stages'?"),
 }  # fmt: skip
 
 

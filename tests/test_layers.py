@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.glob("*.py"))
 ORDER = [
     "routes", "schedule", "order", "peers", "simulator", "config", "partition", "seeds", "heads", "blocks", "flops", "planner",
     "data", "corpus", "notices", "checkpoint", "replacements", "instructions", "tensors", "transport", "cluster", "copies",
-    "profiling", "module", "metrics", "engine", "start", "hf", "train", "ranks",
+    "profiling", "module", "metrics", "watchdog", "engine", "start", "hf", "train", "ranks",
 ]  # fmt: skip
 PURE = ["routes", "schedule", "order", "peers", "simulator", "config", "partition"]
 DEEPSPEED = {"replacements", "instructions", "module", "engine", "start"}
