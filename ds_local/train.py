@@ -203,7 +203,7 @@ class _Loop:
         while engine.global_steps < args.max_steps and not engine.should_stop:
             engine.train_batch(batches)
             step = engine.global_steps
-            if step % engine.steps_per_print() == 0:
+            if step % (engine.steps_per_print() or args.max_steps) == 0:
                 own = {segment: round(float(loss), 4) for segment, loss in engine.segment_losses.items()}
                 LOG.info("step %d, loss of segments %s", step, own)
             if step == self.first_step + 1:
