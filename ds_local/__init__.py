@@ -7,15 +7,16 @@ Reading order
     config       the "local_parallel" section of ds_config.json
     corpus, data text -> tokens -> sequences -> micro-batches
     blocks       a Hugging Face model as pipeline layers;  heads: a loss for an early segment
-    flops        what a segment's work costs;  partition: where to cut
+    flops        what a segment's work costs;  partition: where to cut;  planner: which layout for a cluster
     transport    links between stages;  tensors: what they carry;  codecs: how small;  staging: between host and device;
                  notices: words off the step path
+    cluster      is everybody here, and the same?
     copies       weights of other segments in auxiliary heads
     replicas     replicas that train apart and meet now and then;  subnets: each on a share of the weights
     pretrained   weights of a Hugging Face model, each rank its own
     module       layers cut into segments;  seeds: random numbers by purpose
     engine       runs it all under DeepSpeed;  start: makes one;  instructions, replacements: its DeepSpeed side
-    metrics, diagnostics, checkpoint, train
+    metrics, watchdog, diagnostics, checkpoint, train
     hf           checkpoint -> Hugging Face folder;  card: its README
 
 Words

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def read_facts(checkpoint: str | Path) -> dict[str, Any]:
 def begin(folder: str | Path, tag: str) -> str:
     """The temporary tag to write under; leftovers of an earlier attempt are removed. A collective call."""
     partial = f"{tag}.partial"
-    if dist.get_rank() == _leaders()[socket.gethostname()]:
+    if dist.get_rank() == _leader(Path(folder)):
         shutil.rmtree(Path(folder, partial), ignore_errors=True)
     dist.barrier()
     return partial
@@ -88,7 +88,7 @@ def commit(folder: str | Path, partial: str, tag: str, facts: dict[str, Any], sa
     """Seal what all ranks have written under `partial` and give it its name. A collective call."""
     written, final = Path(folder, partial), Path(folder, tag)
     sums = _checksums(written)
-    if dist.get_rank() == _leaders()[socket.gethostname()]:
+    if dist.get_rank() == _leader(Path(folder)):
         _write_whole(written / FACTS, json.dumps({"format": FORMAT, **facts, "files": sums}, indent=1) + "\n")
         old = final.with_name(f"{tag}.old")
         if final.exists():
@@ -173,8 +173,15 @@ def _write_whole(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
-def _leaders() -> dict[str, int]:
-    """host -> its lowest rank; on each host one rank does the renaming."""
-    hosts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
-    return {host: hosts.index(host) for host in hosts}
+def _leader(folder: Path) -> int:
+    """The lowest rank that sees this folder, which hosts may share or have one each: it does the renaming. A collective call."""
+    token = [f"{os.getpid()}-{time.time_ns()}"]
+    dist.broadcast_object_list(token, src=0)
+    folder.mkdir(parents=True, exist_ok=True)
+    marks = [folder / f".rank-{rank}-{token[0]}" for rank in range(dist.get_world_size())]
+    marks[dist.get_rank()].touch()
+    dist.barrier()
+    lowest = next(rank for rank, mark in enumerate(marks) if mark.exists())
+    dist.barrier()
+    marks[dist.get_rank()].unlink()
+    return lowest

@@ -123,6 +123,8 @@ class LinkConfig(_Strict):
 
     depth: PositiveInt = 4
     """Messages a link holds before its sender waits; also the number of receives posted ahead."""
+    warn_seconds: PositiveFloat = 60.0
+    """A longer wait is reported, with who waits for whom."""
     timeout_seconds: PositiveFloat = 300.0
     """Longest wait for a neighbour. Must exceed the longest pause of any stage (compilation, a slow disk)."""
     codec: CodecName | tuple[CodecName, ...] = "none"
@@ -150,6 +152,32 @@ class LinkConfig(_Strict):
     def codec_above(self, segment: int) -> CodecName:
         """The codec of the link from `segment` to the next."""
         return self.codec if isinstance(self.codec, str) else self.codec[segment]
+
+
+class LayoutConfig(_Strict):
+    """Which ranks hold which stage."""
+
+    stages: Literal["across_nodes", "within_node"] = "across_nodes"
+    """What crosses machines: the edges between stages (rank = stage x replicas + replica), which send little and one way only
+    under local losses, or the averages over the replicas of a stage (rank = replica x stages + stage)."""
+    start_timeout_seconds: PositiveFloat = 180.0
+    """Longest wait for all ranks to come, at the start."""
+
+    def rank(self, stage: int, replica: int, num_stages: int, num_replicas: int) -> int:
+        return stage * num_replicas + replica if self.stages == "across_nodes" else replica * num_stages + stage
+
+    def ranks(self, num_stages: int, num_replicas: int) -> list[list[int]]:
+        """For each replica the global rank of each stage."""
+        return [[self.rank(s, r, num_stages, num_replicas) for s in range(num_stages)] for r in range(num_replicas)]
+
+    def neighbours(self, rank: int, num_stages: int, num_replicas: int) -> list[int]:
+        """The ranks that `rank` exchanges messages with: one stage up and down, and the next replica of its stage."""
+        for replica, chain in enumerate(self.ranks(num_stages, num_replicas)):
+            if rank in chain:
+                stage = chain.index(rank)
+                beside = self.rank(stage, (replica + 1) % num_replicas, num_stages, num_replicas)
+                return [*chain[max(0, stage - 1) : stage], *chain[stage + 1 : stage + 2], *({beside} - {rank})]
+        raise ConfigError(f"rank {rank} is not one of {num_stages} stages x {num_replicas} replicas")
 
 
 class HeadConfig(_Strict):
@@ -246,6 +274,8 @@ class LocalParallelConfig(Scheme):
     each segment as many blocks; or the path of a profile.json, whose measured times are balanced."""
     parts: tuple[NonNegativeInt, ...] | None = None
     """Layer boundaries of the segments, K + 1 increasing numbers from 0 to the number of layers. Replaces `partition`."""
+    layout: LayoutConfig = LayoutConfig()
+    """Which ranks hold which stage."""
     link: LinkConfig = LinkConfig()
     """Messages between stages."""
     head: HeadConfig = HeadConfig()

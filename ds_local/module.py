@@ -17,6 +17,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import ProcessTopology
 from deepspeed.utils import log_dist, logger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -84,6 +85,8 @@ class LocalPipelineModule(PipelineModule):
         self._check_layers(layers, stages)
         if not dist.is_initialized():
             start_processes()
+        if topology is None and self.section.layout.stages == "within_node":
+            topology = ProcessTopology(axes=["data", "pipe"], dims=[dist.get_world_size() // stages, stages])
         super().__init__(
             layers=layers, num_stages=stages, topology=topology, loss_fn=loss_fn, partition_method="parameters",
             activation_checkpoint_interval=activation_checkpoint_interval,

@@ -6,29 +6,60 @@ Nothing here makes a stage wait for another.
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_STORE_SECONDS = 10.0  # longest wait for the store
+
 
 def post_notice(name: str, text: str) -> None:
     """Leave a notice for all ranks; the first one under a name stays. Needs nobody's cooperation."""
-    try:
-        _store().compare_set(f"ds_local/{name}", "", text)
-    except (RuntimeError, ValueError):
-        return  # the store died with its host
+    _within_reach(lambda: _store().compare_set(f"ds_local/{name}", "", text))
+
+
+def change_notice(name: str, text: str) -> None:
+    """Like `post_notice`, but the newest stays."""
+    _within_reach(lambda: _store().set(f"ds_local/{name}", text))
 
 
 def read_notice(name: str) -> str | None:
     """The notice under `name`, without waiting for one."""
-    try:
+
+    def read() -> str | None:
         store, key = _store(), f"ds_local/{name}"
         return store.get(key).decode() if store.check([key]) else None
-    except (RuntimeError, ValueError):
+
+    return _within_reach(read)
+
+
+_lost: list[Any] = []  # the store that does not answer any more
+
+
+def _within_reach(ask: Callable[[], Any]) -> Any:
+    """What the store answers; None when it died with its host, or the way there is cut, which its own client never notices."""
+    if not dist.is_initialized() or _store() in _lost:
         return None
+    box: list[Any] = []
+
+    def run() -> None:
+        try:
+            box.append(ask())
+        except (RuntimeError, ValueError):
+            box.append(None)
+
+    asking = threading.Thread(target=run, daemon=True)
+    asking.start()
+    asking.join(_STORE_SECONDS)
+    if not box:
+        _lost[:] = [_store()]
+        return None
+    return box[0]
 
 
 def report_failure(reason: str) -> None:

@@ -166,6 +166,57 @@ def _steady_period(schedules: Sequence[Schedule], cost: Any, link_time: Any, lin
         rounds += 4
 
 
+class StepTimer:
+    """`Timeline.steady_period` of one schedule under many costs, without limit on link depth: quick, for sweeps.
+
+    Steps depend on each other only by the clocks of stages and links, so the order of one replayed step serves all.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        events, stuck = replay(schedule)
+        if stuck is not None:
+            raise ValueError(f"{schedule.name}: {stuck}")
+        number = {event.action: i for i, event in enumerate(events)}
+        links: dict[Link, int] = {}
+        self._links: list[Link] = []
+        self._actions = [event.action for event in events]
+        self._work = []
+        for event in events:
+            needs = schedule.requires(event.action)
+            link = schedule.sends(event.action)
+            if link is not None and not schedule.crosses_stages(link):
+                link = None
+            if link is not None and link not in links:
+                links[link] = len(links)
+                self._links.append(link)
+            from_link = [number[a] for a, via in needs if via is not None]
+            own = [number[a] for a, via in needs if via is None]
+            self._work.append((event.stage, tuple(own), tuple(from_link), -1 if link is None else links[link]))
+
+    def steady_period(self, costs: Costs) -> float:
+        per_action = _action_costs(self._schedule, costs)
+        seconds = [per_action[action] for action in self._actions]
+        link_seconds = [costs.of("link", link.lower) for link in self._links]
+        clock, free = [0.0] * self._schedule.num_stages, [0.0] * len(self._links)
+        done, there = [0.0] * len(seconds), [0.0] * len(seconds)
+        ends: list[float] = []
+        while len(ends) < 3 * MAX_ROUNDS:
+            for i, (stage, own, from_link, link) in enumerate(self._work):
+                start = clock[stage]
+                for other in own:
+                    start = max(start, done[other])
+                for other in from_link:
+                    start = max(start, there[other])
+                end = clock[stage] = done[i] = there[i] = start + seconds[i]
+                if link >= 0:
+                    there[i] = free[link] = max(end, free[link]) + link_seconds[link]
+            ends.append(max(clock))
+            if len(ends) > 3 and abs(ends[-1] - 2 * ends[-2] + ends[-3]) < 1e-6 * (ends[-1] - ends[-2]):
+                break
+        return ends[-1] - ends[-2]
+
+
 def chrome_trace(timeline: Timeline, microseconds_per_unit: float = 1e6) -> dict[str, Any]:
     """The step alone as a Chrome/Perfetto trace, one lane per stage."""
     return {

@@ -22,7 +22,7 @@ from typing import Any
 from torch import distributed as dist
 from tqdm import tqdm
 
-from ds_local import blocks, diagnostics, profiling
+from ds_local import blocks, cluster, diagnostics, profiling
 from ds_local.checkpoint import latest_tag
 from ds_local.config import (
     SECTION,
@@ -42,6 +42,7 @@ from ds_local.module import causal_lm
 from ds_local.pretrained import find_weights
 from ds_local.schedule import Schedule
 from ds_local.start import initialize
+from ds_local.watchdog import LOG, Watchdog, say, start_log
 
 VOCABULARY_PADDING = 128  # a model's vocabulary may be rounded up by less than this, as is usual for speed
 
@@ -61,6 +62,10 @@ def train(args: Namespace) -> None:
     micro_batch_size, num_micro_batches = batch_sizes(config, replicas)
     section.distinct_schedules(stages, num_micro_batches)
     _check_run_folder(run, args.resume)
+    if world_size > 1 and "MASTER_ADDR" in os.environ:
+        neighbours = section.layout.neighbours(int(os.environ["RANK"]), stages, replicas)
+        facts = cluster.own_facts([config, blocks.config_dict(hf_config), args.max_steps], args.data)
+        cluster.check_start(facts, neighbours, section.layout.start_timeout_seconds)
 
     interval = config.get("activation_checkpointing", {}).get("interval", 0)
     weights = None if args.from_scratch or args.resume else find_weights(args.model)
@@ -69,10 +74,22 @@ def train(args: Namespace) -> None:
     if args.resume:
         engine.load_checkpoint(str(run / "checkpoints"))
     shape = BatchShape(micro_batch_size, num_micro_batches, replicas, engine.replica_id)
+    hosts = cluster.stage_hosts(engine.stage_id)
     if engine.global_rank == 0:
-        _start_run_folder(run, args, config, data, engine)
+        print(cluster.describe_hosts(hosts), flush=True)
+        _start_run_folder(run, args, config, data, engine, hosts)
     dist.barrier()
-    _Loop(args, run, engine, data, shape).run()
+    start_log(run / "logs", engine.stage_id, engine.global_rank)
+    watchdog = Watchdog(
+        engine.stage_id, engine.global_rank, world_size, engine._links, section.link.warn_seconds, say=say
+    )  # fmt: skip
+    try:
+        _Loop(args, run, engine, data, shape).run()
+    except BaseException as error:
+        LOG.error("%s", error)
+        raise
+    finally:
+        watchdog.stop()
 
 
 def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
@@ -143,7 +160,9 @@ def _check_run_folder(run: Path, resume: bool) -> None:
         raise ConfigError(f"{run} already holds a run; add --resume to continue it, or choose another --output")
 
 
-def _start_run_folder(run: Path, args: Namespace, config: dict[str, Any], data: TokenData, engine: LocalPipelineEngine) -> None:
+def _start_run_folder(
+    run: Path, args: Namespace, config: dict[str, Any], data: TokenData, engine: LocalPipelineEngine, hosts: dict[str, Any]
+) -> None:
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     if not args.resume:
         shutil.copytree(data.tokenizer_folder, run / "checkpoints" / "tokenizer", dirs_exist_ok=True)
@@ -157,7 +176,7 @@ def _start_run_folder(run: Path, args: Namespace, config: dict[str, Any], data: 
         "layout": {
             "stages": engine.num_stages, "replicas": engine.dp_world_size,
             "segments": engine.num_segments, "segment_parts": engine.module.segment_parts,
-            "auxiliary_flops": [_shares(engine, schedule, data.seq_len) for schedule in schedules],
+            "auxiliary_flops": [_shares(engine, schedule, data.seq_len) for schedule in schedules], "hosts": hosts,
         },
         "routes": [list(dict.fromkeys(map(str, s.rows))) for s in schedules],
         "schedules": [str(s).splitlines() for s in schedules],
@@ -216,6 +235,9 @@ class _Loop:
         while engine.global_steps < args.max_steps and not engine.should_stop:
             engine.train_batch(batches)
             step = engine.global_steps
+            if step % (engine.steps_per_print() or args.max_steps) == 0:
+                own = {segment: round(float(loss), 4) for segment, loss in engine.segment_losses.items()}
+                LOG.info("step %d, loss of segments %s", step, own)
             if step == self.first_step + 1:
                 self.started = time.perf_counter()  # the first step pays for warm-up
             if args.eval_every and step % args.eval_every == 0:
@@ -249,7 +271,10 @@ class _Loop:
             for r in reports
         ])  # fmt: skip
         losses = " ".join(f"{r.loss:.3f}" if r.loss is not None else "-" for r in reports)
-        self.bar.set_postfix_str(f"loss {losses} | {self._tokens_per_second(step):,.0f} tokens/s", refresh=False)
+        most = max(reports, key=lambda r: r.idle_share)
+        idle = sum(r.idle_share for r in reports) / len(reports)
+        waits = f"idle {idle:.0%}, most on stage {most.stage} {most.idle_share:.0%}"
+        self.bar.set_postfix_str(f"loss {losses} | {self._tokens_per_second(step):,.0f} tokens/s | {waits}", refresh=False)
         self.bar.update(step - self.bar.n)
 
     def _tokens_per_second(self, step: int) -> float:

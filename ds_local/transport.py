@@ -169,6 +169,7 @@ class _GroupEnd:
         self.depth = depth
         self.timeout_seconds = timeout_seconds
         self.waited = 0.0  # seconds spent waiting for the other end
+        self.waiting: tuple[float, str] | None = None  # (since when, what for), for the watchdog
         self.num_bytes = 0  # through this end, headers included
         self._group = group
         self._layout: _Layout | None = None
@@ -182,12 +183,14 @@ class _GroupEnd:
 
     def _wait(self, work: Any, purpose: str) -> None:
         started = time.perf_counter()
+        self.waiting = (started, purpose)
         try:
             work.wait(timedelta(seconds=self.timeout_seconds))
         except (RuntimeError, TimeoutError) as error:
             waited = time.perf_counter() - started
             cause = "the connection is gone" if waited < self.timeout_seconds * 0.9 else f"nothing came within {waited:.0f} s"
             raise TransportError(f"waited for {self.peer} {purpose} on the {self.name}, but {cause}{first_failure()}") from error
+        self.waiting = None
         self.waited += time.perf_counter() - started
 
 

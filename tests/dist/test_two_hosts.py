@@ -1,0 +1,110 @@
+"""Training over two hosts with addresses of their own, started the way the documentation says."""
+
+import json
+import time
+
+import pytest
+from hosts import ADDRESSES, INTERFACE, NAMES, TwoHosts, why_no_ssh, why_not
+from launch import BIN, ROOT, environment, launch, losses, write_inputs
+
+REASON = why_not()
+pytestmark = [pytest.mark.skipif(bool(REASON), reason=REASON or "-"), pytest.mark.timeout(900)]
+ON_HOSTS = {"GLOO_SOCKET_IFNAME": INTERFACE, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "LOCAL_SIZE": "1"}
+LIMIT = 8
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    section = {"mode": "local", "link": {"timeout_seconds": LIMIT}}
+    return write_inputs(tmp_path_factory.mktemp("inputs"), local_parallel=section)
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    with TwoHosts(tmp_path) as two:
+        yield two
+
+
+def words(hosts, script, *arguments, no_ssh=True, rank=0):
+    start = [str(BIN / "deepspeed"), "--hostfile", str(hosts.folder / "hostfile"), "--master_addr", ADDRESSES[0],
+             "--master_port", "29777"]  # fmt: skip
+    start += ["--no_ssh", "--node_rank", str(rank)] if no_ssh else []
+    return [*start, str(ROOT / "scripts" / script), *arguments]
+
+
+def training(inputs, run, steps):
+    flat = [part for pair in {**inputs, "--output": str(run), "--max-steps": str(steps)}.items() for part in pair]
+    return [*flat, "--deepspeed"]
+
+
+def start_everywhere(hosts, script, *arguments):
+    more = environment() | ON_HOSTS | {"PYTHONPATH": str(ROOT)}
+    return [hosts.start(host, words(hosts, script, *arguments, rank=host), **more) for host in range(2)]
+
+
+def wait(processes, seconds):
+    return [process.wait(timeout=seconds) for process in processes]
+
+
+def check_equal_to_one_host(inputs, run, tmp_path):
+    alone = launch({**inputs, "--output": str(tmp_path / "alone"), "--max-steps": "4"}, timeout=600)
+    assert alone.returncode == 0, alone.stdout
+    assert losses(run) == losses(tmp_path / "alone")
+    facts = json.loads((run / "run.json").read_text())
+    assert [facts["layout"]["hosts"][f"stage {stage}"]["hosts"] for stage in (0, 1)] == [[NAMES[0]], [NAMES[1]]]
+
+
+def test_two_hosts_train_as_one_does(hosts, inputs, tmp_path):
+    codes = wait(start_everywhere(hosts, "train.py", *training(inputs, tmp_path / "run", 4)), 600)
+    assert codes == [0, 0], hosts.outputs()
+    assert f"stage 0 on {NAMES[0]} (ranks 0); stage 1 on {NAMES[1]} (ranks 1)" in hosts.outputs()[0]
+    assert not hosts.processes_left()
+    check_equal_to_one_host(inputs, tmp_path / "run", tmp_path)
+
+
+@pytest.mark.skipif(bool(why_no_ssh()), reason=why_no_ssh() or "-")
+def test_one_command_starts_both_hosts_by_ssh(hosts, inputs, tmp_path):
+    client = hosts.serve_ssh(ON_HOSTS | {"PATH": environment()["PATH"]})
+    command = words(hosts, "train.py", *training(inputs, tmp_path / "run", 4), no_ssh=False)
+    process = hosts.start(0, command, **(environment() | ON_HOSTS | {"PYTHONPATH": str(ROOT)} | client))
+    assert process.wait(timeout=600) == 0, hosts.outputs()
+    check_equal_to_one_host(inputs, tmp_path / "run", tmp_path)
+
+
+def test_a_cut_link_ends_both_hosts_and_is_named(hosts, inputs, tmp_path):
+    run = tmp_path / "run"
+    processes = start_everywhere(hosts, "train.py", *training(inputs, run, 1_000_000))
+    deadline = time.monotonic() + 500
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 6:
+        assert time.monotonic() < deadline, hosts.outputs()
+        assert all(process.poll() is None for process in processes), hosts.outputs()
+        time.sleep(0.2)
+    hosts.cut()
+    assert all(wait(processes, 300)), "both launchers report the failure"
+    for host, (text, other) in enumerate(zip(hosts.outputs(), (1, 0), strict=True)):
+        assert f"stage {other} (rank {other})" in text, text[-3000:]
+        assert "activation link 0 -> 1" in text, (host, text[-3000:])
+    assert not hosts.processes_left()
+
+
+def test_the_check_measures_the_cable(hosts, inputs):
+    hosts.limit(200)
+    codes = wait(start_everywhere(hosts, "check_cluster.py", "--deepspeed_config", inputs["--deepspeed_config"]), 600)
+    text = hosts.outputs()[0]
+    assert codes == [0, 0], hosts.outputs()
+    assert f"stage 0 -> 1: rank 0 on {NAMES[0]} -> rank 1 on {NAMES[1]}" in text
+    assert float(text.partition(" ms, ")[2].split()[0]) < 0.25, "the cable carries 0.2 Gb/s"
+    assert "ready" in text
+
+
+def test_a_cut_cable_is_found_before_the_start(hosts, inputs, tmp_path):
+    hosts.cut()
+    config = json.loads(open(inputs["--deepspeed_config"]).read())
+    config["local_parallel"]["layout"] = {"start_timeout_seconds": 15}
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps(config))
+    arguments = training({**inputs, "--deepspeed_config": str(path)}, tmp_path / "run", 4)
+    assert all(wait(start_everywhere(hosts, "train.py", *arguments), 600))
+    first, second = hosts.outputs()
+    assert "rank 1 of 2 did not come within 15 s" in first, first[-2000:]
+    assert f"rank 1 on {NAMES[1]} cannot reach rank 0 at {ADDRESSES[0]}:29777" in second, second[-2000:]

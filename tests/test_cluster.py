@@ -1,0 +1,152 @@
+"""The checks before the processes meet."""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from launch import ROOT, environment
+from ranks import free_port
+
+from ds_local import cluster
+from ds_local.cluster import ClusterError, check_surroundings, fingerprint, read_hostfile, spans, stale_lock
+from ds_local.config import LayoutConfig
+
+
+def ranks(world_size=2, here=None, change=None, limit=20.0, port=None):
+    """What each of the ranks `here` of a world hears: the ranks it knows of, or an error. Ranks are threads."""
+    facts = {**cluster.own_facts({"a": 1}), "world_size": world_size}
+    port = port or free_port()
+
+    def run(rank):
+        environment = {
+            "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }  # fmt: skip
+        try:
+            return sorted(cluster.check_start(facts | (change or {}).get(str(rank), {}), (), limit, environment))
+        except ClusterError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(run, range(world_size) if here is None else here))
+
+
+def test_equal_ranks_pass():
+    assert ranks() == [[0, 1], []]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"versions": {"torch": "2.12.0"}}, "has another versions (torch 2.12.0) than rank 0"),
+        ({"code": "abc"}, "has another code (abc) than rank 0"),
+        ({"config": "abc"}, "give every node the same config files"),
+        ({"data": "abc"}, "copy one prepared data folder"),
+        ({"world_size": 4}, "has another world size (4) than rank 0"),
+        ({"address": "127.0.1.1", "host": "other"}, "resolves to the loopback address 127.0.1.1; set GLOO_SOCKET_IFNAME"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_rank_that_differs_is_named_to_all(change, said):
+    for text in ranks(change={"1": change}):
+        assert said in text
+        assert "rank 1 on" in text
+
+
+def test_a_missing_rank_is_named_within_the_limit():
+    (text,) = ranks(3, here=[0], limit=3)
+    assert "ranks 1-2 of 3 did not come within 3 s" in text
+    assert f"here are {os.uname().nodename}: 0" in text
+
+
+def test_a_missing_first_rank_is_named_within_the_limit():
+    (text,) = ranks(2, here=[1], limit=3)
+    assert "rank 1 on" in text
+    assert "cannot reach rank 0 at 127.0.0.1" in text
+
+
+def test_a_port_in_use_is_named():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("", 0))
+        s.listen()
+        (text,) = ranks(2, here=[0], port=s.getsockname()[1], limit=3)
+    assert "is in use, perhaps by another job" in text
+    assert "--master_port" in text
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"GLOO_SOCKET_IFNAME": "eth77"}, "GLOO_SOCKET_IFNAME is eth77 but the interfaces are"),
+        ({"NCCL_SOCKET_IFNAME": "ib9"}, "NCCL_SOCKET_IFNAME is ib9"),
+        ({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, "2 of the 4 ranks are on other machines"),
+    ],
+)
+def test_surroundings_that_cannot_work(environment, said):
+    with pytest.raises(ClusterError, match=said):
+        check_surroundings({"RANK": "1", **environment})
+
+
+def test_a_stale_build_lock_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py311_cpu" / "shm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert stale_lock() is None  # somebody is building
+    os.utime(lock, (time.time() - 3600,) * 2)
+    with pytest.raises(ClusterError, match=r"shm/lock was left behind by a build that was killed.*remove it"):
+        check_surroundings({})
+
+
+def test_a_launcher_with_a_missing_hostfile_is_caught(tmp_path):
+    launcher = tmp_path / "deepspeed"
+    launcher.write_text(f"#!/bin/sh\n{sys.executable} -c 'from ds_local import cluster; cluster.check_surroundings()'\nexit 1\n")
+    launcher.chmod(0o755)
+    result = subprocess.run(
+        ["sh", str(launcher), "--hostfile", "/nowhere"], check=False, capture_output=True, text=True, cwd=ROOT,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert "--hostfile /nowhere, which does not exist" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot read the hostfile"),
+        ("", "names no host"),
+        ("a slots=2\na slots=2\n", "line 2 of .* names a again"),
+        ("a 2\n", "line 1 of .* write `HOST slots=N`"),
+        ("a slots=0\n", "line 1 of"),
+    ],
+)
+def test_hostfiles_that_cannot_work(tmp_path, text, said):
+    path = tmp_path / "hostfile"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ClusterError, match=said):
+        read_hostfile(path)
+
+
+def test_a_hostfile(tmp_path):
+    (tmp_path / "hostfile").write_text("# two machines\nnode-a slots=8\nnode-b slots=4  # half\n")
+    assert read_hostfile(tmp_path / "hostfile") == {"node-a": 8, "node-b": 4}
+
+
+def test_fingerprints_and_spans():
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1})
+    assert spans([5, 0, 1, 2, 3]) == "0-3, 5"
+    assert cluster.describe_hosts({"stage 0": {"hosts": ["a", "b"], "ranks": [0, 1, 2]}}) == "stage 0 on a, b (ranks 0-2)"
+
+
+def test_which_ranks_hold_which_stage():
+    across, within = LayoutConfig(), LayoutConfig(stages="within_node")
+    assert across.ranks(2, 3) == [[0, 3], [1, 4], [2, 5]]
+    assert within.ranks(2, 3) == [[0, 1], [2, 3], [4, 5]]
+    assert across.neighbours(4, 2, 3) == [1, 5]
+    assert within.neighbours(3, 2, 3) == [2, 5]
+    assert within.neighbours(0, 1, 1) == []
