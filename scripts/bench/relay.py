@@ -1,0 +1,3 @@
+"""placeholder"""
+class Relay:
+    def __init__(self, n): pass
