@@ -29,13 +29,14 @@ from bench.emulated import Times
 from bench.relay import Relay
 from bench.sweep import Setting, sweep
 from bench.systems import System, choose
+
 from ds_local.ranks import Pool, RankError
 
 WIDTH = 256  # of the real layers in `memory`
 
 
 def schedules(args: argparse.Namespace) -> list[report.Row]:
-    settings = [Setting(p, m, _times(args)) for p in args.stages for m in args.micro_batches]
+    settings = [Setting(p, m, _times(args), network.Shape()) for p in args.stages for m in args.micro_batches]
     pool = Pool()
     try:
         return _collect(args, sweep(settings, choose(args.systems), args.repeats, pool, _tracer(args.trace)))
@@ -52,24 +53,23 @@ def links(args: argparse.Namespace) -> list[report.Row]:
         print(f"links are not measured: this system does not allow network namespaces ({reason})")
         return []
     systems = choose(args.systems or ["local:local", "mixed", "backprop", "deepspeed:1F1B", "torch", "async"])
-    systems = [system for system in systems if args.systems or not system.head]
+    systems = [system for system in systems if not system.head]
     rows: list[report.Row] = []
     for kind, values in (("rate", args.ratios), ("delay", args.delays)):
         if not values:
             continue
         floats = args.activation_bytes // 4 if kind == "rate" else 64
         times = _times(args, floats=floats)
-        shapes = {
-            "rate": lambda value: network.Shape(bits_per_second=floats * 32 / (value * args.seconds) if value else 0.0),
-            "delay": lambda value: network.Shape(delay_seconds=value / 1000),
-        }  # fmt: skip
-        relay = Relay(args.stages) if kind == "delay" else None
+        relay = Relay([f"{network.interfaces(False)}{rank}" for rank in range(args.stages)]) if kind == "delay" else None
         pool = network.pool(bridge=relay is None)
         try:
             for value in values:
                 if relay is not None:
                     relay.delay_seconds = value / 1000
-                found = sweep([Setting(args.stages, args.micro_batches, times, shapes[kind](value))], systems, args.repeats, pool)
+                shape = network.Shape(delay_seconds=value / 1000)
+                if relay is None:
+                    shape = network.Shape(bits_per_second=floats * 32 / (value * args.seconds) if value else 0.0)
+                found = sweep([Setting(args.stages, args.micro_batches, times, shape)], systems, args.repeats, pool)
                 rows += [row | {"sweep": kind} for batch in found for row in batch]
                 report.save(rows, args.json, args.benchmark)
         finally:
@@ -84,7 +84,9 @@ def memory(args: argparse.Namespace) -> list[report.Row]:
     systems = [system for system in choose(args.systems) if not system.head]
     pool = Pool()
     try:
-        return _collect(args, sweep([Setting(p, args.micro_batches, times) for p in args.stages], systems, 1, pool))
+        return _collect(
+            args, sweep([Setting(p, args.micro_batches, times, network.Shape()) for p in args.stages], systems, 1, pool)
+        )
     finally:
         pool.close()
 
@@ -159,7 +161,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     sub.add_argument("--stages", type=int, default=4)
     sub.add_argument("--micro-batches", type=int, default=8)
     sub.add_argument("--seconds", type=float, default=0.05)
-    sub.add_argument("--ratios", type=float, nargs="*", default=[0, 0.25, 0.5, 1, 2, 3, 6], help="c/F: link time over forward time")
+    sub.add_argument(
+        "--ratios", type=float, nargs="*", default=[0, 0.25, 0.5, 1, 2, 3, 6], help="c/F: link time over forward time"
+    )
     sub.add_argument("--delays", type=float, nargs="*", default=[0, 10, 50, 100], help="one way, in ms")
     sub.add_argument("--activation-bytes", type=int, default=1_250_000)
 
@@ -195,9 +199,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     sub.add_argument("--tokens", type=int, default=1024, help="in a sequence")
     sub.add_argument("--micro-batches", type=int, default=16, help="of a step, in the prediction")
     sub.add_argument("--repeats", type=int, default=20)
-    sub.add_argument("--peak-tflops", type=float, default=989.0, help="of the device in bf16, for the MFU; 989 is an H100 or H200")
+    sub.add_argument(
+        "--peak-tflops", type=float, default=989.0, help="of the device in bf16, for the MFU; 989 is an H100 or H200"
+    )
     sub.add_argument("--no-compile", action="store_true", help="eager only")
-    sub.add_argument("--dry-run", action="store_true", help="on the CPU, with a tiny model: shows that it runs, times mean nothing")
+    sub.add_argument(
+        "--dry-run", action="store_true", help="on the CPU, with a tiny model: shows that it runs, times mean nothing"
+    )
 
     sub = commands.add_parser("table", help="Markdown tables from --json files")
     sub.add_argument("files", type=Path, nargs="+")

@@ -153,9 +153,7 @@ def torch_pipelining(
     held = PLACEMENTS[placement](dist.get_rank(), stages)
     last = len(held) * stages - 1
     modules = [Stage(times, len(held)) for _ in held]
-    parts = [
-        PipelineStage(module, index, last + 1, torch.device("cpu")) for module, index in zip(modules, held, strict=True)
-    ]
+    parts = [PipelineStage(module, index, last + 1, torch.device("cpu")) for module, index in zip(modules, held, strict=True)]
     runner = get_schedule_class(schedule)(
         parts[0] if placement == "one" else parts, micro_batches, loss_fn=loss_fn, scale_grads=False
     )

@@ -7,13 +7,21 @@ process that started it. `shape_this_rank` limits what leaves through that inter
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
+import socket
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
+
+from ds_local.ranks import Pool
 
 INSIDE = "DS_LOCAL_BENCH_NAMESPACE"
+MTU = 9000
 _NEW_NETWORK = 0x40000000
+_ETHTOOL, _SET_TX_CHECKSUM = 0x8946, 0x17
 _SUBNET = "10.77.0"
 
 
@@ -35,7 +43,10 @@ def _sh(command: str) -> None:
 
 def refusal() -> str | None:
     """Why this system does not allow namespaces, or None."""
-    probe = "ip link add a type veth peer name b && ip link add c type bridge && tc qdisc add dev a root tbf rate 1mbit burst 64kb latency 1s"
+    probe = (
+        "ip link add veth0 type veth peer name veth1 && ip link add br0 type bridge && "
+        "tc qdisc add dev veth0 root tbf rate 1mbit burst 64kb latency 1s"
+    )
     try:
         done = subprocess.run(["unshare", "-Urnm", "sh", "-c", probe], check=False, capture_output=True, text=True)
     except OSError as error:
@@ -49,19 +60,41 @@ def rerun_inside() -> None:
     os.execvp("unshare", ["unshare", "-Urnm", sys.executable, *sys.argv])
 
 
-def make_bridge() -> None:
-    _sh("ip link set lo up; ip link add br0 type bridge; ip link set br0 up")
+def pool(bridge: bool = True) -> Pool:
+    """Ranks in namespaces, joined by a bridge or (by a `relay.Relay`) not yet."""
+    _sh("ip link set lo up")
+    if bridge:
+        _sh("ip link add br0 type bridge && ip link set br0 up")
+    return Pool(partial(enter, outer=interfaces(bridge), bridge=bridge), address(0))
 
 
-def enter(rank: int) -> None:
-    """Give this process a network of its own. Call it before any socket is opened."""
+def interfaces(bridge: bool) -> str:
+    """Stem of the names at the parent's end. The two kinds differ: networks of ranks that ended may linger for a while."""
+    return "bridged" if bridge else "relayed"
+
+
+def enter(rank: int, outer: str, bridge: bool) -> None:
+    """Give this process a network of its own with an interface eth0, whose other end is `outer` and the rank at the parent's.
+
+    Call it before any socket is opened.
+    """
     parent = os.getppid()
     if ctypes.CDLL(None, use_errno=True).unshare(_NEW_NETWORK):
         raise OSError(ctypes.get_errno(), "unshare")
-    _sh(f"ip link add eth0 type veth peer name rank{rank} netns {parent}")
-    _sh(f"nsenter -t {parent} -n ip link set rank{rank} master br0 up")
+    other = f"{outer}{rank}"
+    _sh(f"ip link add eth0 mtu {MTU} type veth peer name {other} mtu {MTU} netns {parent}")
+    _compute_checksums("eth0")
+    _sh(f"nsenter -t {parent} -n ip link set {other} {'master br0' if bridge else ''} up")
     _sh(f"ip link set lo up; ip addr add {address(rank)}/24 dev eth0; ip link set eth0 up")
     os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
+
+
+def _compute_checksums(interface: str) -> None:
+    """Between virtual interfaces the kernel leaves checksums out; what a relay reads must have them."""
+    value = ctypes.create_string_buffer(struct.pack("II", _SET_TX_CHECKSUM, 0))
+    request = struct.pack("16sP", interface.encode(), ctypes.addressof(value))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, _ETHTOOL, request)
 
 
 def shape_this_rank(shape: Shape) -> None:

@@ -272,7 +272,10 @@ def _speed_rows(args: argparse.Namespace, systems: list[tuple[str, str]], job: J
     for repeat in range(args.repeats):
         for system in able:
             periods[system].append(max(pool.run(speed, RANKS, system, job, args.steps, timeout=3600)))
-            print(f"M={job.micro_batches} {':'.join(system)}, repetition {repeat + 1}: {periods[system][-1]:.3f} s a step", file=sys.stderr)
+            print(
+                f"M={job.micro_batches} {':'.join(system)}, repetition {repeat + 1}: {periods[system][-1]:.3f} s a step",
+                file=sys.stderr,
+            )
     tokens = job.tokens * job.sequences * job.micro_batches
     return [
         _facts(job, system) | {

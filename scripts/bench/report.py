@@ -73,7 +73,9 @@ def grid(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-def pivot(rows: Sequence[Row], line: Callable[[Row], str], column: Callable[[Row], str], cell: Callable[[Row], str], title: str) -> str:
+def pivot(
+    rows: Sequence[Row], line: Callable[[Row], str], column: Callable[[Row], str], cell: Callable[[Row], str], title: str
+) -> str:
     """A table with a line for each value of `line` and a column for each value of `column`, in order of appearance."""
     columns = list(dict.fromkeys(map(column, rows)))
     cells = {(line(row), column(row)): cell(row) for row in rows}
@@ -97,8 +99,15 @@ def _efficiency(row: Row) -> str:
 
 
 def schedule_tables(rows: Sequence[Row]) -> list[str]:
+    rows = sorted(rows, key=lambda row: (row["stages"], row["micro_batches"]))
     return [
-        pivot([r for r in rows if r["stages"] == stages], name_of, lambda r: f"M = {r['micro_batches']}", _efficiency, f"P = {stages}")
+        pivot(
+            [r for r in rows if r["stages"] == stages],
+            name_of,
+            lambda r: f"M = {r['micro_batches']}",
+            _efficiency,
+            f"P = {stages}",
+        )
         for stages in dict.fromkeys(row["stages"] for row in rows)
     ]
 
@@ -110,7 +119,13 @@ def link_tables(rows: Sequence[Row]) -> list[str]:
         return delay if row["sweep"] == "delay" else f"c/F = {link['c_over_f']:g}"
 
     return [
-        pivot([r for r in rows if r["sweep"] == one], name_of, condition, _efficiency, f"P = {rows[0]['stages']}, M = {rows[0]['micro_batches']}")
+        pivot(
+            [r for r in rows if r["sweep"] == one],
+            name_of,
+            condition,
+            _efficiency,
+            f"P = {rows[0]['stages']}, M = {rows[0]['micro_batches']}",
+        )
         for one in dict.fromkeys(row["sweep"] for row in rows)
     ]
 
@@ -122,7 +137,12 @@ def memory_tables(rows: Sequence[Row]) -> list[str]:
         posted = f"{max(row['posted_receive_bytes']) / 2**20:.2f}"
         return [name_of(row), live, f"{max(row['live_bytes']) / 2**20:.1f}", grown, posted]
 
-    head = ["live micro-batches by stage", "most live on a stage, MiB", "growth of the process by stage, MiB", "posted receives, MiB"]
+    head = [
+        "live micro-batches by stage",
+        "most live on a stage, MiB",
+        "growth of the process by stage, MiB",
+        "posted receives, MiB",
+    ]
     settings = dict.fromkeys((r["stages"], r["micro_batches"]) for r in rows)
     return [
         grid([f"P = {p}, M = {m}", *head], [cells(r) for r in rows if (r["stages"], r["micro_batches"]) == (p, m)])
@@ -138,13 +158,21 @@ def number(value: float | None, form: str = ".1f") -> str:
     return MISSING if value is None else format(value, form)
 
 
+def _tokens(row: Row) -> str:
+    lowest, highest = row["tokens_per_second_lowest"], row["tokens_per_second_highest"]
+    return f"{row['tokens_per_second']:,.0f} ({lowest:,.0f}-{highest:,.0f})"
+
+
+def _mebibytes(count: float | None) -> str:
+    return MISSING if count is None else f"{count / 2**20:.0f}"
+
+
 def real_tables(rows: Sequence[Row]) -> list[str]:
     speed = [r for r in rows if r["what"] == "speed"]
     quality = [r for r in rows if r["what"] == "time to loss"]
     tables = []
     if speed:
-        cell = lambda r: f"{r['tokens_per_second']:,.0f} ({r['tokens_per_second_lowest']:,.0f}-{r['tokens_per_second_highest']:,.0f})"  # noqa: E731
-        tables.append(pivot(speed, name_of, lambda r: f"M = {r['micro_batches']}", cell, "tokens/s, median (lowest-highest)"))
+        tables.append(pivot(speed, name_of, lambda r: f"M = {r['micro_batches']}", _tokens, "tokens/s, median (lowest-highest)"))
     if quality:
         tables.append(_columns(quality, {
             "system": name_of,
@@ -159,11 +187,11 @@ def real_tables(rows: Sequence[Row]) -> list[str]:
 def head_tables(rows: Sequence[Row]) -> list[str]:
     return [_columns(rows, {
         "head": lambda r: r["head"],
-        "forward + backward, ms": lambda r: number(1000 * r["seconds"], ".0f"),
+        "forward + backward, processor ms": lambda r: number(1000 * r["seconds"], ".0f"),
         "lowest-highest": lambda r: f"{1000 * r['seconds_lowest']:.0f}-{1000 * r['seconds_highest']:.0f}",
         "in blocks": lambda r: number(r["seconds"] / r["block_seconds"], ".2f"),
-        "saved for backward, MiB": lambda r: number(r["live_bytes"] / 2**20, ".0f"),
-        "growth of the process, MiB": lambda r: MISSING if r["rss_growth_bytes"] is None else number(r["rss_growth_bytes"] / 2**20, ".0f"),
+        "saved for backward, MiB": lambda r: _mebibytes(r["live_bytes"]),
+        "growth of the process, MiB": lambda r: _mebibytes(r["rss_growth_bytes"]),
         "trainable parameters, M": lambda r: number(r["parameters"] / 1e6, ".1f"),
     })]  # fmt: skip
 

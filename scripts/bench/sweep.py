@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -16,7 +16,6 @@ from bench.network import Shape
 from bench.systems import System, with_head
 from ds_local.ranks import Pool
 
-# where the order of the table is the order of the work
 Row = dict[str, Any]
 
 
@@ -27,7 +26,7 @@ class Setting:
     stages: int
     micro_batches: int
     times: emulated.Times
-    link: Shape = Shape()
+    link: Shape
 
     @property
     def link_seconds(self) -> float:
@@ -48,6 +47,7 @@ def sweep(
     settings: Sequence[Setting], systems: Sequence[System], repeats: int, pool: Pool, trace: Callable[..., None] | None = None
 ) -> Iterator[list[Row]]:
     """The rows of one setting after another."""
+    pool.run(ready, max(setting.stages for setting in settings), timeout=600)
     for setting in settings:
         able = [s for s in systems if _reason_against(s, setting) is None]
         seen: dict[str, list[list[Row]]] = {system.name: [] for system in able}
@@ -59,13 +59,17 @@ def sweep(
                 results = run_once(system, setting, pool)
                 seen[system.name].append(results)
                 periods[system.name].append(emulated.period(results, setting.steps()[0]))
-                print(
-                    f"P={setting.stages} M={setting.micro_batches} {_link_words(setting)}{system.name}, repetition {repeat + 1}: "
-                    f"{setting.ideal_seconds / periods[system.name][-1]:.1%} ({time.monotonic() - started:.0f} s)", file=sys.stderr,
-                )  # fmt: skip
+                share = setting.ideal_seconds / periods[system.name][-1]
+                where = f"P={setting.stages} M={setting.micro_batches} {_link_words(setting)}{system.name}"
+                took = time.monotonic() - started
+                print(f"{where}, repetition {repeat + 1}: {share:.1%} of ideal ({took:.0f} s)", file=sys.stderr, flush=True)
                 if trace is not None and not repeat:
                     trace(system, setting, results)
         yield [_row(system, setting, seen[system.name], periods[system.name], load) for system in able]
+
+
+def ready() -> None:
+    """Imports of the ranks happen in here, not in what is measured."""
 
 
 def _reason_against(system: System, setting: Setting) -> str | None:
@@ -145,7 +149,3 @@ def _memory(seen: list[list[Row]]) -> Row:
 def _link_words(setting: Setting) -> str:
     ratio = f"c/F={setting.link_seconds / setting.times.forward:g} " if setting.link_seconds else ""
     return ratio + (f"delay {setting.link.delay_seconds * 1000:g} ms " if setting.link.delay_seconds else "")
-
-
-def with_link(setting: Setting, link: Shape) -> Setting:
-    return replace(setting, link=link)
