@@ -1,8 +1,8 @@
 """One device: what each stage of GPT-2 costs on it alone, and what the simulator makes of that for several such devices.
 
 Several processes on one device would share its time and hide every bubble, so stages are timed one after another, each alone.
-Useful MFU counts the model's own floating-point operations (readout and attention included, auxiliary heads not) over the time of the
-whole stage, heads included; a pipeline's is then that times its efficiency.
+Useful MFU counts the model's own floating-point operations (readout and attention included, auxiliary heads not) over the time of
+the whole stage, heads included; a pipeline's is then that times its efficiency.
 """
 
 from __future__ import annotations
@@ -79,8 +79,9 @@ class _Bench:
     def config(self, model: str) -> Any:
         width, depth, heads = MODELS[model]
         return blocks.load_model_config({
-            "model_type": "gpt2", "vocab_size": self.vocabulary, "n_positions": self.args.tokens, "n_embd": width, "n_layer": depth,
-            "n_head": heads, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False,
+            "model_type": "gpt2", "vocab_size": self.vocabulary, "n_positions": self.args.tokens, "n_embd": width,
+            "n_layer": depth, "n_head": heads, "bos_token_id": 1, "eos_token_id": 2, "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False,
         })  # fmt: skip
 
     @property
@@ -178,8 +179,9 @@ class _Bench:
         total = sum(times.values())
         print(f"{model}, stage {stage} of {len(parts) - 1}, compiled {compiled}: {1000 * total:.2f} ms", file=sys.stderr)
         return {
-            "what": "stage", "model": model, "stages": len(parts) - 1, "stage": stage, "blocks": len(numbers), "compiled": compiled,
-            **times, "useful_mfu": self.mfu(useful, total), "peak_bytes": self._peak(), "sequences": self.args.sequences,
+            "what": "stage", "model": model, "stages": len(parts) - 1, "stage": stage, "blocks": len(numbers),
+            "compiled": compiled, **times, "useful_mfu": self.mfu(useful, total), "peak_bytes": self._peak(),
+            "sequences": self.args.sequences,
             "tokens": self.args.tokens, "activation_bytes": hidden.numel() * 2,
         }  # fmt: skip
 
@@ -206,8 +208,8 @@ class _Bench:
     def predictions(self, model: str, stages: int, compiled: bool, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What the simulator makes of measured stages on that many devices.
 
-        Others' schedules are given the same cut without the heads, the readout's loss with the last stage's work, so their figure is that
-        of a balanced pipeline. Efficiency is the mean stage's useful time over the time of a step.
+        Others' schedules are given the same cut without the heads, the readout's loss with the last stage's work.
+        Efficiency is the mean stage's useful time over the time of a step.
         """
         found = []
         times = {name: [row[name] for row in rows] for name in ("forward", "input_grad", "weight_grad", "head")}

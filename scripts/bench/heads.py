@@ -47,6 +47,7 @@ def model_config(width: int, vocabulary: int, tokens: int, depth: int = 4) -> An
     return blocks.load_model_config({
         "model_type": "gpt2", "vocab_size": vocabulary, "n_positions": tokens, "n_embd": width, "n_layer": depth,
         "n_head": max(1, width // 64), "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False,
+        "bos_token_id": 1, "eos_token_id": 2,
     })  # fmt: skip
 
 

@@ -60,9 +60,7 @@ class Relay:
             for port in select.select(ports, [], [], patience)[0]:
                 try:
                     frame, sender = port.recvfrom(1 << 17)
-                except OSError:  # its rank has ended
-                    ports.remove(port)
-                    port.close()
+                except OSError:  # told once when the interface goes down, or was not up yet
                     continue
                 if sender[2] == _OUTGOING:
                     continue
