@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -186,7 +186,7 @@ class _Bench:
         }  # fmt: skip
 
     def _times(
-        self, body: Any, given: Tensor, out: Tensor, loss_of: Any, loss_parameters: list[Tensor], ids: Tensor
+        self, body: Any, given: Tensor, out: Tensor, loss_of: Any, loss_parameters: Sequence[Tensor], ids: Tensor
     ) -> dict[str, float]:
         """Forward, the two halves of the backward pass, and head with its gradients, in seconds."""
         parameters = list(body.parameters())

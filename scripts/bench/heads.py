@@ -83,7 +83,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         block_seconds.append(_timed(lambda x: block(x).sum(), hidden)[0])
         for name, make in made.items():
             head = make().train()  # made anew, so that only one is in memory
-            taken, live = _timed(lambda x, head=head: head(x, labels), hidden)
+            taken, live = _timed(partial(_loss, head, labels), hidden)
             seconds[name].append(taken)
             facts[name] = {
                 "live_bytes": live.peak, "rss_growth_bytes": live.process_growth,
@@ -100,6 +100,10 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         }
         for name, times in seconds.items()
     ]  # fmt: skip
+
+
+def _loss(head: nn.Module, labels: Tensor, hidden: Tensor) -> Tensor:
+    return head(hidden, labels)
 
 
 def _timed(loss_of: Callable[[Tensor], Tensor], hidden: Tensor) -> tuple[float, LiveTensors]:

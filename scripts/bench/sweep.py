@@ -121,6 +121,8 @@ def _row(system: System, setting: Setting, seen: list[list[Row]], periods: list[
 
 
 def _simulated(system: System, setting: Setting, timeline: Any) -> float | None:
+    if setting.link.delay_seconds:  # the simulator's links are slow, not long
+        return None
     if timeline is not None:
         return setting.ideal_seconds / timeline.steady_period
     return 1.0 if not system.flushes and not setting.link_seconds else None

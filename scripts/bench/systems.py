@@ -43,9 +43,9 @@ class System:
         schedule = self.theory(stages, micro_batches, seen)
         if schedule is None:
             return None
-        parts = [seconds / self.pieces for seconds in (times.forward, times.input_grad, times.weight_grad)]
+        forward, input_grad, weight_grad = (t / self.pieces for t in (times.forward, times.input_grad, times.weight_grad))
         depth = LINK_DEPTH if self.owner == "ds_local" else None
-        return simulate(schedule, Costs(*parts, times.useful * self.head, link_seconds), depth)
+        return simulate(schedule, Costs(forward, input_grad, weight_grad, times.useful * self.head, link_seconds), depth)
 
 
 def _mixed(share: int) -> Callable[[int, int], dict[str, Any]]:
