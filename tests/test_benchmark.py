@@ -73,17 +73,17 @@ def rows_of(names, times=QUICK, stages=2, micro_batches=4):
 
 @pytest.mark.dist
 def test_every_system_runs_and_gives_the_row_of_the_contract(tmp_path):
-    traced = []
+    traced, systems = [], [system for system in SYSTEMS if system.head in (0, 0.05)]
     setting = Setting(2, 8, QUICK, network.Shape())
-    (rows,) = sweep([setting], SYSTEMS, 1, POOL, lambda system, setting, results: traced.append(results))
-    assert [f"{r['system']}:{r['schedule']}" for r in rows] == [system.name for system in SYSTEMS]
+    (rows,) = sweep([setting], systems, 1, POOL, lambda system, setting, results: traced.append(results))
+    assert [f"{r['system']}:{r['schedule']}" for r in rows] == [system.name for system in systems]
     assert all(row.keys() >= CONTRACT and 0 < row["efficiency"] <= 1.05 for row in rows)
     live = {r["schedule"]: r["peak_live_micro_batches"] for r in rows if r["system"] in ("ds_local", "torch")}
     assert live["local"] == [1, 1]
     assert live["backprop"] == live["1F1B"] == [2, 1]
     assert live["GPipe"] == [8, 8]
     # the lanes of a trace hold all the sleeping there is
-    for system, ranks in zip(SYSTEMS, traced, strict=True):
+    for system, ranks in zip(systems, traced, strict=True):
         assert all(sum(what == "forward" for what, *_ in rank["events"]) >= 8 * system.pieces for rank in ranks)
     report.save(rows, tmp_path / "rows.json", "schedules")
     loaded = report.load([tmp_path / "rows.json"])

@@ -134,15 +134,19 @@ SYSTEMS: tuple[System, ...] = (
 
 
 def choose(names: Sequence[str] | None) -> list[System]:
-    """Systems whose name contains one of `names`, all without.
+    """The systems with these names, or with names that contain them; all without.
 
     Raises:
         ValueError: for a name that fits none.
     """
+    everything = [system.name for system in SYSTEMS]
+    chosen: set[str] = set() if names else set(everything)
     for name in names or ():
-        if not any(name in system.name for system in SYSTEMS):
-            raise ValueError(f"no system is called {name!r}; there are {', '.join(s.name for s in SYSTEMS)}")
-    return [system for system in SYSTEMS if not names or any(name in system.name for name in names)]
+        fits = [name] if name in everything else [one for one in everything if name in one]
+        if not fits:
+            raise ValueError(f"no system is called {name!r}; there are {', '.join(everything)}")
+        chosen.update(fits)
+    return [system for system in SYSTEMS if system.name in chosen]
 
 
 def with_head(times: emulated.Times, system: System) -> emulated.Times:
