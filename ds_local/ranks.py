@@ -31,9 +31,11 @@ class RankError(AssertionError):
     """A rank failed; the message is its traceback."""
 
 
-def _serve(rank: int, jobs: Any, results: Any) -> None:
+def _serve(rank: int, jobs: Any, results: Any, prepare: Callable[[int], None] | None, address: str) -> None:
     multiprocessing.current_process().daemon = False  # so that a DataLoader may have workers
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", LOCAL_RANK=str(rank), RANK=str(rank))
+    if prepare is not None:
+        prepare(rank)
     import torch
 
     torch.set_num_threads(1)
@@ -44,7 +46,7 @@ def _serve(rank: int, jobs: Any, results: Any) -> None:
         number, function, world_size, port, args, kwargs = job
         try:
             os.environ.update(
-                WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+                WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port)
             )
             results.put((number, rank, True, _run(function, args, kwargs)))
         except BaseException:
@@ -71,9 +73,15 @@ def _run(function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
 
 
 class Pool:
-    """Ranks that wait for work."""
+    """Ranks that wait for work.
 
-    def __init__(self) -> None:
+    Args:
+        prepare: called with its number on each rank before anything else.
+        address: of rank 0, as the ranks see it.
+    """
+
+    def __init__(self, prepare: Callable[[int], None] | None = None, address: str = "127.0.0.1") -> None:
+        self._prepare, self._address = prepare, address
         self._context = mp.get_context("spawn")
         self._workers: list[tuple[Any, Any]] = []
         self._results = self._context.Queue()
@@ -85,7 +93,8 @@ class Pool:
         """What `function(*args, **kwargs)` returned on each rank. Raises RankError when one failed or took too long."""
         while len(self._workers) < world_size:
             jobs = self._context.Queue()
-            process = self._context.Process(target=_serve, args=(len(self._workers), jobs, self._results), daemon=True)
+            args_of_rank = (len(self._workers), jobs, self._results, self._prepare, self._address)
+            process = self._context.Process(target=_serve, args=args_of_rank, daemon=True)
             process.start()
             self._workers.append((process, jobs))
         self._number += 1
