@@ -5,7 +5,7 @@
 
 `run` trains what is not finished yet, all segments of a model in one process through the real engine, and stops after the given
 minutes; call it again to go on. Several may run at once: each takes runs that nobody else works on. `table` reads what is
-finished and writes docs/quality.json, docs/quality.md and docs/quality.png.
+finished and writes docs/quality.json, docs/quality.png and the table in docs/quality.md.
 """
 
 from __future__ import annotations
@@ -253,6 +253,9 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
 # --- the table ------------------------------------------------------------------------------------------------------------
 
 
+START, END = "<!-- written by scripts/study.py table, from here -->", "<!-- to here -->"
+
+
 class Prediction(NamedTuple):
     aux_share: float  # of the FLOPs of the busiest stage
     time: dict[tuple[int, int], float]  # (micro-batches, c/F) -> time of the run against balanced 1F1B
@@ -331,7 +334,10 @@ def table(args: argparse.Namespace) -> int:
     docs.mkdir(exist_ok=True)
     (docs / "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
     text = markdown(rows, args.preset)
-    (docs / "quality_table.md").write_text(text)
+    page = docs / "quality.md"
+    whole = page.read_text() if page.exists() else f"# Quality at equal tokens\n\n{START}\n{END}\n"
+    before, _, rest = whole.partition(START)
+    page.write_text(f"{before}{START}\n{text}{END}{rest.partition(END)[2]}")
     draw([r for r in results if r["lr_factor"] == 1.0], rows, docs / "quality.png")
     print(text)
     return 0
@@ -340,7 +346,7 @@ def table(args: argparse.Namespace) -> int:
 def markdown(rows: list[dict[str, Any]], preset: str) -> str:
     facts = PRESETS[preset]
     lines = [
-        f"<!-- written by `python scripts/study.py table --preset {preset}` -->",
+        f"From `python scripts/study.py run --preset {preset}`, then `python scripts/study.py table --preset {preset}`:",
         f"{facts.model['n_layer']} blocks of width {facts.model['n_embd']}, {rows[0]['parameters']:,} parameters, "
         f"{rows[0]['tokens']:,} tokens, {platform.machine()} {rows[0]['device']}. The gap is in perplexity, to the mean of the "
         "backprop runs. The auxiliary share is of the busiest stage's FLOPs; times are simulated, one segment a stage, for the "
