@@ -15,7 +15,6 @@ Compression, Lin et al. 2018, there for gradients); "lowrank" is the randomized 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
@@ -34,7 +33,7 @@ _POWER_ITERATIONS = 2
 
 class Codec(NamedTuple):
     encode: Callable[[Tensor, LinkConfig], Parts]  # float32 [N, D] -> what travels
-    decode: Callable[[Parts, int, int], Tensor]  # what travelled, N, D -> [N, D]
+    decode: Callable[[Parts, int], Tensor]  # what travelled, D -> [N, D]
 
 
 def encode(message: Mapping[str, Tensor], name: str, link: LinkConfig) -> dict[str, Tensor]:
@@ -72,9 +71,8 @@ def decode(message: Mapping[str, Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
         for name, (codec, parts) in encoded.items():
             like = parts.pop("like")
-            *batch, num_features = shape = like.shape[1:]
-            hidden_ND = CODECS[codec].decode(parts, math.prod(batch), num_features)
-            whole[name] = hidden_ND.to(like.dtype).reshape(shape).contiguous()
+            hidden_ND = CODECS[codec].decode(parts, like.shape[-1])
+            whole[name] = hidden_ND.to(like.dtype).reshape(like.shape[1:]).contiguous()
     return whole
 
 
@@ -110,7 +108,7 @@ def _grouped(values_ND: Tensor, size: int | None) -> Tensor:
     return F.pad(values_ND, (0, -values_ND.shape[1] % size)).unflatten(1, (-1, size))
 
 
-def _decode_groups(parts: Parts, num_tokens: int, num_features: int) -> Tensor:
+def _decode_groups(parts: Parts, num_features: int) -> Tensor:
     return _dequantize(parts).flatten(1)[:, :num_features]
 
 
@@ -124,7 +122,7 @@ def _encode_topk(hidden_ND: Tensor, link: LinkConfig) -> Parts:
     return {"mask": _pack_bits(mask_ND), **_quantize(hidden_ND.gather(1, chosen_NK), 8)}
 
 
-def _decode_topk(parts: Parts, num_tokens: int, num_features: int) -> Tensor:
+def _decode_topk(parts: Parts, num_features: int) -> Tensor:
     mask_ND = _unpack_bits(parts["mask"])[:, :num_features]
     zeros_ND = torch.zeros(mask_ND.shape, device=mask_ND.device)
     return zeros_ND.masked_scatter(mask_ND, _dequantize(parts))  # unlike indexing by a mask it does not wait for the device
@@ -158,16 +156,15 @@ def _encode_lowrank(hidden_ND: Tensor, link: LinkConfig) -> Parts:
     for _ in range(_POWER_ITERATIONS):
         basis_DR = torch.linalg.qr(hidden_ND.T @ (hidden_ND @ basis_DR)).Q
     # along a basis vector the coordinates are of one size, along a token they are not
-    values_RN = (hidden_ND @ basis_DR).T
-    return {"basis": basis_DR.bfloat16(), **_quantize(F.pad(values_RN, (0, values_RN.shape[1] % 2)), link.bits)}
+    return {"basis": basis_DR.bfloat16(), **_quantize((hidden_ND @ basis_DR).T, 8)}
 
 
-def _decode_lowrank(parts: Parts, num_tokens: int, num_features: int) -> Tensor:
-    return _dequantize(parts)[:, :num_tokens].T @ parts["basis"].float().T
+def _decode_lowrank(parts: Parts, num_features: int) -> Tensor:
+    return _dequantize(parts).T @ parts["basis"].float().T
 
 
 CODECS = {
-    "bf16": Codec(lambda hidden, _: {"values": hidden.bfloat16()}, lambda parts, *_: parts["values"]),
+    "bf16": Codec(lambda hidden, _: {"values": hidden.bfloat16()}, lambda parts, _: parts["values"]),
     "int8": Codec(lambda hidden, link: _quantize(_grouped(hidden, link.group_size), 8), _decode_groups),
     "int4": Codec(lambda hidden, link: _quantize(_grouped(hidden, link.group_size), 4), _decode_groups),
     "topk": Codec(_encode_topk, _decode_topk),

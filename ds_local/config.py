@@ -135,13 +135,11 @@ class LinkConfig(_Strict):
     """topk: share of a token's features that travel."""
     rank: PositiveInt | None = None
     """lowrank: dimensions that a micro-batch's hidden state is projected to. Default: an eighth of its features."""
-    bits: Literal[4, 8] = 8
-    """lowrank: of a coordinate."""
 
     @model_validator(mode="after")
     def _options_of_a_codec(self) -> LinkConfig:
         codecs = {self.codec} if isinstance(self.codec, str) else set(self.codec)
-        for option, users in (("group_size", {"int8", "int4"}), ("keep", {"topk"}), ("rank", {"lowrank"}), ("bits", {"lowrank"})):
+        for option, users in (("group_size", {"int8", "int4"}), ("keep", {"topk"}), ("rank", {"lowrank"})):
             if option in self.model_fields_set and not codecs & users:
                 raise ValueError(
                     f"{option} is an option of the codec {' and '.join(sorted(users))}, but codec is {self.codec!r}: "

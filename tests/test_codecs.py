@@ -61,8 +61,6 @@ def test_lowrank_finds_a_subspace():
     hidden = (torch.randn(48, 3, generator=generator) @ torch.randn(3, 32, generator=generator)).view(4, 12, 32)
     exact = through(hidden, "lowrank", rank=3)
     torch.testing.assert_close(exact, hidden, rtol=0, atol=0.02 * hidden.abs().max().item())
-    coarse = through(hidden, "lowrank", rank=3, bits=4)
-    assert 0.02 * hidden.norm() < (coarse - hidden).norm() < 0.2 * hidden.norm()
     # close to the best approximation there is, that of the singular value decomposition
     noisy = hidden.flatten(0, 1) + 0.3 * torch.randn(48, 32, generator=generator)
     u, s, v = torch.linalg.svd(noisy)
@@ -102,7 +100,6 @@ BYTES = {
     ("int4", (("group_size", 32),)): 128 * (64 + 4 * 2),
     ("topk", (("keep", 1 / 16),)): 128 * (16 + 8 + 2),
     ("lowrank", (("rank", 16),)): 128 * 16 + 16 * 2 + 128 * 16 * 2,
-    ("lowrank", (("rank", 16), ("bits", 4))): 64 * 16 + 16 * 2 + 128 * 16 * 2,
 }
 
 
