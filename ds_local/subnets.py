@@ -108,9 +108,9 @@ def scale_outputs(config: Any, layers: Mapping[int, dict[str, Tensor]], facts: M
         facts: of the checkpoint.
     """
     settings = facts["local_parallel"].get("replicas", {})
-    factor = merged_factor(settings.get("scale", "none"), facts["num_replicas"])
-    if settings.get("sync") != "subnets" or factor == 1.0:
+    if settings.get("sync") != "subnets":
         return
+    factor = merged_factor(settings["scale"], facts["num_replicas"])
     outputs = [f"block.{CUTS[config.model_type][kind].output}.weight" for kind in settings["partition"]]
     for state in layers.values():
         for name in set(outputs) & state.keys():
