@@ -230,7 +230,7 @@ class ReplicasConfig(_Strict):
     """Steps between two exchanges."""
     partition: tuple[Literal["attention_heads", "mlp"], ...] = ("attention_heads", "mlp")
     """What subnets deal out; the rest is shared."""
-    scale: Literal["none", "train", "eval", "sqrt"] = "none"
+    scale: Literal["none", "train", "eval", "sqrt"] = "eval"
     """Factor on the output of what is dealt out among R replicas: none; R in training; 1/R in the merged model; or sqrt(R) in
     training."""
     optimizer_state: Literal["carry", "reset", "keep_second_moment"] = "carry"

@@ -2,7 +2,7 @@
 itself and meeting the others every so many steps.
 
 `Periodic` keeps full replicas and averages their weights, with an outer Nesterov step (DiLoCo, Douillard et al. 2023, arXiv
-2311.08105). `subnets.Subnets` deals the weights out instead. The engine holds one of these objects and asks it at five places; a
+2311.08105). `subnets.Subnets` deals the weights out instead. The engine holds one of these objects and asks it at a few places; a
 `Together` asks for nothing. Stages never meet here: each stage's replicas talk among themselves.
 """
 

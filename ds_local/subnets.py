@@ -92,7 +92,10 @@ CUTS: dict[str, dict[str, Cut]] = {
     },
 }
 
-TRAINING_FACTORS = {"none": lambda replicas: 1.0, "train": float, "eval": lambda replicas: 1.0, "sqrt": math.sqrt}
+# factor in training on the outputs of what is dealt out, for so many replicas
+TRAINING_FACTORS: dict[str, Callable[[int], float]] = {
+    "none": lambda replicas: 1.0, "train": float, "eval": lambda replicas: 1.0, "sqrt": math.sqrt,
+}  # fmt: skip
 
 
 def merged_factor(scale: str, num_replicas: int) -> float:
@@ -108,9 +111,9 @@ def scale_outputs(config: Any, layers: Mapping[int, dict[str, Tensor]], facts: M
         facts: of the checkpoint.
     """
     settings = facts["local_parallel"].get("replicas", {})
-    factor = merged_factor(settings.get("scale", "none"), facts["num_replicas"])
-    if settings.get("sync") != "subnets" or factor == 1.0:
+    if settings.get("sync") != "subnets":
         return
+    factor = merged_factor(settings["scale"], facts["num_replicas"])
     outputs = [f"block.{CUTS[config.model_type][kind].output}.weight" for kind in settings["partition"]]
     for state in layers.values():
         for name in set(outputs) & state.keys():
@@ -193,15 +196,16 @@ class Subnets(Apart):
             for path in cut.sizes
         }
         self.round: int | None = None  # None: the whole model
-        training = TRAINING_FACTORS[self.settings.scale](self.group.size)
-        merged = merged_factor(self.settings.scale, self.group.size)
-        if (training, merged) != (1.0, 1.0):
-            for block in self.blocks.values():
-                for cut in self.cuts.values():
-                    block.get_submodule(cut.output).register_forward_pre_hook(
-                        lambda _, args: (args[0] * (merged if self.round is None else training), *args[1:])
-                    )
+        for block in self.blocks.values():
+            for cut in self.cuts.values():
+                block.get_submodule(cut.output).register_forward_pre_hook(self._scaled)
         self.start_from_whole()
+
+    def _scaled(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What enters a projection back to the residual stream, times the factor of the moment."""
+        scale, replicas = self.settings.scale, self.group.size
+        factor = merged_factor(scale, replicas) if self.round is None else TRAINING_FACTORS[scale](replicas)
+        return args if factor == 1.0 else (args[0] * factor, *args[1:])
 
     # --- who holds what ---------------------------------------------------------------------------------------------------
 

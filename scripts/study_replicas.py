@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SUBNETS = {"sync": "subnets"}
+SUBNETS = {"sync": "subnets", "scale": "none"}
 PERIODIC = {"sync": "periodic"}
 PLAIN = {"sync": "periodic", "outer_lr": 1.0, "outer_momentum": 0.0}
 SYNCS: dict[str, dict[str, Any]] = {
