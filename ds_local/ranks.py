@@ -6,6 +6,7 @@ call has a time limit, and the first rank that fails is reported with its traceb
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -48,6 +49,7 @@ def _serve(rank: int, jobs: Any, results: Any) -> None:
             results.put((number, rank, True, _run(function, args, kwargs)))
         except BaseException:
             results.put((number, rank, False, traceback.format_exc()))
+        gc.collect()  # every process group has a thread that wakes a hundred times a second, as long as anybody refers to it
 
 
 def _run(function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
@@ -62,6 +64,7 @@ def _run(function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
             return function(*args, **kwargs)
         finally:
             end_processes()
+            gc.unfreeze()  # DeepSpeed keeps what it has made out of the collector's sight
             for descriptor, copy in zip((1, 2), saved, strict=True):
                 os.dup2(copy, descriptor)
                 os.close(copy)
