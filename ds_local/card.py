@@ -65,7 +65,7 @@ def _what(checkpoint: Mapping[str, Any], segment: int, num_blocks: int) -> str:
     made = "norm and readout are those of the segment's auxiliary head"
     if num_blocks > own:
         made += f", whose {num_blocks - own} private blocks follow as the last ones"
-    factors = [f"a bottleneck of width {head['rank']}"] * bool(head.get("rank"))
+    factors = [f"a bottleneck of width {head.get('rank')}"] * bool(head.get("rank"))
     factors += ["a learned factor on the logits"] * bool(head.get("temperature"))
     if factors:
         made += f"; the readout is multiplied out with {' and '.join(factors)}"

@@ -232,7 +232,7 @@ def fine_tuned(tmp_path_factory):
     model.save_pretrained(folder / "pretrained", max_shard_size="30KB")
     AutoTokenizer.from_pretrained(folder / "data" / "tokenizer").save_pretrained(folder / "pretrained")
     arguments = {**inputs, "--model": str(folder / "pretrained"), "--output": str(folder / "run"), "--max-steps": "2"}
-    result = launch(arguments, launcher="accelerate", timeout=1300)
+    result = launch(arguments, launcher="accelerate", timeout=280)
     assert result.returncode == 0, result.stdout
     return folder, model, inputs
 
