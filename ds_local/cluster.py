@@ -49,15 +49,18 @@ class ClusterError(RuntimeError):
 # --- one rank's own surroundings --------------------------------------------------------------------------------------------
 
 
-def check_surroundings(environment: Mapping[str, str] = os.environ) -> None:
+def check_surroundings(environment: Mapping[str, str] = os.environ, parent: int | None = None) -> None:
     """What a rank can find out alone, in no time.
+
+    Args:
+        parent: the process that may be a launcher, or have one above it; default this one's parent.
 
     Raises:
         ClusterError: no hostfile where the launcher was told one, a network interface that does not exist, a master address
             that other machines cannot reach.
     """
     where = f"on {socket.gethostname()} (rank {environment.get('RANK', '0')})"
-    missing = next((path for path in _hostfiles_of_launchers() if not Path(path).is_file()), None)
+    missing = next((path for path in _hostfiles_of_launchers(parent or os.getppid()) if not Path(path).is_file()), None)
     if missing is not None:
         raise ClusterError(
             f"{where}: the launcher was given --hostfile {missing}, which does not exist, so it started on this machine alone; "
@@ -84,9 +87,9 @@ def check_surroundings(environment: Mapping[str, str] = os.environ) -> None:
         )
 
 
-def _hostfiles_of_launchers() -> list[str]:
-    """The --hostfile arguments of the DeepSpeed launchers above this process (Linux; elsewhere none is found)."""
-    found, process = [], os.getppid()
+def _hostfiles_of_launchers(process: int) -> list[str]:
+    """The --hostfile arguments of the DeepSpeed launchers from this process up (Linux; elsewhere none is found)."""
+    found: list[str] = []
     for _ in range(6):
         try:
             words = Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")
@@ -310,8 +313,8 @@ def _different(everybody: Mapping[int, dict[str, Any]]) -> str:
                     changed = [name for name in theirs if theirs[name] != ours.get(name)]
                     theirs, ours = (", ".join(f"{name} {of.get(name)}" for name in changed) for of in (theirs, ours))
                 return (
-                    f"rank {rank} on {facts['host']} has another {key.replace('_', ' ')} ({theirs}) than rank 0 on "
-                    f"{first['host']} ({ours}); {remedy}"
+                    f"rank {rank} on {facts['host']} differs from rank 0 on {first['host']} in its {key.replace('_', ' ')}: "
+                    f"{theirs} instead of {ours}; {remedy}"
                 )
     return ""
 

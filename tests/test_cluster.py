@@ -1,18 +1,20 @@
 """The checks before the processes meet."""
 
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from launch import ROOT, environment
+from launch import ROOT
 from ranks import free_port
 
 from ds_local import cluster
 from ds_local.cluster import ClusterError, check_surroundings, fingerprint, read_hostfile, spans, stale_lock
 from ds_local.config import LayoutConfig
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from misconfigurations import CASES, make
 
 
 def ranks(world_size=2, here=None, change=None, limit=20.0, port=None):
@@ -41,11 +43,11 @@ def test_equal_ranks_pass():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"versions": {"torch": "2.12.0"}}, "has another versions (torch 2.12.0) than rank 0"),
-        ({"code": "abc"}, "has another code (abc) than rank 0"),
+        ({"versions": {"torch": "2.12.0"}}, "in its versions: torch 2.12.0 instead of torch"),
+        ({"code": "abc"}, "in its code: abc instead of"),
         ({"config": "abc"}, "give every node the same config files"),
         ({"data": "abc"}, "copy one prepared data folder"),
-        ({"world_size": 4}, "has another world size (4) than rank 0"),
+        ({"world_size": 4}, "in its world size: 4 instead of 2"),
         ({"address": "127.0.1.1", "host": "other"}, "resolves to the loopback address 127.0.1.1; set GLOO_SOCKET_IFNAME"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -103,15 +105,9 @@ def test_a_stale_build_lock_is_named(tmp_path, monkeypatch):
         check_surroundings({})
 
 
-def test_a_launcher_with_a_missing_hostfile_is_caught(tmp_path):
-    launcher = tmp_path / "deepspeed"
-    launcher.write_text(f"#!/bin/sh\n{sys.executable} -c 'from ds_local import cluster; cluster.check_surroundings()'\nexit 1\n")
-    launcher.chmod(0o755)
-    result = subprocess.run(
-        ["sh", str(launcher), "--hostfile", "/nowhere"], check=False, capture_output=True, text=True, cwd=ROOT,
-        env=environment() | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert "--hostfile /nowhere, which does not exist" in result.stderr
+@pytest.mark.parametrize("name", CASES)
+def test_every_documented_mistake_is_said(name):
+    assert CASES[name][1] in make(name)[0]
 
 
 @pytest.mark.parametrize(
