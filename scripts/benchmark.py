@@ -209,6 +209,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     sub = commands.add_parser("table", help="Markdown tables from --json files")
     sub.add_argument("files", type=Path, nargs="+")
+    sub.add_argument("--png", type=Path, help="bars of the schedules in them")
     return parser.parse_args(arguments)
 
 
@@ -216,7 +217,10 @@ def main() -> int:
     args = parse_arguments()
     try:
         if args.benchmark == "table":
-            print(report.markdown(report.load(args.files)))
+            rows = report.load(args.files)
+            print(report.markdown(rows))
+            if args.png:
+                report.draw_bars([row for row in rows if row["benchmark"] == "schedules"], args.png)
             return 0
         rows = args.run(args)
         report.save(rows, args.json, args.benchmark)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from bench import network
 from bench.live import LiveTensors
@@ -146,7 +147,6 @@ def torch_pipelining(
     times: Times, stages: int, micro_batches: int, steps: int, link: network.Shape, schedule: str, placement: str
 ) -> dict[str, Any]:
     """A schedule of torch.distributed.pipelining."""
-    import torch.distributed as dist
     from torch.distributed.pipelining import PipelineStage
     from torch.distributed.pipelining.schedules import get_schedule_class
 
@@ -176,8 +176,6 @@ def asynchronous(times: Times, stages: int, micro_batches: int, steps: int, link
     Weights change under the micro-batches that are under way, every `micro_batches` backward passes and without stashing
     (as in PipeMare and PACI): gradients are stale and computed with newer weights than their forwards.
     """
-    import torch.distributed as dist
-
     from ds_local.transport import Tag, make_end
 
     rank, total = dist.get_rank(), micro_batches * steps
@@ -256,6 +254,7 @@ def _run(step: Callable[[], Any], steps: int, times: Times, link: network.Shape)
         for _ in range(steps):
             step()
             ends.append(time.time())
+        dist.barrier()  # who is done first must not leave while others still expect it
         return {"ends": ends, "events": list(EVENTS)}
     unit = LiveTensors()
     stage = Stage(times)
@@ -266,6 +265,7 @@ def _run(step: Callable[[], Any], steps: int, times: Times, link: network.Shape)
         for _ in range(steps):
             step()
             ends.append(time.time())
+    dist.barrier()
     return {
         "ends": ends, "events": list(EVENTS), "live_bytes": live.peak, "unit_bytes": unit.peak, "rss_bytes": live.process_growth,
     }  # fmt: skip

@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -51,6 +52,20 @@ def load(paths: Iterable[Path]) -> list[Row]:
             raise ValueError(f"{path} was not written by --json: {error}") from error
         rows += found
     return rows
+
+
+def _merged(rows: Sequence[Row]) -> list[Row]:
+    """Repetitions of the same thing from several files, taken together; sorted by size."""
+    same: dict[str, Row] = {}
+    for row in rows:
+        key = json.dumps([row[name] for name in ("system", "schedule", "stages", "micro_batches", "link")])
+        times = same.get(key, {"repetitions": []})["repetitions"] + row["repetitions"]
+        ideal, middle = row["efficiency"] * row["step_seconds"], median(times)
+        same[key] = row | {
+            "repetitions": times, "step_seconds": middle, "efficiency": ideal / middle, "efficiency_lowest": ideal / max(times),
+            "efficiency_highest": ideal / min(times),
+        }  # fmt: skip
+    return sorted(same.values(), key=lambda row: (row["stages"], row["micro_batches"]))
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -99,17 +114,17 @@ def _efficiency(row: Row) -> str:
 
 
 def schedule_tables(rows: Sequence[Row]) -> list[str]:
-    rows = sorted(rows, key=lambda row: (row["stages"], row["micro_batches"]))
-    return [
-        pivot(
-            [r for r in rows if r["stages"] == stages],
-            name_of,
-            lambda r: f"M = {r['micro_batches']}",
-            _efficiency,
-            f"P = {stages}",
-        )
-        for stages in dict.fromkeys(row["stages"] for row in rows)
-    ]
+    place = list(map(name_of, rows))  # the order in which they ran
+    by_size = _merged(rows)
+    tables = []
+    for stages in dict.fromkeys(row["stages"] for row in by_size):
+        own = [row for row in by_size if row["stages"] == stages]
+        columns = list(dict.fromkeys(row["micro_batches"] for row in own))
+        own.sort(key=lambda row: place.index(name_of(row)))
+        cells = {(name_of(row), row["micro_batches"]): _efficiency(row) for row in own}
+        lines = [[name, *(cells.get((name, m), MISSING) for m in columns)] for name in dict.fromkeys(map(name_of, own))]
+        tables.append(grid([f"P = {stages}", *(f"M = {m}" for m in columns)], lines))
+    return tables
 
 
 def link_tables(rows: Sequence[Row]) -> list[str]:
@@ -242,8 +257,9 @@ def draw_bars(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = list(dict.fromkeys((r["stages"], r["micro_batches"]) for r in rows))
     names = list(dict.fromkeys(map(name_of, rows)))
+    rows = _merged(rows)
+    panels = list(dict.fromkeys((r["stages"], r["micro_batches"]) for r in rows))
     colors = dict(zip(dict.fromkeys(r["system"] for r in rows), ["#4c78a8", "#f2a541", "#72b7b2", "#e45756"], strict=False))
     figure, axes = plt.subplots(
         1, len(panels), squeeze=False, sharey=True, figsize=(2.5 + 2.6 * len(panels), 1 + 0.3 * len(names)), layout="constrained"
