@@ -399,7 +399,7 @@ def measure_edges(ranks: Sequence[Sequence[int]], timeout_seconds: float, megaby
             for way, a, b in (("small up", lower, lower + 1), ("small down", lower + 1, lower), ("large up", lower, lower + 1))
         ]
         if stage in (lower, lower + 1):
-            measured = _time_edge(stage == lower, *ends, megabytes)
+            measured = _time_edge(stage == lower, ends[0], ends[1], ends[2], megabytes)
             found += [{**measured, "lower": lower}] if measured else []
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (socket.gethostname(), found))
