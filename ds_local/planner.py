@@ -293,7 +293,7 @@ class Pricing:
         stages, wanted = price.layout.stages, price.layout.micro_batches
         rounds = 4 if work.sample.sends_gradients else 1
         shorter = [4 * rounds * -(-stages // 4), 4 * (rounds + 1) * -(-stages // 4)]  # mixes need multiples of 4
-        if wanted <= shorter[1] + 4:
+        if wanted <= shorter[1] or stages * wanted <= 1024:
             period = work.period(wanted)
         else:
             first, second = (work.period(count) for count in shorter)

@@ -44,7 +44,7 @@ def test_the_quick_timer_agrees_with_the_simulator(row):
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row != "data parallel"])
-def test_no_layout_is_faster_than_its_bound_and_long_steps_are_judged_as_well_as_short_ones(row):
+def test_no_layout_is_faster_than_its_bound(row):
     cluster = Cluster(1, 4, 1, 80, 1e-6, 1e-6)
     pricing = Pricing(even(), cluster, 40)
     price = pricing.price(Layout(4, 1, row, "", 1, 40))
@@ -52,7 +52,7 @@ def test_no_layout_is_faster_than_its_bound_and_long_steps_are_judged_as_well_as
     assert simulated.step_seconds >= price.step_seconds * (1 - 1e-9)
     costs = Costs(1.0, 1.0, 1.0, 0.0, link=8 * 10 * (8 * 4 + 4) / 1e3)
     exact = simulate(schedule_for(row, 4, 40), costs).steady_period
-    assert simulated.step_seconds == pytest.approx(exact, rel=0.02)
+    assert simulated.step_seconds == pytest.approx(exact, rel=1e-6)
 
 
 def test_a_data_parallel_step_by_hand():
@@ -122,7 +122,7 @@ def test_a_thousand_nodes_from_the_command_line():
     result = script(
         "plan.py", "--model", "configs/gpt2-xl.json", "--nodes", "1024", "--devices-per-node", "8", "--device-tflops", "140",
         "--memory-gib", "80", "--link-gbps", "100", "--intra-gbps", "2400", "--batch-tokens", "8388608", "--tokens", "1e12",
-        "--rows", "data parallel", "local", "backprop (1F1B)", "--heads", "shared, 1/4 of tokens",
+        "--rows", "data parallel", "local", "backprop (1F1B)", "--heads", "shared, 1/4 of tokens", timeout=240,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
     assert "layouts of 8192 devices" in result.stdout
