@@ -63,6 +63,22 @@ def test_torch_actions_become_a_schedule():
     assert timeline.busy == [6, 6]
 
 
+def test_tables_take_repetitions_of_several_runs_together():
+    row = {
+        "benchmark": "schedules",
+        "command": "c",
+        "machine": "m",
+        "system": "a",
+        "schedule": "b",
+        "stages": 2,
+        "micro_batches": 4,
+    }
+    row |= {"link": {}, "efficiency": 0.5, "step_seconds": 2.0, "repetitions": [2.0], "simulated_efficiency": 1.0}
+    row |= {"efficiency_lowest": 0.5, "efficiency_highest": 0.5}
+    faster = row | {"repetitions": [1.25, 1.0], "efficiency": 0.8, "step_seconds": 1.25}
+    assert "| a b | 80.0 (50-100) / 100 |" in report.markdown([row, faster])
+
+
 # --- runs -----------------------------------------------------------------------------------------------------------------
 
 
