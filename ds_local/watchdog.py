@@ -93,7 +93,7 @@ class Watchdog:
                 self._posted = long
             if long:
                 LOG.warning("%s", wait)
-            if self._rank == 0 and long and now - told > self._warn_seconds:
+            if self._rank == 0 and wait is not None and long and now - told > self._warn_seconds:
                 told = now
                 self._stopped.wait(self._warn_seconds / 2)  # the others look a little later
                 self._say(explain(self._all_waits() or {0: wait}))
