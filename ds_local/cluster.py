@@ -394,12 +394,12 @@ def measure_edges(ranks: Sequence[Sequence[int]], timeout_seconds: float, megaby
     stage = next(s for replica in ranks for s, rank in enumerate(replica) if rank == dist.get_rank())
     found = []
     for lower in range(len(ranks[0]) - 1):
-        ends = [
+        up, down, large = (
             make_end(f"{way} edge {lower} - {lower + 1}", stage, a, b, ranks, 4, timeout_seconds, torch.device("cpu"))
             for way, a, b in (("small up", lower, lower + 1), ("small down", lower + 1, lower), ("large up", lower, lower + 1))
-        ]
+        )
         if stage in (lower, lower + 1):
-            measured = _time_edge(stage == lower, ends[0], ends[1], ends[2], megabytes)
+            measured = _time_edge(stage == lower, up, down, large, megabytes)
             found += [{**measured, "lower": lower}] if measured else []
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (socket.gethostname(), found))

@@ -64,8 +64,11 @@ def launcher_without_its_hostfile() -> None:
     """A stand-in for the launcher, which DeepSpeed lets start on this machine alone."""
     with tempfile.TemporaryDirectory() as folder:
         launcher = Path(folder, "deepspeed")
-        launcher.write_text("read answer\n")
-        with subprocess.Popen(["sh", str(launcher), "--hostfile", "/nowhere/hostfile"], stdin=subprocess.PIPE) as process:
+        launcher.write_text("echo ready\nread answer\n")
+        command = ["sh", str(launcher), "--hostfile", "/nowhere/hostfile"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            if process.stdout is not None:
+                process.stdout.readline()  # its arguments can be read from now on
             cluster.check_surroundings({"RANK": "0"}, parent=process.pid)
 
 
