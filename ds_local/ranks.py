@@ -45,9 +45,7 @@ def _serve(rank: int, jobs: Any, results: Any, prepare: Callable[[int], None] | 
             return
         number, function, world_size, port, args, kwargs = job
         try:
-            os.environ.update(
-                WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port)
-            )
+            os.environ.update(WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port))
             results.put((number, rank, True, _run(function, args, kwargs)))
         except BaseException:
             results.put((number, rank, False, traceback.format_exc()))
