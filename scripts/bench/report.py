@@ -128,6 +128,8 @@ def schedule_tables(rows: Sequence[Row]) -> list[str]:
 
 
 def link_tables(rows: Sequence[Row]) -> list[str]:
+    rows = sorted(rows, key=lambda row: (row["link"]["c_over_f"], row["link"]["delay_seconds"]))
+
     def condition(row: Row) -> str:
         link = row["link"]
         delay = f"delay {1000 * link['delay_seconds']:g} ms"
