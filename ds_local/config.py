@@ -125,6 +125,8 @@ class LinkConfig(_Strict):
     """Messages a link holds before its sender waits; also the number of receives posted ahead."""
     warn_seconds: PositiveFloat = 60.0
     """A longer wait is reported, with who waits for whom."""
+    transfer: NonNegativeFloat = 0.0
+    """Time a message takes, in forwards of a stage, that the order of work should reckon with. Mixes need it on slow links."""
     timeout_seconds: PositiveFloat = 300.0
     """Longest wait for a neighbour. Must exceed the longest pause of any stage (compilation, a slow disk)."""
     codec: CodecName | tuple[CodecName, ...] = "none"
@@ -348,7 +350,8 @@ class LocalParallelConfig(Scheme):
 
     def schedule_at(self, step: int, num_stages: int, num_micro_batches: int) -> Schedule:
         """The schedule of one step, for all stages."""
-        return make_schedule(self.rows_at(step, num_stages * self.segments_per_stage, num_micro_batches), num_stages)
+        rows = self.rows_at(step, num_stages * self.segments_per_stage, num_micro_batches)
+        return make_schedule(rows, num_stages, self.link.transfer)
 
     def rows_at(self, step: int, num_segments: int, num_micro_batches: int) -> list[tuple[Routes, int]]:
         """(table, micro-batches that follow it) for one step."""

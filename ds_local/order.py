@@ -26,12 +26,13 @@ from ds_local.schedule import BACKWARD, FORWARD, Action, Schedule, unit_cost
 Mix = Sequence[tuple[Routes, int]]  # (row, how many micro-batches of the step follow it)
 
 
-def make_schedule(mix: Mix, num_stages: int) -> Schedule:
+def make_schedule(mix: Mix, num_stages: int, transfer: float = 0.0) -> Schedule:
     """Order one optimizer step.
 
     Args:
         mix: the rows of the step's micro-batches, those that should go first at the front.
         num_stages: the segments are dealt to the stages in order, evenly.
+        transfer: time from one stage to the next, in forwards, to be reckoned with.
 
     Raises:
         ValueError: when the rows disagree on the number of segments or it is not a multiple of `num_stages`.
@@ -43,11 +44,11 @@ def make_schedule(mix: Mix, num_stages: int) -> Schedule:
     name = " + ".join(f"{count} x {routes.mode}" for routes, count in mix) if len(mix) > 1 else mix[0][0].mode
     stage_of = tuple(segment * num_stages // num_segments for segment in range(num_segments))
     if len(mix) > 1 and num_stages < num_segments:
-        template = _ListScheduler(mix, tuple(range(num_segments)))
+        template = _ListScheduler(mix, tuple(range(num_segments)), transfer)
         template.run()
-        scheduler = _ListScheduler(mix, stage_of, template)
+        scheduler = _ListScheduler(mix, stage_of, transfer, template)
     else:
-        scheduler = _ListScheduler(mix, stage_of)
+        scheduler = _ListScheduler(mix, stage_of, transfer)
     scheduler.run()
     return Schedule(name, tuple(map(tuple, scheduler.order)), stage_of, tuple(mix[row][0] for row in scheduler.row_of))
 
@@ -55,8 +56,9 @@ def make_schedule(mix: Mix, num_stages: int) -> Schedule:
 class _ListScheduler:
     """One event-driven run. With a `template` it keeps that run's rows, memory bounds and order of sums."""
 
-    def __init__(self, mix: Mix, stage_of: tuple[int, ...], template: _ListScheduler | None = None) -> None:
+    def __init__(self, mix: Mix, stage_of: tuple[int, ...], transfer: float, template: _ListScheduler | None = None) -> None:
         self.mix = mix
+        self.transfer = transfer
         self.stage_of = stage_of
         self.mixed = len(mix) > 1
         num_segments, num_stages = len(stage_of), stage_of[-1] + 1
@@ -77,7 +79,8 @@ class _ListScheduler:
         self.readers: dict[tuple[int, int, int], list[Action]] = defaultdict(list)  # (segment, micro-batch, loss)
         self.ready: list[list[tuple]] = [[] for _ in range(num_stages)]  # heaps of passes whose inputs are there
         self.busy = [False] * num_stages
-        self.running: list[tuple[float, int, Action]] = []  # heap of (end, stage, action)
+        # heap of (time, is it the arrival of a result at the stage rather than the end of its computation?, stage, action)
+        self.events: list[tuple[float, bool, int, Action]] = []
 
     def run(self) -> None:
         now, free = 0.0, set(range(len(self.order)))
@@ -87,14 +90,24 @@ class _ListScheduler:
                 if action is not None:
                     self.order[stage].append(action)
                     self.busy[stage] = True
-                    heapq.heappush(self.running, (now + unit_cost(action), stage, action))
-            if not self.running:
+                    heapq.heappush(self.events, (now + unit_cost(action), False, stage, action))
+            if not self.events:
                 return
-            now, free = self.running[0][0], set()
-            while self.running and self.running[0][0] == now:
-                _, stage, action = heapq.heappop(self.running)
+            now, free = self.events[0][0], set()
+            while self.events and self.events[0][0] == now:
+                _, arrival, stage, action = heapq.heappop(self.events)
+                free.add(stage)
+                if arrival:
+                    self._deliver(action)
+                    continue
                 self.busy[stage] = False
-                free |= {stage, self._finish(action)}
+                self._finish(action)
+                target = self._target(action)
+                if target == stage or not self.transfer:
+                    self._deliver(action)
+                    free.add(target)
+                else:
+                    heapq.heappush(self.events, (now + self.transfer, True, target, action))
 
     def _most_urgent(self, stage: int) -> Action | None:
         if self.mixed:
@@ -169,8 +182,8 @@ class _ListScheduler:
         weights = [("weights", segment)] if action.kind == BACKWARD else []
         return weights + ([("head", segment)] if with_own_loss[:1] == [action.which] else [])
 
-    def _finish(self, action: Action) -> int:
-        """Book the end of `action`; returns the stage that gets its result (its own when nobody does)."""
+    def _finish(self, action: Action) -> None:
+        """Book the end of `action`."""
         kind, segment, micro_batch, _ = action
         row = self.row_of[micro_batch]
         passes = self.mix[row][0].passes[segment]
@@ -179,19 +192,30 @@ class _ListScheduler:
             self.live[segment][row] -= not passes
             for which, one in enumerate(passes):
                 self._plan(Action.of_pass(one, segment, micro_batch, which), [loss for loss, _ in one.reads if loss != segment])
-            if segment + 1 == len(self.stage_of):
-                return self.stage_of[segment]
-            self.inputs_there[segment + 1] += 1
-            return self.stage_of[segment + 1]
-        self.passes_left[segment, micro_batch] -= 1
-        self.live[segment][row] -= not self.passes_left[segment, micro_batch]
-        loss = passes[action.which].sends
-        if loss is None:
-            return self.stage_of[segment]
-        for reader in self.readers.pop((segment - 1, micro_batch, loss)):
-            self.missing[reader] -= 1
-            self._enlist(reader)
-        return self.stage_of[segment - 1]
+        else:
+            self.passes_left[segment, micro_batch] -= 1
+            self.live[segment][row] -= not self.passes_left[segment, micro_batch]
+
+    def _target(self, action: Action) -> int:
+        """The stage that gets the result of `action`; its own when nobody does."""
+        if action.kind == FORWARD:
+            return self.stage_of[min(action.segment + 1, len(self.stage_of) - 1)]
+        return self.stage_of[action.segment - (self._sent(action) is not None)]
+
+    def _sent(self, action: Action) -> int | None:
+        return self.mix[self.row_of[action.micro_batch]][0].passes[action.segment][action.which].sends
+
+    def _deliver(self, action: Action) -> None:
+        """The result of `action` is where it is needed."""
+        if action.kind == FORWARD:
+            if action.segment + 1 < len(self.stage_of):
+                self.inputs_there[action.segment + 1] += 1
+            return
+        loss = self._sent(action)
+        if loss is not None:
+            for reader in self.readers.pop((action.segment - 1, action.micro_batch, loss)):
+                self.missing[reader] -= 1
+                self._enlist(reader)
 
     def _plan(self, action: Action, losses_from_above: list[int]) -> None:
         self.missing[action] = len(losses_from_above)

@@ -32,6 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--combine", choices=["sum", "mean"], default="sum", help="of overlapping")
     add("--backprop-micro-batches", type=int, default=0, help="micro-batches of the step that run real backpropagation")
     add("--segments-per-stage", type=int, default=1)
+    add("--transfer", type=float, default=0.0, help="time of a message, in forwards, that the order should reckon with")
     add("--compare", nargs="*", default=[], choices=[*MODES, *PEERS], help="schedules to show beside it")
     costs = parser.add_argument_group("times per segment and micro-batch, in any unit")
     costs.add_argument("--forward", type=float, default=1.0)
@@ -64,7 +65,8 @@ def build(mode: str, args: argparse.Namespace, main: bool) -> list[Schedule]:
     period = (window or 2) if mode == "shifted_chunked" else 1
     rows = [make_routes(mode, segments, window, combine, step=step) for step in range(period)]
     true = make_routes("backprop", segments)
-    return [make_schedule([(true, backprop), (row, args.micro_batches - backprop)], args.stages) for row in rows]
+    mixes = [[(true, backprop), (row, args.micro_batches - backprop)] for row in rows]
+    return [make_schedule(mix, args.stages, args.transfer) for mix in mixes]
 
 
 def costs_for(schedule: Schedule, args: argparse.Namespace) -> Costs:

@@ -172,7 +172,7 @@ def random_case(rng):
 def test_no_deadlock_and_no_wrong_route(seed):
     rng = random.Random(seed)
     parts, stages = random_case(rng)
-    schedule = make_schedule(parts, stages)
+    schedule = make_schedule(parts, stages, transfer=rng.choice([0, 0, 0.5, 1, 3]))
     validate(schedule, 4)  # the default depth
     for depth in (1, 2, 3):  # a shorter link either works or is refused; it never hangs
         with contextlib.suppress(ScheduleError):
@@ -224,14 +224,14 @@ def test_sums_are_taken_in_the_same_order_on_any_number_of_stages(seed):
         (make_routes(rng.choice(["backprop", "interlocking", "chunked"]), segments), rng.randint(1, 5)),
         (make_routes("local", segments), rng.randint(1, 5)),
     ]
-    orders = []
+    orders, transfer = [], rng.choice([0, 1])
     for stages in (1, 2, 4):
-        schedule = make_schedule(parts, stages)
+        schedule = make_schedule(parts, stages, transfer)
         validate(schedule, 4)
         orders.append(
             [[a.micro_batch for a in schedule.actions() if a.segment == s and a.kind == BACKWARD] for s in range(segments)]
         )
-        assert schedule.rows == make_schedule(parts, 4).rows
+        assert schedule.rows == make_schedule(parts, 4, transfer).rows
     assert orders[0] == orders[1] == orders[2]
 
 

@@ -100,6 +100,16 @@ def test_command_line(tmp_path):
     assert json.loads((tmp_path / "b.json").read_text())["makespan"] == 27
 
 
+@pytest.mark.parametrize(("stages", "micro_batches", "backprop"), [(4, 8, 1), (4, 8, 2), (4, 16, 4), (8, 16, 2)])
+def test_an_order_that_reckons_with_the_link_hides_it(stages, micro_batches, backprop):
+    """A message takes as long as a forward. Planned for free links, the gradients come too late in every step."""
+    mix = [(make_routes("backprop", stages), backprop), (make_routes("local", stages), micro_batches - backprop)]
+    blind, seeing = (simulate(make_schedule(mix, stages, transfer), Costs(link=1.0)) for transfer in (0.0, 1.0))
+    assert seeing.steady_period == 3 * micro_batches
+    assert blind.steady_period > 1.1 * seeing.steady_period
+    assert max(seeing.schedule.peak_live) == max(blind.schedule.peak_live)
+
+
 def test_command_line_with_a_model(tmp_path):
     small, config = tmp_path / "config.json", tmp_path / "ds_config.json"
     small.write_text(json.dumps({"model_type": "gpt2"}))

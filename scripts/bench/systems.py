@@ -48,10 +48,10 @@ class System:
         return simulate(schedule, Costs(forward, input_grad, weight_grad, times.useful * self.head, link_seconds), depth)
 
 
-def _mixed(share: int) -> Callable[[int, int], dict[str, Any]]:
+def _mixed(share: int, link: dict[str, Any] | None = None) -> Callable[[int, int], dict[str, Any]]:
     def section(stages: int, micro_batches: int) -> dict[str, Any]:
         true = {"mode": "backprop", "micro_batches": max(1, micro_batches // share)}
-        return {"mix": [true, {"mode": "local"}]}
+        return {"mix": [true, {"mode": "local"}], "link": link or {}}
 
     return section
 
@@ -114,6 +114,7 @@ SYSTEMS: tuple[System, ...] = (
     _ours("local, head 30 %", _row("local"), head=0.30),
     _ours("mixed 1/8", _mixed(8), least=lambda stages: 8),
     _ours("mixed 1/4", _mixed(4), least=lambda stages: 4),
+    _ours("mixed 1/4, transfer 1", _mixed(4, {"transfer": 1.0}), least=lambda stages: 4),
     _ours("chunked 2", _row("chunked", window=2)),
     _ours("interlocking 2", _row("interlocking", window=2)),
     _ours("overlapping 2", _row("overlapping", window=2)),
