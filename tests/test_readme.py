@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import lru_cache
 
 import pytest
 from launch import BIN, ROOT, environment
@@ -50,11 +51,15 @@ def test_options_in_commands_exist(page):
     """Every option after `scripts/x.py` in a code block is one that the script knows."""
     text = page.read_text().replace("\\\n", " ")
     for script, rest in re.findall(r"(?:python|deepspeed[^\n]*?) (scripts/\w+\.py)([^\n`]*)", text):
-        known = subprocess.run(
-            [sys.executable, ROOT / script, "--help"], check=False, cwd=ROOT, capture_output=True, text=True, timeout=120
-        ).stdout
+        known = help_of(script)
         for option in re.findall(r"(--[\w-]+)", rest):
             assert option in known or script == "scripts/benchmark.py", f"{script} has no {option}"
+
+
+@lru_cache
+def help_of(script):
+    command = [sys.executable, ROOT / script, "--help"]
+    return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
 
 
 def test_the_configuration_page_is_up_to_date():

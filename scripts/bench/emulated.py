@@ -109,6 +109,7 @@ def loss_fn(hidden: Tensor, labels: Tensor) -> Tensor:
 def ds_local(times: Times, stages: int, micro_batches: int, steps: int, link: network.Shape, section: dict) -> dict[str, Any]:
     """This package with any `local_parallel` section."""
     import ds_local as package
+    from ds_local.transport import Receiver
 
     config = _config(micro_batches) | {"local_parallel": section}
     module = package.LocalPipelineModule(
@@ -117,7 +118,7 @@ def ds_local(times: Times, stages: int, micro_batches: int, steps: int, link: ne
     engine = package.initialize(model=module, config=config)[0]
     data = _data(times, micro_batches * steps)
     result = _run(lambda: engine.train_batch(data), steps, times, link)
-    sizes = [end.message_bytes * end.depth for end in engine._links() if hasattr(end, "device")]
+    sizes = [end.message_bytes * end.depth for end in engine._links() if isinstance(end, Receiver)]
     return result | {"posted_bytes": sum(sizes)}
 
 
