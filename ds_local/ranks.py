@@ -39,6 +39,7 @@ def _serve(rank: int, jobs: Any, results: Any, prepare: Callable[[int], None] | 
     import torch
 
     torch.set_num_threads(1)
+    frozen = False
     while True:
         job = jobs.get()
         if job is None:
@@ -49,7 +50,11 @@ def _serve(rank: int, jobs: Any, results: Any, prepare: Callable[[int], None] | 
             results.put((number, rank, True, _run(function, args, kwargs)))
         except BaseException:
             results.put((number, rank, False, traceback.format_exc()))
-        gc.collect()  # every process group has a thread that wakes a hundred times a second, as long as anybody refers to it
+        # every process group has a thread that wakes a hundred times a second, as long as anybody refers to it
+        gc.collect()
+        if not frozen:
+            gc.freeze()  # what has been imported need not be looked through again
+            frozen = True
 
 
 def _run(function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
@@ -64,7 +69,6 @@ def _run(function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
             return function(*args, **kwargs)
         finally:
             end_processes()
-            gc.unfreeze()  # DeepSpeed keeps what it has made out of the collector's sight
             for descriptor, copy in zip((1, 2), saved, strict=True):
                 os.dup2(copy, descriptor)
                 os.close(copy)

@@ -67,9 +67,8 @@ def train(args: Namespace) -> None:
         facts = cluster.own_facts([config, blocks.config_dict(hf_config), args.max_steps], args.data)
         cluster.check_start(facts, neighbours, section.layout.start_timeout_seconds)
 
-    interval = config.get("activation_checkpointing", {}).get("interval", 0)
     weights = None if args.from_scratch or args.resume else find_weights(args.model)
-    model = causal_lm(hf_config, stages, config, data.seq_len, activation_checkpoint_interval=interval, weights=weights)
+    model = causal_lm(hf_config, stages, config, data.seq_len, weights=weights)
     engine = initialize(model=model, config=config)[0]
     if args.resume:
         engine.load_checkpoint(str(run / "checkpoints"))

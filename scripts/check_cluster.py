@@ -117,7 +117,7 @@ def check_memory(model: str, config: dict[str, Any], stages: int, replicas: int)
     if needed > smallest:
         raise ClusterError(
             f"the fullest stage needs about {needed:.1f} GiB but a device of {host} has {smallest:.1f}; use more stages, a "
-            "smaller train_micro_batch_size_per_gpu, or activation_checkpointing"
+            "smaller train_micro_batch_size_per_gpu, or pipeline.activation_checkpoint_interval"
         )
     return f"memory: about {needed:.1f} of {smallest:.1f} GiB on the fullest device"
 

@@ -5,6 +5,7 @@ python scripts/config_reference.py
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ HEADER = """# Configuration
 
 <!-- written by `python scripts/config_reference.py` from ds_local/config.py; change the docstrings there -->
 
-Everything is in `ds_config.json`. DeepSpeed's own keys mean what they mean in DeepSpeed; what a pipeline of DeepSpeed 0.19 cannot
-do correctly is refused at start with the reason. Our section is `"local_parallel"`; a key it does not know is an error that names
+How a model is trained is in `ds_config.json`; what is trained, and where to, is on the command line
+([migrating](migrating.md)). DeepSpeed's own keys mean what they mean in DeepSpeed; what a pipeline of DeepSpeed 0.19 cannot do
+correctly is refused at start with the reason. Our section is `"local_parallel"`; a key it does not know is an error that names
 the nearest one. K is the number of segments: stages x segments_per_stage.
 """
 
@@ -45,11 +47,15 @@ def type_name(info: FieldInfo) -> str:
     for word in ("typing.", "ds_local.config.", "Annotated", "NoneType", "None"):
         text = text.replace(word, "")
     if "Literal" in text:
-        return " or ".join(f"`{value!r}`".replace("'", '"') for value in _choices(info.annotation))
+        choices = " or ".join(f"`{value!r}`".replace("'", '"') for value in dict.fromkeys(_choices(info.annotation)))
+        also = "" if "tuple" not in text else "list of " if text.startswith("tuple") else ", or a list of these"
+        return f"{also}{choices}" if also == "list of " else f"{choices}{also}"
     if config._models_in(info.annotation):
         return "list of objects" if "tuple" in text else "object"
     kinds = [word for word in ("int", "float", "str", "bool") if word in text]
-    return ("list of " if "tuple" in text else "") + " or ".join(kinds) + (" or int" if text.startswith("int | tuple") else "")
+    kind = " or ".join(kinds)
+    single = "tuple" in text and not text.startswith("tuple") and info.default is not None
+    return f"{kind} or list of {kind}" if single else f"list of {kind}" if "tuple" in text else kind
 
 
 def _choices(annotation: Any) -> list[Any]:
@@ -60,7 +66,7 @@ def _choices(annotation: Any) -> list[Any]:
 def default_of(info: FieldInfo) -> str:
     if info.default is None or info.default is PydanticUndefined or isinstance(info.default, BaseModel):
         return ""
-    return f"`{str(info.default).lower() if isinstance(info.default, bool) else repr(info.default)}`".replace("'", '"')
+    return f"`{json.dumps(info.default)}`"
 
 
 def reference() -> str:
