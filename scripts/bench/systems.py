@@ -24,7 +24,7 @@ class System:
     schedule: str
     run: Callable[..., dict[str, Any]]  # a function of `emulated`
     arguments: Callable[[int, int], tuple]  # of (stages, micro-batches): what `run` takes besides the common ones
-    theory: Callable[[int, int, Any], Schedule | None]  # of (stages, micro-batches, what rank 0 returned)
+    theory: Callable[[int, int, Any], Schedule | list[Schedule] | None]  # of (stages, micro-batches, what rank 0 returned)
     least: Callable[[int], int] = lambda stages: 1  # of stages: fewest micro-batches
     pieces: int = 1  # of a stage
     head: float = 0.0  # cost of an auxiliary head, as a share of a stage's useful time
@@ -57,9 +57,8 @@ def _mixed(share: int, link: dict[str, Any] | None = None) -> Callable[[int, int
 
 
 def _ours(schedule: str, section: Callable[[int, int], dict[str, Any]], **settings: Any) -> System:
-    def theory(stages: int, micro_batches: int, seen: Any) -> Schedule:
-        config = local_parallel({"local_parallel": section(stages, micro_batches)})
-        return config.schedule_at(0, stages, micro_batches)
+    def theory(stages: int, micro_batches: int, seen: Any) -> list[Schedule]:
+        return local_parallel({"local_parallel": section(stages, micro_batches)}).distinct_schedules(stages, micro_batches)
 
     return System("ds_local", schedule, emulated.ds_local, lambda s, m: (section(s, m),), theory, **settings)
 
@@ -116,7 +115,9 @@ SYSTEMS: tuple[System, ...] = (
     _ours("mixed 1/4", _mixed(4), least=lambda stages: 4),
     _ours("mixed 1/4, transfer 1", _mixed(4, {"transfer": 1.0}), least=lambda stages: 4),
     _ours("chunked 2", _row("chunked", window=2)),
+    _ours("shifted chunks 2", _row("shifted_chunked", window=2)),
     _ours("interlocking 2", _row("interlocking", window=2)),
+    _ours("interlocking 3", lambda stages, _: {"mode": "interlocking", "window": min(3, stages)}),
     _ours("overlapping 2", _row("overlapping", window=2)),
     _ours("backprop", _row("backprop")),
     System("deepspeed", "1F1B", emulated.deepspeed, lambda s, m: (False,), _flushed),

@@ -101,6 +101,22 @@ def test_the_model_generates_text(run):
     assert "abc" in result.stdout
 
 
+def test_a_profile_predicts_and_a_trace_shows_every_stage(inputs, tmp_path):
+    folder = tmp_path / "run"
+    result = launch({**inputs, "--output": str(folder), "--max-steps": "6"}, "--profile")
+    assert result.returncode == 0, result.stdout
+    profile = json.loads((folder / "profile.json").read_text())
+    assert all(seconds > 0 for part in ("forward", "weight_grad", "head") for seconds in profile["costs"][part])
+    assert all(seconds > 0 for seconds in profile["measured"]["step_seconds"])
+    events = [event for event in json.loads((folder / "trace.json").read_text())["traceEvents"] if event["ph"] == "X"]
+    assert {event["tid"] for event in events} == {0, 1}
+    assert {"ForwardPass", "GradientPass", "OptimizerStep", "SendActivation"} <= {event["name"] for event in events}
+    shown = script("simulate.py", "--stages", "2", "--micro-batches", "4", "--mode", "local", "--json", "-",
+                   "--profile", str(folder / "profile.json"))  # fmt: skip
+    assert shown.returncode == 0, shown.stdout
+    assert json.loads(shown.stdout)["steady_period"] > 0
+
+
 def test_summarize_shows_the_table_again(run):
     result = script("summarize.py", str(run[0]))
     assert result.returncode == 0
