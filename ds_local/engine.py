@@ -44,7 +44,7 @@ from ds_local.metrics import Reports, monitor_listener
 from ds_local.module import LocalPipelineModule
 from ds_local.notices import first_failure, post_notice, read_notice, report_failure
 from ds_local.profiling import Recorder
-from ds_local.replacements import SafeCheckpointEngine, StageLocal
+from ds_local.replacements import ENGINES, SafeCheckpointEngine, StageLocal
 from ds_local.replicas import Together
 from ds_local.schedule import Link, Schedule, validate
 from ds_local.seeds import seeded
@@ -77,6 +77,7 @@ class LocalPipelineEngine(PipelineEngine):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        ENGINES.add(self)
         self.section = self.module.section
         self.num_segments = self.module.num_segments
         self.replica_id = self.grid.get_data_parallel_id()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 import deepspeed
 import torch
@@ -24,8 +25,14 @@ def start_processes() -> None:
     deepspeed.init_distributed()
 
 
+ENGINES: WeakSet[Any] = WeakSet()  # of this process
+
+
 def end_processes() -> None:
     """Leave the process group, so that this process may join another one."""
+    for engine in list(ENGINES):
+        engine.destroy()  # hooks of DeepSpeed's bf16 and ZeRO optimizers would keep it, and the threads of its links, for ever
+    ENGINES.clear()
     if torch.distributed.is_initialized():
         deepspeed.comm.destroy_process_group()
     deepspeed.comm.comm.cdb = None
