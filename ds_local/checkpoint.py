@@ -15,10 +15,13 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
+from ds_local.config import LocalParallelConfig
 
 FACTS = "ds_local.json"
 FORMAT = 1
@@ -75,6 +78,17 @@ def read_facts(checkpoint: str | Path) -> dict[str, Any]:
     return facts
 
 
+def layout(facts: Mapping[str, Any]) -> str:
+    """What an optimizer's state depends on."""
+    section, num_segments = LocalParallelConfig.model_validate(facts["local_parallel"]), len(facts["segment_parts"]) - 1
+    head = section.head.model_dump(mode="json", include={"blocks", "blocks_from", "readout", "rank", "temperature"})
+    return (
+        f"segment parts {facts['segment_parts']} on {facts['num_stages']} stages x {facts['num_replicas']} replicas, "
+        f"heads at {sorted(section.head_segments(num_segments))} with {head}"
+        + (", learning rates by segment" if section.scales_learning_rates else "")
+    )
+
+
 def begin(folder: str | Path, tag: str) -> str:
     """The temporary tag to write under; leftovers of an earlier attempt are removed. A collective call."""
     partial = f"{tag}.partial"
@@ -91,6 +105,7 @@ def commit(folder: str | Path, partial: str, tag: str, facts: dict[str, Any], sa
     if dist.get_rank() == _leader(Path(folder)):
         _write_whole(written / FACTS, json.dumps({"format": FORMAT, **facts, "files": sums}, indent=1) + "\n")
         old = final.with_name(f"{tag}.old")
+        shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             final.rename(old)
         written.rename(final)
@@ -111,10 +126,11 @@ def verify(checkpoint: str | Path) -> dict[str, Any]:
     """
     facts = read_facts(checkpoint)
     expected = facts["files"]
-    missing = [name for name in expected if not Path(checkpoint, name).is_file()]
+    # hosts without a common folder have a part of the files each
+    found = _checksums(Path(checkpoint), sorted(name for name in expected if Path(checkpoint, name).is_file()))
+    missing = sorted(expected.keys() - found.keys())
     if missing:
         raise CheckpointError(f"{checkpoint} is missing {', '.join(missing)}; use another checkpoint")
-    found = _checksums(Path(checkpoint), sorted(expected))
     damaged = [name for name in expected if list(found[name]) != list(expected[name])]
     if damaged:
         raise CheckpointError(
@@ -138,7 +154,7 @@ def check_file(checkpoint: str | Path, facts: dict[str, Any], name: str) -> None
 
 def _checksums(folder: Path, names: list[str] | None = None) -> dict[str, tuple[int, str]]:
     """name -> (bytes, SHA-256) of the files in a folder, each taken by one of the ranks that see it."""
-    listing = names or sorted(p.name for p in folder.iterdir() if p.is_file())
+    listing = names if names is not None else sorted(p.name for p in folder.iterdir() if p.is_file())
     rank, seen = 0, [listing]
     if dist.is_initialized():
         rank, seen = dist.get_rank(), [[] for _ in range(dist.get_world_size())]

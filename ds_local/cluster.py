@@ -113,10 +113,14 @@ def stale_lock() -> Path | None:
 
 def own_address() -> str:
     """The address at which other ranks will look for this one: that of GLOO_SOCKET_IFNAME, or of the host's name."""
-    name = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    wanted = os.environ.get("GLOO_SOCKET_IFNAME", "").removeprefix("=").split(",")[0]
+    name = next((name for _, name in socket.if_nameindex() if wanted and name.startswith(wanted)), "")
     if name:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-            packed = fcntl.ioctl(s.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+                packed = fcntl.ioctl(s.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
+        except OSError as error:
+            raise ClusterError(f"GLOO_SOCKET_IFNAME names {name}, which has no address: {error.strerror}") from error
         return socket.inet_ntoa(packed[20:24])
     try:
         return socket.gethostbyname(socket.gethostname())

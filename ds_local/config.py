@@ -526,6 +526,9 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.8)
             if close:
                 raise ConfigError(f"{key!r} is not a DeepSpeed key; did you mean {close[0]!r}?")
+    for key in ("bf16", "bfloat16", "zero_optimization", "pipeline", SECTION):
+        if not isinstance(config.get(key, {}), Mapping):
+            raise ConfigError(f"{key} must be an object with keys of its own, got {config[key]!r}")
     for key, (kind, least) in _NUMBERS.items():
         value = config.get(key)
         if value is None:

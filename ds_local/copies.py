@@ -47,9 +47,9 @@ def refresh_delay(num_segments: int, num_micro_batches: int, link_depth: int) ->
     return 1 + math.ceil((num_segments - 1) * 2 * link_depth / num_micro_batches)
 
 
-def copies_file(segment: int) -> str:
+def copies_file(segment: int, replica: int) -> str:
     """Name of the checkpoint file with the weights that are on their way to a segment's head."""
-    return f"copies_{segment:02d}-model_states.pt"
+    return f"copies_{segment:02d}-replica_{replica:02d}-model_states.pt"
 
 
 class Copies:
@@ -126,26 +126,22 @@ class Copies:
                 if due > 0 and due % self.every == 0:
                     self._pending[copy, due] = self._arrived(copy, due)
 
-    def save(self, folder: str | Path, step: int, write: bool) -> None:
-        """Keep what is on its way after `step` steps, in a file for each target. Loses nothing that has been sent.
-
-        Args:
-            write: only one replica need do so.
-        """
+    def save(self, folder: str | Path, step: int, replica: int) -> None:
+        """Keep what is on its way after `step` steps, in a file for each target. Loses nothing that has been sent."""
         self.collect(step)
         states: dict[int, dict[str, Tensor]] = {}
         for (copy, due), tensors in self._pending.items():
             states.setdefault(copy.target, {}).update({f"{copy.kind}.{due}.{i}": tensor for i, tensor in enumerate(tensors)})
-        for target, state in states.items() if write else ():
+        for target, state in states.items():
             Path(folder).mkdir(parents=True, exist_ok=True)
-            torch.save(state, Path(folder, copies_file(target)))
+            torch.save(state, Path(folder, copies_file(target, replica)))
 
-    def load(self, folder: str | Path | None, step: int) -> None:
+    def load(self, folder: str | Path | None, step: int, replica: int) -> None:
         """Go on after `step` steps with what was on its way in a checkpoint, if any."""
         self._first_step = step
         self._pending = {}
         for copy in self._in:
-            path = Path(folder or "", copies_file(copy.target))
+            path = Path(folder or "", copies_file(copy.target, replica))
             if folder is not None and path.is_file():
                 for name, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
                     kind, due, _ = name.split(".")

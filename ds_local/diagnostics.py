@@ -27,8 +27,9 @@ def probe_schedules(section: LocalParallelConfig, num_stages: int) -> list[Sched
     """One micro-batch of the run's first row that is not backpropagation, and one of backpropagation."""
     num_segments = num_stages * section.segments_per_stage
     true = make_routes("backprop", num_segments)
-    rows: Iterator[Routes] = (routes for step in section.distinct_steps() for routes, _ in section.rows_at(step, num_segments, 1))
-    local = next((routes for routes in rows if routes.weights != true.weights), true)
+    rows = (row for _, scheme in section.schemes() for row in scheme.mix or [scheme])
+    tables: Iterator[Routes] = (row.routes(num_segments) for row in rows)
+    local = next((routes for routes in tables if routes.weights != true.weights), true)
     return [make_schedule([(routes, 1)], num_stages) for routes in (local, true)]
 
 
@@ -72,6 +73,8 @@ def _gradients(engine: Any, schedule: Schedule, micro_batch: Any, keep: Callable
 def _spectrum(hidden: Any) -> dict[str, float]:
     """Mean norm per token; effective rank: the exponential of the singular values' entropy (Roy and Vetterli 2007)."""
     matrix = (hidden if isinstance(hidden, Tensor) else hidden[0]).detach().float().flatten(0, -2)
+    if not torch.isfinite(matrix).all():
+        return {"activation_norm": math.nan, "activation_rank": math.nan}
     values = torch.linalg.svdvals(matrix - matrix.mean(0))
     shares = values / values.sum().clamp(min=1e-30)
     entropy = -(shares * shares.clamp(min=1e-30).log()).sum().item()

@@ -48,6 +48,7 @@ from ds_local.replacements import ENGINES, SafeCheckpointEngine, StageLocal
 from ds_local.replicas import Together
 from ds_local.schedule import Link, Schedule, validate
 from ds_local.seeds import seeded
+from ds_local.subnets import saved_scaling
 from ds_local.tensors import combine, floating, map_tensors, narrow, pack, split_batch, to_device, unpack, widen
 from ds_local.transport import End, Sender, Tag, TransportError, make_end
 
@@ -286,7 +287,11 @@ class LocalPipelineEngine(PipelineEngine):
     def _explained(self, error: BaseException) -> BaseException:
         """A collective that broke does not say with whom; among replicas we can."""
         text = str(error)
-        if not isinstance(error, RuntimeError) or not any(word in text for word in ("gloo/transport", "NCCL", "ProcessGroup")):
+        if (
+            isinstance(error, TransportError)
+            or not isinstance(error, RuntimeError)
+            or not any(word in text for word in ("gloo/transport", "NCCL", "ProcessGroup"))
+        ):
             return error
         others = ", ".join(f"rank {rank}" for rank in self.grid.dp_group if rank != self.global_rank)
         return TransportError(
@@ -339,7 +344,7 @@ class LocalPipelineEngine(PipelineEngine):
         tag = checkpoint.checked_tag(str(tag or f"global_step{self.global_steps}"))
         with self._failures_reported():
             partial = checkpoint.begin(save_dir, tag)
-            self.copies.save(os.path.join(save_dir, partial), self.global_steps, write=self.replica_id == 0)
+            self.copies.save(os.path.join(save_dir, partial), self.global_steps, self.replica_id)
             self.replicas.save(os.path.join(save_dir, partial))
             with self.replicas.whole(moments=True):
                 super().save_checkpoint(save_dir, partial, client_state or {}, False, exclude_frozen_parameters)
@@ -365,9 +370,15 @@ class LocalPipelineEngine(PipelineEngine):
         tag = checkpoint.checked_tag(tag) if tag else checkpoint.latest_tag(load_dir)
         facts = checkpoint.verify(os.path.join(load_dir, tag))
         with_optimizer = load_optimizer_states and not load_module_only
-        saved, own = _layout(facts), _layout(self._facts())
+        saved, own = checkpoint.layout(facts), checkpoint.layout(self._facts())
         if with_optimizer and saved != own:
             raise CheckpointError(f"{load_dir}/{tag} has {saved}, this run has {own}; keep the layout, or load weights only")
+        scalings = [saved_scaling(f["local_parallel"], f["num_replicas"]) for f in (facts, self._facts())]
+        if scalings[0] != scalings[1]:
+            raise CheckpointError(
+                f"{load_dir}/{tag} is of a merged model with the factor {scalings[0][0]:g} on its dealt-out parts, this run "
+                f"gives them {scalings[1][0]:g}; keep replicas and their number, or export it and start from that folder"
+            )
         self.copies.collect(self.global_steps)
         self.replicas.before_load()
         # DeepSpeed 0.19 writes the bf16 optimizer's shards to ZeRO files even without ZeRO, but does not look for them there
@@ -379,7 +390,7 @@ class LocalPipelineEngine(PipelineEngine):
         if unlooked_for:
             self._load_zero_checkpoint(load_dir, tag)
         self.replicas.load(os.path.join(load_dir, tag) if with_optimizer else None, facts)
-        self.copies.load(os.path.join(load_dir, tag) if with_optimizer else None, self.global_steps)
+        self.copies.load(os.path.join(load_dir, tag) if with_optimizer else None, self.global_steps, self.replica_id)
         return path, client_state
 
     def _facts(self) -> dict[str, Any]:
@@ -581,8 +592,3 @@ class LocalPipelineEngine(PipelineEngine):
         SendGrad: _exec_send_grad,
         ReduceGrads: _exec_reduce_grads,
     }
-
-
-def _layout(facts: Mapping[str, Any]) -> str:
-    """What an optimizer's state depends on."""
-    return f"segment parts {facts['segment_parts']} on {facts['num_stages']} stages x {facts['num_replicas']} replicas"

@@ -55,7 +55,7 @@ def unit_times(profile: str | Path) -> UnitCosts:
         measured = [seconds for seconds in costs["head"][:-1] if seconds]
         heads = [seconds or (mean(measured) if measured else 0.0) for seconds in costs["head"][:-1]]
         return UnitCosts(sum(whole) / sum(sizes), costs["head"][-1], heads)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, IndexError, ZeroDivisionError, ValueError) as error:
         raise ConfigError(
             f"local_parallel.partition names {profile}, which is no profile written by scripts/train.py --profile: {error}"
         ) from error

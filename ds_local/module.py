@@ -175,7 +175,7 @@ class LocalPipelineModule(PipelineModule):
         layers = self.layers_of(segment)
         if self._computes_own_loss(segment):
             layers = layers[:-1]
-        interval = self.activation_checkpoint_interval or len(layers)
+        interval = self.activation_checkpoint_interval or max(1, len(layers))
         for start in range(0, len(layers), interval):
             run = partial(_apply, layers[start : start + interval])
             if self.activation_checkpoint_interval and torch.is_grad_enabled():
@@ -297,7 +297,7 @@ def causal_lm(
             f"{stages} stages x {section.segments_per_stage} segments need at least {num_segments} blocks, "
             f"the model has {depth}; lower num_stages or use a deeper model"
         )
-    check_cut(hf_config, section.replicas, _world_size() // stages)
+    check_cut(hf_config, section.replicas, _world_size() // stages, pretrained is not None)
     longest = blocks.num_positions(hf_config)
     if seq_len is not None and seq_len > longest:
         raise ConfigError(

@@ -472,7 +472,7 @@ def expected_memory(hf_config: Any, config: Mapping[str, Any], stages: int, repl
     rows = {of.get("mode", "mixed"): row for row, of in ROWS.items() if isinstance(of, dict)}
     row = "data parallel" if stages == 1 else rows.get("mixed" if scheme.mix else scheme.mode, "local")
     heads = "" if not has_heads(row) else "shared, 1/4 of tokens" if section.head.readout == "shared" else "full"
-    itemsize = 2 if config.get("bf16", {}).get("enabled") else 4
+    itemsize = 2 if config.get("bf16", config.get("bfloat16", {})).get("enabled") else 4
     recompute = bool(config.get("pipeline", {}).get("activation_checkpoint_interval"))
     layout = Layout(stages, replicas, row, heads, micro_batch, micro_batches, section.layout.stages, recompute)
     unlimited = Cluster(1, stages * replicas, tflops=1, memory_gib=math.inf, link_gbps=1, intra_gbps=1)

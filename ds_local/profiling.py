@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ds_local.tensors import to_device
 from ds_local.transport import Tag
 
 KEPT = 20_000  # instructions
@@ -56,6 +57,7 @@ def measure(engine: Any, inputs: Any) -> dict[str, list[float]]:
         The costs of all segments on every rank, in the form of `simulator.Costs`.
     """
     own: dict[str, dict[int, float]] = {}
+    inputs = None if inputs is None else tuple(to_device(part, engine.device) for part in inputs)
     inputs_of = {}
     for stage in range(engine.num_stages):
         for segment in engine.module.local_segments if engine.stage_id == stage else ():

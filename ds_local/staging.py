@@ -8,6 +8,7 @@ torch's documented rules for streams but have not been run on a GPU yet; tested 
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -79,4 +80,8 @@ class Departure:
 
     def wait(self, limit: timedelta) -> None:
         """Raises TimeoutError or RuntimeError."""
-        self._future.result(limit.total_seconds()).wait(limit)
+        try:
+            work = self._future.result(limit.total_seconds())
+        except concurrent.futures.TimeoutError as error:  # another class than the builtin before Python 3.11
+            raise TimeoutError from error
+        work.wait(limit)

@@ -63,7 +63,12 @@ def initialize(
         # the hand-over from bf16 to fp32 gradients must happen in every pass, on every stage: as a hook of the parameters
         config_class.bfloat16_config.immediate_grad_update = True
     deepspeed.set_optimizer_flags(config_class, model)
-    if model.section.scales_learning_rates and model_parameters is None:
+    if model.section.scales_learning_rates and (model_parameters is not None or optimizer is not None):
+        raise ConfigError(
+            "local_parallel.lr_multipliers and warmup_stagger need parameter groups by segment, which initialize makes for the "
+            "optimizer of the config; leave optimizer and model_parameters out, or scale the rates of your own groups"
+        )
+    if model.section.scales_learning_rates:
         model_parameters = [
             {"params": list(model.segment_parameters(segment)), "segment": segment} for segment in model.local_segments
         ]

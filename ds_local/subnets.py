@@ -103,6 +103,13 @@ def merged_factor(scale: str, num_replicas: int) -> float:
     return 1.0 / num_replicas if scale == "eval" else 1.0
 
 
+def saved_scaling(section: Mapping[str, Any], num_replicas: int) -> tuple[float, tuple[str, ...]]:
+    """(factor on the outputs of the merged model, what it is on), from the "local_parallel" section of a checkpoint or a run."""
+    settings = section.get("replicas", {})
+    factor = merged_factor(settings.get("scale", "none"), num_replicas) if settings.get("sync") == "subnets" else 1.0
+    return factor, tuple(sorted(settings["partition"])) if factor != 1.0 else ()
+
+
 def scale_outputs(config: Any, layers: Mapping[int, dict[str, Tensor]], facts: Mapping[str, Any]) -> None:
     """Put the merged model's factor into its weights, where an exported model must have it.
 
@@ -110,20 +117,22 @@ def scale_outputs(config: Any, layers: Mapping[int, dict[str, Tensor]], facts: M
         layers: layer number -> state dict, of a checkpoint; changed in place.
         facts: of the checkpoint.
     """
-    settings = facts["local_parallel"].get("replicas", {})
-    if settings.get("sync") != "subnets":
-        return
-    factor = merged_factor(settings["scale"], facts["num_replicas"])
-    outputs = [f"block.{CUTS[config.model_type][kind].output}.weight" for kind in settings["partition"]]
+    factor, kinds = saved_scaling(facts["local_parallel"], facts["num_replicas"])
+    outputs = [f"block.{CUTS[config.model_type][kind].output}.weight" for kind in kinds]
     for state in layers.values():
         for name in set(outputs) & state.keys():
             state[name] = state[name] * factor
 
 
-def check_cut(config: Any, settings: ReplicasConfig, num_replicas: int) -> None:
+def check_cut(config: Any, settings: ReplicasConfig, num_replicas: int, pretrained: bool = False) -> None:
     """Raises ConfigError when a model cannot be dealt out among so many replicas."""
     if settings.sync != "subnets":
         return
+    if pretrained and settings.scale == "eval":
+        raise ConfigError(
+            f"{SECTION}.replicas.scale 'eval' makes the merged model's parts weaker by the number of replicas, which pretrained "
+            "weights do not expect; use scale 'train', or --from-scratch"
+        )
     if getattr(config, "model_type", None) not in CUTS:
         raise ConfigError(
             f"{SECTION}.replicas.sync 'subnets' knows the models {', '.join(sorted(CUTS))}, made by causal_lm; "

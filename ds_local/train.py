@@ -44,6 +44,8 @@ from ds_local.schedule import Schedule
 from ds_local.start import initialize
 from ds_local.watchdog import LOG, Watchdog, say, start_log
 
+# arguments that decide when stages meet: they must be the same on every rank
+_MEETINGS = ("max_steps", "eval_every", "eval_sequences", "save_every", "resume", "profile", "from_scratch")
 VOCABULARY_PADDING = 128  # a model's vocabulary may be rounded up by less than this, as is usual for speed
 
 
@@ -64,7 +66,8 @@ def train(args: Namespace) -> None:
     _check_run_folder(run, args.resume)
     if world_size > 1 and "MASTER_ADDR" in os.environ:
         neighbours = section.layout.neighbours(int(os.environ["RANK"]), stages, replicas)
-        facts = cluster.own_facts([config, blocks.config_dict(hf_config), args.max_steps], args.data)
+        meetings = {key: value for key, value in vars(args).items() if key in _MEETINGS}
+        facts = cluster.own_facts([config, blocks.config_dict(hf_config), meetings], args.data)
         cluster.check_start(facts, neighbours, section.layout.start_timeout_seconds)
 
     weights = None if args.from_scratch or args.resume else find_weights(args.model)
@@ -104,9 +107,9 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
     data = TokenData(args.data)
     hf_config = blocks.load_model_config(args.model)
     padding = hf_config.vocab_size - data.vocab_size
-    weights = None if args.from_scratch else find_weights(args.model)
+    weights = None if args.from_scratch or args.resume else find_weights(args.model)
     same_tokens = weights is not None and check_same_tokenizer(weights, data.tokenizer_folder)
-    if padding < 0 or (padding >= VOCABULARY_PADDING and not same_tokens):
+    if padding < 0 or (padding >= VOCABULARY_PADDING and not same_tokens and not args.resume):
         raise ConfigError(
             f"{args.model} has vocab_size {hf_config.vocab_size} but the tokenizer in {args.data} has {data.vocab_size} tokens; "
             f"set vocab_size to {data.vocab_size}, or prepare the data with another tokenizer"
@@ -193,7 +196,7 @@ def _shares(engine: LocalPipelineEngine, schedule: Schedule, seq_len: int) -> li
 
 def _name_of_weights(args: Namespace) -> str | None:
     """Of the pretrained weights that a run started from: a folder's or hub name."""
-    if args.from_scratch or find_weights(args.model) is None:
+    if args.from_scratch or args.resume or find_weights(args.model) is None:
         return None
     return Path(args.model).resolve().name if Path(args.model).exists() else args.model
 

@@ -186,3 +186,17 @@ def test_shipped_config_is_valid():
     for step in section.distinct_steps():
         section.schedule_at(step, 2, num_micro_batches)
     assert json.loads(section.model_dump_json())
+
+
+@pytest.mark.parametrize("key", ["local_parallel", "bf16", "zero_optimization", "pipeline"])
+@pytest.mark.parametrize("value", [None, True, []])
+def test_sections_are_objects(key, value):
+    with pytest.raises(ConfigError, match=f"{key} must be an object"):
+        check_deepspeed({key: value})
+
+
+def test_diagnostics_find_the_local_row_of_a_mix():
+    from ds_local.diagnostics import probe_schedules
+
+    section = local_parallel({"local_parallel": {"mix": [{"mode": "backprop", "micro_batches": 2}, {"mode": "local"}]}})
+    assert [schedule.rows[0].mode for schedule in probe_schedules(section, 4)] == ["local", "backprop"]

@@ -288,7 +288,8 @@ def go_on(engine, data, after):
 
 @pytest.mark.parametrize("sync", ["subnets", "periodic"])
 def test_resume_in_the_middle_of_a_round_continues_with_the_same_bits(tmp_path, sync):
-    section = section_of({"sync": sync, "every": 3}) | {"segments_per_stage": 1}
+    scale = {"scale": "none"} if sync == "subnets" else {}  # the merged model has no factor that a plain one lacks
+    section = section_of({"sync": sync, "every": 3} | scale) | {"segments_per_stage": 1}
     straight = run_ranks(train_save_and_go_on, 4, section, 2, str(tmp_path), 4, 3)
     resumed = run_ranks(resume, 4, section, 2, str(tmp_path), 3)
     for one, other in zip(straight, resumed, strict=True):
