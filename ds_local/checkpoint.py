@@ -21,8 +21,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ds_local.config import LocalParallelConfig
-
 FACTS = "ds_local.json"
 FORMAT = 1
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -80,12 +78,12 @@ def read_facts(checkpoint: str | Path) -> dict[str, Any]:
 
 def layout(facts: Mapping[str, Any]) -> str:
     """What an optimizer's state depends on."""
-    section, num_segments = LocalParallelConfig.model_validate(facts["local_parallel"]), len(facts["segment_parts"]) - 1
-    head = section.head.model_dump(mode="json", include={"blocks", "blocks_from", "readout", "rank", "temperature"})
+    section = facts["local_parallel"]
+    head = {key: section["head"][key] for key in ("blocks", "blocks_from", "readout", "rank", "temperature")}
     return (
         f"segment parts {facts['segment_parts']} on {facts['num_stages']} stages x {facts['num_replicas']} replicas, "
-        f"heads at {sorted(section.head_segments(num_segments))} with {head}"
-        + (", learning rates by segment" if section.scales_learning_rates else "")
+        f"heads at {facts.get('head_segments')} with {head}"
+        + (", learning rates by segment" if section.get("lr_multipliers") or section.get("warmup_stagger") else "")
     )
 
 

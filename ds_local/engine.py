@@ -397,7 +397,8 @@ class LocalPipelineEngine(PipelineEngine):
         """What a checkpoint says about itself."""
         return {
             "step": self.global_steps, "num_stages": self.num_stages, "num_replicas": self.dp_world_size,
-            "segment_parts": self.module.segment_parts, "local_parallel": self.section.model_dump(mode="json"),
+            "segment_parts": self.module.segment_parts, "head_segments": sorted(self.section.head_segments(self.num_segments)),
+            "local_parallel": self.section.model_dump(mode="json"),
             "model": None if self.module.hf_config is None else config_dict(self.module.hf_config),
         }  # fmt: skip
 

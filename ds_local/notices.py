@@ -108,7 +108,10 @@ class Mailbox:
 
     def write(self, report: Tensor) -> None:
         buffer = torch.cat([report.flatten(), torch.ones(1, dtype=torch.float64)])
-        work = None if self._group is None else dist.isend(buffer, self._reader, self._group)
+        try:
+            work = None if self._group is None else dist.isend(buffer, self._reader, self._group)
+        except RuntimeError:
+            return  # the reader has finished and left; if it died, those who need its work will say so
         if len(self._kept) >= self._RING and self._group is not None:
             self._kept.popleft()  # long gone: the reader is at most a few steps away
         self._kept.append((work, buffer))
