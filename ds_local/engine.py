@@ -118,8 +118,7 @@ class LocalPipelineEngine(PipelineEngine):
             self.optimizer.model_parallel_rank = 0
 
     def _scale_by_segment(self) -> None:
-        """The factors of the config on learning rates, where `start.initialize` made a parameter group for each segment; and on
-        the clipping of DeepSpeed's own optimizers, which treat a stage as a whole."""
+        """Learning rates of the config's factors, in the parameter groups by segment that `start.initialize` made."""
         if not self.section.scales_learning_rates:
             return
         kept: list[float] = []
@@ -401,6 +400,12 @@ class LocalPipelineEngine(PipelineEngine):
             "local_parallel": self.section.model_dump(mode="json"),
             "model": None if self.module.hf_config is None else config_dict(self.module.hf_config),
         }  # fmt: skip
+
+    def destroy(self) -> None:
+        """As DeepSpeed's, once what this stage has sent is taken."""
+        for link in (one for one in self._links() if isinstance(one, Sender)):
+            link.flush()
+        super().destroy()
 
     # --- evaluation -----------------------------------------------------------------------------------------------------
 

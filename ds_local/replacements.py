@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
 
@@ -31,7 +32,8 @@ ENGINES: WeakSet[Any] = WeakSet()  # of this process
 def end_processes() -> None:
     """Leave the process group, so that this process may join another one."""
     for engine in list(ENGINES):
-        engine.destroy()  # hooks of DeepSpeed's bf16 and ZeRO optimizers would keep it, and the threads of its links, for ever
+        with suppress(RuntimeError):  # a neighbour may be gone
+            engine.destroy()  # hooks of DeepSpeed's bf16 and ZeRO optimizers would keep it, and its links' threads, for ever
     ENGINES.clear()
     if torch.distributed.is_initialized():
         deepspeed.comm.destroy_process_group()

@@ -319,10 +319,22 @@ class Receiver(_GroupEnd):
         return layout
 
     def _post(self, buffer: Tensor) -> None:
+        work: Any
         try:
-            self._under_way.append((dist.irecv(buffer, self.peer.rank, self._group), buffer))
+            work = dist.irecv(buffer, self.peer.rank, self._group)
         except RuntimeError as error:
-            raise TransportError(f"cannot reach {self.peer} on the {self.name}{first_failure()}") from error
+            work = _Gone(error)  # no harm if the sender has finished, and all it had to say is in buffers posted before
+        self._under_way.append((work, buffer))
+
+
+class _Gone:
+    """A receive that cannot be posted any more; waiting for it says why."""
+
+    def __init__(self, error: RuntimeError) -> None:
+        self._error = error
+
+    def wait(self, limit: timedelta) -> None:
+        raise self._error
 
 
 def _failed_elsewhere(reason: str) -> TransportError:
