@@ -49,9 +49,10 @@ def test_metrics_follow_the_contract(run):
 def test_run_json_tells_what_ran(run):
     facts = json.loads((run[0] / "run.json").read_text())
     assert facts["config"]["local_parallel"]["mix"][0] == {"mode": "backprop", "micro_batches": 1}
-    shares = facts["layout"].pop("auxiliary_flops")
+    shares, hosts = facts["layout"].pop("auxiliary_flops"), facts["layout"].pop("hosts")
     assert facts["layout"] == {"stages": 2, "replicas": 1, "segments": 2, "segment_parts": [0, 3, 6]}
     assert shares[0][0] > shares[0][1] == 0
+    assert list(hosts) == ["stage 0", "stage 1"]
     assert "loss 1" in facts["routes"][0][0]
     assert facts["schedules"][0][1].startswith("stage 0  F0 F1 B1")
     assert facts["data"]["fingerprint"]
@@ -123,7 +124,7 @@ def test_summarize_shows_the_table_again(run):
     assert "segment  stage  validation loss" in result.stdout
 
 
-@pytest.mark.parametrize("target", ["the job", "one rank"])
+@pytest.mark.parametrize("target", ["the job", pytest.param("one rank", marks=pytest.mark.slow)])
 def test_sigterm_saves_and_leaves_in_time(inputs, tmp_path, target):
     folder = tmp_path / "run"
     arguments = {**inputs, "--output": str(folder), "--max-steps": "100000"}

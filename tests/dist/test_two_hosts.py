@@ -87,6 +87,7 @@ def test_a_cut_link_ends_both_hosts_and_is_named(hosts, inputs, tmp_path):
     assert not hosts.processes_left()
 
 
+@pytest.mark.slow
 def test_the_check_measures_the_cable(hosts, inputs):
     hosts.limit(200)
     codes = wait(start_everywhere(hosts, "check_cluster.py", "--deepspeed_config", inputs["--deepspeed_config"]), 600)
@@ -97,6 +98,7 @@ def test_the_check_measures_the_cable(hosts, inputs):
     assert "ready" in text
 
 
+@pytest.mark.slow
 def test_a_cut_cable_is_found_before_the_start(hosts, inputs, tmp_path):
     hosts.cut()
     config = json.loads(open(inputs["--deepspeed_config"]).read())
