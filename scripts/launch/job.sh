@@ -3,7 +3,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 model=${MODEL:-configs/gpt2-xl.json}
 config=${CONFIG:-configs/deepspeed/$(basename "$model")}
-steps=${STEPS:-$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["scheduler"]["params"]["total_num_steps"])' "$config")}
+steps=${STEPS:-$(sed -n 's/.*"total_num_steps": *\([0-9]*\).*/\1/p' "$config")}
 job=(--model "$model" --deepspeed_config "$config" --data "${DATA:-data/corpus}" --output "${RUN:-runs/$(basename "$model" .json)}"
      --max-steps "$steps" --num-stages "${STAGES:-8}" --save-every 1000 --eval-every 1000 --deepspeed "$@")
 port=${PORT:-29500}
