@@ -175,13 +175,13 @@ def rank_process(launcher: int) -> int:
     [
         (("--resume",), "nothing to resume"),
         (("--num-stages", "3"), "2 processes cannot be divided into 3 stages"),
-        (("--num-stages", "1", "--segments-per-stage", "5"), "need at least 5 blocks, the model has 4"),
-        (("--mode", "interlocking", "--window", "3"), "window is 3 but the model has 2 segments"),
-        (("--window", "2"), "need --mode"),
-        (("--backprop-micro-batches", "9"), "mix names 9 micro-batches but gradient_accumulation_steps is 4"),
-        (("--data", "/nowhere"), "not a complete data folder"),
-        (("--model", "/nowhere.json"), "no model config at"),
-        (("--deepspeed_config", "/nowhere.json"), "cannot read the DeepSpeed config"),
+        pytest.param(("--num-stages", "1", "--segments-per-stage", "5"), "need at least 5 blocks, the model has 4", marks=pytest.mark.slow),
+        pytest.param(("--mode", "interlocking", "--window", "3"), "window is 3 but the model has 2 segments", marks=pytest.mark.slow),
+        pytest.param(("--window", "2"), "need --mode", marks=pytest.mark.slow),
+        pytest.param(("--backprop-micro-batches", "9"), "mix names 9 micro-batches but gradient_accumulation_steps is 4", marks=pytest.mark.slow),
+        pytest.param(("--data", "/nowhere"), "not a complete data folder", marks=pytest.mark.slow),
+        pytest.param(("--model", "/nowhere.json"), "no model config at", marks=pytest.mark.slow),
+        pytest.param(("--deepspeed_config", "/nowhere.json"), "cannot read the DeepSpeed config", marks=pytest.mark.slow),
     ],
 )
 def test_mistakes_end_the_run_in_a_sentence(inputs, tmp_path, change, said):
