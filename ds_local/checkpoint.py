@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 FACTS = "ds_local.json"
 FORMAT = 1
+HEAD_FILE = "head_{:02d}-model_states.pt"  # of a segment's auxiliary head
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

@@ -317,14 +317,11 @@ class LocalPipelineEngine(PipelineEngine):
             post_notice("stop_requested", "yes")
         if self.stage_id != 0:
             return
-        if (
-            self.global_rank == 0
-            and read_notice("stop_after") is None
-            and (self._stop_requested or read_notice("stop_requested"))
-        ):
-            alone = dist.get_world_size() == 1
-            post_notice("stop_after", str(self.global_steps if alone else self.replicas.next_meeting(self.global_steps)))
         last = read_notice("stop_after")
+        if last is None and self.global_rank == 0 and (self._stop_requested or read_notice("stop_requested")):
+            alone = dist.get_world_size() == 1
+            last = str(self.global_steps if alone else self.replicas.next_meeting(self.global_steps))
+            post_notice("stop_after", last)
         self.should_stop = last is not None and self.global_steps >= int(last)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------------

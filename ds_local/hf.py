@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from ds_local import blocks
 from ds_local.card import MARK, model_card
-from ds_local.checkpoint import check_file, latest_tag, read_facts
+from ds_local.checkpoint import FACTS, HEAD_FILE, check_file, latest_tag, read_facts
 from ds_local.metrics import MetricsFile
 from ds_local.pretrained import HEADS_FILE
 from ds_local.subnets import scale_outputs
@@ -90,7 +90,7 @@ def find_checkpoint(folder: str | Path) -> Path:
         CheckpointError: when there is none.
     """
     folder = Path(folder)
-    if (folder / "ds_local.json").is_file():
+    if (folder / FACTS).is_file():
         return folder
     checkpoints = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     return checkpoints / latest_tag(checkpoints)
@@ -127,7 +127,7 @@ class Checkpoint:
     @property
     def exits(self) -> list[int]:
         """Segments that can be exported: those with a head, and the last."""
-        return [s for s in range(self.last_segment) if _head_file(s) in self._files] + [self.last_segment]
+        return [s for s in range(self.last_segment) if HEAD_FILE.format(s) in self._files] + [self.last_segment]
 
     @property
     def run(self) -> Path:
@@ -155,7 +155,7 @@ class Checkpoint:
                 f"segment {segment} has no head in {self.folder}: its loss trains no segment in this run; "
                 f"there are exits after the segments {', '.join(map(str, self.exits))}"
             )
-        return self._load(_head_file(segment))
+        return self._load(HEAD_FILE.format(segment))
 
     def model(self, segment: int) -> tuple[PretrainedConfig, State]:
         """The blocks up to and including a segment's, with its exit, as a Hugging Face model: config and state dict."""
@@ -163,7 +163,7 @@ class Checkpoint:
             return self.config, to_hf(self.config, {n: self.layer(n) for n in range(blocks.num_blocks(self.config) + 2)})
         head = self.head(segment)
         depth = self.parts[segment + 1]
-        config, layers = _prefix_with(self.config, depth, head, str(self.folder / _head_file(segment)))
+        config, layers = _prefix_with(self.config, depth, head, str(self.folder / HEAD_FILE.format(segment)))
         return config, to_hf(config, {n: self.layer(n) for n in range(depth)} | layers)
 
     def _load(self, name: str) -> State:
@@ -176,10 +176,6 @@ class Checkpoint:
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise ExportError(f"{path} holds something else than tensors")
         return state
-
-
-def _head_file(segment: int) -> str:
-    return f"head_{segment:02d}-model_states.pt"
 
 
 def _prefix_with(config: PretrainedConfig, depth: int, head: State, where: str) -> tuple[PretrainedConfig, dict[int, State]]:

@@ -23,16 +23,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_local import blocks, heads
-from ds_local.config import (
-    ConfigError,
-    LocalParallelConfig,
-    batch_sizes,
-    check_deepspeed,
-    load_config,
-    local_parallel,
-    num_stages_and_replicas,
-)
+from ds_local.checkpoint import HEAD_FILE
+from ds_local.config import ConfigError, LocalParallelConfig, load_config, local_parallel, num_stages_and_replicas
 from ds_local.copies import Copy, planned_copies
+from ds_local.deepspeed_config import batch_sizes, check_deepspeed
 from ds_local.flops import choose_parts
 from ds_local.partition import balance
 from ds_local.pretrained import Weights, find_weights, load_head, load_layer
@@ -153,12 +147,12 @@ class LocalPipelineModule(PipelineModule):
         if self._grid.data_parallel_id == 0:
             for segment, head in self.heads.items():
                 state = clone_tensors_for_torch_save(head.state_dict())
-                checkpoint_engine.save(state_dict=state, path=os.path.join(save_dir, head_file(int(segment))))
+                checkpoint_engine.save(state_dict=state, path=os.path.join(save_dir, HEAD_FILE.format(int(segment))))
 
     def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
         super().load_state_dir(load_dir, checkpoint_engine, strict)
         for segment, head in self.heads.items():
-            path = os.path.join(load_dir, head_file(int(segment)))
+            path = os.path.join(load_dir, HEAD_FILE.format(int(segment)))
             if os.path.exists(path):
                 head.load_state_dict(checkpoint_engine.load(path, map_location="cpu"), strict=strict)
             else:
@@ -238,11 +232,6 @@ class LocalPipelineModule(PipelineModule):
             yield from (p for p in self.heads[str(segment)].parameters() if p.requires_grad)
 
 
-def head_file(segment: int) -> str:
-    """Name of the checkpoint file of a segment's auxiliary head."""
-    return f"head_{segment:02d}-model_states.pt"
-
-
 def _num_stages(section: LocalParallelConfig, num_stages: int | None, topology: Any) -> int:
     """Checked against the number of processes, which the launcher has announced even before they have met."""
     return num_stages_and_replicas(section, _world_size(), topology.get_dim("pipe") if topology else num_stages)[0]
@@ -287,6 +276,7 @@ def causal_lm(
         weights = find_weights(model)
     pretrained = None if weights is None or from_scratch else Weights(weights, hf_config)
     ds_config = load_config(config or {})
+    check_deepspeed(ds_config)
     section = local_parallel(ds_config)
     depth = blocks.num_blocks(hf_config)
     stages = _num_stages(section, num_stages, topology)

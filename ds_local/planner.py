@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ds_local import blocks
-from ds_local.config import SECTION, ConfigError, HeadConfig, batch_sizes, local_parallel
+from ds_local.config import SECTION, ConfigError, HeadConfig, local_parallel
+from ds_local.deepspeed_config import batch_sizes
 from ds_local.flops import UnitCosts, choose_parts, unit_flops, unit_times
 from ds_local.peers import PEERS
 from ds_local.schedule import Schedule

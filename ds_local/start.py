@@ -10,7 +10,8 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from ds_local.config import SECTION, ConfigError, batch_sizes, check_deepspeed, load_config, local_parallel
+from ds_local.config import SECTION, ConfigError, load_config, local_parallel
+from ds_local.deepspeed_config import batch_sizes, check_deepspeed
 from ds_local.engine import LocalPipelineEngine
 from ds_local.module import LocalPipelineModule
 from ds_local.subnets import make_sync

@@ -24,17 +24,10 @@ from tqdm import tqdm
 
 from ds_local import blocks, cluster, diagnostics, profiling
 from ds_local.checkpoint import latest_tag
-from ds_local.config import (
-    SECTION,
-    ConfigError,
-    batch_sizes,
-    check_deepspeed,
-    load_config,
-    local_parallel,
-    num_stages_and_replicas,
-)
+from ds_local.config import SECTION, ConfigError, load_config, local_parallel, num_stages_and_replicas
 from ds_local.corpus import check_same_tokenizer
 from ds_local.data import BatchShape, TokenData, training_batches, validation_batches
+from ds_local.deepspeed_config import batch_sizes, check_deepspeed
 from ds_local.engine import LocalPipelineEngine
 from ds_local.flops import auxiliary_shares
 from ds_local.metrics import MetricsFile, SegmentReport, draw_diagnostics, draw_losses, summary_table
@@ -287,30 +280,21 @@ class _Loop:
         batches = validation_batches(self.data, self.shape, self.args.eval_sequences)
         began = time.perf_counter()
         self.engine.eval_batch(iter(batches), num_micro_batches=len(batches))
+        probed = diagnostics.probe(self.engine, batches[0]) if self.engine.section.diagnostics else {}
         self.started += time.perf_counter() - began  # throughput is that of training
         step = self.engine.global_steps
         if self.is_first:
             per_stage = self.engine.section.segments_per_stage
+            found: dict[str, Any] = {"validation": {segment: {"loss": loss} for segment, loss in self.engine.eval_losses.items()}}
+            found["diagnostics"] = {segment: {"loss": None, **figures} for segment, figures in probed.items()}
             self.metrics.write([
                 {
-                    "step": step, "segment": segment, "stage": segment // per_stage, "split": "validation", "loss": loss,
-                    "tokens": step * self.tokens_per_step, "seconds": round(self._seconds(), 3),
+                    "step": step, "segment": segment, "stage": segment // per_stage, "split": split,
+                    "tokens": step * self.tokens_per_step, "seconds": round(self._seconds(), 3), **figures,
                 }
-                for segment, loss in self.engine.eval_losses.items()
+                for split, segments in found.items() for segment, figures in segments.items()
             ])  # fmt: skip
-        if self.engine.section.diagnostics:
-            self._diagnose(batches[0])
         return step
-
-    def _diagnose(self, micro_batch: Any) -> None:
-        figures = diagnostics.probe(self.engine, micro_batch)
-        if self.is_first:
-            step = self.engine.global_steps
-            self.metrics.write([
-                {"step": step, "segment": segment, "split": "diagnostics", "loss": None, "tokens": step * self.tokens_per_step,
-                 "seconds": round(self._seconds(), 3), **values}
-                for segment, values in figures.items()
-            ])  # fmt: skip
 
     def _save(self) -> int:
         began = time.perf_counter()

@@ -16,6 +16,8 @@ import subprocess
 import sys
 from typing import Any
 
+from leaving import leave
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,7 +68,8 @@ def check_ranks(args: argparse.Namespace) -> None:
     from torch import distributed as dist
 
     from ds_local import blocks, cluster
-    from ds_local.config import check_deepspeed, load_config, local_parallel, num_stages_and_replicas
+    from ds_local.config import load_config, local_parallel, num_stages_and_replicas
+    from ds_local.deepspeed_config import check_deepspeed
     from ds_local.replacements import end_processes, start_processes
 
     config = load_config(args.deepspeed_config or {})
@@ -141,7 +144,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    if code:
-        os._exit(code)  # a failed rank must not wait in anybody's destructor
+    leave(main())

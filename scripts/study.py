@@ -16,12 +16,12 @@ import fcntl
 import json
 import math
 import os
-import platform
 import re
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -264,34 +264,38 @@ class Prediction(NamedTuple):
 def predict(model: dict[str, Any], method: Method, num_segments: int, seq_len: int) -> Prediction:
     """One segment on each of as many stages, each method with boundaries of its own."""
     from ds_local.blocks import load_model_config
-    from ds_local.config import local_parallel
-    from ds_local.flops import choose_parts, segment_times, stage_flops, unit_flops
-    from ds_local.simulator import Costs, simulate
 
     config = load_model_config(dict(model))
-    steps, result, share = 1000, {}, 0.0
+    result: dict[tuple[int, int], float] = {}
+    share = 0.0
     for count in (4, 8, 16):
-        times: dict[tuple[str, int], float] = {}
-        for name, one in (("method", method), ("1f1b", METHODS["backprop"])):
-            section = local_parallel({"local_parallel": {**section_of(one, 1, count, steps), "num_stages": num_segments}})
-            parts = choose_parts(config, section, num_segments, count, seq_len)
-            unit = unit_flops(config, section.head, num_segments, seq_len)
-            for slow_link in (0, 1):
-                block_forward = unit.block / 3 * (parts[-1] - 2) / num_segments
-                forward, input_grad, weight_grad, head = segment_times(unit, parts)
-                costs = Costs(forward, input_grad, weight_grad, head, slow_link * block_forward)
-                total = 0.0
-                schemes = section.schemes()
-                for (start, scheme), end in zip(schemes, [*(s for s, _ in schemes[1:]), steps], strict=True):
-                    schedules = [section.schedule_at(start + i, num_segments, count) for i in range(scheme.period)]
-                    total += (end - start) * simulate(schedules, costs).steady_period
-                times[name, slow_link] = total
-            if name == "method" and count == 8:
-                whole = section.schedule_at(0, num_segments, count)
-                share = max(s["auxiliary"] / (s["useful"] + s["auxiliary"]) for s in stage_flops(whole, unit, parts))
-        for slow_link in (0, 1):
-            result[count, slow_link] = times["method", slow_link] / times["1f1b", slow_link]
+        times, shares = _forecast(config, method, num_segments, count, seq_len)
+        yardstick, _ = _forecast(config, METHODS["backprop"], num_segments, count, seq_len)
+        result |= {(count, slow_link): times[slow_link] / yardstick[slow_link] for slow_link in times}
+        share = max(shares) if count == 8 else share
     return Prediction(share, result)
+
+
+def _forecast(config: Any, method: Method, num_segments: int, count: int, seq_len: int) -> tuple[dict[int, float], list[float]]:
+    """(c/F -> time of 1,000 steps of `count` micro-batches, auxiliary share of each stage in the first step)."""
+    from ds_local.config import local_parallel
+    from ds_local.flops import auxiliary_shares, choose_parts, segment_times, unit_flops
+    from ds_local.simulator import Costs, simulate
+
+    steps = 1000
+    section = local_parallel({"local_parallel": {**section_of(method, 1, count, steps), "num_stages": num_segments}})
+    parts = choose_parts(config, section, num_segments, count, seq_len)
+    unit = unit_flops(config, section.head, num_segments, seq_len)
+    forward, input_grad, weight_grad, head = segment_times(unit, parts)
+    transfer = unit.block / 3 * (parts[-1] - 2) / num_segments  # as long as the forward of a mean stage
+    starts, schemes = zip(*section.schemes(), strict=True)
+    times = dict.fromkeys((0, 1), 0.0)
+    for slow_link in times:
+        costs = Costs(forward, input_grad, weight_grad, head, slow_link * transfer)
+        for start, end, scheme in zip(starts, [*starts[1:], steps], schemes, strict=True):
+            schedules = [section.schedule_at(start + i, num_segments, count) for i in range(scheme.period)]
+            times[slow_link] += (end - start) * simulate(schedules, costs).steady_period
+    return times, auxiliary_shares(config, section, section.schedule_at(0, num_segments, count), parts, seq_len)
 
 
 def finished(folder: Path) -> list[dict[str, Any]]:
@@ -327,6 +331,7 @@ def table(args: argparse.Namespace) -> int:
                 "seeds": len(runs), "perplexity": round(math.exp(loss), 4),
                 "gap_percent": round(100 * (math.exp(loss - reference) - 1), 2), "aux_flops_share": round(forecast.aux_share, 4),
                 "predicted_time_ratio": round(forecast.time[8, 0], 4), "device": runs[0]["machine"]["device"],
+                "processor": runs[0]["machine"]["processor"],
                 "lr_factor": runs[0]["lr_factor"], "losses": [round(r["loss"], 4) for r in runs],
                 "predicted_time_ratios": {f"M={m}, c/F={c}": round(t, 4) for (m, c), t in forecast.time.items()},
             })  # fmt: skip
@@ -346,11 +351,15 @@ def table(args: argparse.Namespace) -> int:
 def markdown(rows: list[dict[str, Any]], preset: str) -> str:
     facts = PRESETS[preset]
     lines = [
-        f"From `python scripts/study.py run --preset {preset}`, then `python scripts/study.py table --preset {preset}`:",
-        f"{facts.model['n_layer']} blocks of width {facts.model['n_embd']}, {rows[0]['parameters']:,} parameters, "
-        f"{rows[0]['tokens']:,} tokens, {platform.machine()} {rows[0]['device']}. The gap is in perplexity, to the mean of the "
-        "backprop runs. The auxiliary share is of the busiest stage's FLOPs; times are simulated, one segment a stage, for the "
-        "whole run, against balanced 1F1B with the same steps.",
+        *textwrap.wrap(
+            f"From `python scripts/study.py run --preset {preset}`, then `python scripts/study.py table --preset {preset}`: "
+            f"{facts.model['n_layer']} blocks of width {facts.model['n_embd']}, {rows[0]['parameters']:,} parameters, "
+            f"{rows[0]['tokens']:,} tokens, {rows[0]['processor']} {rows[0]['device']}. The gap is in perplexity, to the mean of "
+            "the backprop runs. The auxiliary share is of the busiest stage's FLOPs; times are simulated, one segment a stage, "
+            "for the whole run, against balanced 1F1B with the same steps.",
+            width=128,
+            break_on_hyphens=False,
+        ),
         "",
         "| method | K | seeds | loss | perplexity | gap | auxiliary share | time M=4 | M=8 | M=16 | M=8, c/F=1 |",
         "|---|---|---|---|---|---|---|---|---|---|---|",

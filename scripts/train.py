@@ -11,6 +11,8 @@ import os
 import sys
 import time
 
+from leaving import leave
+
 from ds_local.routes import MODES
 
 
@@ -62,7 +64,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    if code:
-        os._exit(code)  # a failed rank must not wait in anybody's destructor
+    leave(main())

@@ -3,6 +3,8 @@ sliding windows on all or some layers, rotary variants, biases, tied and untied,
 
 from __future__ import annotations
 
+from typing import Any
+
 _COMMON = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 _GPT2 = _COMMON | {
     "model_type": "gpt2", "n_layer": 4, "n_embd": 32, "n_head": 4, "n_positions": 16,
@@ -49,3 +51,33 @@ VARIANTS: dict[str, dict] = {
     "olmo": _ROTARY | {"model_type": "olmo", "clip_qkv": 0.5},
     "olmo2": _ROTARY | {"model_type": "olmo2"},
 }  # fmt: skip
+
+
+def layers_of(config: Any, seed: int = 0) -> list[Any]:
+    from ds_local import blocks
+
+    depth = blocks.num_blocks(config)
+    return [blocks.Embedding(config, seed), *(blocks.Block(config, i, seed) for i in range(depth)), blocks.Readout(config, seed)]
+
+
+def run(layers: list[Any], ids: Any) -> Any:
+    hidden = ids
+    for layer in layers:
+        hidden = layer.eval()(hidden)
+    return hidden
+
+
+def check_no_look_into_the_future(config: Any, ids: Any) -> None:
+    """Changing a token changes no logits before it, and those from it on."""
+    import torch
+
+    layers = layers_of(config)
+    with torch.no_grad():
+        before = run(layers, ids)
+        for position in (1, 7, 15):
+            changed = ids.clone()
+            changed[0, position] = (changed[0, position] + 1) % 64
+            after = run(layers, changed)
+            torch.testing.assert_close(after[:, :position], before[:, :position], rtol=0, atol=1e-6)
+            assert not torch.allclose(after[:, position:], before[:, position:])
+            assert not torch.allclose(after[:, position], before[:, position])

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_local.config import ConfigError, batch_sizes, check_deepspeed, load_config, local_parallel, num_stages_and_replicas
+from ds_local.config import ConfigError, load_config, local_parallel, num_stages_and_replicas
+from ds_local.deepspeed_config import batch_sizes, check_deepspeed
 
 MISTAKES = {
     "misspelt mode key": ({"mod": "local"}, "did you mean 'mode'?"),

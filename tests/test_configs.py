@@ -8,7 +8,8 @@ import pytest
 
 from ds_local import blocks
 from ds_local.cluster import read_hostfile
-from ds_local.config import batch_sizes, check_deepspeed, load_config, local_parallel
+from ds_local.config import load_config, local_parallel
+from ds_local.deepspeed_config import batch_sizes, check_deepspeed
 from ds_local.flops import choose_parts
 
 CONFIGS = Path(__file__).parents[1] / "configs"

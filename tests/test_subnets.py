@@ -5,7 +5,8 @@ import torch
 from reference import MODELS
 
 from ds_local import blocks, subnets
-from ds_local.config import ConfigError, ReplicasConfig, check_deepspeed, local_parallel
+from ds_local.config import ConfigError, ReplicasConfig, local_parallel
+from ds_local.deepspeed_config import check_deepspeed
 from ds_local.subnets import CUTS, check_cut, deal, put, scale_outputs, take
 
 NEOX = {
