@@ -82,10 +82,6 @@ class Copies:
         self._first_step = 0  # nothing is under way from steps up to this one but what is pending
         self._pending: dict[tuple[Copy, int], list[Tensor]] = {}
 
-    @property
-    def links(self) -> list[End]:
-        return [*self._out.values(), *(end for copy, end in self._in.items() if copy not in self._out)]
-
     def send(self, step: int) -> None:
         """After `step` optimizer steps: send what is due."""
         if step % self.every == 0:

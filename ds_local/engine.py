@@ -40,7 +40,7 @@ from ds_local.instructions import (
     SendGrad,
     StageSchedule,
 )
-from ds_local.metrics import Reports, monitor_listener
+from ds_local.metrics import Reports, Traffic, monitor_listener
 from ds_local.module import LocalPipelineModule
 from ds_local.notices import first_failure, post_notice, read_notice, report_failure
 from ds_local.profiling import Recorder
@@ -95,13 +95,16 @@ class LocalPipelineEngine(PipelineEngine):
         self.checkpoint_engine = SafeCheckpointEngine(self._config)
         self._keep_norms_local()
         self._scale_by_segment()
+        self._ends: dict[str, End | None] = {}  # name of each link of the model -> this rank's end of it
         self._schedules: dict[Any, StageSchedule] = {}
         self._schedule: StageSchedule  # the one that runs
         self.activation_links, self.gradient_links = self._make_links()
         self.copies = self._make_copies()
         last = self.grid._topo.get_rank(pipe=self.num_stages - 1, data=0)
         own = self.module.local_segments if self.replica_id == 0 else range(0)
-        self.reports = Reports(self.num_segments, self.section.segments_per_stage, self.steps_per_print(), last, own)
+        names = list(self._ends)
+        self.reports = Reports(self.num_segments, self.section.segments_per_stage, self.steps_per_print(), last, own, names)
+        self._traffic = Traffic(list(self._ends.values()))
         if self.global_rank == 0 and self.monitor.enabled:
             self.reports.listeners.append(monitor_listener(self.monitor, self.train_batch_size()))
 
@@ -177,11 +180,12 @@ class LocalPipelineEngine(PipelineEngine):
             [get_rank(pipe=stage, data=replica) for stage in range(self.num_stages)] for replica in range(self.dp_world_size)
         ]
         timeout = self.section.link.timeout_seconds
-        return make_end(name, self.stage_id, source // per_stage, target // per_stage, ranks, depth, timeout, self.device)
+        end = make_end(name, self.stage_id, source // per_stage, target // per_stage, ranks, depth, timeout, self.device)
+        self._ends[name] = end
+        return end
 
-    def _links(self) -> list[Any]:
-        links = [*self.activation_links.values(), *self.gradient_links.values(), *self.copies.links]
-        return [link for link in links if link is not None]
+    def _links(self) -> list[End]:
+        return [end for end in self._ends.values() if end is not None]
 
     # --- a step ---------------------------------------------------------------------------------------------------------
 
@@ -202,7 +206,8 @@ class LocalPipelineEngine(PipelineEngine):
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         self.module.train()
-        started, before = time.perf_counter(), self._traffic()
+        started = time.perf_counter()
+        self._traffic.begin(self.replicas)
         self.segment_losses = {}
         with self._failures_reported():
             self._look_for_stop()
@@ -210,7 +215,7 @@ class LocalPipelineEngine(PipelineEngine):
             self._exec_schedule(self._train_schedule())
             self.replicas.after_step()
             self.copies.send(self.global_steps)
-        traffic = {name: value - before[name] for name, value in self._traffic().items()}
+        traffic = self._traffic.end(self.replicas)
         self.reports.close_step({
             segment: {
                 "step": self.global_steps, "loss": self.segment_losses.get(segment), "seconds": time.perf_counter() - started,
@@ -220,14 +225,6 @@ class LocalPipelineEngine(PipelineEngine):
         })  # fmt: skip
         with_loss = [self.segment_losses[s] for s in self.module.local_segments if s in self.segment_losses]
         return with_loss[-1] if with_loss else None
-
-    def _traffic(self) -> dict[str, float]:
-        links = self._links()
-        return {
-            "waited": sum(link.waited for link in links) + self.replicas.waited,
-            "sent_bytes": sum(s.num_bytes for s in links if isinstance(s, Sender)),
-            "exchanged_bytes": self.replicas.num_bytes,
-        }
 
     def _exec_schedule(self, pipe_schedule: StageSchedule) -> None:
         self._schedule = pipe_schedule

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ds_local.notices import Mailbox
+from ds_local.transport import End, Sender
 
 # columns of the figures each segment reports
-FIGURES = ("step", "loss", "grad_norm", "seconds", "waited", "sent_bytes", "exchanged_bytes")
+FIGURES = ("step", "loss", "grad_norm", "seconds", "waited", "sent_bytes", "exchanged_bytes", "slowest_link")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,37 @@ class SegmentReport:
     idle_share: float  # part of it spent waiting for a neighbour
     sent_bytes: int  # to neighbouring stages
     exchanged_bytes: int | None  # to other replicas of the stage; None where DeepSpeed averages gradients
+    slowest_link: str | None  # the one the stage waited for longest; None when it waited for none
+
+
+class Traffic:
+    """What a rank's links and replicas carry in a step, and how long they keep it waiting.
+
+    Args:
+        ends: this rank's end of each of the model's links, None where it has none.
+    """
+
+    def __init__(self, ends: Sequence[End | None]) -> None:
+        self._ends = ends
+        self._before: tuple[list[float], dict[str, float]] = ([], {})
+
+    def begin(self, replicas: Any) -> None:
+        self._before = self._totals(replicas)
+
+    def end(self, replicas: Any) -> dict[str, float | None]:
+        """Figures of the step since `begin`."""
+        waits, totals = self._totals(replicas)
+        waits = [now - then for now, then in zip(waits, self._before[0], strict=True)]
+        slowest = waits.index(max(waits)) if any(waits) else None
+        return {name: now - self._before[1][name] for name, now in totals.items()} | {"slowest_link": slowest}
+
+    def _totals(self, replicas: Any) -> tuple[list[float], dict[str, float]]:
+        waits = [0.0 if end is None else end.waited for end in self._ends]
+        return waits, {
+            "waited": sum(waits) + replicas.waited,
+            "sent_bytes": sum(end.num_bytes for end in self._ends if isinstance(end, Sender)),
+            "exchanged_bytes": replicas.num_bytes,
+        }
 
 
 Listener = Callable[[list[SegmentReport]], None]
@@ -50,14 +82,19 @@ class Reports:
         every: report every so many optimizer steps; None: only when flushed.
         source: global rank of the last stage of replica 0.
         local_segments: this rank's segments, empty on replicas other than the first.
+        links: names of all links; "slowest_link" is a number of one of them.
     """
 
-    def __init__(self, num_segments: int, segments_per_stage: int, every: int | None, source: int, local_segments: range) -> None:
+    def __init__(
+        self, num_segments: int, segments_per_stage: int, every: int | None, source: int, local_segments: range,
+        links: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.figures = torch.full((num_segments, len(FIGURES)), math.nan, dtype=torch.float64)
         self.listeners: list[Listener] = []  # called on rank 0
         self._per_stage = segments_per_stage
         self._every = every
         self._local_segments = local_segments
+        self._links = links
         self._last_emitted = 0
         rank = dist.get_rank()
         self._reads, self._writes = rank == 0, rank == source
@@ -108,6 +145,7 @@ class Reports:
             int(figures["step"] or 0), segment, segment // self._per_stage, figures["loss"], figures["grad_norm"],
             seconds, waited / seconds if seconds else 0.0, int(figures["sent_bytes"] or 0),
             None if figures["exchanged_bytes"] is None else int(figures["exchanged_bytes"]),
+            None if figures["slowest_link"] is None else self._links[int(figures["slowest_link"])],
         )  # fmt: skip
 
 

@@ -261,7 +261,7 @@ class _Loop:
                 "step": step, "segment": r.segment, "stage": r.stage, "split": "train", "loss": r.loss,
                 "tokens": step * self.tokens_per_step, "seconds": round(seconds, 3), "grad_norm": r.grad_norm,
                 "idle_share": round(r.idle_share, 4), "step_seconds": round(r.seconds, 4), "sent_bytes": r.sent_bytes,
-                "exchanged_bytes": r.exchanged_bytes,
+                "exchanged_bytes": r.exchanged_bytes, "slowest_link": r.slowest_link,
             }
             for r in reports
         ])  # fmt: skip
@@ -269,6 +269,7 @@ class _Loop:
         most = max(reports, key=lambda r: r.idle_share)
         idle = sum(r.idle_share for r in reports) / len(reports)
         waits = f"idle {idle:.0%}, most on stage {most.stage} {most.idle_share:.0%}"
+        waits += f" for the {most.slowest_link}" if most.slowest_link else ""
         self.bar.set_postfix_str(f"loss {losses} | {self._tokens_per_second(step):,.0f} tokens/s | {waits}", refresh=False)
         self.bar.update(step - self.bar.n)
 

@@ -47,9 +47,14 @@ class Preset(NamedTuple):
 
 
 def _gpt2(layers: int, width: int, heads: int, vocabulary: int, positions: int) -> dict[str, Any]:
+    """GPT-2's shape, its weights drawn as widely as GPT-2 small's 0.02 is for a width of 768.
+
+    With 0.02 at a width of 64 every method learns slowly, and those that add two kinds of gradient suffer most.
+    """
     return {
         "model_type": "gpt2", "n_layer": layers, "n_embd": width, "n_head": heads, "vocab_size": vocabulary,
         "n_positions": positions, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False,
+        "initializer_range": round(0.02 * math.sqrt(768 / width), 3),
     }  # fmt: skip
 
 
@@ -139,7 +144,7 @@ def ds_config(run: Run) -> dict[str, Any]:
     preset, method = PRESETS[run.preset], METHODS[run.method]
     micro_batches = method.micro_batches or preset.micro_batches
     rate = preset.learning_rate * run.lr_factor
-    warm_up = max(1, preset.steps // 60)
+    warm_up = max(1, preset.steps // 30)
     return {
         "train_micro_batch_size_per_gpu": preset.sequences // micro_batches,
         "gradient_accumulation_steps": micro_batches,
@@ -213,6 +218,7 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     environment = {
+        "OMP_NUM_THREADS": "1",  # threads of two runs on the same cores cost ten times what they bring
         **os.environ,
         "RANK": "0",
         "LOCAL_RANK": "0",

@@ -1,5 +1,7 @@
 """What the engine promises besides right gradients: no waiting, right labels, little memory, DeepSpeed's habits."""
 
+import time
+
 import jobs
 import pytest
 import torch
@@ -381,9 +383,28 @@ def _report_steps():
     return steps
 
 
-def run_out_of_data(stages):
-    import time
+def _wait_for_a_slow_stage():
+    engine = jobs.build({"mode": "local"}, 3)
+    if engine.stage_id == 1:
+        forward = engine.module.run_segment
+        engine.module.run_segment = lambda *args: (time.sleep(0.1), forward(*args))[1]
+    rows = []
+    engine.reports.listeners.append(lambda reports: rows.append([(r.slowest_link, r.idle_share) for r in reports]))
+    data = jobs.batches(engine)
+    for _ in range(4):
+        engine.train_batch(data)
+    engine.reports.flush()
+    return rows
 
+
+def test_reports_name_the_link_that_a_stage_waits_for():
+    first, slow, last = run_ranks(_wait_for_a_slow_stage, 3)[0][-1]
+    assert last[0] == "activation link 1 -> 2" and last[1] > 0.5
+    assert first[0] in (None, "activation link 0 -> 1")  # its messages are taken late, if at all within so few steps
+    assert slow[1] < 0.3
+
+
+def run_out_of_data(stages):
     engine = jobs.build({"mode": "local"}, stages)
     data = None if engine.stage_id else iter([jobs.batch(0, m, 0) for m in range(6)])
     began = time.monotonic()
