@@ -267,6 +267,8 @@ class LocalParallelConfig(Scheme):
     """Segments each stage holds; K = num_stages x segments_per_stage."""
     phases: tuple[Phase, ...] | None = None
     """Schemes for successive stretches of the run. Replaces `mode` and `mix`."""
+    cycle_steps: PositiveInt | None = None
+    """Phases start over after so many optimizer steps. Default: never."""
     partition: str = "cost"
     """How `causal_lm` models are cut: "cost" balances floating-point operations (heads and readout included), "uniform" gives
     each segment as many blocks; or the path of a profile.json, whose measured times are balanced."""
@@ -313,7 +315,17 @@ class LocalParallelConfig(Scheme):
             ends = [end for end in given if end is not None]
             if len(ends) != len(given) - 1 or given[-1] is not None or any(a >= b for a, b in pairwise(ends)):
                 raise ValueError(f"phases need increasing until_step values and a last phase without one, got {given}")
+        if self.cycle_steps is not None:
+            self._check_cycle(self.cycle_steps)
         return self
+
+    def _check_cycle(self, steps: int) -> None:
+        last_start = self.schemes()[-1][0]
+        if not last_start or last_start >= steps:
+            raise ValueError(f"cycle_steps must end in the last of several phases, after step {last_start}, got {steps}")
+        period = math.lcm(*(scheme.period for _, scheme in self.schemes()))
+        if steps % period:
+            raise ValueError(f"shifted chunks come round every {period} steps: make cycle_steps a multiple of that, got {steps}")
 
     def check_lengths(self, num_segments: int) -> None:
         """Raises ConfigError when a list with an entry per segment has another length."""
@@ -341,6 +353,7 @@ class LocalParallelConfig(Scheme):
 
     def scheme_at(self, step: int) -> Scheme:
         """The scheme of optimizer step `step` (counted from 0)."""
+        step %= self.cycle_steps or step + 1
         for phase in self.phases or ():
             if phase.until_step is None or step < phase.until_step:
                 return phase

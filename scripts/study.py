@@ -24,6 +24,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from types import MappingProxyType
@@ -99,6 +100,7 @@ METHODS = {
     "local, backprop tail 5 %": Method(LOCAL, 0.05),
     "local, backprop tail 10 %": Method(LOCAL, 0.1),
     "local, backprop tail 20 %": Method(LOCAL, 0.2),
+    "local, one backprop step in 8": Method({"phases": [{**LOCAL, "until_step": 7}, BACKPROP], "cycle_steps": 8}),
     "mixed 1/8": Method(mixed(1 / 8), 0.0, {}, 8),
     "mixed 1/4": Method(mixed(1 / 4)),
     "mixed 1/2": Method(mixed(1 / 2)),
@@ -294,12 +296,15 @@ def _forecast(config: Any, method: Method, num_segments: int, count: int, seq_le
     unit = unit_flops(config, section.head, num_segments, seq_len)
     forward, input_grad, weight_grad, head = segment_times(unit, parts)
     transfer = unit.block / 3 * (parts[-1] - 2) / num_segments  # as long as the forward of a mean stage
-    starts, schemes = zip(*section.schemes(), strict=True)
+    stretches = [(start, scheme.period) for start, scheme in section.schemes()]
+    if section.cycle_steps:
+        stretches = [(0, section.cycle_steps)]
+    ends = [start for start, _ in stretches[1:]] + [steps]
     times = dict.fromkeys((0, 1), 0.0)
     for slow_link in times:
         costs = Costs(forward, input_grad, weight_grad, head, slow_link * transfer)
-        for start, end, scheme in zip(starts, [*starts[1:], steps], schemes, strict=True):
-            schedules = [section.schedule_at(start + i, num_segments, count) for i in range(scheme.period)]
+        for (start, period), end in zip(stretches, ends, strict=True):
+            schedules = [section.schedule_at(start + i, num_segments, count) for i in range(period)]
             times[slow_link] += (end - start) * simulate(schedules, costs).steady_period
     return times, auxiliary_shares(config, section, section.schedule_at(0, num_segments, count), parts, seq_len)
 
@@ -309,9 +314,21 @@ def finished(folder: Path) -> list[dict[str, Any]]:
 
 
 def best_rate(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs at the learning rate with the lowest mean loss."""
-    rates = {r["lr_factor"] for r in results}
-    return min(([r for r in results if r["lr_factor"] == rate] for rate in rates), key=lambda runs: mean(r["loss"] for r in runs))
+    """The runs at the learning rate with the lowest mean loss over the seeds that were tried at every rate."""
+    rates = sorted({r["lr_factor"] for r in results})
+    common = set.intersection(*({r["seed"] for r in results if r["lr_factor"] == rate} for rate in rates))
+    runs_at = [[r for r in results if r["lr_factor"] == rate] for rate in rates]
+    return min(runs_at, key=lambda runs: mean(r["loss"] for r in runs if r["seed"] in common or not common))
+
+
+def tokens_to(loss: float, runs: list[dict[str, Any]]) -> float | None:
+    """Share of a run's tokens after which its mean validation curve is down at a loss; None if it never is."""
+    curves = [run["curve"] for run in runs]
+    points = [(tokens[0][0], mean(value for _, value in tokens)) for tokens in zip(*curves, strict=True)]
+    for (before, high), (after, low) in pairwise(points):
+        if low <= loss < high:
+            return (before + (after - before) * (high - loss) / (high - low)) / points[-1][0]
+    return None
 
 
 def table(args: argparse.Namespace) -> int:
@@ -332,13 +349,15 @@ def table(args: argparse.Namespace) -> int:
             runs = best_rate([r for r in results if r["method"] == method and r["segments"] == segments])
             loss = mean(r["loss"] for r in runs)
             forecast = predict(preset.model, METHODS[method], segments, preset.model["n_positions"])
+            needed = tokens_to(reference, runs)
             rows.append({
                 "method": method, "segments": segments, "parameters": parameters, "tokens": runs[0]["tokens"],
                 "seeds": len(runs), "perplexity": round(math.exp(loss), 4),
                 "gap_percent": round(100 * (math.exp(loss - reference) - 1), 2), "aux_flops_share": round(forecast.aux_share, 4),
                 "predicted_time_ratio": round(forecast.time[8, 0], 4), "device": runs[0]["machine"]["device"],
                 "processor": runs[0]["machine"]["processor"],
-                "lr_factor": runs[0]["lr_factor"], "losses": [round(r["loss"], 4) for r in runs],
+                "predicted_time_to_backprop_loss": None if needed is None else round(needed * forecast.time[8, 0], 4),
+                "learning_rate": preset.learning_rate * runs[0]["lr_factor"], "losses": [round(r["loss"], 4) for r in runs],
                 "predicted_time_ratios": {f"M={m}, c/F={c}": round(t, 4) for (m, c), t in forecast.time.items()},
             })  # fmt: skip
     docs = ROOT / "docs"
@@ -349,7 +368,7 @@ def table(args: argparse.Namespace) -> int:
     whole = page.read_text() if page.exists() else f"# Quality at equal tokens\n\n{START}\n{END}\n"
     before, _, rest = whole.partition(START)
     page.write_text(f"{before}{START}\n{text}{END}{rest.partition(END)[2]}")
-    draw([r for r in results if r["lr_factor"] == 1.0], rows, docs / "quality.png")
+    draw(results, rows, docs / "quality.png")
     print(text)
     return 0
 
@@ -361,21 +380,26 @@ def markdown(rows: list[dict[str, Any]], preset: str) -> str:
             f"From `python scripts/study.py run --preset {preset}`, then `python scripts/study.py table --preset {preset}`: "
             f"{facts.model['n_layer']} blocks of width {facts.model['n_embd']}, {rows[0]['parameters']:,} parameters, "
             f"{rows[0]['tokens']:,} tokens, {rows[0]['processor']} {rows[0]['device']}. The gap is in perplexity, to the mean of "
-            "the backprop runs. The auxiliary share is of the busiest stage's FLOPs; times are simulated, one segment a stage, "
-            "for the whole run, against balanced 1F1B with the same steps.",
+            "the backprop runs; each method has the best of the learning rates tried. The auxiliary share is of the busiest "
+            "stage's FLOPs; times are simulated, one segment a stage, for the whole run, against balanced 1F1B with the same steps. "
+            "The last column is the time, at M = 8, until the loss is down at the backprop runs' last.",
             width=128,
             break_on_hyphens=False,
         ),
         "",
-        "| method | K | seeds | loss | perplexity | gap | auxiliary share | time M=4 | M=8 | M=16 | M=8, c/F=1 |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| method | K | rate | seeds | loss (lowest-highest) | perplexity | gap | auxiliary share "
+        "| time M=4 | M=8 | M=16 | M=8, c/F=1 | to backprop's loss |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         time_of = row["predicted_time_ratios"]
         times = " | ".join(f"{time_of[key]:.2f}" for key in ("M=4, c/F=0", "M=8, c/F=0", "M=16, c/F=0", "M=8, c/F=1"))
+        losses, until = row["losses"], row["predicted_time_to_backprop_loss"]
+        spread = f" ({min(losses):.4f}-{max(losses):.4f})" if len(losses) > 1 else ""
         lines.append(
-            f"| {row['method']} | {row['segments']} | {row['seeds']} | {mean(row['losses']):.4f} | {row['perplexity']:.3f} | "
-            f"{row['gap_percent']:+.1f} % | {row['aux_flops_share']:.1%} | {times} |"
+            f"| {row['method']} | {row['segments']} | {row['learning_rate']:g} | {row['seeds']} | {mean(losses):.4f}{spread} | "
+            f"{row['perplexity']:.3f} | {row['gap_percent']:+.1f} % | {row['aux_flops_share']:.1%} | {times} | "
+            f"{'-' if until is None else f'{until:.2f}'} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -391,9 +415,10 @@ def draw(results: list[dict[str, Any]], rows: list[dict[str, Any]], picture: Pat
     ratio = {(row["method"], row["segments"]): row["predicted_time_ratio"] for row in rows}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for number, method in enumerate(shown):
-        runs = [r for r in results if r["method"] == method and (r["segments"] == 4 or method == "backprop")]
-        if not runs or (method, runs[0]["segments"]) not in ratio:
+        runs = [r for r in results if r["method"] == method and r["segments"] == 4]
+        if not runs:
             continue
+        runs = best_rate(runs)
         for axis, scale in zip(axes, (1.0, ratio[method, runs[0]["segments"]]), strict=True):
             tokens, losses = zip(*runs[0]["curve"], strict=True)
             axis.plot([t * scale / 1e6 for t in tokens], losses, marker=".", color=f"C{number}", label=method)

@@ -145,6 +145,20 @@ def test_phases_and_shifts_have_keys():
     assert section.head_segments(4) == {0, 1, 2}
 
 
+def test_phases_in_a_cycle():
+    phases = [{"until_step": 2, "mode": "local"}, {"mode": "backprop"}]
+    section = local_parallel({"local_parallel": {"phases": phases, "cycle_steps": 3}})
+    assert [section.scheme_at(step).mode for step in range(7)] == ["local", "local", "backprop"] * 2 + ["local"]
+    assert {section.schedule_key(step) for step in range(7)} == {section.schedule_key(step) for step in section.distinct_steps()}
+    for wrong, words in (
+        ({"phases": phases, "cycle_steps": 2}, "after step 2, got 2"),
+        ({"cycle_steps": 3}, "last of several phases"),
+        ({"phases": [{"until_step": 2, "mode": "shifted_chunked"}, {"mode": "local"}], "cycle_steps": 5}, "every 2 steps"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            local_parallel({"local_parallel": wrong})
+
+
 @pytest.mark.parametrize(
     ("text", "words"), [("{", "not valid JSON"), ("[]", "must be a JSON object"), ('{"a": 1, "a": 2}', "twice")]
 )
