@@ -381,7 +381,7 @@ def markdown(rows: list[dict[str, Any]], preset: str) -> str:
             f"{facts.model['n_layer']} blocks of width {facts.model['n_embd']}, {rows[0]['parameters']:,} parameters, "
             f"{rows[0]['tokens']:,} tokens, {rows[0]['processor']} {rows[0]['device']}. The gap is in perplexity, to the mean of "
             "the backprop runs; each method has the best of the learning rates tried. The auxiliary share is of the busiest "
-            "stage's FLOPs; times are simulated, one segment a stage, for the whole run, against balanced 1F1B with the same steps. "
+            "stage's FLOPs; times are simulated, one segment a stage, for the whole run, against balanced 1F1B with equal steps. "
             "The last column is the time, at M = 8, until the loss is down at the backprop runs' last.",
             width=128,
             break_on_hyphens=False,
