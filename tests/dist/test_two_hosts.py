@@ -1,6 +1,7 @@
 """Training over two hosts with addresses of their own, started the way the documentation says."""
 
 import json
+import os
 import time
 
 import pytest
@@ -64,10 +65,15 @@ def test_two_hosts_train_as_one_does(hosts, inputs, tmp_path):
 
 @pytest.mark.skipif(bool(why_no_ssh()), reason=why_no_ssh() or "-")
 def test_one_command_starts_both_hosts_by_ssh(hosts, inputs, tmp_path):
+    """The last two of the five commands in docs/multi-node.md: the launch script looks at the machines before it starts them."""
     client = hosts.serve_ssh(ON_HOSTS | {"PATH": environment()["PATH"]})
-    command = words(hosts, "train.py", *training(inputs, tmp_path / "run", 4), no_ssh=False)
-    process = hosts.start(0, command, **(environment() | ON_HOSTS | {"PYTHONPATH": str(ROOT)} | client))
+    job = {"MODEL": inputs["--model"], "CONFIG": inputs["--deepspeed_config"], "DATA": inputs["--data"], "STAGES": "2",
+           "RUN": str(tmp_path / "run"), "STEPS": "4", "HOSTFILE": str(hosts.folder / "hostfile")}  # fmt: skip
+    here = environment() | ON_HOSTS | {"PYTHONPATH": str(ROOT)} | job
+    here["PATH"] = client["PATH"].replace(os.environ["PATH"], environment()["PATH"])
+    process = hosts.start(0, ["bash", str(ROOT / "scripts" / "launch" / "deepspeed.sh")], **here)
     assert process.wait(timeout=600) == 0, hosts.outputs()
+    assert hosts.outputs()[0].count("opens to ssh") == 2
     check_equal_to_one_host(inputs, tmp_path / "run", tmp_path)
 
 
