@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+PACE_STEPS = 60  # to see how long a step takes
 SUBNETS = {"sync": "subnets", "scale": "none"}
 PERIODIC = {"sync": "periodic"}
 PLAIN = {"sync": "periodic", "outer_lr": 1.0, "outer_momentum": 0.0}
@@ -42,10 +43,13 @@ def model_config(width: int, depth: int, vocabulary: int, seq_len: int) -> dict[
     return {
         "model_type": "gpt2", "vocab_size": vocabulary, "n_positions": seq_len, "n_embd": width, "n_layer": depth, "n_head": 8,
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+        "initializer_range": round(0.02 * math.sqrt(768 / width), 3),  # as wide as GPT-2 small's for its width
     }  # fmt: skip
 
 
-def build(model: dict[str, Any], row: dict[str, Any], replicas: dict[str, Any], batch: int, steps: int, lr: float) -> Any:
+def build(
+    model: dict[str, Any], row: dict[str, Any], replicas: dict[str, Any], batch: int, steps: int, lr: float, seed: int = 1
+) -> Any:
     import ds_local
 
     config = {
@@ -53,7 +57,7 @@ def build(model: dict[str, Any], row: dict[str, Any], replicas: dict[str, Any], 
         "optimizer": {"type": "AdamW", "params": {"lr": lr, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True}},
         "scheduler": {"type": "WarmupCosineLR", "params": {
             "total_num_steps": steps, "warmup_num_steps": max(2, steps // 10), "cos_min_ratio": 0.1}},
-        "local_parallel": {**row, "replicas": replicas},
+        "local_parallel": {**row, "replicas": replicas, "seed": seed},
     }  # fmt: skip
     return ds_local.initialize(model=ds_local.causal_lm(model, num_stages=1, config=config), config=config)[0]
 
@@ -128,14 +132,16 @@ def study_costs(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
 # --- quality --------------------------------------------------------------------------------------------------------------
 
 
-def quality_of(folder: str, row: dict[str, Any], replicas: dict[str, Any], steps: int, batch: int, lr: float) -> dict[str, Any]:
+def quality_of(
+    folder: str, row: dict[str, Any], replicas: dict[str, Any], steps: int, batch: int, lr: float, seed: int
+) -> dict[str, Any]:
     """Validation loss of the merged model along the way."""
     from ds_local.data import BatchShape, TokenData, training_batches, validation_batches
 
     data = TokenData(folder)
-    engine = build(model_config(64, 4, data.vocab_size, data.seq_len), row, replicas, batch, steps, lr)
+    engine = build(model_config(64, 4, data.vocab_size, data.seq_len), row, replicas, batch, steps, lr, seed)
     shape = BatchShape(batch, 1, engine.dp_world_size, engine.replica_id)
-    batches = training_batches(data, 1, 0, shape)
+    batches = training_batches(data, seed, 0, shape)
     validation = validation_batches(data, shape, 256)
     seconds, sent, losses = 0.0, 0.0, {}
     for step in range(1, steps + 1):
@@ -152,10 +158,20 @@ def quality_of(folder: str, row: dict[str, Any], replicas: dict[str, Any], steps
 
 def study_quality(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
+
+    def result_of(name: str, steps: int) -> dict[str, Any]:
+        settings = args.data, ROWS[args.row], SYNCS[name], steps, args.sequences // args.replicas, args.lr, args.seed
+        return pool.run(quality_of, args.replicas, *settings, timeout=1800)[0]
+
+    def pace(name: str) -> float:
+        return result_of(name, PACE_STEPS)["cpu_seconds"]
+
+    yardstick = pace("gradients") if args.equal_time else 1.0
     for name in args.only or SYNCS:
-        settings = args.data, ROWS[args.row], SYNCS[name], args.steps, args.sequences // args.replicas, args.lr
-        result = pool.run(quality_of, args.replicas, *settings, timeout=1800)[0]
-        rows.append({"sync": name, "row": args.row, "replicas": args.replicas, **result})
+        steps = round(args.steps * (yardstick / pace(name) if args.equal_time else 1.0))
+        rows.append({
+            "sync": name, "row": args.row, "replicas": args.replicas, "seed": args.seed, "steps": steps, **result_of(name, steps)
+        })  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -168,6 +184,8 @@ def main() -> None:
     parser.add_argument("--row", choices=ROWS, default="backprop", help="of the route table")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=1, help="of weights and data order")
+    parser.add_argument("--equal-time", action="store_true", help="as many steps as take the processor time of --steps averages")
     parser.add_argument("--sequences", type=int, default=16, help="in a step, over all replicas")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--only", nargs="*", choices=SYNCS, help="default all")
