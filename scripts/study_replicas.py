@@ -13,6 +13,7 @@ import json
 import math
 import statistics
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +164,12 @@ def study_quality(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
         settings = args.data, ROWS[args.row], SYNCS[name], steps, args.sequences // args.replicas, args.lr, args.seed
         return pool.run(quality_of, args.replicas, *settings, timeout=1800)[0]
 
+    @cache
     def pace(name: str) -> float:
         return result_of(name, PACE_STEPS)["cpu_seconds"]
 
-    yardstick = pace("gradients") if args.equal_time else 1.0
     for name in args.only or SYNCS:
-        steps = round(args.steps * (yardstick / pace(name) if args.equal_time else 1.0))
+        steps = round(args.steps * (pace("gradients") / pace(name) if args.equal_time else 1.0))
         rows.append({
             "sync": name, "row": args.row, "replicas": args.replicas, "seed": args.seed, "steps": steps, **result_of(name, steps)
         })  # fmt: skip
