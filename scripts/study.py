@@ -108,6 +108,7 @@ METHODS = {
     "mixed 1/4, tail 10 %": Method(mixed(1 / 4), 0.1),
     "mixed 1/4, tail 20 %": Method(mixed(1 / 4), 0.2),
     "mixed 1/2, tail 10 %": Method(mixed(1 / 2), 0.1),
+    "mixed 1/2, tail 20 %": Method(mixed(1 / 2), 0.2),
     "mixed 1/4, tail 20 %, 1/8 of the tokens": Method(mixed(1 / 4), 0.2, EIGHTH),
     "mixed 1/4, tail 20 %, 1/16 of the tokens": Method(mixed(1 / 4), 0.2, {"token_fraction": 0.0625}),
     "mixed 1/4, tail 20 %, one private block": Method(mixed(1 / 4), 0.2, {"blocks": 1}),
