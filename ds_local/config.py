@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,6 +31,7 @@ from pydantic import (
 from ds_local.order import make_schedule
 from ds_local.routes import MODES, Routes, make_routes
 from ds_local.schedule import Schedule
+from ds_local.simulator import most_without_idling
 
 SECTION = "local_parallel"
 
@@ -62,8 +64,9 @@ class Row(_Strict):
 class MixEntry(Row):
     """A row that some micro-batches of each step follow."""
 
-    micro_batches: PositiveInt | None = None
-    """How many micro-batches of a step follow this row. Left out in one entry: that one takes the rest."""
+    micro_batches: PositiveInt | Literal["auto"] | None = None
+    """How many micro-batches of a step follow this row. Left out in one entry: that one takes the rest. "auto": as many as the
+    pipeline can hide, one segment on each stage: half of them where they are twice as many as the segments."""
 
 
 class Scheme(Row):
@@ -80,6 +83,8 @@ class Scheme(Row):
                 raise ValueError(f"give either mix or {', '.join(sorted(clash))}, not both")
             if not self.mix or sum(entry.micro_batches is None for entry in self.mix) > 1:
                 raise ValueError("mix needs at least one entry, and at most one entry without micro_batches")
+            if [entry.micro_batches for entry in self.mix] != ["auto", None] and any(e.micro_batches == "auto" for e in self.mix):
+                raise ValueError('micro_batches "auto" is for the first of two entries, the second one takes the rest')
         return self
 
     @property
@@ -87,23 +92,42 @@ class Scheme(Row):
         """Steps after which schedules repeat: more than 1 where chunks shift."""
         return math.lcm(*(entry.window or 2 for entry in self.mix or [self] if entry.mode == "shifted_chunked"))
 
-    def rows(self, num_segments: int, num_micro_batches: int, step: int = 0) -> list[tuple[Routes, int]]:
+    def rows(self, num_segments: int, num_micro_batches: int, step: int = 0, transfer: float = 0.0) -> list[tuple[Routes, int]]:
         """(table, micro-batches that follow it) for one step.
 
+        Args:
+            transfer: see `LinkConfig`; "auto" reckons with it.
+
         Raises:
-            ConfigError: when the counts do not add up to `num_micro_batches`.
+            ConfigError: when the counts do not add up to `num_micro_batches`, or "auto" can hide none.
         """
         if self.mix is None:
             return [(self.routes(num_segments, step), num_micro_batches)]
-        given = sum(entry.micro_batches or 0 for entry in self.mix)
-        open_ended = any(entry.micro_batches is None for entry in self.mix)
+        tables = [entry.routes(num_segments, step) for entry in self.mix]
+        counts = [
+            _auto_count(self.mix[0], self.mix[1], num_segments, num_micro_batches, transfer)
+            if entry.micro_batches == "auto" else entry.micro_batches
+            for entry in self.mix
+        ]  # fmt: skip
+        given = sum(count or 0 for count in counts)
         rest = num_micro_batches - given
-        if rest < 0 or (rest > 0 and not open_ended):
+        if rest < 0 or (rest > 0 and None not in counts):
             raise ConfigError(
                 f"{SECTION}.mix names {given} micro-batches but gradient_accumulation_steps is {num_micro_batches}; "
                 "make them agree, or leave micro_batches out of one entry"
             )
-        return [(e.routes(num_segments, step), rest if e.micro_batches is None else e.micro_batches) for e in self.mix]
+        return [(table, rest if count is None else count) for table, count in zip(tables, counts, strict=True)]
+
+
+@cache
+def _auto_count(first: Row, second: Row, num_segments: int, num_micro_batches: int, transfer: float) -> int:
+    count = most_without_idling(first.routes(num_segments), second.routes(num_segments), num_micro_batches, transfer)
+    if not count:
+        raise ConfigError(
+            f"{SECTION}.mix: with {num_segments} segments and {num_micro_batches} micro-batches not one can be hidden; "
+            'name a number instead of "auto", or raise gradient_accumulation_steps'
+        )
+    return count
 
 
 class Phase(Scheme):
@@ -366,7 +390,7 @@ class LocalParallelConfig(Scheme):
 
     def rows_at(self, step: int, num_segments: int, num_micro_batches: int) -> list[tuple[Routes, int]]:
         """(table, micro-batches that follow it) for one step."""
-        rows = self.scheme_at(step).rows(num_segments, num_micro_batches, step)
+        rows = self.scheme_at(step).rows(num_segments, num_micro_batches, step, self.link.transfer)
         return [part for row in rows for part in _thinned(*row, self.head.every)]
 
     def distinct_schedules(self, num_stages: int, num_micro_batches: int) -> list[Schedule]:

@@ -10,11 +10,14 @@ Pure Python; matplotlib is imported only to draw.
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ds_local.order import make_schedule
+from ds_local.routes import Routes
 from ds_local.schedule import BACKWARD, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Action, Event, Link, Schedule, replay
 
 MAX_ROUNDS = 12  # of a steady-state replay
@@ -215,6 +218,24 @@ class StepTimer:
             if len(ends) > 3 and abs(ends[-1] - 2 * ends[-2] + ends[-3]) < 1e-6 * (ends[-1] - ends[-2]):
                 break
         return ends[-1] - ends[-2]
+
+
+def most_without_idling(first: Routes, second: Routes, num_micro_batches: int, transfer: float = 0.0) -> int:
+    """How many micro-batches of a step may follow the row `first` before the pipeline is slower than if all followed `second`.
+
+    One segment a stage, forward and both parts of the backward one unit each, heads free; so it depends on the model's segments
+    alone. 0 when even one is too many.
+
+    Args:
+        transfer: time of a message, in forwards.
+    """
+
+    def period(count: int) -> float:
+        schedule = make_schedule([(first, count), (second, num_micro_batches - count)], first.num_segments, transfer)
+        return StepTimer(schedule).steady_period(Costs(link=transfer))
+
+    limit = period(0) * (1 + 1e-9)
+    return bisect_right(range(1, num_micro_batches), limit, key=period)
 
 
 def chrome_trace(timeline: Timeline, microseconds_per_unit: float = 1e6) -> dict[str, Any]:

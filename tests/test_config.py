@@ -7,6 +7,7 @@ import pytest
 
 from ds_local.config import ConfigError, load_config, local_parallel, num_stages_and_replicas
 from ds_local.deepspeed_config import batch_sizes, check_deepspeed
+from ds_local.simulator import Costs, simulate
 
 MISTAKES = {
     "misspelt mode key": ({"mod": "local"}, "did you mean 'mode'?"),
@@ -123,6 +124,43 @@ def test_mix_that_does_not_add_up():
     closed = local_parallel({"local_parallel": {"mix": [{"mode": "backprop", "micro_batches": 3}]}})
     with pytest.raises(ConfigError, match="make them agree"):
         closed.rows(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("segments", "micro_batches", "transfer", "count"), [(2, 8, 0, 4), (4, 4, 0, 1), (4, 8, 0, 4), (4, 8, 1, 2), (8, 16, 0, 8)]
+)
+def test_auto_hides_as_many_micro_batches_as_the_pipeline_can(segments, micro_batches, transfer, count):
+    def share(section, number):
+        link = {"transfer": transfer}
+        mix = [{"mode": "backprop", "micro_batches": number}, {"mode": "local"}]
+        return local_parallel({"local_parallel": {"mix": mix, "link": link, **section}})
+
+    assert [n for _, n in share({}, "auto").rows_at(0, segments, micro_batches)] == [count, micro_batches - count]
+    costs = Costs(link=transfer)
+    idle = [
+        simulate(share({}, number).schedule_at(0, segments, micro_batches), costs).idle_share
+        for number in ("auto", count, count + 1)
+    ]
+    assert idle[:2] == pytest.approx([0, 0], abs=1e-9)
+    assert idle[2] > 0.01
+    # whatever the number of ranks that hold the segments
+    folded = share({"segments_per_stage": segments}, "auto").schedule_at(0, 1, micro_batches)
+    assert sum(routes.mode == "backprop" for routes in folded.rows) == count
+
+
+def test_auto_is_refused_where_it_means_nothing():
+    auto, local = {"mode": "backprop", "micro_batches": "auto"}, {"mode": "local"}
+    for mix in (
+        [auto],
+        [local, auto],
+        [auto, {**local, "micro_batches": 2}],
+        [auto, auto],
+        [auto, local, {**local, "micro_batches": 1}],
+    ):
+        with pytest.raises(ConfigError, match=r'"auto" is for the first of two|at most one entry without'):
+            local_parallel({"local_parallel": {"mix": mix}})
+    with pytest.raises(ConfigError, match="8 segments and 4 micro-batches not one can be hidden"):
+        local_parallel({"local_parallel": {"mix": [auto, local]}}).schedule_at(0, 8, 4)
 
 
 def test_stages_and_replicas():
