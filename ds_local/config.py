@@ -433,6 +433,11 @@ def _thinned(routes: Routes, count: int, every: int) -> list[tuple[Routes, int]]
     return [(routes.scaled_auxiliary(count / kept), kept), (routes.scaled_auxiliary(0), count - kept)]
 
 
+def number_or_auto(text: str) -> int | str:
+    """A command line's count of micro-batches."""
+    return text if text == "auto" else int(text)
+
+
 def load_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """The whole DeepSpeed config as a dict, from a file or a mapping.
 

@@ -49,7 +49,12 @@ def type_name(info: FieldInfo) -> str:
     if "Literal" in text:
         choices = " or ".join(f"`{value!r}`".replace("'", '"') for value in dict.fromkeys(_choices(info.annotation)))
         also = "" if "tuple" not in text else "list of " if text.startswith("tuple") else ", or a list of these"
-        return f"{also}{choices}" if also == "list of " else f"{choices}{also}"
+        number = (
+            "int or "
+            if any(getattr(part, "__origin__", part) is int for part in getattr(info.annotation, "__args__", ()))
+            else ""
+        )
+        return f"{also}{choices}" if also == "list of " else f"{number}{choices}{also}"
     if config._models_in(info.annotation):
         return "list of objects" if "tuple" in text else "object"
     kinds = [word for word in ("int", "float", "str", "bool") if word in text]

@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ds_local.config import number_or_auto
 from ds_local.order import make_schedule
 from ds_local.peers import PEERS
 from ds_local.routes import MODES, make_routes
 from ds_local.schedule import Schedule
-from ds_local.simulator import Costs, Timeline, chrome_trace, draw, simulate
+from ds_local.simulator import Costs, Timeline, chrome_trace, draw, most_without_idling, simulate
 
 WIDEST = 24  # stages and micro-batches of a grid that still fits on a screen
 
@@ -30,7 +31,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--mode", required=True, choices=[*MODES, *PEERS], help="a row of the route table, or another pipeline's schedule")
     add("--window", type=int, help="of modes that take one")
     add("--combine", choices=["sum", "mean"], default="sum", help="of overlapping")
-    add("--backprop-micro-batches", type=int, default=0, help="micro-batches of the step that run real backpropagation")
+    add(
+        "--backprop-micro-batches", type=number_or_auto, default=0, metavar="N|auto",
+        help="micro-batches of the step that run real backpropagation; auto: as many as the pipeline hides",
+    )  # fmt: skip
     add("--segments-per-stage", type=int, default=1)
     add("--transfer", type=float, default=0.0, help="time of a message, in forwards, that the order should reckon with")
     add("--compare", nargs="*", default=[], choices=[*MODES, *PEERS], help="schedules to show beside it")
@@ -58,6 +62,9 @@ def build(mode: str, args: argparse.Namespace, main: bool) -> list[Schedule]:
         return [PEERS[mode](args.stages, args.micro_batches)]
     segments = args.stages * args.segments_per_stage
     backprop = args.backprop_micro_batches if main else 0
+    if backprop == "auto":
+        first, second = make_routes("backprop", segments), make_routes(mode, segments, args.window, args.combine)
+        backprop = most_without_idling(first, second, args.micro_batches, args.transfer)
     if backprop > args.micro_batches:
         raise ValueError(f"--backprop-micro-batches {backprop} exceeds --micro-batches {args.micro_batches}")
     window = args.window if main else None

@@ -13,6 +13,7 @@ import time
 
 from leaving import leave
 
+from ds_local.config import number_or_auto
 from ds_local.routes import MODES
 
 
@@ -37,7 +38,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     scheme.add_argument("--segments-per-stage", type=int)
     scheme.add_argument("--mode", choices=MODES)
     scheme.add_argument("--window", type=int, help="of modes that take one")
-    scheme.add_argument("--backprop-micro-batches", type=int, help="micro-batches of each step that run real backpropagation")
+    scheme.add_argument(
+        "--backprop-micro-batches", type=number_or_auto, metavar="N|auto",
+        help="micro-batches of each step that run real backpropagation; auto: as many as the pipeline hides",
+    )  # fmt: skip
     scheme.add_argument("--backprop-from", type=int, help="plain backpropagation from this step on")
     scheme.add_argument("--seed", type=int, help="of weights, dropout and data order")
     deepspeed = parser.add_argument_group("DeepSpeed")
