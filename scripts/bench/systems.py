@@ -48,9 +48,11 @@ class System:
         return simulate(schedule, Costs(forward, input_grad, weight_grad, times.useful * self.head, link_seconds), depth)
 
 
-def _mixed(share: int, link: dict[str, Any] | None = None) -> Callable[[int, int], dict[str, Any]]:
+def _mixed(share: int | None, link: dict[str, Any] | None = None) -> Callable[[int, int], dict[str, Any]]:
+    """One in `share` micro-batches runs backpropagation; None: as many as the pipeline hides."""
+
     def section(stages: int, micro_batches: int) -> dict[str, Any]:
-        true = {"mode": "backprop", "micro_batches": max(1, micro_batches // share)}
+        true = {"mode": "backprop", "micro_batches": "auto" if share is None else max(1, micro_batches // share)}
         return {"mix": [true, {"mode": "local"}], "link": link or {}}
 
     return section
@@ -114,6 +116,8 @@ SYSTEMS: tuple[System, ...] = (
     _ours("mixed 1/8", _mixed(8), least=lambda stages: 8),
     _ours("mixed 1/4", _mixed(4), least=lambda stages: 4),
     _ours("mixed 1/4, transfer 1", _mixed(4, {"transfer": 1.0}), least=lambda stages: 4),
+    _ours("mixed auto", _mixed(None), least=lambda stages: stages),
+    _ours("mixed auto, transfer 1", _mixed(None, {"transfer": 1.0}), least=lambda stages: 2 * stages),
     _ours("chunked 2", _row("chunked", window=2)),
     _ours("shifted chunks 2", _row("shifted_chunked", window=2)),
     _ours("interlocking 2", _row("interlocking", window=2)),
