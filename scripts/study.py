@@ -125,11 +125,17 @@ class Run(NamedTuple):
     segments: int
     seed: int
     lr_factor: float
+    step_factor: float
 
     @property
     def name(self) -> str:
         plain = re.sub(r"[ ,%]+", "_", self.method.replace("/", "-")).strip("_")
-        return f"{plain}-K{self.segments}-seed{self.seed}-lr{self.lr_factor:g}"
+        longer = "" if self.step_factor == 1 else f"-steps{self.step_factor:g}"
+        return f"{plain}-K{self.segments}-seed{self.seed}-lr{self.lr_factor:g}{longer}"
+
+    @property
+    def steps(self) -> int:
+        return round(PRESETS[self.preset].steps * self.step_factor)
 
 
 def section_of(method: Method, num_segments: int, num_micro_batches: int, steps: int) -> dict[str, Any]:
@@ -147,7 +153,7 @@ def ds_config(run: Run) -> dict[str, Any]:
     preset, method = PRESETS[run.preset], METHODS[run.method]
     micro_batches = method.micro_batches or preset.micro_batches
     rate = preset.learning_rate * run.lr_factor
-    warm_up = max(1, preset.steps // 30)
+    warm_up = max(1, run.steps // 30)
     return {
         "train_micro_batch_size_per_gpu": preset.sequences // micro_batches,
         "gradient_accumulation_steps": micro_batches,
@@ -156,9 +162,9 @@ def ds_config(run: Run) -> dict[str, Any]:
         "optimizer": {"type": "AdamW", "params": {"lr": rate, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True}},
         "scheduler": {
             "type": "WarmupCosineLR",
-            "params": {"total_num_steps": preset.steps, "warmup_num_steps": warm_up, "cos_min_ratio": 0.1},
+            "params": {"total_num_steps": run.steps, "warmup_num_steps": warm_up, "cos_min_ratio": 0.1},
         },
-        "local_parallel": {**section_of(method, run.segments, micro_batches, preset.steps), "seed": run.seed},
+        "local_parallel": {**section_of(method, run.segments, micro_batches, run.steps), "seed": run.seed},
         **preset.precision,
     }
 
@@ -172,8 +178,9 @@ def work(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     data = _prepared(args.preset)
     runs = [
-        Run(args.preset, method, segments, seed, factor)
-        for seed in args.seeds for factor in args.lr_factors for segments in args.segments for method in args.methods
+        Run(args.preset, method, segments, seed, factor, steps)
+        for seed in args.seeds for factor in args.lr_factors for steps in args.step_factors for segments in args.segments
+        for method in args.methods
     ]  # fmt: skip
     for run in runs:
         place = folder / run.name
@@ -231,7 +238,7 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
     }
     command = [
         sys.executable, str(ROOT / "scripts" / "train.py"), "--model", str(place / "model.json"), "--data", str(data),
-        "--output", str(place / "run"), "--max-steps", str(preset.steps), "--eval-every", str(max(1, preset.steps // 10)),
+        "--output", str(place / "run"), "--max-steps", str(run.steps), "--eval-every", str(max(1, run.steps // 10)),
         "--eval-sequences", "1024", "--deepspeed_config", str(place / "ds_config.json"), *resume,
     ]  # fmt: skip
     with (place / "log.txt").open("a") as log:
@@ -248,7 +255,7 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
         return False
     rows = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
     curve = [(row["tokens"], row["loss"]) for row in rows if row["split"] == "validation" and row["segment"] == run.segments - 1]
-    exits = {r["segment"]: r["loss"] for r in rows if r["split"] == "validation" and r["step"] == preset.steps}
+    exits = {r["segment"]: r["loss"] for r in rows if r["split"] == "validation" and r["step"] == run.steps}
     facts = json.loads((place / "run" / "run.json").read_text())
     result = {
         **run._asdict(), "loss": curve[-1][1], "curve": curve, "exits": exits, "tokens": rows[-1]["tokens"],
@@ -332,12 +339,19 @@ def tokens_to(loss: float, runs: list[dict[str, Any]]) -> float | None:
     return None
 
 
+def ratios_of(forecast: Prediction, steps: float) -> dict[str, float]:
+    """Time of so many times the preset's steps, against that of the balanced 1F1B run."""
+    return {f"M={m}, c/F={c}": round(steps * t, 4) for (m, c), t in forecast.time.items()}
+
+
 def table(args: argparse.Namespace) -> int:
     from ds_local.blocks import load_model_config, skeleton
 
     preset = PRESETS[args.preset]
     results = finished(ROOT / args.folder / args.preset)
-    yardsticks = [r for r in results if r["method"] == "backprop"]
+    for result in results:
+        result.setdefault("step_factor", 1.0)
+    yardsticks = [r for r in results if r["method"] == "backprop" and r["step_factor"] == 1]
     if not yardsticks:
         print("no backprop run is finished yet; run it first", file=sys.stderr)
         return 1
@@ -346,20 +360,21 @@ def table(args: argparse.Namespace) -> int:
     parameters = sum(p.numel() for p in skeleton(load_model_config(dict(preset.model))).parameters())
     rows = []
     for method in METHODS:
-        for segments in sorted({r["segments"] for r in results if r["method"] == method}):
-            runs = best_rate([r for r in results if r["method"] == method and r["segments"] == segments])
+        of_method = [r for r in results if r["method"] == method]
+        for segments, longer in sorted({(r["segments"], r["step_factor"]) for r in of_method}):
+            runs = best_rate([r for r in of_method if (r["segments"], r["step_factor"]) == (segments, longer)])
             loss = mean(r["loss"] for r in runs)
             forecast = predict(preset.model, METHODS[method], segments, preset.model["n_positions"])
             needed = tokens_to(reference, runs)
             rows.append({
                 "method": method, "segments": segments, "parameters": parameters, "tokens": runs[0]["tokens"],
-                "seeds": len(runs), "perplexity": round(math.exp(loss), 4),
+                "step_factor": longer, "seeds": len(runs), "perplexity": round(math.exp(loss), 4),
                 "gap_percent": round(100 * (math.exp(loss - reference) - 1), 2), "aux_flops_share": round(forecast.aux_share, 4),
-                "predicted_time_ratio": round(forecast.time[8, 0], 4), "device": runs[0]["machine"]["device"],
+                "predicted_time_ratio": round(longer * forecast.time[8, 0], 4), "device": runs[0]["machine"]["device"],
                 "processor": runs[0]["machine"]["processor"],
-                "predicted_time_to_backprop_loss": None if needed is None else round(needed * forecast.time[8, 0], 4),
+                "predicted_time_to_backprop_loss": None if needed is None else ratios_of(forecast, needed * longer),
                 "learning_rate": preset.learning_rate * runs[0]["lr_factor"], "losses": [round(r["loss"], 4) for r in runs],
-                "predicted_time_ratios": {f"M={m}, c/F={c}": round(t, 4) for (m, c), t in forecast.time.items()},
+                "predicted_time_ratios": ratios_of(forecast, longer),
             })  # fmt: skip
     docs = ROOT / "docs"
     docs.mkdir(exist_ok=True)
@@ -383,25 +398,27 @@ def markdown(rows: list[dict[str, Any]], preset: str) -> str:
             f"{rows[0]['tokens']:,} tokens, {rows[0]['processor']} {rows[0]['device']}. The gap is in perplexity, to the mean of "
             "the backprop runs; each method has the best of the learning rates tried. The auxiliary share is of the busiest "
             "stage's FLOPs; times are simulated, one segment a stage, for the whole run, against balanced 1F1B with equal steps. "
-            "The last column is the time, at M = 8, until the loss is down at the backprop runs' last.",
+            "The last column is the time, at M = 4 and 8, until the loss is down at the backprop runs' last.",
             width=128,
             break_on_hyphens=False,
         ),
         "",
-        "| method | K | rate | seeds | loss (lowest-highest) | perplexity | gap | auxiliary share "
+        "| method | K | steps | rate | seeds | loss (lowest-highest) | perplexity | gap | auxiliary share "
         "| time M=4 | M=8 | M=16 | M=8, c/F=1 | to backprop's loss |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         time_of = row["predicted_time_ratios"]
-        times = " | ".join(f"{time_of[key]:.2f}" for key in ("M=4, c/F=0", "M=8, c/F=0", "M=16, c/F=0", "M=8, c/F=1"))
         losses, until = row["losses"], row["predicted_time_to_backprop_loss"]
         spread = f" ({min(losses):.4f}-{max(losses):.4f})" if len(losses) > 1 else ""
-        lines.append(
-            f"| {row['method']} | {row['segments']} | {row['learning_rate']:g} | {row['seeds']} | {mean(losses):.4f}{spread} | "
-            f"{row['perplexity']:.3f} | {row['gap_percent']:+.1f} % | {row['aux_flops_share']:.1%} | {times} | "
-            f"{'-' if until is None else f'{until:.2f}'} |"
-        )
+        cells = [
+            row["method"], row["segments"], f"{row['step_factor']:g}", f"{row['learning_rate']:g}", row["seeds"],
+            f"{mean(losses):.4f}{spread}", f"{row['perplexity']:.3f}", f"{row['gap_percent']:+.1f} %",
+            f"{row['aux_flops_share']:.1%}",
+            *(f"{time_of[key]:.2f}" for key in ("M=4, c/F=0", "M=8, c/F=0", "M=16, c/F=0", "M=8, c/F=1")),
+            "-" if until is None else " / ".join(f"{until[key]:.2f}" for key in ("M=4, c/F=0", "M=8, c/F=0")),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -413,10 +430,10 @@ def draw(results: list[dict[str, Any]], rows: list[dict[str, Any]], picture: Pat
     import matplotlib.pyplot as plt
 
     shown = ["backprop", "local", "local, backprop tail 20 %", "mixed 1/4", "mixed 1/4, tail 20 %", "chunked 2", "interlocking 2"]
-    ratio = {(row["method"], row["segments"]): row["predicted_time_ratio"] for row in rows}
+    ratio = {(row["method"], row["segments"]): row["predicted_time_ratio"] for row in rows if row["step_factor"] == 1}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for number, method in enumerate(shown):
-        runs = [r for r in results if r["method"] == method and r["segments"] == 4]
+        runs = [r for r in results if (r["method"], r["segments"], r["step_factor"]) == (method, 4, 1)]
         if not runs:
             continue
         runs = best_rate(runs)
@@ -442,6 +459,7 @@ def main() -> int:
     parser.add_argument("--segments", nargs="+", type=int, default=[4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--lr-factors", nargs="+", type=float, default=[1.0], help="factors on the preset's learning rate")
+    parser.add_argument("--step-factors", nargs="+", type=float, default=[1.0], help="factors on the preset's number of steps")
     parser.add_argument("--minutes", type=float, default=9.0, help="stop after so long; what is unfinished goes on next time")
     parser.add_argument("--folder", default="out/study", help="where runs are kept")
     args = parser.parse_args()
