@@ -47,6 +47,10 @@ def test_imports_go_downwards(path):
     assert path.stem in TRANSFORMERS or "transformers" not in packages
 
 
+def test_tests_of_several_processes_are_collected(pytestconfig):
+    assert "dist" not in pytestconfig.getini("norecursedirs")
+
+
 def test_schedules_can_be_looked_at_without_torch():
     heavy = "{'torch', 'deepspeed', 'transformers'}"
     code = f"import sys; import ds_local; from ds_local import {', '.join(PURE)}; assert not {heavy} & set(sys.modules)"
