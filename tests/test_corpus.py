@@ -91,6 +91,7 @@ def test_one_small_file_gives_both_splits_whatever_its_name(tmp_path, tokenizer,
     assert facts["sequences"]["train"] > facts["sequences"]["validation"] >= 1
 
 
+@pytest.mark.slow
 def test_a_line_of_50_megabytes(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text(words(11_000)[:50_000] * 1000)
     facts = make(tmp_path, tokenizer, tmp_path / "a.txt", seq_len=512)

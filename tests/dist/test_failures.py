@@ -110,7 +110,10 @@ def test_a_dead_replica_is_named(tmp_path):
     assert "rank 3" in outputs[2], outputs[2][-2000:]
 
 
-@pytest.mark.parametrize(("told", "ranks", "stages"), [("all", 3, 3), ("last", 3, 3), ("all", 4, 2), ("last", 4, 2)])
+@pytest.mark.parametrize(
+    ("told", "ranks", "stages"),
+    [("last", 3, 3), ("all", 4, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("all", 3, 3), ("last", 4, 2)))],
+)
 def test_a_stop_request_ends_all_ranks_at_the_same_step(tmp_path, told, ranks, stages):
     fate = "engine.request_stop()"
     doom = "int(os.environ['RANK'])" if told == "all" else ranks - 1
