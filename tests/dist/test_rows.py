@@ -129,7 +129,7 @@ def test_phases_change_the_table_on_all_stages_at_once():
 
 
 MIXES = [
-    {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]},
+    {"mix": [{"mode": "backprop", "micro_batches": "auto"}, {"mode": "local"}]},
     {"mix": [{"mode": "backprop", "micro_batches": 3}, {"mode": "interlocking"}]},
     {"phases": [{"until_step": 2, "mix": [{"mode": "backprop", "micro_batches": 2}, {"mode": "local"}]}, {"mode": "backprop"}]},
     {"phases": [{"until_step": 2, "mode": "local"}, {"mode": "backprop"}], "cycle_steps": 3},
