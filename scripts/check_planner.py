@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import emulated
+from bench import emulated, network
 
 from ds_local.config import SECTION, local_parallel
 from ds_local.flops import UnitCosts
@@ -46,8 +46,8 @@ def measured(pool: Pool, layout: Layout, times: emulated.Times, steps: int) -> f
         first, second = row["mix"]
         row = {"mix": [{**first, "micro_batches": layout.micro_batches // 4}, second]}
     local_parallel({SECTION: row})
-    ranks = layout.stages * layout.replicas
-    results = pool.run(emulated.ds_local, ranks, row, times, layout.stages, layout.micro_batches, steps, timeout=300)
+    settings = times, layout.stages, layout.micro_batches, steps, network.Shape(), row
+    results = pool.run(emulated.ds_local, layout.stages * layout.replicas, *settings, timeout=300)
     return emulated.period(results, warm=2)
 
 
