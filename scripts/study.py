@@ -441,7 +441,7 @@ def draw(results: list[dict[str, Any]], rows: list[dict[str, Any]], picture: Pat
             tokens, losses = zip(*runs[0]["curve"], strict=True)
             axis.plot([t * scale / 1e6 for t in tokens], losses, marker=".", color=f"C{number}", label=method)
     axes[0].set_xlabel("million tokens")
-    axes[1].set_xlabel("predicted time at P = 4, M = 8 (unit: balanced 1F1B's time for a million tokens)")
+    axes[1].set_xlabel("predicted time, P = 4, M = 8 (balanced 1F1B: 1 per million tokens)")
     axes[0].set_ylabel("validation loss (nats per token)")
     for axis in axes:
         axis.grid(alpha=0.3)
