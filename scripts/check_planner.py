@@ -39,7 +39,7 @@ def predicted(layout: Layout, times: emulated.Times) -> float:
     return pricing.simulate(pricing.price(layout)).step_seconds
 
 
-def measured(pool: Pool, layout: Layout, times: emulated.Times, steps: int) -> float:
+def measured(pool: Any, layout: Layout, times: emulated.Times, steps: int) -> float:
     row = ROWS[layout.row]
     assert isinstance(row, dict), "a peer's row is not executed"
     if "mix" in row:
@@ -51,20 +51,16 @@ def measured(pool: Pool, layout: Layout, times: emulated.Times, steps: int) -> f
     return emulated.period(results, warm=2)
 
 
-def compare(layouts: Any = LAYOUTS, seconds: float = SECONDS, steps: int = 6) -> list[dict[str, Any]]:
-    pool = Pool()
+def compare(pool: Any, layouts: Any = LAYOUTS, seconds: float = SECONDS, steps: int = 6) -> list[dict[str, Any]]:
     rows = []
-    try:
-        for row, stages, replicas, micro_batches, head in layouts:
-            times = emulated.Times(seconds, seconds, seconds, head)
-            layout = Layout(stages, replicas, row, "full" if head else "", 1, micro_batches)
-            expected, found = predicted(layout, times), measured(pool, layout, times, steps)
-            rows.append({
-                "layout": str(layout), "head": head, "predicted": expected, "measured": found, "error": expected / found - 1,
-            })  # fmt: skip
-            print(f"{expected:>8.3f} s predicted {found:>8.3f} s measured {rows[-1]['error']:>+7.1%}  {layout}", flush=True)
-    finally:
-        pool.close()
+    for row, stages, replicas, micro_batches, head in layouts:
+        times = emulated.Times(seconds, seconds, seconds, head)
+        layout = Layout(stages, replicas, row, "full" if head else "", 1, micro_batches)
+        expected, found = predicted(layout, times), measured(pool, layout, times, steps)
+        rows.append({
+            "layout": str(layout), "head": head, "predicted": expected, "measured": found, "error": expected / found - 1,
+        })  # fmt: skip
+        print(f"{expected:>8.3f} s predicted {found:>8.3f} s measured {rows[-1]['error']:>+7.1%}  {layout}", flush=True)
     return rows
 
 
@@ -73,7 +69,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--steps", type=int, default=6)
     args = parser.parse_args()
-    rows = compare(steps=args.steps)
+    pool = Pool()
+    try:
+        rows = compare(pool, steps=args.steps)
+    finally:
+        pool.close()
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0

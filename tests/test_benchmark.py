@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import benchmark
+import check_planner
 import pytest
 import torch
 from bench import emulated, network, real, report
@@ -85,6 +86,14 @@ def test_tables_take_repetitions_of_several_runs_together():
 def rows_of(names, times=QUICK, stages=2, micro_batches=4):
     setting = Setting(stages, micro_batches, times, network.Shape())
     return {f"{r['system']}:{r['schedule']}": r for batch in sweep([setting], choose(names), 1, POOL) for r in batch}
+
+
+@pytest.mark.dist
+def test_the_planner_is_held_against_real_engines():
+    layouts = [("local", 2, 1, 4, 0.0), ("mixed 1/4", 2, 1, 4, 0.01)]
+    rows = check_planner.compare(POOL, layouts, seconds=0.02, steps=5)
+    assert [row["predicted"] for row in rows] == pytest.approx([4 * 0.06, 4 * 0.06 + 3 * 0.01])
+    assert all(row["measured"] > 0.98 * row["predicted"] for row in rows)  # nothing is faster than its sleep
 
 
 @pytest.mark.dist
