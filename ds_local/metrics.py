@@ -87,7 +87,7 @@ class Reports:
 
     def __init__(
         self, num_segments: int, segments_per_stage: int, every: int | None, source: int, local_segments: range,
-        links: Sequence[str] = (),
+        links: Sequence[str],
     ) -> None:  # fmt: skip
         self.figures = torch.full((num_segments, len(FIGURES)), math.nan, dtype=torch.float64)
         self.listeners: list[Listener] = []  # called on rank 0

@@ -219,14 +219,20 @@ def is_legal(layout: Layout) -> bool:
 # --- price -------------------------------------------------------------------------------------------------------------------
 
 
+def section_for(row: str, micro_batches: int) -> dict[str, Any] | str:
+    """The "local_parallel" section of a row, or the name of a peer, which this package does not execute."""
+    section = ROWS[row]
+    if isinstance(section, dict) and "mix" in section:
+        first, second = section["mix"]
+        return {"mix": [{**first, "micro_batches": max(1, micro_batches // 4)}, second]}
+    return section
+
+
 @lru_cache(maxsize=4096)
 def schedule_for(row: str, stages: int, micro_batches: int) -> Schedule:
-    section = ROWS[row]
+    section = section_for(row, micro_batches)
     if isinstance(section, str):
         return PEERS[section](stages, micro_batches)
-    if "mix" in section:
-        first, second = section["mix"]
-        section = {"mix": [{**first, "micro_batches": max(1, micro_batches // 4)}, second]}
     return local_parallel({SECTION: section}).schedule_at(0, stages, micro_batches)
 
 

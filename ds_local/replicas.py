@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -179,7 +180,7 @@ class Slot(NamedTuple):
             self.state[self.key] = tensor
 
 
-class Apart(Together):
+class Apart(Together, ABC):
     """Replicas that train apart for `every` steps and then meet. A part is a layer or a head; parts travel one by one."""
 
     reduces_gradients = False
@@ -206,9 +207,9 @@ class Apart(Together):
         if self.engine.global_steps % self.settings.every == 0:
             self.meet()
 
+    @abstractmethod
     def meet(self) -> None:
         """Exchange what has been learnt."""
-        raise NotImplementedError
 
     def slots(self, part: str, moments: bool) -> list[Slot]:
         """The tensors of a part, in the same order on all replicas."""

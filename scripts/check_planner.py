@@ -15,9 +15,8 @@ from typing import Any
 
 from bench import emulated, network
 
-from ds_local.config import SECTION, local_parallel
 from ds_local.flops import UnitCosts
-from ds_local.planner import ROWS, Cluster, Layout, Model, Pricing
+from ds_local.planner import Cluster, Layout, Model, Pricing, section_for
 from ds_local.ranks import Pool
 
 # (row, stages, replicas, micro-batches per step, seconds of a head)
@@ -40,13 +39,8 @@ def predicted(layout: Layout, times: emulated.Times) -> float:
 
 
 def measured(pool: Any, layout: Layout, times: emulated.Times, steps: int) -> float:
-    row = ROWS[layout.row]
-    assert isinstance(row, dict), "a peer's row is not executed"
-    if "mix" in row:
-        first, second = row["mix"]
-        row = {"mix": [{**first, "micro_batches": layout.micro_batches // 4}, second]}
-    local_parallel({SECTION: row})
-    settings = times, layout.stages, layout.micro_batches, steps, network.Shape(), row
+    section = section_for(layout.row, layout.micro_batches)
+    settings = times, layout.stages, layout.micro_batches, steps, network.Shape(), section
     results = pool.run(emulated.ds_local, layout.stages * layout.replicas, *settings, timeout=300)
     return emulated.period(results, warm=2)
 
