@@ -83,6 +83,7 @@ class Model:
     readout_params: int
     kept: int  # numbers a block keeps per token for its backward pass
     itemsize: int = 2  # bytes of an activation
+    update_seconds: float = 0.0  # of the optimizer step, per parameter; known from a profile alone
 
     @classmethod
     def of(cls, config: Any, seq_len: int | None = None, itemsize: int = 2) -> Model:
@@ -158,20 +159,21 @@ def measured_model(model: Model, profile: str | Path) -> Model:
     """The model with times that a run has measured, in place of those that follow from floating-point operations.
 
     Args:
-        profile: profile.json of a run; run.json beside it tells the size of its micro-batches.
+        profile: profile.json of a run.
 
     Raises:
-        ConfigError: when either file is missing or holds something else.
+        ConfigError: when it is missing or holds something else.
     """
     units = unit_times(profile)
-    run = Path(profile).with_name("run.json")
     try:
-        facts = json.loads(run.read_text())
-        sequences = batch_sizes(facts["config"], facts["layout"]["replicas"])[0]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{run} must lie beside the profile, as scripts/train.py wrote it: {error}") from error
+        facts = json.loads(Path(profile).read_text())
+        sequences = facts["layout"]["sequences"]
+        update = sum(facts["measured"]["update_seconds"]) / sum(facts["measured"]["parameters"])
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ConfigError(f"{profile} lacks what this version writes, profile the run again: {error}") from error
     heads = [head / sequences for head in units.heads]
-    return replace(model, costs=UnitCosts(units.block / sequences, units.readout / sequences, heads))
+    costs = UnitCosts(units.block / sequences, units.readout / sequences, heads)
+    return replace(model, costs=costs, update_seconds=update)
 
 
 # --- legal layouts -----------------------------------------------------------------------------------------------------------
@@ -357,6 +359,9 @@ class Pricing:
             self.edge_seconds = self._edge_seconds(cluster)
             self.reduced = [self._reduced_bytes(stage) for stage in range(layout.stages)]
             self.reduce_seconds = [2 * size / self._ring_rate(cluster) if layout.replicas > 1 else 0.0 for size in self.reduced]
+            dealt = layout.replicas if pricing.zero_stage else 1
+            self.update_seconds = [model.update_seconds * self._trained(stage) / dealt for stage in range(layout.stages)]
+            self.closing_seconds = [sum(pair) for pair in zip(self.reduce_seconds, self.update_seconds, strict=True)]
 
         def _edge_seconds(self, cluster: Cluster) -> float:
             crossing = self.edges
@@ -386,10 +391,13 @@ class Pricing:
                 return 0, model.readout_params
             return (head.rank * (model.hidden + model.config.vocab_size) if head.rank else model.readout_params), 0
 
+        def _trained(self, stage: int) -> float:
+            return self._params(stage) + self._head_params(stage)[0]
+
         def _reduced_bytes(self, stage: int) -> float:
             """Gradients (and under ZeRO-1 new weights) that pass through one device's share of a ring, one way."""
             replicas = self.layout.replicas
-            return (self._params(stage) + self._head_params(stage)[0]) * self.pricing.model.itemsize * (replicas - 1) / replicas
+            return self._trained(stage) * self.pricing.model.itemsize * (replicas - 1) / replicas
 
         @property
         def network_seconds(self) -> float:
@@ -401,12 +409,12 @@ class Pricing:
 
         @cached_property
         def busy(self) -> list[float]:
-            """Seconds each stage computes in a step, reduction included."""
+            """Seconds each stage works in a step, averaging gradients and updating weights included."""
             count, last = self.layout.micro_batches, self.layout.stages - 1
             return [
-                count * (3 * one + again + head * (1 if stage == last else share)) + reduction
-                for stage, (one, again, head, share, reduction) in enumerate(
-                    zip(self.pass_seconds, self.recompute, self.heads, self.losses, self.reduce_seconds, strict=True)
+                count * (3 * one + again + head * (1 if stage == last else share)) + closing
+                for stage, (one, again, head, share, closing) in enumerate(
+                    zip(self.pass_seconds, self.recompute, self.heads, self.losses, self.closing_seconds, strict=True)
                 )
             ]
 
@@ -423,7 +431,7 @@ class Pricing:
             others = sum(passes * one + again for one, again in zip(self.pass_seconds[:-1], self.recompute[:-1], strict=True))
             last = passes * self.pass_seconds[-1] + self.recompute[-1] + self.heads[-1]
             travel = 2 * (self.layout.stages - 1) * self.edge_seconds
-            return others + travel + self.layout.micro_batches * last + self.reduce_seconds[0]
+            return others + travel + self.layout.micro_batches * last + self.closing_seconds[0]
 
         def _memory(self) -> float:
             model, layout = self.pricing.model, self.layout
@@ -454,6 +462,7 @@ class Pricing:
                 "auxiliary heads": count * sum(aux) / layout.stages,
                 "recomputing activations": count * sum(self.recompute) / layout.stages,
                 "averaging gradients": self.reduce_seconds[slowest],
+                "updating weights": self.update_seconds[slowest],
             }
             parts["stages that cannot be cut evenly"] = max(0.0, max(self.busy) - sum(parts.values()))
             return Price(
@@ -466,7 +475,7 @@ class Pricing:
             backward = [one + again for one, again in zip(self.pass_seconds, self.recompute, strict=True)]
             costs = Costs(
                 forward=self.pass_seconds, input_grad=backward, weight_grad=self.pass_seconds, head=self.heads,
-                link=self.edge_seconds, optimizer=self.reduce_seconds,
+                link=self.edge_seconds, optimizer=self.closing_seconds,
             )  # fmt: skip
             return timer_for(self.layout.row, self.layout.stages, micro_batches).steady_period(costs)
 

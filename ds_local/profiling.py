@@ -1,15 +1,15 @@
 """What each stage's work really costs, for the simulator; and what really happened, as a trace.
 
 `Recorder` keeps the instructions of the last steps with their times. `measure` times each segment's forward, head, input
-gradient and weight gradient by themselves, and a message on each link. `write` puts both beside the
-run: profile.json, which `simulate.py --profile` reads, and trace.json for Chrome or Perfetto with one lane per stage.
+gradient and weight gradient by themselves, and a message on each link. `write` brings the two together and puts them beside the
+run: profile.json, which `simulate.py` and `plan.py` read, and trace.json for Chrome or Perfetto with one lane per stage.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -20,18 +20,22 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ds_local.simulator import Costs, simulate
 from ds_local.tensors import to_device
 from ds_local.transport import Tag
 
 KEPT = 20_000  # instructions
 REPEATS = 10
+COMPUTE = ("LoadMicroBatch", "ForwardPass", "GradientPass")  # instructions that never wait for another stage
+
+Event = tuple[str, int, float, float]  # (name of the instruction, step, start, end)
 
 
 class Recorder:
     """Call it around an instruction; attach it to an engine as `engine.recorder`."""
 
     def __init__(self, device: torch.device) -> None:
-        self.events: deque[tuple[str, int, float, float]] = deque(maxlen=KEPT)  # (name, step, start, end)
+        self.events: deque[Event] = deque(maxlen=KEPT)
         self._device = device
 
     def record(self, name: str, step: int, run: Callable[[], None]) -> None:
@@ -148,32 +152,58 @@ def write(engine: Any, inputs: Any, folder: Path) -> None:
     recorded = list(engine.recorder.events) if engine.recorder else []
     costs: dict[str, Any] = measure(engine, inputs)
     sizes = [link.message_bytes for link in engine.activation_links.values() if hasattr(link, "message_bytes")]
+    parameters = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (engine.stage_id, engine.replica_id, recorded, max(sizes, default=0)))
+    dist.all_gather_object(gathered, (engine.stage_id, engine.replica_id, recorded, max(sizes, default=0), parameters))
     if engine.global_rank:
         return
-    stages = {stage: events for stage, replica, events, _ in gathered if replica == 0}
+    stages = {stage: events for stage, replica, events, *_ in gathered if replica == 0}
     costs["optimizer"] = [0.0] * engine.num_segments
-    costs["activation_bytes"] = max(size for *_, size in gathered)
+    costs["activation_bytes"] = max(size for *_, size, _ in gathered)
     for stage, events in stages.items():
         first = stage * engine.section.segments_per_stage
         costs["optimizer"][first] = _typical(events, "ReduceGrads") + _typical(events, "OptimizerStep")
     costs["forward"][0] += _typical(stages[0], "LoadMicroBatch")
+    for stage, events in stages.items():
+        factor = _in_the_run(engine, stage, events, costs)
+        for segment in range(stage * engine.section.segments_per_stage, (stage + 1) * engine.section.segments_per_stage):
+            for part in ("forward", "input_grad", "weight_grad", "head"):
+                costs[part][segment] *= factor
     layout = {
         "stages": engine.num_stages, "segments": engine.num_segments, "segment_parts": engine.module.segment_parts,
-        "micro_batches": engine.micro_batches,
+        "micro_batches": engine.micro_batches, "sequences": engine.train_micro_batch_size_per_gpu(),
     }  # fmt: skip
-    measured = {"step_seconds": [_period(stages[stage]) for stage in sorted(stages)]}
+    measured = {
+        "step_seconds": [_period(stages[stage]) for stage in sorted(stages)],
+        "update_seconds": [_typical(stages[stage], "OptimizerStep") for stage in sorted(stages)],
+        "parameters": [count for stage, replica, *_, count in sorted(gathered, key=lambda one: one[:2]) if replica == 0],
+    }
     (folder / "profile.json").write_text(json.dumps({"layout": layout, "costs": costs, "measured": measured}, indent=1) + "\n")
     (folder / "trace.json").write_text(json.dumps(_trace(gathered)))
 
 
-def _typical(events: list[tuple[str, int, float, float]], wanted: str) -> float:
+def _in_the_run(engine: Any, stage: int, events: list[Event], costs: dict[str, Any]) -> float:
+    """How much longer a stage computed in a step than its parts take by themselves: gradients are added up, caches are cold."""
+    alone = Costs(**{part: costs[part] for part in ("forward", "input_grad", "weight_grad", "head")})
+    seconds: defaultdict[int, float] = defaultdict(float)
+    for name, step, start, end in events:
+        seconds[step] += (end - start) * (name in COMPUTE)
+    busy: dict[Any, float] = {}
+    ratios = []
+    for step in sorted(seconds)[1:]:  # the first may be incomplete, and pays for warm-up
+        key = engine.section.schedule_key(step)
+        if key not in busy:
+            busy[key] = simulate(engine.section.schedule_at(step, engine.num_stages, engine.micro_batches), alone).busy[stage]
+        ratios.append(seconds[step] / busy[key])
+    return median(ratios) if ratios else 1.0
+
+
+def _typical(events: list[Event], wanted: str) -> float:
     """Median seconds of an instruction."""
     return median([end - start for name, _, start, end in events if name == wanted] or [0.0])
 
 
-def _period(events: list[tuple[str, int, float, float]]) -> float | None:
+def _period(events: list[Event]) -> float | None:
     """Median seconds from one optimizer step to the next."""
     ends = [end for name, _, _, end in events if name == "OptimizerStep"]
     return median(b - a for a, b in pairwise(ends)) if len(ends) > 1 else None
@@ -181,7 +211,7 @@ def _period(events: list[tuple[str, int, float, float]]) -> float | None:
 
 def _trace(lanes: list[Any]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
-    for stage, replica, events, _ in lanes:
+    for stage, replica, events, *_ in lanes:
         rows.append({"name": "thread_name", "ph": "M", "pid": replica, "tid": stage, "args": {"name": f"stage {stage}"}})
         rows += [
             {

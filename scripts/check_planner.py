@@ -1,22 +1,32 @@
-"""What the planner predicts beside what real engines measure, on stages whose compute is sleep.
+"""What the planner predicts beside what real engines measure.
 
-python scripts/check_planner.py [--json FILE]
+python scripts/check_planner.py [--only sleep|real] [--json FILE]
 
-Sleeping stages show the bubbles of four devices on two cores; the engines, processes and messages are real.
+First on stages whose compute is sleep: these show the bubbles of four devices on two cores; engines, processes and messages are
+real. Then on a model's real compute, two ranks pinned to a core each: the first layout is profiled, and all are predicted from
+its profile.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
+import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench import emulated, network
+from bench.real import Job
+from bench.real import config_of as real_config
+from torch import distributed as dist
 
+from ds_local import blocks
 from ds_local.flops import UnitCosts
-from ds_local.planner import Cluster, Layout, Model, Pricing, section_for
+from ds_local.planner import Cluster, Layout, Model, Pricing, measured_model, section_for
 from ds_local.ranks import Pool
 
 # (row, stages, replicas, micro-batches per step, seconds of a head)
@@ -24,6 +34,11 @@ LAYOUTS = (
     ("local", 4, 1, 8, 0.0), ("backprop (1F1B)", 4, 1, 8, 0.0), ("interlocking 2", 4, 1, 8, 0.0), ("chunked 2", 4, 1, 8, 0.0),
     ("mixed 1/4", 4, 1, 8, 0.0), ("local", 4, 1, 8, 0.05), ("local", 2, 2, 8, 0.05), ("backprop (1F1B)", 2, 2, 4, 0.0),
 )  # fmt: skip
+REAL_LAYOUTS = (
+    Layout(2, 1, "local", "full", 4, 8), Layout(2, 1, "backprop (1F1B)", "", 4, 8), Layout(2, 1, "mixed 1/4", "full", 4, 8),
+    Layout(2, 1, "backprop (1F1B)", "", 4, 2), Layout(2, 1, "local", "full", 8, 4), Layout(1, 2, "data parallel", "", 4, 4),
+)  # fmt: skip
+MODEL = Path(__file__).resolve().parents[1] / "configs" / "gpt2-nano.json"
 SECONDS = 0.1  # of a stage's forward, of each of its gradients
 
 
@@ -51,21 +66,81 @@ def compare(pool: Any, layouts: Any = LAYOUTS, seconds: float = SECONDS, steps: 
         times = emulated.Times(seconds, seconds, seconds, head)
         layout = Layout(stages, replicas, row, "full" if head else "", 1, micro_batches)
         expected, found = predicted(layout, times), measured(pool, layout, times, steps)
-        rows.append({
-            "layout": str(layout), "head": head, "predicted": expected, "measured": found, "error": expected / found - 1,
-        })  # fmt: skip
-        print(f"{expected:>8.3f} s predicted {found:>8.3f} s measured {rows[-1]['error']:>+7.1%}  {layout}", flush=True)
+        rows.append(_row(layout, expected, found, head=head))
+    return rows
+
+
+def _row(layout: Layout, expected: float, found: float, **more: Any) -> dict[str, Any]:
+    error = expected / found - 1
+    print(f"{expected:>8.3f} s predicted {found:>8.3f} s measured {error:>+7.1%}  {layout}", flush=True)
+    return {"layout": str(layout), "predicted": expected, "measured": found, "error": error, **more}
+
+
+# --- real compute ---------------------------------------------------------------------------------------------------------
+
+
+def profiled(layout: Layout, folder: str, steps: int) -> float:
+    """On a rank, pinned to a core: train with this layout, write its profile.json; seconds of a step.
+
+    Measured over all steps together: what one stage loses by chance, another waits for.
+    """
+    import ds_local as package
+    from ds_local.profiling import Recorder, write
+
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[dist.get_rank() % len(cores)]})
+    try:
+        job = Job(json.loads(MODEL.read_text()), None, 128, layout.micro_batch, layout.micro_batches)
+        section = {**section_for(layout.row, layout.micro_batches), "num_stages": layout.stages}  # type: ignore[dict-item]
+        config = real_config(job) | {"local_parallel": section}
+        module = package.causal_lm(job.model, layout.stages, config, job.tokens)
+        engine = package.initialize(model=module, config=config)[0]
+        data = job.batches(job.sequences, job.micro_batches)
+        for _ in range(3):
+            engine.train_batch(data)
+        engine.recorder = Recorder(engine.device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            engine.train_batch(data)
+        seconds = (time.perf_counter() - start) / steps
+        write(engine, next(data) if engine.is_first_stage() else None, Path(folder))
+        return seconds
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def compare_real(pool: Any, layouts: Any = REAL_LAYOUTS, repeats: int = 3, steps: int = 20) -> list[dict[str, Any]]:
+    """Layouts take turns, so that a busy moment of the machine meets all of them."""
+    found: dict[Layout, list[float]] = {layout: [] for layout in layouts}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(repeats):
+            for layout in layouts:
+                kept = Path(folder, "profile" if layout == layouts[0] else "other")
+                kept.mkdir(exist_ok=True)
+                found[layout].append(max(pool.run(profiled, 2, layout, str(kept), steps, timeout=300)))
+        profile = Path(folder, "profile", "profile.json")
+        costs = json.loads(profile.read_text())["costs"]
+        rate = 8e-9 * costs["activation_bytes"] / max(costs["link"])
+        cluster = Cluster(1, 2, tflops=1, memory_gib=24, link_gbps=rate, intra_gbps=rate)
+        model = measured_model(Model.of(blocks.load_model_config(str(MODEL)), itemsize=4), profile)
+    rows = []
+    for layout, times in found.items():
+        pricing = Pricing(model, cluster, layout.micro_batch * layout.micro_batches * layout.replicas, zero_stage=0)
+        rows.append(_row(layout, pricing.simulate(pricing.price(layout)).step_seconds, median(times), repetitions=times))
     return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--only", choices=["sleep", "real"], help="one of the two")
     args = parser.parse_args()
-    pool = Pool()
+    pool, rows = Pool(), []
     try:
-        rows = compare(pool, steps=args.steps)
+        if args.only != "real":
+            rows += compare(pool)
+        if args.only != "sleep":
+            rows += compare_real(pool)
     finally:
         pool.close()
     if args.json:

@@ -4,8 +4,9 @@
     python scripts/study.py table
 
 `run` trains what is not finished yet, all segments of a model in one process through the real engine, and stops after the given
-minutes; call it again to go on. Several may run at once: each takes runs that nobody else works on. `table` reads what is
-finished and writes docs/quality.json, docs/quality.png and the table in docs/quality.md.
+minutes; call it again to go on. Several may run at once: each takes runs that nobody else works on. A run that ends in
+backpropagation goes on from where the same scheme without such a tail was, once that is finished: the two are the same until
+then. `table` reads what is finished and writes docs/quality.json, docs/quality.png and the table in docs/quality.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -56,6 +58,7 @@ def _gpt2(layers: int, width: int, heads: int, vocabulary: int, positions: int) 
         "model_type": "gpt2", "n_layer": layers, "n_embd": width, "n_head": heads, "vocab_size": vocabulary,
         "n_positions": positions, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False,
         "initializer_range": round(0.02 * math.sqrt(768 / width), 3),
+        "activation_function": "gelu_pytorch_tanh",  # GPT-2's function as one operation of torch's, not eight
     }  # fmt: skip
 
 
@@ -100,6 +103,7 @@ METHODS = {
     "local, backprop tail 5 %": Method(LOCAL, 0.05),
     "local, backprop tail 10 %": Method(LOCAL, 0.1),
     "local, backprop tail 20 %": Method(LOCAL, 0.2),
+    "local, backprop tail 40 %": Method(LOCAL, 0.4),
     "local, one backprop step in 8": Method({"phases": [{**LOCAL, "until_step": 7}, BACKPROP], "cycle_steps": 8}),
     "mixed 1/8": Method(mixed(1 / 8), 0.0, {}, 8),
     "mixed 1/4": Method(mixed(1 / 4)),
@@ -107,6 +111,7 @@ METHODS = {
     "mixed 1/8, tail 20 %": Method(mixed(1 / 8), 0.2, {}, 8),
     "mixed 1/4, tail 10 %": Method(mixed(1 / 4), 0.1),
     "mixed 1/4, tail 20 %": Method(mixed(1 / 4), 0.2),
+    "mixed 1/4, tail 40 %": Method(mixed(1 / 4), 0.4),
     "mixed 1/2, tail 10 %": Method(mixed(1 / 2), 0.1),
     "mixed 1/2, tail 20 %": Method(mixed(1 / 2), 0.2),
     "mixed 1/4, tail 20 %, 1/8 of the tokens": Method(mixed(1 / 4), 0.2, EIGHTH),
@@ -115,6 +120,8 @@ METHODS = {
     "mixed 1/4, tail 20 %, shared readout": Method(mixed(1 / 4), 0.2, SHARED),
     "mixed 1/4, tail 20 %, block, 1/8 of the tokens": Method(mixed(1 / 4), 0.2, {"blocks": 1, **EIGHTH}),
 }
+TAILS = sorted({method.tail for method in METHODS.values() if method.tail})
+CHECKPOINTS = 20  # of a run, so that every tail begins at one
 
 
 class Run(NamedTuple):
@@ -137,15 +144,26 @@ class Run(NamedTuple):
     def steps(self) -> int:
         return round(PRESETS[self.preset].steps * self.step_factor)
 
+    def switch(self, tail: float) -> int:
+        """The step at which such a tail begins."""
+        return round(self.steps * (1 - tail))
 
-def section_of(method: Method, num_segments: int, num_micro_batches: int, steps: int) -> dict[str, Any]:
+    @property
+    def trunk(self) -> Run | None:
+        """The same run without a tail, if it is one of the study's."""
+        method = METHODS[self.method]
+        plain = [name for name, other in METHODS.items() if method.tail and other == method._replace(tail=0.0)]
+        return self._replace(method=plain[0]) if plain else None
+
+
+def section_of(method: Method, num_segments: int, num_micro_batches: int, switch: int) -> dict[str, Any]:
     """The "local_parallel" section of a method, for one process that holds all segments."""
     scheme = json.loads(json.dumps(method.scheme))
     for entry in scheme.get("mix", ()):
         if "share" in entry:
             entry["micro_batches"] = max(1, round(entry.pop("share") * num_micro_batches))
     if method.tail:
-        scheme = {"phases": [{**scheme, "until_step": round(steps * (1 - method.tail))}, BACKPROP]}
+        scheme = {"phases": [{**scheme, "until_step": switch}, BACKPROP]}
     return {**scheme, "num_stages": 1, "segments_per_stage": num_segments, "head": dict(method.head)}
 
 
@@ -164,7 +182,7 @@ def ds_config(run: Run) -> dict[str, Any]:
             "type": "WarmupCosineLR",
             "params": {"total_num_steps": run.steps, "warmup_num_steps": warm_up, "cos_min_ratio": 0.1},
         },
-        "local_parallel": {**section_of(method, run.segments, micro_batches, run.steps), "seed": run.seed},
+        "local_parallel": {**section_of(method, run.segments, micro_batches, run.switch(method.tail)), "seed": run.seed},
         **preset.precision,
     }
 
@@ -221,6 +239,8 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
     preset = PRESETS[run.preset]
     (place / "model.json").write_text(json.dumps(preset.model))
     (place / "ds_config.json").write_text(json.dumps(ds_config(run), indent=1))
+    if not (place / "run").exists():
+        _leave_trunk(run, place)
     resume = ["--resume"] if (place / "run" / "checkpoints" / "latest").exists() else []
     if not resume and (place / "run" / "run.json").exists():
         (place / "run" / "run.json").unlink()  # ended before its first checkpoint
@@ -239,6 +259,7 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
     command = [
         sys.executable, str(ROOT / "scripts" / "train.py"), "--model", str(place / "model.json"), "--data", str(data),
         "--output", str(place / "run"), "--max-steps", str(run.steps), "--eval-every", str(max(1, run.steps // 10)),
+        "--save-every", str(max(1, run.steps // CHECKPOINTS)),
         "--eval-sequences", "1024", "--deepspeed_config", str(place / "ds_config.json"), *resume,
     ]  # fmt: skip
     with (place / "log.txt").open("a") as log:
@@ -262,8 +283,29 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
         "parts": facts["layout"]["segment_parts"], "versions": facts["versions"], "machine": facts["machine"],
     }  # fmt: skip
     (place / "result.json").write_text(json.dumps(result, indent=1))
+    needed = {run.steps} | ({run.switch(tail) for tail in TAILS} if not METHODS[run.method].tail else set())
+    for checkpoint in (place / "run" / "checkpoints").glob("global_step*"):
+        if int(checkpoint.name.removeprefix("global_step")) not in needed:
+            shutil.rmtree(checkpoint)
     print(f"{run.name}: {result['loss']:.4f}")
     return True
+
+
+def _leave_trunk(run: Run, place: Path) -> None:
+    """Begin from the checkpoint of the run without a tail, where there is one."""
+    if run.trunk is None:
+        return
+    trunk, tag = place.parent / run.trunk.name / "run", f"global_step{run.switch(METHODS[run.method].tail)}"
+    if not (place.parent / run.trunk.name / "result.json").exists() or not (trunk / "checkpoints" / tag).exists():
+        return
+    partial = place / "run.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    for part in (tag, "tokenizer"):
+        shutil.copytree(trunk / "checkpoints" / part, partial / "checkpoints" / part)
+    for part in ("run.json", "metrics.jsonl"):
+        shutil.copy(trunk / part, partial / part)
+    (partial / "checkpoints" / "latest").write_text(tag)
+    partial.rename(place / "run")
 
 
 # --- the table ------------------------------------------------------------------------------------------------------------
@@ -299,7 +341,9 @@ def _forecast(config: Any, method: Method, num_segments: int, count: int, seq_le
     from ds_local.simulator import Costs, simulate
 
     steps = 1000
-    section = local_parallel({"local_parallel": {**section_of(method, 1, count, steps), "num_stages": num_segments}})
+    section = local_parallel(
+        {"local_parallel": {**section_of(method, 1, count, round(steps * (1 - method.tail))), "num_stages": num_segments}}
+    )
     parts = choose_parts(config, section, num_segments, count, seq_len)
     unit = unit_flops(config, section.head, num_segments, seq_len)
     forward, input_grad, weight_grad, head = segment_times(unit, parts)

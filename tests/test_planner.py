@@ -131,10 +131,16 @@ def test_a_thousand_nodes_from_the_command_line():
 
 def test_a_profile_replaces_the_flops(tmp_path, small):
     costs = {"forward": [2, 2], "input_grad": [1, 1], "weight_grad": [1, 1], "head": [0.5, 3.0]}
-    layout = {"stages": 2, "replicas": 1, "segment_parts": [0, 3, 6]}
-    (tmp_path / "profile.json").write_text(json.dumps({"costs": costs, "layout": layout}))
-    with pytest.raises(ConfigError, match="must lie beside the profile"):
-        measured_model(small, tmp_path / "profile.json")
-    config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
-    (tmp_path / "run.json").write_text(json.dumps({"config": config, "layout": layout}))
-    assert measured_model(small, tmp_path / "profile.json").costs == UnitCosts(1.0, 1.5, [0.25])
+    facts = {
+        "costs": costs, "layout": {"stages": 2, "segment_parts": [0, 3, 6], "sequences": 2},
+        "measured": {"step_seconds": [40, 40], "update_seconds": [3, 5], "parameters": [100, 300]},
+    }  # fmt: skip
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps(facts))
+    model = measured_model(small, profile)
+    assert model.costs == UnitCosts(1.0, 1.5, [0.25])
+    assert model.update_seconds == 8 / 400  # of a parameter
+    del facts["measured"]
+    profile.write_text(json.dumps(facts))
+    with pytest.raises(ConfigError, match="profile the run again"):
+        measured_model(small, profile)

@@ -64,7 +64,7 @@ Built = tuple[Callable[[], Any], Callable[[], float]]  # take a step; validation
 def ds_local(job: Job, scheme: dict[str, Any]) -> Built:
     import ds_local as package
 
-    config = _config(job) | {"local_parallel": scheme}
+    config = config_of(job) | {"local_parallel": scheme}
     module = package.causal_lm(job.model, RANKS, config, job.tokens)
     engine = package.initialize(model=module, config=config)[0]
     data = job.batches(job.sequences, job.micro_batches)
@@ -93,7 +93,7 @@ def deepspeed(job: Job) -> Built:
             self._set_bounds(parts[self.stage_id], parts[self.stage_id + 1])
 
     module = Balanced(_layers(job.model), num_stages=RANKS, loss_fn=heads.lm_loss)
-    engine = package.initialize(model=module, config=_config(job))[0]
+    engine = package.initialize(model=module, config=config_of(job))[0]
     data = job.batches(job.sequences, job.micro_batches)
 
     def evaluate() -> float:
@@ -149,7 +149,7 @@ def data_parallel(job: Job) -> Built:
 OPTIMIZER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
-def _config(job: Job) -> dict[str, Any]:
+def config_of(job: Job) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": job.sequences, "gradient_accumulation_steps": job.micro_batches,
         "gradient_clipping": 0.0, "steps_per_print": 1_000_000,
