@@ -383,6 +383,18 @@ def tokens_to(loss: float, runs: list[dict[str, Any]]) -> float | None:
     return None
 
 
+def loss_in_the_time(time: float, yardsticks: Mapping[float, float]) -> float | None:
+    """Backprop's loss after so many times the preset's steps, from its whole runs (step factor -> loss); None outside of them.
+
+    Between two of them the loss is a line over the logarithm of the steps. A whole run has cooled its learning rate down, as the
+    run it is compared with has: a point of a longer run's curve has not.
+    """
+    for (shorter, high), (longer, low) in pairwise(sorted(yardsticks.items())):
+        if shorter <= time <= longer:
+            return high + (low - high) * math.log(time / shorter) / math.log(longer / shorter)
+    return None
+
+
 def ratios_of(forecast: Prediction, steps: float) -> dict[str, float]:
     """Time of so many times the preset's steps, against that of the balanced 1F1B run."""
     return {f"M={m}, c/F={c}": round(steps * t, 4) for (m, c), t in forecast.time.items()}
@@ -395,12 +407,15 @@ def table(args: argparse.Namespace) -> int:
     results = finished(ROOT / args.folder / args.preset)
     for result in results:
         result.setdefault("step_factor", 1.0)
-    yardsticks = [r for r in results if r["method"] == "backprop" and r["step_factor"] == 1]
-    if not yardsticks:
+    backprop = [r for r in results if r["method"] == "backprop"]
+    yardsticks = {
+        steps: mean(r["loss"] for r in best_rate([r for r in backprop if r["step_factor"] == steps]))
+        for steps in {r["step_factor"] for r in backprop}
+    }
+    if 1 not in yardsticks:
         print("no backprop run is finished yet; run it first", file=sys.stderr)
         return 1
-    yardstick = best_rate(yardsticks)
-    reference = mean(r["loss"] for r in yardstick)
+    reference = yardsticks[1]
     parameters = sum(p.numel() for p in skeleton(load_model_config(dict(preset.model))).parameters())
     rows = []
     for method in METHODS:
@@ -410,6 +425,8 @@ def table(args: argparse.Namespace) -> int:
             loss = mean(r["loss"] for r in runs)
             forecast = predict(preset.model, METHODS[method], segments, preset.model["n_positions"])
             needed = tokens_to(reference, runs)
+            times = ratios_of(forecast, longer)
+            in_the_time = {key: loss_in_the_time(time, yardsticks) for key, time in times.items()}
             rows.append({
                 "method": method, "segments": segments, "parameters": parameters, "tokens": runs[0]["tokens"],
                 "step_factor": longer, "seeds": len(runs), "perplexity": round(math.exp(loss), 4),
@@ -418,7 +435,11 @@ def table(args: argparse.Namespace) -> int:
                 "processor": runs[0]["machine"]["processor"],
                 "predicted_time_to_backprop_loss": None if needed is None else ratios_of(forecast, needed * longer),
                 "learning_rate": preset.learning_rate * runs[0]["lr_factor"], "losses": [round(r["loss"], 4) for r in runs],
-                "predicted_time_ratios": ratios_of(forecast, longer),
+                "predicted_time_ratios": times,
+                "equal_time_gap_percent": {
+                    key: None if other is None else round(100 * (math.exp(loss - other) - 1), 2)
+                    for key, other in in_the_time.items()
+                },
             })  # fmt: skip
     docs = ROOT / "docs"
     docs.mkdir(exist_ok=True)
@@ -442,17 +463,18 @@ def markdown(rows: list[dict[str, Any]], preset: str) -> str:
             f"{rows[0]['tokens']:,} tokens, {rows[0]['processor']} {rows[0]['device']}. The gap is in perplexity, to the mean of "
             "the backprop runs; each method has the best of the learning rates tried. The auxiliary share is of the busiest "
             "stage's FLOPs; times are simulated, one segment a stage, for the whole run, against balanced 1F1B with equal steps. "
+            "Under equal time is the gap to what backprop reaches in the method's own time, by whole runs of other lengths. "
             "The last column is the time, at M = 4 and 8, until the loss is down at the backprop runs' last.",
             width=128,
             break_on_hyphens=False,
         ),
         "",
         "| method | K | steps | rate | seeds | loss (lowest-highest) | perplexity | gap | auxiliary share "
-        "| time M=4 | M=8 | M=16 | M=8, c/F=1 | to backprop's loss |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| time M=4 | M=8 | M=16 | M=8, c/F=1 | gap at equal time M=4 | M=8 | M=8, c/F=1 | to backprop's loss |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        time_of = row["predicted_time_ratios"]
+        time_of, gap_at = row["predicted_time_ratios"], row["equal_time_gap_percent"]
         losses, until = row["losses"], row["predicted_time_to_backprop_loss"]
         spread = f" ({min(losses):.4f}-{max(losses):.4f})" if len(losses) > 1 else ""
         cells = [
@@ -460,6 +482,7 @@ def markdown(rows: list[dict[str, Any]], preset: str) -> str:
             f"{mean(losses):.4f}{spread}", f"{row['perplexity']:.3f}", f"{row['gap_percent']:+.1f} %",
             f"{row['aux_flops_share']:.1%}",
             *(f"{time_of[key]:.2f}" for key in ("M=4, c/F=0", "M=8, c/F=0", "M=16, c/F=0", "M=8, c/F=1")),
+            *("-" if gap_at[key] is None else f"{gap_at[key]:+.1f} %" for key in ("M=4, c/F=0", "M=8, c/F=0", "M=8, c/F=1")),
             "-" if until is None else " / ".join(f"{until[key]:.2f}" for key in ("M=4, c/F=0", "M=8, c/F=0")),
         ]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -2,6 +2,7 @@
 
 python scripts/study_replicas.py costs --json costs.json
 python scripts/study_replicas.py quality --data DIR --replicas 2 --steps 300 --json quality.json
+python scripts/study_replicas.py table quality.json more.json
 
 Real gloo processes on this machine. Times are processor seconds of a replica, so that neighbours on the machine do not count.
 """
@@ -18,24 +19,21 @@ from pathlib import Path
 from typing import Any
 
 PACE_STEPS = 60  # to see how long a step takes
-SUBNETS = {"sync": "subnets", "scale": "none"}
-PERIODIC = {"sync": "periodic"}
-PLAIN = {"sync": "periodic", "outer_lr": 1.0, "outer_momentum": 0.0}
+SUBNETS = {"sync": "subnets"}
+PERIODIC = {"sync": "periodic", "every": 50}
 SYNCS: dict[str, dict[str, Any]] = {
     "gradients": {},
-    "subnets J=15": {**SUBNETS, "every": 15},
-    "periodic J=50": {**PERIODIC, "every": 50},
     "subnets J=5": {**SUBNETS, "every": 5},
+    "subnets J=15": {**SUBNETS, "every": 15},
     "subnets J=50": {**SUBNETS, "every": 50},
-    "subnets J=15, scale eval": {**SUBNETS, "every": 15, "scale": "eval"},
+    "subnets J=15, scale none": {**SUBNETS, "every": 15, "scale": "none"},
     "subnets J=15, scale train": {**SUBNETS, "every": 15, "scale": "train"},
     "subnets J=15, scale sqrt": {**SUBNETS, "every": 15, "scale": "sqrt"},
     "subnets J=15, moments reset": {**SUBNETS, "every": 15, "optimizer_state": "reset"},
     "subnets J=15, second moments kept": {**SUBNETS, "every": 15, "optimizer_state": "keep_second_moment"},
-    "subnets J=5, scale eval": {**SUBNETS, "every": 5, "scale": "eval"},
-    "subnets J=50, scale eval": {**SUBNETS, "every": 50, "scale": "eval"},
-    "plain average J=50": {**PLAIN, "every": 50},
     "subnets J=15, MLP alone": {**SUBNETS, "every": 15, "partition": ["mlp"]},
+    "periodic J=50": PERIODIC,
+    "plain average J=50": {**PERIODIC, "outer_lr": 1.0, "outer_momentum": 0.0},
 }
 ROWS: dict[str, dict[str, Any]] = {"backprop": {"mode": "backprop"}, "local": {"mode": "local", "segments_per_stage": 2}}
 
@@ -174,12 +172,42 @@ def study_quality(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
             "sync": name, "row": args.row, "replicas": args.replicas, "seed": args.seed, "steps": steps, **result_of(name, steps)
         })  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
+        _write(args.json, rows)
     return rows
+
+
+def quality_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each way of keeping replicas one model, seeds taken together; a table for each row and R."""
+    lines = []
+    for row, replicas in sorted({(r["row"], r["replicas"]) for r in rows}):
+        lines += [
+            f"| {row}, R = {replicas} | steps | seeds | loss (lowest-highest) | processor seconds of a replica | sent (MB) |"
+        ]
+        lines += ["|---|---|---|---|---|---|"]
+        here = [r for r in rows if (r["row"], r["replicas"]) == (row, replicas)]
+        for sync in SYNCS:
+            for steps in sorted({r["steps"] for r in here if r["sync"] == sync}):
+                runs = [r for r in here if (r["sync"], r["steps"]) == (sync, steps)]
+                last = [list(r["losses"].values())[-1] for r in runs]
+                spread = f" ({min(last):.3f}-{max(last):.3f})" if len(last) > 1 else ""
+                seconds = statistics.mean(r["cpu_seconds"] for r in runs)
+                sent = runs[0]["sent_bytes"]
+                cells = [sync, steps, len(runs), f"{statistics.mean(last):.3f}{spread}", f"{seconds:.0f}"]
+                cells.append("-" if sent is None else f"{sent / 1e6:.1f}")
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _write(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    if path:
+        path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["costs", "quality"])
+    parser.add_argument("study", choices=["costs", "quality", "table"])
+    parser.add_argument("files", type=Path, nargs="*", help="of quality, for the table")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--data", help="folder written by scripts/prepare_data.py")
     parser.add_argument("--row", choices=ROWS, default="backprop", help="of the route table")
@@ -193,6 +221,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.study == "quality" and not args.data:
         parser.error("quality needs --data")
+    if args.study == "table":
+        print(quality_table([row for file in args.files for row in json.loads(file.read_text())]))
+        return
     from ds_local.ranks import Pool
 
     pool = Pool()
@@ -200,8 +231,7 @@ def main() -> None:
         rows = {"costs": study_costs, "quality": study_quality}[args.study](pool, args)
     finally:
         pool.close()
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    _write(args.json, rows)
 
 
 if __name__ == "__main__":

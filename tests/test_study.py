@@ -1,0 +1,59 @@
+"""The quality study's book-keeping: which runs share a beginning, which learning rate counts, what equal time means."""
+
+import math
+
+import pytest
+import study
+
+
+def run_of(method, **changes):
+    return study.Run("cpu", method, 4, 1, 2.0, 1.0)._replace(**changes)
+
+
+def test_a_tail_leaves_the_run_without_one():
+    tail = run_of("mixed 1/4, tail 20 %", seed=3)
+    assert tail.trunk == run_of("mixed 1/4", seed=3)
+    assert tail.switch(0.2) == 2400
+    assert run_of("mixed 1/4").trunk is None
+    assert run_of("mixed 1/4, tail 20 %, 1/8 of the tokens").trunk is None  # nobody runs it without a tail
+
+
+@pytest.mark.parametrize("preset", [name for name in study.PRESETS if name != "tiny"])
+def test_every_tail_begins_at_a_checkpoint(preset):
+    run = run_of("local", preset=preset)
+    every = run.steps // study.CHECKPOINTS
+    assert [run.switch(tail) % every for tail in study.TAILS] == [0] * len(study.TAILS)
+
+
+def test_the_tail_takes_over_what_the_trunk_had(tmp_path):
+    run = run_of("local, backprop tail 40 %")
+    place, trunk = tmp_path / run.name, tmp_path / run.trunk.name
+    place.mkdir()
+    for step in (1800, 2400):
+        (trunk / "run" / "checkpoints" / f"global_step{step}").mkdir(parents=True)
+    (trunk / "run" / "checkpoints" / "tokenizer").mkdir()
+    (trunk / "run" / "run.json").write_text("{}")
+    (trunk / "run" / "metrics.jsonl").write_text("")
+    study._leave_trunk(run, place)
+    assert not (place / "run").exists()  # the other run is not finished
+    (trunk / "result.json").write_text("{}")
+    study._leave_trunk(run, place)
+    assert (place / "run" / "checkpoints" / "latest").read_text() == "global_step1800"
+    assert sorted(path.name for path in (place / "run" / "checkpoints").iterdir()) == ["global_step1800", "latest", "tokenizer"]
+
+
+def test_rates_are_compared_on_the_seeds_they_share():
+    results = [
+        {"lr_factor": rate, "seed": seed, "loss": loss}
+        for rate, seed, loss in ((1.0, 1, 2.0), (1.0, 2, 1.0), (2.0, 1, 1.9))  # the mean of rate 1 is lower, but not on seed 1
+    ]
+    assert [r["lr_factor"] for r in study.best_rate(results)] == [2.0]
+
+
+def test_backprop_in_the_same_time():
+    whole_runs = {0.5: 3.0, 1.0: 2.0, 2.0: 1.5}
+    assert study.loss_in_the_time(math.sqrt(0.5), whole_runs) == pytest.approx(2.5)
+    assert study.loss_in_the_time(1.0, whole_runs) == 2.0
+    assert study.loss_in_the_time(math.sqrt(2), whole_runs) == pytest.approx(1.75)
+    assert study.loss_in_the_time(0.49, whole_runs) is None
+    assert study.loss_in_the_time(2.1, whole_runs) is None
