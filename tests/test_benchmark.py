@@ -132,6 +132,13 @@ def test_what_is_alive_is_what_the_schedule_says():
     assert 0 <= posted[1] - 4 * 64 * 64 * 4 < 4 * 1024
 
 
+def test_a_target_loss_is_reached_between_two_looks():
+    curve = [(10, 5.0, 4.0), (20, 11.0, 3.0)]
+    assert real.reached(curve, 3.25) == pytest.approx((17.5, 9.5))
+    assert real.reached(curve, 2.9) is None
+    assert real.reached(curve[:1], 4.5) == (10, 5.0)
+
+
 @pytest.mark.dist
 def test_real_systems_train_the_same_model():
     model = {

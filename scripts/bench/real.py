@@ -28,7 +28,7 @@ from ds_local.ranks import Pool
 RANKS = 2
 SEED = 1234
 WARM_STEPS = 3
-EVAL_EVERY = 20
+EVAL_EVERY = 10
 EVAL_SEQUENCES = 64
 CHEAP_HEAD = {"token_fraction": 0.125}  # a loss for one position in eight
 
@@ -291,13 +291,23 @@ def _speed_rows(args: argparse.Namespace, systems: list[tuple[str, str]], job: J
 def _loss_row(args: argparse.Namespace, system: tuple[str, str], job: Job, pool: Pool) -> dict[str, Any]:
     load = os.getloadavg()[0]
     curve = pool.run(until_loss, RANKS, system, job, args.target_loss, args.max_steps, timeout=24 * 3600)[0]
-    step, seconds, loss = curve[-1]
-    reached = loss <= args.target_loss
-    print(f"{':'.join(system)}: loss {loss:.3f} after {step} steps and {seconds:.0f} s", file=sys.stderr)
+    steps, seconds = reached(curve, args.target_loss) or (None, None)
+    print(f"{':'.join(system)}: loss {curve[-1][2]:.3f} after {curve[-1][0]} steps and {curve[-1][1]:.0f} s", file=sys.stderr)
     return _facts(job, system) | {
-        "what": "time to loss", "target_loss": args.target_loss, "seconds": seconds if reached else None,
-        "steps": step if reached else None, "last_loss": loss, "curve": curve, "load_before": load,
+        "what": "time to loss", "target_loss": args.target_loss, "seconds": seconds, "steps": steps, "last_loss": curve[-1][2],
+        "curve": curve, "load_before": load,
     }  # fmt: skip
+
+
+def reached(curve: list[tuple[int, float, float]], target: float) -> tuple[float, float] | None:
+    """(steps, seconds) at which a curve of (step, seconds, loss) is down at the target, between its two looks at the loss."""
+    if curve[-1][2] > target:
+        return None
+    if len(curve) == 1:
+        return curve[0][:2]
+    (step, seconds, high), (later_step, later_seconds, low) = curve[-2:]
+    share = (high - target) / (high - low)
+    return step + share * (later_step - step), seconds + share * (later_seconds - seconds)
 
 
 def _facts(job: Job, system: tuple[str, str]) -> dict[str, Any]:

@@ -195,7 +195,7 @@ def real_tables(rows: Sequence[Row]) -> list[str]:
             "system": name_of,
             "target loss": lambda r: f"{r['target_loss']:g}",
             "seconds to it": lambda r: number(r["seconds"], ".0f"),
-            "steps": lambda r: number(r["steps"], "d"),
+            "steps": lambda r: number(r["steps"], ".0f"),
             "loss at the end": lambda r: number(r["last_loss"], ".3f"),
         }))  # fmt: skip
     return tables
