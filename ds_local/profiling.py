@@ -11,7 +11,7 @@ import json
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -160,15 +160,14 @@ def write(engine: Any, inputs: Any, folder: Path) -> None:
     stages = {stage: events for stage, replica, events, *_ in gathered if replica == 0}
     costs["optimizer"] = [0.0] * engine.num_segments
     costs["activation_bytes"] = max(size for *_, size, _ in gathered)
-    for stage, events in stages.items():
-        first = stage * engine.section.segments_per_stage
-        costs["optimizer"][first] = _typical(events, "ReduceGrads") + _typical(events, "OptimizerStep")
     costs["forward"][0] += _typical(stages[0], "LoadMicroBatch")
     for stage, events in stages.items():
+        segments = range(stage * engine.section.segments_per_stage, (stage + 1) * engine.section.segments_per_stage)
         factor = _in_the_run(engine, stage, events, costs)
-        for segment in range(stage * engine.section.segments_per_stage, (stage + 1) * engine.section.segments_per_stage):
-            for part in ("forward", "input_grad", "weight_grad", "head"):
-                costs[part][segment] *= factor
+        for part, segment in product(("forward", "input_grad", "weight_grad", "head"), segments):
+            costs[part][segment] *= factor
+        costs["forward"][segments[-1]] += _typical(events, "SendActivation")  # handing it over keeps the stage from computing
+        costs["optimizer"][segments[0]] = _typical(events, "ReduceGrads") + _typical(events, "OptimizerStep")
     layout = {
         "stages": engine.num_stages, "segments": engine.num_segments, "segment_parts": engine.module.segment_parts,
         "micro_batches": engine.micro_batches, "sequences": engine.train_micro_batch_size_per_gpu(),
