@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -250,30 +251,40 @@ class Subnets(Apart):
     def meet(self) -> None:
         rule = self.settings.optimizer_state
         old, new = self._round_in_force(), self.engine.global_steps // self.settings.every
-        for part in self.parts:
-            slots = [slot for slot in self.slots(part, rule != "reset") if rule == "carry" or slot.key in _WITHOUT_FIRST]
-            self._exchange(part, slots, self.deal_of(part, old) if part in self.blocks else {}, new)
+        travels = [
+            (part, [slot for slot in self.slots(part, rule != "reset") if rule == "carry" or slot.key in _WITHOUT_FIRST])
+            for part in self.parts
+        ]
+        self._exchange(travels, old, new)
         self._resize(new)
         self._forget(rule)
 
     def merge(self, moments: bool) -> None:
         old = self._round_in_force()
-        for part in self.parts:
-            self._exchange(part, self.slots(part, moments), self.deal_of(part, old) if part in self.blocks else {}, None)
+        self._exchange([(part, self.slots(part, moments)) for part in self.parts], old, None)
         self._resize(None)
 
     def _round_in_force(self) -> int:
         assert self.round is not None, "the model is whole at this moment"
         return self.round
 
-    def _exchange(self, part: str, slots: list[Slot], held: Deal, new_round: int | None) -> None:
-        """From one deal to the next, or to the whole model; while the shares travel, the rest is averaged."""
-        cut, shared = self.split(part, slots)
-        wanted = self.everything() if new_round is None or not held else self.deal_of(part, new_round)
-        under_way = self._send(cut, held, wanted) if cut else None
-        self.share(shared)
-        if under_way is not None:
-            self._receive(cut, held, wanted, under_way)
+    def _exchange(self, travels: Iterable[tuple[str, list[Slot]]], old_round: int, new_round: int | None) -> None:
+        """From one deal to the next, or to the whole model. While a part's shares travel, what it shares is averaged, the part
+        before is put in place, and the next one is cut and sent: shares of two parts are under way at most."""
+        before: Callable[[], None] | None = None
+        for part, slots in travels:
+            cut, shared = self.split(part, slots)
+            receive = None
+            if cut:
+                held = self.deal_of(part, old_round)
+                wanted = self.everything() if new_round is None else self.deal_of(part, new_round)
+                receive = partial(self._receive, cut, held, wanted, self._send(cut, held, wanted))
+            if before is not None:
+                before()
+            self.share(shared)
+            before = receive
+        if before is not None:
+            before()
 
     def _send(self, cut: list[tuple[Slot, str, int, int]], held: Deal, wanted: Deal) -> Parcels:
         me = self.group.index

@@ -99,6 +99,8 @@ METHODS = {
     "interlocking 2": Method({"mode": "interlocking", "window": 2}),
     "interlocking 3": Method({"mode": "interlocking", "window": 3}),
     "chunked 2": Method({"mode": "chunked", "window": 2}),
+    "chunked 2, backprop tail 20 %": Method({"mode": "chunked", "window": 2}, 0.2),
+    "chunked 2, backprop tail 40 %": Method({"mode": "chunked", "window": 2}, 0.4),
     "shifted chunks 2": Method({"mode": "shifted_chunked", "window": 2}),
     "local, backprop tail 5 %": Method(LOCAL, 0.05),
     "local, backprop tail 10 %": Method(LOCAL, 0.1),
@@ -460,7 +462,7 @@ def markdown(rows: list[dict[str, Any]], preset: str) -> str:
         *textwrap.wrap(
             f"From `python scripts/study.py run --preset {preset}`, then `python scripts/study.py table --preset {preset}`: "
             f"{facts.model['n_layer']} blocks of width {facts.model['n_embd']}, {rows[0]['parameters']:,} parameters, "
-            f"{rows[0]['tokens']:,} tokens, {rows[0]['processor']} {rows[0]['device']}. The gap is in perplexity, to the mean of "
+            f"{facts.steps * facts.sequences * facts.model['n_positions']:,} tokens, {rows[0]['processor']} {rows[0]['device']}. The gap is in perplexity, to the mean of "
             "the backprop runs; each method has the best of the learning rates tried. The auxiliary share is of the busiest "
             "stage's FLOPs; times are simulated, one segment a stage, for the whole run, against balanced 1F1B with equal steps. "
             "Under equal time is the gap to what backprop reaches in the method's own time, by whole runs of other lengths. "
