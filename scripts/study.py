@@ -458,11 +458,12 @@ def table(args: argparse.Namespace) -> int:
 
 def markdown(rows: list[dict[str, Any]], preset: str) -> str:
     facts = PRESETS[preset]
+    tokens = facts.steps * facts.sequences * facts.model["n_positions"]
     lines = [
         *textwrap.wrap(
             f"From `python scripts/study.py run --preset {preset}`, then `python scripts/study.py table --preset {preset}`: "
             f"{facts.model['n_layer']} blocks of width {facts.model['n_embd']}, {rows[0]['parameters']:,} parameters, "
-            f"{facts.steps * facts.sequences * facts.model['n_positions']:,} tokens, {rows[0]['processor']} {rows[0]['device']}. The gap is in perplexity, to the mean of "
+            f"{tokens:,} tokens, {rows[0]['processor']} {rows[0]['device']}. The gap is in perplexity, to the mean of "
             "the backprop runs; each method has the best of the learning rates tried. The auxiliary share is of the busiest "
             "stage's FLOPs; times are simulated, one segment a stage, for the whole run, against balanced 1F1B with equal steps. "
             "Under equal time is the gap to what backprop reaches in the method's own time, by whole runs of other lengths. "
