@@ -264,6 +264,7 @@ def tuples(stages, section):
         assert torch.equal(outputs[2], labels)
         return outputs[0].square().mean()
 
+    torch.manual_seed(0)  # ranks have run other tests before; a loss that is nearly 0 by chance cannot fall
     config = jobs.ds_config(section, gas=2)
     module = ds_local.LocalPipelineModule([Layer() for _ in range(stages)], stages, loss_fn, lambda s: Head(), config)
     engine = ds_local.initialize(model=module, config=config)[0]
