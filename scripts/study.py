@@ -277,6 +277,9 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
         print(f"{run.name}: failed, see {place / 'log.txt'}", file=sys.stderr)
         return False
     rows = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    if rows[-1]["step"] < run.steps:  # somebody else asked it to stop
+        print(f"{run.name}: to be continued")
+        return False
     curve = [(row["tokens"], row["loss"]) for row in rows if row["split"] == "validation" and row["segment"] == run.segments - 1]
     exits = {r["segment"]: r["loss"] for r in rows if r["split"] == "validation" and r["step"] == run.steps}
     facts = json.loads((place / "run" / "run.json").read_text())
