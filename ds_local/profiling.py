@@ -175,7 +175,7 @@ def write(engine: Any, inputs: Any, folder: Path) -> None:
     measured = {
         "step_seconds": [_period(stages[stage]) for stage in sorted(stages)],
         "update_seconds": [_typical(stages[stage], "OptimizerStep") for stage in sorted(stages)],
-        "parameters": [count for stage, replica, *_, count in sorted(gathered, key=lambda one: one[:2]) if replica == 0],
+        "parameters": [count for _, replica, *_, count in gathered if replica == 0],
     }
     (folder / "profile.json").write_text(json.dumps({"layout": layout, "costs": costs, "measured": measured}, indent=1) + "\n")
     (folder / "trace.json").write_text(json.dumps(_trace(gathered)))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -20,9 +19,8 @@ from statistics import median
 from typing import Any
 
 from bench import emulated, network
-from bench.real import Job
+from bench.real import Job, pinned
 from bench.real import config_of as real_config
-from torch import distributed as dist
 
 from ds_local import blocks
 from ds_local.flops import UnitCosts
@@ -87,9 +85,7 @@ def profiled(layout: Layout, folder: str, steps: int) -> float:
     import ds_local as package
     from ds_local.profiling import Recorder, write
 
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[dist.get_rank() % len(cores)]})
-    try:
+    with pinned():
         job = Job(json.loads(MODEL.read_text()), None, 128, layout.micro_batch, layout.micro_batches)
         section = {**section_for(layout.row, layout.micro_batches), "num_stages": layout.stages}  # type: ignore[dict-item]
         config = real_config(job) | {"local_parallel": section}
@@ -105,8 +101,6 @@ def profiled(layout: Layout, folder: str, steps: int) -> float:
         seconds = (time.perf_counter() - start) / steps
         write(engine, next(data) if engine.is_first_stage() else None, Path(folder))
         return seconds
-    finally:
-        os.sched_setaffinity(0, cores)
 
 
 def compare_real(pool: Any, layouts: Any = REAL_LAYOUTS, repeats: int = 3, steps: int = 20) -> list[dict[str, Any]]:

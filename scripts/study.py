@@ -148,7 +148,7 @@ class Run(NamedTuple):
 
     def switch(self, tail: float) -> int:
         """The step at which such a tail begins."""
-        return round(self.steps * (1 - tail))
+        return switch_step(self.steps, tail)
 
     @property
     def trunk(self) -> Run | None:
@@ -158,14 +158,19 @@ class Run(NamedTuple):
         return self._replace(method=plain[0]) if plain else None
 
 
-def section_of(method: Method, num_segments: int, num_micro_batches: int, switch: int) -> dict[str, Any]:
+def switch_step(steps: int, tail: float) -> int:
+    """The step at which a tail of so large a share begins."""
+    return round(steps * (1 - tail))
+
+
+def section_of(method: Method, num_segments: int, num_micro_batches: int, steps: int) -> dict[str, Any]:
     """The "local_parallel" section of a method, for one process that holds all segments."""
     scheme = json.loads(json.dumps(method.scheme))
     for entry in scheme.get("mix", ()):
         if "share" in entry:
             entry["micro_batches"] = max(1, round(entry.pop("share") * num_micro_batches))
     if method.tail:
-        scheme = {"phases": [{**scheme, "until_step": switch}, BACKPROP]}
+        scheme = {"phases": [{**scheme, "until_step": switch_step(steps, method.tail)}, BACKPROP]}
     return {**scheme, "num_stages": 1, "segments_per_stage": num_segments, "head": dict(method.head)}
 
 
@@ -184,7 +189,7 @@ def ds_config(run: Run) -> dict[str, Any]:
             "type": "WarmupCosineLR",
             "params": {"total_num_steps": run.steps, "warmup_num_steps": warm_up, "cos_min_ratio": 0.1},
         },
-        "local_parallel": {**section_of(method, run.segments, micro_batches, run.switch(method.tail)), "seed": run.seed},
+        "local_parallel": {**section_of(method, run.segments, micro_batches, run.steps), "seed": run.seed},
         **preset.precision,
     }
 
@@ -346,9 +351,7 @@ def _forecast(config: Any, method: Method, num_segments: int, count: int, seq_le
     from ds_local.simulator import Costs, simulate
 
     steps = 1000
-    section = local_parallel(
-        {"local_parallel": {**section_of(method, 1, count, round(steps * (1 - method.tail))), "num_stages": num_segments}}
-    )
+    section = local_parallel({"local_parallel": {**section_of(method, 1, count, steps), "num_stages": num_segments}})
     parts = choose_parts(config, section, num_segments, count, seq_len)
     unit = unit_flops(config, section.head, num_segments, seq_len)
     forward, input_grad, weight_grad, head = segment_times(unit, parts)

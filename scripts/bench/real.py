@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -183,16 +184,23 @@ SYSTEMS: dict[tuple[str, str], tuple[int, Callable[[Job], Built]]] = {
 # --- on a rank ------------------------------------------------------------------------------------------------------------
 
 
-def _pinned(system: tuple[str, str], job: Job, work: Callable[[Callable[[], Any], Callable[[], float]], Any]) -> Any:
+@contextmanager
+def pinned() -> Iterator[None]:
+    """Inside, this rank has a core of its own."""
     from torch import distributed as dist
 
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[dist.get_rank() % len(cores)]})
     try:
-        torch.manual_seed(SEED)
-        return work(*SYSTEMS[system][1](job))
+        yield
     finally:
         os.sched_setaffinity(0, cores)
+
+
+def _pinned(system: tuple[str, str], job: Job, work: Callable[[Callable[[], Any], Callable[[], float]], Any]) -> Any:
+    with pinned():
+        torch.manual_seed(SEED)
+        return work(*SYSTEMS[system][1](job))
 
 
 def speed(system: tuple[str, str], job: Job, steps: int) -> float:
