@@ -6,7 +6,8 @@
 `run` trains what is not finished yet, all segments of a model in one process through the real engine, and stops after the given
 minutes; call it again to go on. Several may run at once: each takes runs that nobody else works on. A run that ends in
 backpropagation goes on from where the same scheme without such a tail was, once that is finished: the two are the same until
-then. `table` reads what is finished and writes docs/quality.json, docs/quality.png and the table in docs/quality.md.
+then. `table` adds what is finished to docs/quality-runs.jsonl, one line a run, and writes docs/quality.json, docs/quality.png and
+the table in docs/quality.md from all runs in there.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL, BACKPROP = {"mode": "local"}, {"mode": "backprop"}
+CHUNKED, SHIFTED = {"mode": "chunked", "window": 2}, {"mode": "shifted_chunked", "window": 2}
 
 
 class Preset(NamedTuple):
@@ -71,9 +73,9 @@ PRESETS = {
 }
 
 
-def mixed(share: float) -> dict[str, Any]:
+def mixed(share: float, rest: Mapping[str, Any] = MappingProxyType(LOCAL)) -> dict[str, Any]:
     """A share of each step's micro-batches runs backpropagation; `section_of` fills in how many these are."""
-    return {"mix": [{"mode": "backprop", "share": share}, LOCAL]}
+    return {"mix": [{"mode": "backprop", "share": share}, dict(rest)]}
 
 
 class Method(NamedTuple):
@@ -98,10 +100,15 @@ METHODS = {
     "overlapping 2": Method({"mode": "overlapping", "window": 2}),
     "interlocking 2": Method({"mode": "interlocking", "window": 2}),
     "interlocking 3": Method({"mode": "interlocking", "window": 3}),
-    "chunked 2": Method({"mode": "chunked", "window": 2}),
-    "chunked 2, backprop tail 20 %": Method({"mode": "chunked", "window": 2}, 0.2),
-    "chunked 2, backprop tail 40 %": Method({"mode": "chunked", "window": 2}, 0.4),
-    "shifted chunks 2": Method({"mode": "shifted_chunked", "window": 2}),
+    "chunked 2": Method(CHUNKED),
+    "chunked 2, backprop tail 20 %": Method(CHUNKED, 0.2),
+    "chunked 2, backprop tail 40 %": Method(CHUNKED, 0.4),
+    "shifted chunks 2": Method(SHIFTED),
+    "shifted chunks 2, backprop tail 20 %": Method(SHIFTED, 0.2),
+    "shifted chunks 2, backprop tail 40 %": Method(SHIFTED, 0.4),
+    "chunked 2, a quarter backprop": Method(mixed(1 / 4, CHUNKED)),
+    "chunked 2, a quarter backprop, tail 20 %": Method(mixed(1 / 4, CHUNKED), 0.2),
+    "chunked 2, a quarter backprop, tail 40 %": Method(mixed(1 / 4, CHUNKED), 0.4),
     "local, backprop tail 5 %": Method(LOCAL, 0.05),
     "local, backprop tail 10 %": Method(LOCAL, 0.1),
     "local, backprop tail 20 %": Method(LOCAL, 0.2),
@@ -369,8 +376,14 @@ def _forecast(config: Any, method: Method, num_segments: int, count: int, seq_le
     return times, auxiliary_shares(config, section, section.schedule_at(0, num_segments, count), parts, seq_len)
 
 
-def finished(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
+def all_runs(kept: Path, folder: Path) -> list[dict[str, Any]]:
+    """The results kept in a file of one line each, and those finished in a folder, which are added to the file."""
+    results = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    results += [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
+    latest = {tuple(result[field] for field in Run._fields): result for result in results}
+    runs = [latest[identity] for identity in sorted(latest)]
+    kept.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    return runs
 
 
 def best_rate(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -381,9 +394,16 @@ def best_rate(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return min(runs_at, key=lambda runs: mean(r["loss"] for r in runs if r["seed"] in common or not common))
 
 
+def gap_to(yardsticks: Mapping[int, float | None], runs: list[dict[str, Any]]) -> float | None:
+    """Mean difference in loss to a yardstick (seed -> loss), over the seeds that both have; None if there is none."""
+    gaps = [run["loss"] - loss for run in runs if (loss := yardsticks.get(run["seed"])) is not None]
+    return mean(gaps) if gaps else None
+
+
 def tokens_to(loss: float, runs: list[dict[str, Any]]) -> float | None:
     """Share of a run's tokens after which its mean validation curve is down at a loss; None if it never is."""
-    curves = [run["curve"] for run in runs]
+    longest = max(len(run["curve"]) for run in runs)  # of a few runs only the end was kept
+    curves = [run["curve"] for run in runs if len(run["curve"]) == longest]
     points = [(tokens[0][0], mean(value for _, value in tokens)) for tokens in zip(*curves, strict=True)]
     for (before, high), (after, low) in pairwise(points):
         if low <= loss < high:
@@ -403,6 +423,11 @@ def loss_in_the_time(time: float, yardsticks: Mapping[float, float]) -> float | 
     return None
 
 
+def percent(gap: float | None) -> float | None:
+    """A difference in loss as one in perplexity, in %."""
+    return None if gap is None else round(100 * math.expm1(gap), 2)
+
+
 def ratios_of(forecast: Prediction, steps: float) -> dict[str, float]:
     """Time of so many times the preset's steps, against that of the balanced 1F1B run."""
     return {f"M={m}, c/F={c}": round(steps * t, 4) for (m, c), t in forecast.time.items()}
@@ -412,18 +437,15 @@ def table(args: argparse.Namespace) -> int:
     from ds_local.blocks import load_model_config, skeleton
 
     preset = PRESETS[args.preset]
-    results = finished(ROOT / args.folder / args.preset)
-    for result in results:
-        result.setdefault("step_factor", 1.0)
+    docs = ROOT / "docs"
+    docs.mkdir(exist_ok=True)
+    results = [r for r in all_runs(docs / "quality-runs.jsonl", ROOT / args.folder / args.preset) if r["preset"] == args.preset]
     backprop = [r for r in results if r["method"] == "backprop"]
-    yardsticks = {
-        steps: mean(r["loss"] for r in best_rate([r for r in backprop if r["step_factor"] == steps]))
-        for steps in {r["step_factor"] for r in backprop}
-    }
-    if 1 not in yardsticks:
-        print("no backprop run is finished yet; run it first", file=sys.stderr)
-        return 1
-    reference = yardsticks[1]
+    yardsticks: dict[int, dict[float, float]] = {}  # seed -> step factor -> loss
+    for steps in {r["step_factor"] for r in backprop}:
+        for run in best_rate([r for r in backprop if r["step_factor"] == steps]):
+            yardsticks.setdefault(run["seed"], {})[steps] = run["loss"]
+    equal_steps = {seed: losses.get(1) for seed, losses in yardsticks.items()}
     parameters = sum(p.numel() for p in skeleton(load_model_config(dict(preset.model))).parameters())
     rows = []
     for method in METHODS:
@@ -431,26 +453,27 @@ def table(args: argparse.Namespace) -> int:
         for segments, longer in sorted({(r["segments"], r["step_factor"]) for r in of_method}):
             runs = best_rate([r for r in of_method if (r["segments"], r["step_factor"]) == (segments, longer)])
             loss = mean(r["loss"] for r in runs)
+            gap = gap_to(equal_steps, runs)
+            if gap is None:
+                print(f"{method} has no seed that backprop has; run it first", file=sys.stderr)
+                return 1
             forecast = predict(preset.model, METHODS[method], segments, preset.model["n_positions"])
-            needed = tokens_to(reference, runs)
+            needed = tokens_to(loss - gap, runs)
             times = ratios_of(forecast, longer)
-            in_the_time = {key: loss_in_the_time(time, yardsticks) for key, time in times.items()}
             rows.append({
                 "method": method, "segments": segments, "parameters": parameters, "tokens": runs[0]["tokens"],
                 "step_factor": longer, "seeds": len(runs), "perplexity": round(math.exp(loss), 4),
-                "gap_percent": round(100 * (math.exp(loss - reference) - 1), 2), "aux_flops_share": round(forecast.aux_share, 4),
+                "gap_percent": percent(gap), "aux_flops_share": round(forecast.aux_share, 4),
                 "predicted_time_ratio": round(longer * forecast.time[8, 0], 4), "device": runs[0]["machine"]["device"],
                 "processor": runs[0]["machine"]["processor"],
                 "predicted_time_to_backprop_loss": None if needed is None else ratios_of(forecast, needed * longer),
                 "learning_rate": preset.learning_rate * runs[0]["lr_factor"], "losses": [round(r["loss"], 4) for r in runs],
                 "predicted_time_ratios": times,
                 "equal_time_gap_percent": {
-                    key: None if other is None else round(100 * (math.exp(loss - other) - 1), 2)
-                    for key, other in in_the_time.items()
+                    key: percent(gap_to({seed: loss_in_the_time(time, whole) for seed, whole in yardsticks.items()}, runs))
+                    for key, time in times.items()
                 },
             })  # fmt: skip
-    docs = ROOT / "docs"
-    docs.mkdir(exist_ok=True)
     (docs / "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
     text = markdown(rows, args.preset)
     page = docs / "quality.md"
@@ -469,10 +492,11 @@ def markdown(rows: list[dict[str, Any]], preset: str) -> str:
         *textwrap.wrap(
             f"From `python scripts/study.py run --preset {preset}`, then `python scripts/study.py table --preset {preset}`: "
             f"{facts.model['n_layer']} blocks of width {facts.model['n_embd']}, {rows[0]['parameters']:,} parameters, "
-            f"{tokens:,} tokens, {rows[0]['processor']} {rows[0]['device']}. The gap is in perplexity, to the mean of "
-            "the backprop runs; each method has the best of the learning rates tried. The auxiliary share is of the busiest "
+            f"{tokens:,} tokens, {rows[0]['processor']} {rows[0]['device']}. The gap is in perplexity, to the backprop runs of "
+            "the same seeds; each method has the best of the learning rates tried. The auxiliary share is of the busiest "
             "stage's FLOPs; times are simulated, one segment a stage, for the whole run, against balanced 1F1B with equal steps. "
-            "Under equal time is the gap to what backprop reaches in the method's own time, by whole runs of other lengths. "
+            "Under equal time is the gap to what backprop reaches in the method's own time, by whole runs of other lengths, of "
+            "those seeds that have such runs. "
             "The last column is the time, at M = 4 and 8, until the loss is down at the backprop runs' last.",
             width=128,
             break_on_hyphens=False,
@@ -512,9 +536,9 @@ def draw(results: list[dict[str, Any]], rows: list[dict[str, Any]], picture: Pat
         runs = [r for r in results if (r["method"], r["segments"], r["step_factor"]) == (method, 4, 1)]
         if not runs:
             continue
-        runs = best_rate(runs)
-        for axis, scale in zip(axes, (1.0, ratio[method, runs[0]["segments"]]), strict=True):
-            tokens, losses = zip(*runs[0]["curve"], strict=True)
+        run = max(best_rate(runs), key=lambda r: len(r["curve"]))  # of a few runs only the end was kept
+        for axis, scale in zip(axes, (1.0, ratio[method, run["segments"]]), strict=True):
+            tokens, losses = zip(*run["curve"], strict=True)
             axis.plot([t * scale / 1e6 for t in tokens], losses, marker=".", color=f"C{number}", label=method)
     axes[0].set_xlabel("million tokens")
     axes[1].set_xlabel("predicted time, P = 4, M = 8 (balanced 1F1B: 1 per million tokens)")

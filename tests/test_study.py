@@ -1,5 +1,6 @@
 """The quality study's book-keeping: which runs share a beginning, which learning rate counts, what equal time means."""
 
+import json
 import math
 
 import pytest
@@ -57,3 +58,27 @@ def test_backprop_in_the_same_time():
     assert study.loss_in_the_time(math.sqrt(2), whole_runs) == pytest.approx(1.75)
     assert study.loss_in_the_time(0.49, whole_runs) is None
     assert study.loss_in_the_time(2.1, whole_runs) is None
+
+
+def test_the_gap_is_between_runs_of_the_same_seeds():
+    runs = [{"seed": 1, "loss": 2.0}, {"seed": 2, "loss": 2.5}, {"seed": 3, "loss": 9.0}]
+    assert study.gap_to({1: 1.9, 2: 2.2, 3: None}, runs) == pytest.approx(0.2)
+    assert study.gap_to({4: 1.0}, runs) is None
+    assert study.percent(math.log(1.05)) == 5.0
+
+
+def test_of_some_runs_only_the_end_is_known():
+    whole, end = {"curve": [(10, 3.0), (20, 2.0), (40, 1.0)]}, {"curve": [(40, 1.2)]}
+    assert study.tokens_to(1.5, [whole, end]) == 0.75
+    assert study.tokens_to(1.5, [end]) is None
+
+
+def test_finished_runs_are_kept_beside_those_of_other_machines(tmp_path):
+    kept, folder = tmp_path / "runs.jsonl", tmp_path / "cpu"
+    here = run_of("local")._asdict() | {"loss": 1.0}
+    there = run_of("backprop")._asdict() | {"loss": 2.0}
+    kept.write_text(json.dumps(there) + "\n" + json.dumps(here | {"loss": 3.0}) + "\n")
+    (folder / "local").mkdir(parents=True)
+    (folder / "local" / "result.json").write_text(json.dumps(here))
+    assert study.all_runs(kept, folder) == [there, here]
+    assert study.all_runs(kept, tmp_path / "nothing") == [there, here]
