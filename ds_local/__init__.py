@@ -7,10 +7,11 @@ Reading order
     config       the "local_parallel" section of ds_config.json;  deepspeed_config: the rest of the file
     corpus, data text -> tokens -> sequences -> micro-batches
     blocks       a Hugging Face model as pipeline layers;  heads: a loss for an early segment
-    flops        what a segment's work costs;  partition: where to cut;  planner: which layout for a cluster
+    flops        what a segment's work costs;  partition: where to cut;
+    pricing      what a layout of a cluster costs;  planner: which one is fastest
     transport    links between stages;  tensors: what they carry;  codecs: how small;  staging: between host and device;
                  notices: words off the step path
-    cluster      is everybody here, and the same?
+    surroundings what a rank sees alone;  cluster: is everybody here, and the same?
     copies       weights of other segments in auxiliary heads
     replicas     replicas that train apart and meet now and then;  subnets: each on a share of the weights
     pretrained   weights of a Hugging Face model, each rank its own

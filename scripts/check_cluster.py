@@ -39,7 +39,7 @@ def check_hosts(path: str, ssh_port: int) -> None:
     Raises:
         ClusterError: naming the host and the remedy.
     """
-    from ds_local.cluster import ClusterError, read_hostfile
+    from ds_local.surroundings import ClusterError, read_hostfile
 
     for host, slots in read_hostfile(path).items():
         try:
@@ -107,8 +107,8 @@ def check_memory(model: str, config: dict[str, Any], stages: int, replicas: int)
     from torch import distributed as dist
 
     from ds_local.blocks import load_model_config
-    from ds_local.cluster import ClusterError
-    from ds_local.planner import GIB, expected_memory
+    from ds_local.pricing import GIB, expected_memory
+    from ds_local.surroundings import ClusterError
 
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     cuda = torch.cuda.is_available()
@@ -127,7 +127,7 @@ def check_memory(model: str, config: dict[str, Any], stages: int, replicas: int)
 
 def main() -> int:
     args = parse_arguments()
-    from ds_local.cluster import ClusterError
+    from ds_local.surroundings import ClusterError
 
     try:
         if args.hostfile:

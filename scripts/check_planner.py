@@ -24,7 +24,7 @@ from bench.real import config_of as real_config
 
 from ds_local import blocks
 from ds_local.flops import UnitCosts
-from ds_local.planner import Cluster, Layout, Model, Pricing, measured_model, section_for
+from ds_local.pricing import Cluster, Layout, Model, Pricing, measured_model, section_for
 from ds_local.ranks import Pool
 
 # (row, stages, replicas, micro-batches per step, seconds of a head)

@@ -24,6 +24,7 @@ from check_cluster import check_hosts
 from ds_local import cluster
 from ds_local.config import LocalParallelConfig, local_parallel, num_stages_and_replicas
 from ds_local.ranks import free_port
+from ds_local.surroundings import ClusterError, check_surroundings, read_hostfile
 
 LIMIT_SECONDS = 3.0  # that ranks wait for each other, here; 60 in check_cluster.py, 180 in train.py by default
 NOBODY = "192.0.2.1"  # an address for documentation, which no machine has
@@ -39,7 +40,7 @@ def ranks(world_size: int = 2, here: list[int] | None = None, change: dict[str, 
         mine = facts | (change or {} if rank == 1 else {})
         try:
             cluster.check_start(mine, (), LIMIT_SECONDS, {**shared, "RANK": str(rank)})
-        except cluster.ClusterError as error:
+        except ClusterError as error:
             return error
         return None
 
@@ -50,10 +51,10 @@ def ranks(world_size: int = 2, here: list[int] | None = None, change: dict[str, 
 
 
 def surroundings(**environment: str) -> None:
-    cluster.check_surroundings({"RANK": "1", **environment})
+    check_surroundings({"RANK": "1", **environment})
 
 
-def hostfile(text: str, look: Callable[[str], Any] = cluster.read_hostfile) -> None:
+def hostfile(text: str, look: Callable[[str], Any] = read_hostfile) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "hostfile")
         path.write_text(text)
@@ -69,7 +70,7 @@ def launcher_without_its_hostfile() -> None:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             if process.stdout is not None:
                 process.stdout.readline()  # its arguments can be read from now on
-            cluster.check_surroundings({"RANK": "0"}, parent=process.pid)
+            check_surroundings({"RANK": "0"}, parent=process.pid)
 
 
 @contextmanager
@@ -115,7 +116,7 @@ def section(text: dict[str, Any]) -> LocalParallelConfig:
 
 # what is wrong -> (how it is made, a part of what must be said)
 CASES: dict[str, tuple[Callable[[], Any], str]] = {
-    "hostfile missing": (lambda: cluster.read_hostfile("/nowhere/hostfile"), "cannot read the hostfile /nowhere/hostfile"),
+    "hostfile missing": (lambda: read_hostfile("/nowhere/hostfile"), "cannot read the hostfile /nowhere/hostfile"),
     "hostfile empty": (lambda: hostfile("# nobody\n"), "names no host"),
     "hostfile line without slots": (lambda: hostfile("node-a 8\n"), "line 1"),
     "host twice in the hostfile": (lambda: hostfile("a slots=2\nb slots=2\na slots=2\n"), "names a again"),

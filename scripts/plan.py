@@ -16,7 +16,8 @@ from typing import Any
 
 from ds_local import blocks
 from ds_local.config import ConfigError
-from ds_local.planner import GIB, HEADS, ROWS, Cluster, Model, Plan, Price, Pricing, measured_model, plan
+from ds_local.planner import Plan, plan
+from ds_local.pricing import GIB, HEADS, ROWS, Cluster, Model, Price, Pricing, measured_model
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from ds_local import blocks
-from ds_local.cluster import read_hostfile
 from ds_local.config import load_config, local_parallel
 from ds_local.deepspeed_config import batch_sizes, check_deepspeed
 from ds_local.flops import choose_parts
+from ds_local.surroundings import read_hostfile
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted(CONFIGS.glob("*.json"))

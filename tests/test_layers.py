@@ -13,8 +13,8 @@ FILES = sorted(PACKAGE.glob("*.py"))
 # from the ground up; a module may import what stands before it, never what comes after
 ORDER = [
     "routes", "schedule", "order", "peers", "simulator", "config", "deepspeed_config", "partition", "seeds", "heads",
-    "blocks", "flops", "planner", "data", "corpus", "notices", "checkpoint", "replacements", "instructions", "tensors",
-    "codecs", "staging", "transport", "cluster", "copies", "diagnostics", "replicas", "subnets", "profiling",
+    "blocks", "flops", "pricing", "planner", "data", "corpus", "notices", "checkpoint", "replacements", "instructions", "tensors",
+    "codecs", "staging", "transport", "surroundings", "cluster", "copies", "diagnostics", "replicas", "subnets", "profiling",
     "pretrained", "module", "metrics", "watchdog", "engine", "start", "card", "hf", "train", "ranks",
 ]  # fmt: skip
 PURE = ["routes", "schedule", "order", "peers", "simulator", "config", "deepspeed_config", "partition", "card"]
