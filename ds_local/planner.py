@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ds_local.config import ConfigError
-from ds_local.pricing import GIB, ROWS, Cluster, Layout, Model, Price, Pricing, has_heads
+from ds_local.pricing import GIB, ONE_IN, ROWS, Cluster, Layout, Model, Price, Pricing, has_heads
 
 # --- legal layouts -----------------------------------------------------------------------------------------------------------
 
@@ -44,8 +44,8 @@ def is_legal(layout: Layout) -> bool:
         return layout.micro_batches >= 2 * layout.stages - 1
     if section == "zero_bubble":
         return layout.micro_batches >= layout.stages
-    if isinstance(section, dict) and "mix" in section:
-        return layout.micro_batches >= 4
+    if layout.row in ONE_IN:
+        return layout.micro_batches >= ONE_IN[layout.row]
     return not isinstance(section, dict) or (section.get("window") or 1) < layout.stages
 
 

@@ -39,9 +39,11 @@ ROWS: dict[str, dict[str, Any] | str] = {
     "interlocking 2": {"mode": "interlocking", "window": 2},
     "overlapping 2": {"mode": "overlapping", "window": 2},
     "chunked 2": {"mode": "chunked", "window": 2},
-    "mixed 1/4": {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]},  # a quarter, once there are 4
+    "mixed 1/2": {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]},
+    "mixed 1/4": {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]},
     "local": {"mode": "local"},
 }
+ONE_IN = {"mixed 1/2": 2, "mixed 1/4": 4}  # micro-batches of a mix run backpropagation
 HEADS = {
     "full": HeadConfig(),
     "shared, 1/4 of tokens": HeadConfig(readout="shared", token_fraction=0.25),
@@ -182,9 +184,9 @@ def measured_model(model: Model, profile: str | Path) -> Model:
 def section_for(row: str, micro_batches: int) -> dict[str, Any] | str:
     """The "local_parallel" section of a row, or the name of a peer, which this package does not execute."""
     section = ROWS[row]
-    if isinstance(section, dict) and "mix" in section:
+    if row in ONE_IN and isinstance(section, dict):
         first, second = section["mix"]
-        return {"mix": [{**first, "micro_batches": max(1, micro_batches // 4)}, second]}
+        return {"mix": [{**first, "micro_batches": max(1, micro_batches // ONE_IN[row])}, second]}
     return section
 
 

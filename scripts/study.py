@@ -67,6 +67,7 @@ def _gpt2(layers: int, width: int, heads: int, vocabulary: int, positions: int) 
 BF16 = {"bf16": {"enabled": True}}
 PRESETS = {
     "cpu": Preset(_gpt2(8, 64, 4, 512, 64), "python-stdlib", "sentencepiece:512", 3000, 32, 4, 4e-3, {}),
+    "cpu-large-batch": Preset(_gpt2(8, 64, 4, 512, 64), "python-stdlib", "sentencepiece:512", 800, 128, 4, 8e-3, {}),
     "tiny": Preset(_gpt2(4, 32, 4, 512, 32), "python-stdlib", "sentencepiece:512", 20, 8, 4, 4e-3, {}),  # to try the script
     "gpu-10m": Preset(_gpt2(12, 256, 4, 4096, 256), "python-stdlib", "sentencepiece:4096", 4000, 64, 8, 2e-3, BF16),
     "gpu-125m": Preset(_gpt2(12, 768, 12, 16384, 512), "python-stdlib", "sentencepiece:16384", 4000, 128, 8, 6e-4, BF16),

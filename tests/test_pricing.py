@@ -84,3 +84,9 @@ def test_a_profile_replaces_the_flops(tmp_path):
     profile.write_text(json.dumps(facts))
     with pytest.raises(ConfigError, match="profile the run again"):
         measured_model(even(2), profile)
+
+
+@pytest.mark.parametrize(("row", "micro_batches", "backprop"), [("mixed 1/4", 8, 2), ("mixed 1/2", 8, 4), ("mixed 1/2", 3, 1)])
+def test_a_mix_keeps_its_share_of_backpropagation(row, micro_batches, backprop):
+    modes = [routes.mode for routes in schedule_for(row, 4, micro_batches).rows]
+    assert modes == ["backprop"] * backprop + ["local"] * (micro_batches - backprop)
