@@ -380,7 +380,7 @@ def _forecast(config: Any, method: Method, num_segments: int, count: int, seq_le
 def all_runs(kept: Path, folder: Path) -> list[dict[str, Any]]:
     """The results kept in a file of one line each, and those finished in a folder, which are added to the file."""
     results = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    results += [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
+    results += [json.loads(path.read_text()) for path in sorted(folder.glob("*/*/result.json"))]
     latest = {tuple(result[field] for field in Run._fields): result for result in results}
     runs = [latest[identity] for identity in sorted(latest)]
     kept.write_text("".join(json.dumps(run) + "\n" for run in runs))
@@ -429,125 +429,159 @@ def percent(gap: float | None) -> float | None:
     return None if gap is None else round(100 * math.expm1(gap), 2)
 
 
-def ratios_of(forecast: Prediction, steps: float) -> dict[str, float]:
-    """Time of so many times the preset's steps, against that of the balanced 1F1B run."""
+def ratios_of(forecast: Prediction, steps: float = 1.0) -> dict[str, float]:
+    """Time of so many times a run's steps, against that of the balanced 1F1B run."""
     return {f"M={m}, c/F={c}": round(steps * t, 4) for (m, c), t in forecast.time.items()}
 
 
 def table(args: argparse.Namespace) -> int:
-    from ds_local.blocks import load_model_config, skeleton
-
-    preset = PRESETS[args.preset]
     docs = ROOT / "docs"
     docs.mkdir(exist_ok=True)
-    results = [r for r in all_runs(docs / "quality-runs.jsonl", ROOT / args.folder / args.preset) if r["preset"] == args.preset]
+    results = all_runs(docs / "quality-runs.jsonl", ROOT / args.folder)
+    rows_of = {name: summary(name, [r for r in results if r["preset"] == name]) for name in PRESETS if name != "tiny"}
+    rows_of = {name: rows for name, rows in rows_of.items() if rows}
+    if not rows_of:
+        print("no backprop run is finished yet; run it first", file=sys.stderr)
+        return 1
+    (docs / "quality.json").write_text(json.dumps([row for rows in rows_of.values() for row in rows], indent=1) + "\n")
+    text = markdown(rows_of)
+    page = docs / "quality.md"
+    whole = page.read_text() if page.exists() else f"# Quality at equal tokens\n\n{START}\n{END}\n"
+    before, _, rest = whole.partition(START)
+    page.write_text(f"{before}{START}\n{text}{END}{rest.partition(END)[2]}")
+    draw(results, rows_of, docs / "quality.png")
+    print(text)
+    return 0
+
+
+def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each method, number of segments and number of steps; none without a backprop run to compare with."""
+    from ds_local.blocks import load_model_config, skeleton
+
+    facts = PRESETS[preset]
     backprop = [r for r in results if r["method"] == "backprop"]
     yardsticks: dict[int, dict[float, float]] = {}  # seed -> step factor -> loss
     for steps in {r["step_factor"] for r in backprop}:
         for run in best_rate([r for r in backprop if r["step_factor"] == steps]):
             yardsticks.setdefault(run["seed"], {})[steps] = run["loss"]
-    equal_steps = {seed: losses.get(1) for seed, losses in yardsticks.items()}
-    parameters = sum(p.numel() for p in skeleton(load_model_config(dict(preset.model))).parameters())
+    parameters = sum(p.numel() for p in skeleton(load_model_config(dict(facts.model))).parameters())
     rows = []
-    for method in METHODS:
-        of_method = [r for r in results if r["method"] == method]
-        for segments, longer in sorted({(r["segments"], r["step_factor"]) for r in of_method}):
-            runs = best_rate([r for r in of_method if (r["segments"], r["step_factor"]) == (segments, longer)])
-            loss = mean(r["loss"] for r in runs)
-            gap = gap_to(equal_steps, runs)
-            if gap is None:
-                print(f"{method} has no seed that backprop has; run it first", file=sys.stderr)
-                return 1
-            forecast = predict(preset.model, METHODS[method], segments, preset.model["n_positions"])
-            needed = tokens_to(loss - gap, runs)
-            times = ratios_of(forecast, longer)
-            rows.append({
-                "method": method, "segments": segments, "parameters": parameters, "tokens": runs[0]["tokens"],
-                "step_factor": longer, "seeds": len(runs), "perplexity": round(math.exp(loss), 4),
-                "gap_percent": percent(gap), "aux_flops_share": round(forecast.aux_share, 4),
-                "predicted_time_ratio": round(longer * forecast.time[8, 0], 4), "device": runs[0]["machine"]["device"],
-                "processor": runs[0]["machine"]["processor"],
-                "predicted_time_to_backprop_loss": None if needed is None else ratios_of(forecast, needed * longer),
-                "learning_rate": preset.learning_rate * runs[0]["lr_factor"], "losses": [round(r["loss"], 4) for r in runs],
-                "predicted_time_ratios": times,
-                "equal_time_gap_percent": {
-                    key: percent(gap_to({seed: loss_in_the_time(time, whole) for seed, whole in yardsticks.items()}, runs))
-                    for key, time in times.items()
-                },
-            })  # fmt: skip
-    (docs / "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
-    text = markdown(rows, args.preset)
-    page = docs / "quality.md"
-    whole = page.read_text() if page.exists() else f"# Quality at equal tokens\n\n{START}\n{END}\n"
-    before, _, rest = whole.partition(START)
-    page.write_text(f"{before}{START}\n{text}{END}{rest.partition(END)[2]}")
-    draw(results, rows, docs / "quality.png")
-    print(text)
-    return 0
+    for method, segments, longer in sorted(
+        {(r["method"], r["segments"], r["step_factor"]) for r in results if r["method"] in METHODS},
+        key=lambda kind: (list(METHODS).index(kind[0]), *kind[1:]),
+    ):
+        runs = best_rate([r for r in results if (r["method"], r["segments"], r["step_factor"]) == (method, segments, longer)])
+        loss = mean(r["loss"] for r in runs)
+        gap = gap_to({seed: whole.get(longer) for seed, whole in yardsticks.items()}, runs)
+        if gap is None:
+            print(f"{method} is left out: backprop has no run of as many steps with a seed that it has", file=sys.stderr)
+            continue
+        forecast = predict(facts.model, METHODS[method], segments, facts.model["n_positions"])
+        needed = tokens_to(loss - gap, runs)
+        rows.append({
+            "preset": preset, "method": method, "segments": segments, "parameters": parameters, "tokens": runs[0]["tokens"],
+            "step_factor": longer, "seeds": len(runs), "perplexity": round(math.exp(loss), 4),
+            "gap_percent": percent(gap), "aux_flops_share": round(forecast.aux_share, 4),
+            "predicted_time_ratio": round(forecast.time[8, 0], 4), "device": runs[0]["machine"]["device"],
+            "processor": runs[0]["machine"]["processor"],
+            "predicted_time_to_backprop_loss": None if needed is None else ratios_of(forecast, needed),
+            "learning_rate": facts.learning_rate * runs[0]["lr_factor"], "losses": [round(r["loss"], 4) for r in runs],
+            "predicted_time_ratios": ratios_of(forecast),
+            "equal_time_gap_percent": {
+                key: percent(gap_to({seed: loss_in_the_time(time, whole) for seed, whole in yardsticks.items()}, runs))
+                for key, time in ratios_of(forecast, longer).items()
+            },
+        })  # fmt: skip
+    return rows
 
 
-def markdown(rows: list[dict[str, Any]], preset: str) -> str:
-    facts = PRESETS[preset]
-    tokens = facts.steps * facts.sequences * facts.model["n_positions"]
-    lines = [
-        *textwrap.wrap(
-            f"From `python scripts/study.py run --preset {preset}`, then `python scripts/study.py table --preset {preset}`: "
-            f"{facts.model['n_layer']} blocks of width {facts.model['n_embd']}, {rows[0]['parameters']:,} parameters, "
-            f"{tokens:,} tokens, {rows[0]['processor']} {rows[0]['device']}. The gap is in perplexity, to the backprop runs of "
-            "the same seeds; each method has the best of the learning rates tried. The auxiliary share is of the busiest "
-            "stage's FLOPs; times are simulated, one segment a stage, for the whole run, against balanced 1F1B with equal steps. "
-            "Under equal time is the gap to what backprop reaches in the method's own time, by whole runs of other lengths, of "
-            "those seeds that have such runs. "
-            "The last column is the time, at M = 4 and 8, until the loss is down at the backprop runs' last.",
-            width=128,
-            break_on_hyphens=False,
-        ),
-        "",
-        "| method | K | steps | rate | seeds | loss (lowest-highest) | perplexity | gap | auxiliary share "
-        "| time M=4 | M=8 | M=16 | M=8, c/F=1 | gap at equal time M=4 | M=8 | M=8, c/F=1 | to backprop's loss |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        time_of, gap_at = row["predicted_time_ratios"], row["equal_time_gap_percent"]
-        losses, until = row["losses"], row["predicted_time_to_backprop_loss"]
-        spread = f" ({min(losses):.4f}-{max(losses):.4f})" if len(losses) > 1 else ""
-        cells = [
-            row["method"], row["segments"], f"{row['step_factor']:g}", f"{row['learning_rate']:g}", row["seeds"],
-            f"{mean(losses):.4f}{spread}", f"{row['perplexity']:.3f}", f"{row['gap_percent']:+.1f} %",
-            f"{row['aux_flops_share']:.1%}",
-            *(f"{time_of[key]:.2f}" for key in ("M=4, c/F=0", "M=8, c/F=0", "M=16, c/F=0", "M=8, c/F=1")),
-            *("-" if gap_at[key] is None else f"{gap_at[key]:+.1f} %" for key in ("M=4, c/F=0", "M=8, c/F=0", "M=8, c/F=1")),
-            "-" if until is None else " / ".join(f"{until[key]:.2f}" for key in ("M=4, c/F=0", "M=8, c/F=0")),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+PREAMBLE = (
+    "Each table from `python scripts/study.py run --preset PRESET ...`, all of them then by `python scripts/study.py table`. The "
+    "gap is in perplexity, to the backprop runs of the same steps and seeds; each method has the best of the learning rates "
+    "tried. The auxiliary share is of the busiest stage's FLOPs; times are simulated, one segment a stage, for the whole run, "
+    "against balanced 1F1B with equal steps. Under equal time is the gap to what backprop reaches in the method's own time, by "
+    "whole runs of other lengths, of those seeds that have such runs. The last column is the time, at M = 4 and 8, until the "
+    "loss is down at the backprop runs' last."
+)
+
+
+def markdown(rows_of: Mapping[str, list[dict[str, Any]]]) -> str:
+    """A table for each preset."""
+    lines = _wrapped(PREAMBLE)
+    for preset, rows in rows_of.items():
+        facts = PRESETS[preset]
+        batch = facts.sequences * facts.model["n_positions"]
+        lines += [
+            "",
+            f"### Preset {preset}: steps of {batch:,} tokens",
+            "",
+            *_wrapped(
+                f"{facts.model['n_layer']} blocks of width {facts.model['n_embd']}, {rows[0]['parameters']:,} parameters, "
+                f"{rows[0]['processor']} {rows[0]['device']}."
+            ),
+            "",
+            "| method | K | steps | rate | seeds | loss (lowest-highest) | perplexity | gap | auxiliary share "
+            "| time M=4 | M=8 | M=16 | M=8, c/F=1 | gap at equal time M=4 | M=8 | M=8, c/F=1 | to backprop's loss |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+            *(_line(row, round(facts.steps * row["step_factor"])) for row in rows),
+        ]
     return "\n".join(lines) + "\n"
 
 
-def draw(results: list[dict[str, Any]], rows: list[dict[str, Any]], picture: Path) -> None:
-    """Validation loss against tokens, and against predicted time."""
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, width=128, break_on_hyphens=False)
+
+
+def _line(row: dict[str, Any], steps: int) -> str:
+    time_of, gap_at = row["predicted_time_ratios"], row["equal_time_gap_percent"]
+    losses, until = row["losses"], row["predicted_time_to_backprop_loss"]
+    spread = f" ({min(losses):.4f}-{max(losses):.4f})" if len(losses) > 1 else ""
+    cells = [
+        row["method"], row["segments"], f"{steps:,}", f"{row['learning_rate']:g}", row["seeds"],
+        f"{mean(losses):.4f}{spread}", f"{row['perplexity']:.3f}", f"{row['gap_percent']:+.1f} %",
+        f"{row['aux_flops_share']:.1%}",
+        *(f"{time_of[key]:.2f}" for key in ("M=4, c/F=0", "M=8, c/F=0", "M=16, c/F=0", "M=8, c/F=1")),
+        *("-" if gap_at[key] is None else f"{gap_at[key]:+.1f} %" for key in ("M=4, c/F=0", "M=8, c/F=0", "M=8, c/F=1")),
+        "-" if until is None else " / ".join(f"{until[key]:.2f}" for key in ("M=4, c/F=0", "M=8, c/F=0")),
+    ]  # fmt: skip
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+SHOWN = ("backprop", "local", "mixed 1/4", "mixed 1/4, tail 20 %", "chunked 2", "chunked 2, backprop tail 40 %", "interlocking 2")
+
+
+def draw(results: list[dict[str, Any]], rows_of: Mapping[str, list[dict[str, Any]]], picture: Path) -> None:
+    """Validation loss against tokens, and against predicted time: a line of panels for each preset, its most compared length."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = ["backprop", "local", "local, backprop tail 20 %", "mixed 1/4", "mixed 1/4, tail 20 %", "chunked 2", "interlocking 2"]
-    ratio = {(row["method"], row["segments"]): row["predicted_time_ratio"] for row in rows if row["step_factor"] == 1}
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    for number, method in enumerate(shown):
-        runs = [r for r in results if (r["method"], r["segments"], r["step_factor"]) == (method, 4, 1)]
-        if not runs:
-            continue
-        run = max(best_rate(runs), key=lambda r: len(r["curve"]))  # of a few runs only the end was kept
-        for axis, scale in zip(axes, (1.0, ratio[method, run["segments"]]), strict=True):
+    figure, panels = plt.subplots(
+        len(rows_of), 2, figsize=(11, 4.2 * len(rows_of)), layout="constrained", sharey="row", squeeze=False
+    )
+    for axes, (preset, rows) in zip(panels, rows_of.items(), strict=True):
+        shown = [row for row in rows if row["segments"] == 4 and row["method"] in SHOWN]
+        lengths = [row["step_factor"] for row in shown]
+        length = max(lengths, key=lambda factor: (lengths.count(factor), factor))
+        for row in (row for row in shown if row["step_factor"] == length):
+            same = (preset, row["method"], 4, length)
+            runs = best_rate([r for r in results if (r["preset"], r["method"], r["segments"], r["step_factor"]) == same])
+            run = max(runs, key=lambda r: len(r["curve"]))  # of a few runs only the end was kept
             tokens, losses = zip(*run["curve"], strict=True)
-            axis.plot([t * scale / 1e6 for t in tokens], losses, marker=".", color=f"C{number}", label=method)
-    axes[0].set_xlabel("million tokens")
-    axes[1].set_xlabel("predicted time, P = 4, M = 8 (balanced 1F1B: 1 per million tokens)")
-    axes[0].set_ylabel("validation loss (nats per token)")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.set_ylim(top=min(axis.get_ylim()[1], 3.0))
-    axes[0].legend(fontsize=8)
+            for axis, scale in zip(axes, (1.0, row["predicted_time_ratio"]), strict=True):
+                axis.plot(
+                    [t * scale / 1e6 for t in tokens], losses, marker=".", color=f"C{SHOWN.index(row['method'])}",
+                    label=row["method"],
+                )  # fmt: skip
+        facts = PRESETS[preset]
+        axes[0].set_ylabel(f"validation loss (nats), {facts.sequences * facts.model['n_positions']:,} tokens a step")
+        for axis in axes:
+            axis.grid(alpha=0.3)
+            axis.set_ylim(top=min(axis.get_ylim()[1], 3.0))
+        axes[0].legend(fontsize=8)
+    panels[-1][0].set_xlabel("million tokens")
+    panels[-1][1].set_xlabel("predicted time, P = 4, M = 8 (balanced 1F1B: 1 per million tokens)")
     figure.savefig(picture, dpi=130)
     plt.close(figure)
 

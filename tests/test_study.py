@@ -74,11 +74,11 @@ def test_of_some_runs_only_the_end_is_known():
 
 
 def test_finished_runs_are_kept_beside_those_of_other_machines(tmp_path):
-    kept, folder = tmp_path / "runs.jsonl", tmp_path / "cpu"
+    kept, folder = tmp_path / "runs.jsonl", tmp_path / "study"
     here = run_of("local")._asdict() | {"loss": 1.0}
     there = run_of("backprop")._asdict() | {"loss": 2.0}
     kept.write_text(json.dumps(there) + "\n" + json.dumps(here | {"loss": 3.0}) + "\n")
-    (folder / "local").mkdir(parents=True)
-    (folder / "local" / "result.json").write_text(json.dumps(here))
+    (folder / "cpu" / "local").mkdir(parents=True)
+    (folder / "cpu" / "local" / "result.json").write_text(json.dumps(here))
     assert study.all_runs(kept, folder) == [there, here]
     assert study.all_runs(kept, tmp_path / "nothing") == [there, here]
