@@ -151,6 +151,9 @@ class LinkConfig(_Strict):
     """Time a message takes, in forwards of a stage, that the order of work should reckon with. Mixes need it on slow links."""
     timeout_seconds: PositiveFloat = 300.0
     """Longest wait for a neighbour. Must exceed the longest pause of any stage (compilation, a slow disk)."""
+    past_host: bool = False
+    """Tensors on a device go to the next stage's device over NCCL, instead of through host memory over gloo. For stages that
+    NVLink or InfiniBand connects; every rank needs a GPU to itself."""
     codec: CodecName | tuple[CodecName, ...] = "none"
     """How activations are compressed (see `codecs.py`); a list has one entry per segment but the last."""
     group_size: Annotated[PositiveInt, Field(multiple_of=2)] | None = None

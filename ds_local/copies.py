@@ -75,7 +75,7 @@ class Copies:
     ) -> None:
         self.every, self.delay, self.tracking = every, delay, tracking
         self._tensors_of = tensors_of
-        depth = delay // every + 2  # all that is under way between ranks at the same step, and the opening of the link
+        depth = delay // every + 1  # all that is under way between ranks at the same step
         ends = {copy: make_link(str(copy), copy.source, copy.target, depth) for copy in plan}
         self._out = {copy: end for copy, end in ends.items() if isinstance(end, Sender | MemoryLink)}
         self._in = {copy: end for copy, end in ends.items() if isinstance(end, Receiver | MemoryLink)}

@@ -179,8 +179,8 @@ class LocalPipelineEngine(PipelineEngine):
         ranks = [
             [get_rank(pipe=stage, data=replica) for stage in range(self.num_stages)] for replica in range(self.dp_world_size)
         ]
-        timeout = self.section.link.timeout_seconds
-        end = make_end(name, self.stage_id, source // per_stage, target // per_stage, ranks, depth, timeout, self.device)
+        link, stages = self.section.link, (source // per_stage, target // per_stage)
+        end = make_end(name, self.stage_id, *stages, ranks, depth, link.timeout_seconds, self.device, link.past_host)
         self._ends[name] = end
         return end
 

@@ -5,6 +5,8 @@ two-rank process group for each edge and direction. The receiver keeps `depth` r
 its stage computes; the sender keeps each buffer alive until it is gone and waits once `depth` messages are under way. Gloo
 moves bytes only after the receive is posted, which is why the ring of receives matters.
 
+A message goes through host memory over gloo, all of it or (`Direct`) all but what goes from device to device over NCCL.
+
 A link's shapes are fixed by its first message. Everything that waits has a limit and names whom it waited for.
 """
 
@@ -17,6 +19,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +27,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_local.notices import first_failure
-from ds_local.staging import Departures, Staging
+from ds_local.staging import Departures, Direct, Staging
 
 _SPEC_BYTES = 16384  # of the first message, which says what all others look like
 _HEADER = 4  # int64 entries: code, step, micro-batch, flags
 _MESSAGE, _FAILED = 1, 2
 _ALIGN = 16
+_REASON_BYTES = 1024
 _FAREWELL_SECONDS = 5.0  # spent on telling the neighbours about a failure
 
 
@@ -100,42 +104,50 @@ class _Spec(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    on_host: bool  # it lay in the sender's host memory and stays in the receiver's
+    on_host: bool  # it did not lie on the sender's device, and does not go to the receiver's
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _specs_of(tensors: Message) -> list[_Spec]:
-    return [_Spec(name, tuple(t.shape), t.dtype, t.device.type == "cpu") for name, t in tensors.items()]
+def _specs_of(tensors: Message, device: torch.device) -> list[_Spec]:
+    return [_Spec(name, tuple(t.shape), t.dtype, t.device.type != device.type) for name, t in tensors.items()]
 
 
 class _Layout:
-    """Where each tensor of a message lies in its byte buffer, behind the header."""
+    """Where each tensor of a message lies in its byte buffer, behind `reserved` bytes; the buffer has `least` bytes."""
 
-    def __init__(self, specs: Sequence[_Spec]) -> None:
+    def __init__(self, specs: Sequence[_Spec], reserved: int = 0, least: int = 0) -> None:
         self.specs = list(specs)
         self.offsets = []
-        position = _HEADER * 8
+        position = reserved
         for spec in specs:
             position = -(-position // _ALIGN) * _ALIGN
             self.offsets.append(position)
             position += spec.num_bytes
-        self.num_bytes = position
-
-    @classmethod
-    def parse(cls, described: list[tuple[str, list[int], str, bool]]) -> _Layout:
-        return cls([_Spec(name, tuple(shape), getattr(torch, dtype), host) for name, shape, dtype, host in described])
-
-    def describe(self) -> list[tuple[str, list[int], str, bool]]:
-        return _described(self.specs)
+        self.num_bytes = max(position, least)
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         return {
             spec.name: buffer[offset : offset + spec.num_bytes].view(spec.dtype).view(spec.shape)
             for offset, spec in zip(self.offsets, self.specs, strict=True)
         }
+
+
+class _Form:
+    """What every message of a link looks like: the buffer that goes through the host, and the one that does not."""
+
+    def __init__(self, specs: Sequence[_Spec], direct: bool) -> None:
+        self.specs = list(specs)
+        room = _REASON_BYTES if direct else 0  # other messages have room enough for why a run failed
+        self.staged = _Layout([spec for spec in specs if spec.on_host or not direct], _HEADER * 8, room)
+        self.direct = _Layout([spec for spec in specs if direct and not spec.on_host])
+        self.num_bytes = self.staged.num_bytes + self.direct.num_bytes
+
+    @classmethod
+    def parse(cls, described: list[tuple[str, list[int], str, bool]], direct: bool) -> _Form:
+        return cls([_Spec(name, tuple(shape), getattr(torch, dtype), host) for name, shape, dtype, host in described], direct)
 
 
 def _described(specs: Sequence[_Spec]) -> list[tuple[str, list[int], str, bool]]:
@@ -161,9 +173,19 @@ class _GroupEnd:
         depth: messages under way before the sender waits; receives posted ahead.
         timeout_seconds: longest wait.
         staging: the way between host buffers and the device that the tensors are on.
+        direct: the way past the host, if tensors on the device take it.
     """
 
-    def __init__(self, name: str, group: Any, peer: Peer, depth: int, timeout_seconds: float, staging: Staging) -> None:
+    def __init__(
+        self,
+        name: str,
+        group: Any,
+        peer: Peer,
+        depth: int,
+        timeout_seconds: float,
+        staging: Staging,
+        direct: Direct | None = None,
+    ) -> None:
         self.name = name
         self.peer = peer
         self.depth = depth
@@ -172,14 +194,15 @@ class _GroupEnd:
         self.waiting: tuple[float, str] | None = None  # (since when, what for), for the watchdog
         self.num_bytes = 0  # through this end, headers included
         self._group = group
-        self._layout: _Layout | None = None
+        self._form: _Form | None = None
         self._staging = staging
+        self._direct = direct
         self._under_way: deque[tuple[Any, Any]] = deque()  # (work, what must stay alive until it is done)
 
     @property
     def message_bytes(self) -> int:
         """Size of a message, 0 before the first."""
-        return self._layout.num_bytes if self._layout else 0
+        return self._form.num_bytes if self._form else 0
 
     def _wait(self, work: Any, purpose: str) -> None:
         started = time.perf_counter()
@@ -193,6 +216,9 @@ class _GroupEnd:
         self.waiting = None
         self.waited += time.perf_counter() - started
 
+    def _unreachable(self) -> TransportError:
+        return TransportError(f"cannot reach {self.peer} on the {self.name}{first_failure()}")
+
 
 class Sender(_GroupEnd):
     """The sending end of a link between two stages."""
@@ -200,6 +226,7 @@ class Sender(_GroupEnd):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._free: list[_Buffer] = []
+        self._opening: Any = None  # the message about shapes, which takes no place from the others
         self._departures = Departures()
 
     def send(self, tag: Tag, tensors: Message) -> None:
@@ -209,41 +236,48 @@ class Sender(_GroupEnd):
         Raises:
             TransportError: when the shapes differ from the first message's, or the peer is gone or does not keep up.
         """
-        specs = _specs_of(tensors)
-        if self._layout is None:
-            self._layout = _Layout(specs)
-            self._post(_spec_buffer({"layout": self._layout.describe()}))
-        elif specs != self._layout.specs:
+        specs = _specs_of(tensors, self._staging.device)
+        if self._form is None:
+            self._form = _Form(specs, self._direct is not None)
+            self._opening = self._post(_spec_buffer({"layout": _described(specs)}))
+        elif specs != self._form.specs:
             raise TransportError(
-                f"the {self.name} to {self.peer} was opened for tensors {self._layout.describe()} but {tag} has "
+                f"the {self.name} to {self.peer} was opened for tensors {_described(self._form.specs)} but {tag} has "
                 f"{_described(specs)}; shapes must stay the same: drop incomplete batches"
             )
-        buffer = self._free.pop() if self._free else _Buffer(self._layout, self._staging.buffer(self._layout.num_bytes))
+        staged = self._form.staged
+        buffer = self._free.pop() if self._free else _Buffer(staged, self._staging.buffer(staged.num_bytes))
         copied = self._staging.to_host(buffer.tensors, tensors)
         buffer.header[:] = _MESSAGE, tag.step, tag.micro_batch, tag.last_step
         while len(self._under_way) >= self.depth:
             self._take_back(f"to take a message ({tag} is next)")
-        if copied is None:
-            self._post(buffer.data, buffer)
-        else:
-            self._under_way.append((self._departures.after(copied, lambda: self._start(buffer.data)), buffer))
-        self.num_bytes += self._layout.num_bytes
+        try:
+            start = partial(self._start, buffer.data)
+            works = [start() if copied is None else self._departures.after(copied, start)]
+            if self._direct is not None:
+                works.append(self._direct.send(self._form.direct, tensors))
+        except RuntimeError as error:
+            raise self._unreachable() from error
+        self._under_way.append((works, buffer))
+        self.num_bytes += self._form.num_bytes
 
     def _take_back(self, purpose: str) -> None:
         """Wait for the oldest message; its buffer may serve again."""
-        work, buffer = self._under_way.popleft()
-        self._wait(work, purpose)
+        works, buffer = self._under_way.popleft()
+        for work in works:
+            self._wait(work, purpose)
+        self._opening = None  # it went first
         if isinstance(buffer, _Buffer):
             self._free.append(buffer)
 
     def _start(self, data: Tensor) -> Any:
         return dist.isend(data, self.peer.rank, self._group)
 
-    def _post(self, data: Tensor, kept: Any = None) -> None:
+    def _post(self, data: Tensor) -> tuple[list[Any], Tensor]:
         try:
-            self._under_way.append((self._start(data), data if kept is None else kept))
+            return [self._start(data)], data
         except RuntimeError as error:
-            raise TransportError(f"cannot reach {self.peer} on the {self.name}{first_failure()}") from error
+            raise self._unreachable() from error
 
     def flush(self) -> None:
         """Wait until everything sent has been taken."""
@@ -252,16 +286,17 @@ class Sender(_GroupEnd):
 
     def fail(self, reason: str) -> None:
         """Tell the receiver why nothing more will come. Best effort: never raises, waits a few seconds at most."""
-        if self._layout is None:
+        if self._form is None:
             buffer = _spec_buffer({"failed": reason})
         else:
-            buffer = torch.zeros(self._layout.num_bytes, dtype=torch.uint8)
-            text = torch.frombuffer(bytearray(reason.encode()), dtype=torch.uint8)[: self._layout.num_bytes - _HEADER * 8]
+            size = self._form.staged.num_bytes
+            buffer = torch.zeros(size, dtype=torch.uint8)
+            text = torch.frombuffer(bytearray(reason.encode()), dtype=torch.uint8)[: size - _HEADER * 8]
             buffer[_HEADER * 8 : _HEADER * 8 + len(text)] = text
             buffer[: _HEADER * 8].view(torch.int64)[0] = _FAILED
         self.timeout_seconds = min(self.timeout_seconds, _FAREWELL_SECONDS)
         try:
-            self._post(buffer)
+            self._under_way.append(self._post(buffer))
             self.flush()
         except TransportError:
             return  # the peer is gone as well
@@ -286,12 +321,12 @@ class Receiver(_GroupEnd):
         return self._early.pop(tag[:2])
 
     def _next(self, tag: Tag) -> tuple[Tag, Message]:
-        if self._layout is None:
-            self._layout = self._open(tag)
+        if self._form is None:
+            self._form = self._open(tag)
         work, data = self._under_way.popleft()
         self._wait(work, f"to send {tag}")
-        self._post(self._staging.buffer(self._layout.num_bytes))
-        buffer = _Buffer(self._layout, data)
+        self._post(self._staging.buffer(self._form.staged.num_bytes))
+        buffer = _Buffer(self._form.staged, data)
         code, step, micro_batch, last_step = buffer.header.tolist()
         if code == _FAILED:
             raise _failed_elsewhere(_text(data[_HEADER * 8 :]))
@@ -300,11 +335,21 @@ class Receiver(_GroupEnd):
             raise TransportError(
                 f"the {self.name} from {self.peer} brought {found}, expected {tag}; do all ranks run the same configuration?"
             )
-        self.num_bytes += self._layout.num_bytes
-        moved = self._staging.to_device({s.name: buffer.tensors[s.name] for s in self._layout.specs if not s.on_host})
-        return found, {**buffer.tensors, **moved}
+        self.num_bytes += self._form.num_bytes
+        moved = self._staging.to_device({s.name: buffer.tensors[s.name] for s in self._form.staged.specs if not s.on_host})
+        return found, {**buffer.tensors, **moved, **self._past_the_host(found)}
 
-    def _open(self, tag: Tag) -> _Layout:
+    def _past_the_host(self, tag: Tag) -> Message:
+        if self._direct is None or self._form is None:
+            return {}
+        try:
+            work, payload = self._direct.receive(self._form.direct)
+        except RuntimeError as error:
+            raise self._unreachable() from error
+        self._wait(work, f"to send the tensors of {tag}")
+        return self._form.direct.views(payload)
+
+    def _open(self, tag: Tag) -> _Form:
         """Learn the shapes from the first message and post the receives."""
         buffer = torch.empty(_SPEC_BYTES, dtype=torch.uint8)
         self._post(buffer)
@@ -313,10 +358,10 @@ class Receiver(_GroupEnd):
         spec = json.loads(_text(buffer))
         if "failed" in spec:
             raise _failed_elsewhere(spec["failed"])
-        layout = _Layout.parse(spec["layout"])
+        form = _Form.parse(spec["layout"], self._direct is not None)
         for _ in range(self.depth):
-            self._post(self._staging.buffer(layout.num_bytes))
-        return layout
+            self._post(self._staging.buffer(form.staged.num_bytes))
+        return form
 
     def _post(self, buffer: Tensor) -> None:
         work: Any
@@ -369,22 +414,27 @@ def make_end(
     ranks: Sequence[Sequence[int]],
     depth: int,
     timeout_seconds: float,
-    device: Any,
+    device: torch.device,
+    past_host: bool = False,
 ) -> End | None:
     """This rank's end of a link from stage `source` to stage `target`, None when it has none. A collective call.
 
     Args:
         stage: this rank's stage.
         ranks: for each replica the global rank of each stage.
+        past_host: tensors on the device do not go through host memory.
     """
     if source == target:
         return MemoryLink() if stage == source else None
     mine: End | None = None
+    limit = timedelta(seconds=timeout_seconds)
     for replica in ranks:
         pair = [replica[source], replica[target]]
-        group = dist.new_group(pair, backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        if dist.get_rank() == pair[0]:
-            mine = Sender(name, group, Peer(target, pair[1]), depth, timeout_seconds, Staging(device))
-        elif dist.get_rank() == pair[1]:
-            mine = Receiver(name, group, Peer(source, pair[0]), depth, timeout_seconds, Staging(device))
+        group = dist.new_group(pair, backend="gloo", timeout=limit)
+        beside = dist.new_group(pair, backend=Direct.backend(device), timeout=limit) if past_host else None
+        if dist.get_rank() in pair:
+            is_source = dist.get_rank() == pair[0]
+            peer = Peer(target, pair[1]) if is_source else Peer(source, pair[0])
+            direct = Direct(device, beside, peer.rank) if past_host else None
+            mine = (Sender if is_source else Receiver)(name, group, peer, depth, timeout_seconds, Staging(device), direct)
     return mine

@@ -5,6 +5,9 @@ import pytest
 import torch
 from ranks import run_ranks
 
+from ds_local.config import ConfigError
+from ds_local.staging import Direct
+
 LINKS = [
     {"codec": "bf16"},
     {"codec": "int8"},
@@ -27,6 +30,75 @@ def test_codecs_give_the_same_bits_on_1_2_and_4_ranks(link):
         assert all(torch.equal(merged[name], tensor) for name, tensor in reference[0]["state"].items())
     plain = run_ranks(jobs.train, 1, {**section, "link": {}, "segments_per_stage": 4}, 1, 3)
     assert plain[0]["reports"] != reference[0]["reports"]  # the codec did something
+
+
+@pytest.mark.parametrize("row", [{"mode": "overlapping"}, {"mode": "local", "head": {"blocks": 1, "blocks_from": "next_tracked"}}])
+def test_past_the_host_gives_the_same_bits(row):
+    through, past = (run_ranks(jobs.train, 2, {**row, "link": {"past_host": past}}, 2, 3) for past in (False, True))
+    for one, other in zip(through, past, strict=True):
+        assert one["reports"] == other["reports"]
+        assert one["eval"] == other["eval"]
+        assert all(torch.equal(other["state"][name], tensor) for name, tensor in one["state"].items())
+
+
+def failing(past_host):
+    """What stage 1 hears when stage 0 fails after a message."""
+    import torch.distributed as dist
+
+    from ds_local.replacements import start_processes
+    from ds_local.transport import Tag, TransportError, make_end
+
+    start_processes()
+    end = make_end("link", dist.get_rank(), 0, 1, [[0, 1]], 2, 60.0, torch.device("cpu"), past_host)
+    tensors = {"hidden": torch.arange(6.0).view(2, 3), "ids": torch.tensor([1, 2])}
+    if dist.get_rank() == 0:
+        end.send(Tag(0, 0), tensors)
+        end.fail("stage 0 ran out of paper")
+        return None
+    _, message = end.receive(Tag(0, 0))
+    assert all(torch.equal(message[name], tensor) for name, tensor in tensors.items())
+    try:
+        end.receive(Tag(0, 1))
+    except TransportError as error:
+        return str(error), end.num_bytes == end.message_bytes
+
+
+@pytest.mark.parametrize("past_host", [False, True])
+def test_the_reason_of_a_failure_fits_into_a_message(past_host):
+    _, (said, counted) = run_ranks(failing, 2, past_host)
+    assert counted
+    assert said.startswith("the run ended elsewhere: stage 0 ran out" if past_host else "the run ended elsewhere: stage 0")
+
+
+def crossing():
+    """Both ranks send before they receive, over links that hold one message."""
+    import torch.distributed as dist
+
+    from ds_local.replacements import start_processes
+    from ds_local.transport import Tag, make_end
+
+    start_processes()
+    rank = dist.get_rank()
+    up, down = (make_end(f"link from {a}", rank, a, 1 - a, [[0, 1]], 1, 10.0, torch.device("cpu")) for a in (0, 1))
+    mine, other = (up, down) if rank == 0 else (down, up)
+    for step in range(3):
+        mine.send(Tag(step, 0), {"x": torch.full((2,), float(rank + step))})
+        dist.barrier()
+        found = other.receive(Tag(step, 0))[1]["x"].tolist()
+    return found
+
+
+def test_a_link_of_depth_one_holds_a_message_from_the_start():
+    assert run_ranks(crossing, 2) == [[3.0, 3.0], [2.0, 2.0]]
+
+
+def test_ranks_that_share_a_gpu_cannot_go_past_the_host(monkeypatch):
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="4 ranks share 2 on this machine; set it to false"):
+        Direct.backend(torch.device("cuda"))
+    assert Direct.backend(torch.device("cpu")) == "gloo"
 
 
 def traffic(section, steps=2, **extra):
@@ -171,11 +243,11 @@ def staged(fail=False):
 
     if dist.get_rank() == 0:
         sender = Sender("link", group, Peer(1, 1), depth, 60.0, Slow(torch.device("cpu")))
-        for i in range(depth - 1):  # the opening of the link is a message too
+        for i in range(depth):
             sender.send(Tag(0, i), {"hidden": torch.full((3, 5), float(i))})
         may_copy.set()  # send has returned before any copy was done
         try:
-            for i in range(depth - 1, count):
+            for i in range(depth, count):
                 sender.send(Tag(0, i), {"hidden": torch.full((3, 5), float(i))})
             sender.flush()
         except TransportError as error:
