@@ -131,6 +131,7 @@ METHODS = {
     "mixed 1/4, tail 20 %, block, 1/8 of the tokens": Method(mixed(1 / 4), 0.2, {"blocks": 1, **EIGHTH}),
 }
 TAILS = sorted({method.tail for method in METHODS.values() if method.tail})
+NEAR = 1.5  # ratio of two runs' steps up to which a line between them is right to about 1 %
 CHECKPOINTS = 20  # of a run, so that every tail begins at one
 
 
@@ -415,13 +416,13 @@ def tokens_to(loss: float, runs: list[dict[str, Any]]) -> float | None:
 def loss_in_the_time(time: float, yardsticks: Mapping[float, float]) -> float | None:
     """Backprop's loss after so many times the preset's steps, from its whole runs (step factor -> loss); None outside of them.
 
-    Between two of them the loss is a line over the logarithm of the steps. A whole run has cooled its learning rate down, as the
+    Between two of them, if they are near enough, the loss is a line over the logarithm of the steps. A whole run has cooled its learning rate down, as the
     run it is compared with has: a point of a longer run's curve has not.
     """
     for (shorter, high), (longer, low) in pairwise(sorted(yardsticks.items())):
-        if shorter <= time <= longer:
+        if shorter <= time <= longer <= NEAR * shorter:
             return high + (low - high) * math.log(time / shorter) / math.log(longer / shorter)
-    return None
+    return yardsticks.get(time)
 
 
 def percent(gap: float | None) -> float | None:

@@ -52,12 +52,13 @@ def test_rates_are_compared_on_the_seeds_they_share():
 
 
 def test_backprop_in_the_same_time():
-    whole_runs = {0.5: 3.0, 1.0: 2.0, 2.0: 1.5}
-    assert study.loss_in_the_time(math.sqrt(0.5), whole_runs) == pytest.approx(2.5)
+    whole_runs = {0.81: 3.0, 1.0: 2.0, 1.44: 1.5, 3.0: 1.0}
+    assert study.loss_in_the_time(0.9, whole_runs) == pytest.approx(2.5)
     assert study.loss_in_the_time(1.0, whole_runs) == 2.0
-    assert study.loss_in_the_time(math.sqrt(2), whole_runs) == pytest.approx(1.75)
-    assert study.loss_in_the_time(0.49, whole_runs) is None
-    assert study.loss_in_the_time(2.1, whole_runs) is None
+    assert study.loss_in_the_time(1.2, whole_runs) == pytest.approx(1.75)
+    assert study.loss_in_the_time(3.0, whole_runs) == 1.0
+    assert study.loss_in_the_time(0.8, whole_runs) is None
+    assert study.loss_in_the_time(2.0, whole_runs) is None  # too far from either
 
 
 def test_the_gap_is_between_runs_of_the_same_seeds():
