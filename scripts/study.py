@@ -416,8 +416,8 @@ def tokens_to(loss: float, runs: list[dict[str, Any]]) -> float | None:
 def loss_in_the_time(time: float, yardsticks: Mapping[float, float]) -> float | None:
     """Backprop's loss after so many times the preset's steps, from its whole runs (step factor -> loss); None outside of them.
 
-    Between two of them, if they are near enough, the loss is a line over the logarithm of the steps. A whole run has cooled its learning rate down, as the
-    run it is compared with has: a point of a longer run's curve has not.
+    Between two of them, if they are near enough, the loss is a line over the logarithm of the steps. A whole run has cooled its
+    learning rate down, as the run it is compared with has: a point of a longer run's curve has not.
     """
     for (shorter, high), (longer, low) in pairwise(sorted(yardsticks.items())):
         if shorter <= time <= longer <= NEAR * shorter:
