@@ -10,7 +10,6 @@ on a CPU that `Direct` delivers what `Staging` does.
 from __future__ import annotations
 
 import concurrent.futures
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_local.config import SECTION, ConfigError
+from ds_local.surroundings import ranks_here
 
 
 class Staging:
@@ -82,7 +82,7 @@ class Direct:
         """Of the process group. Raises ConfigError where ranks share a GPU, which NCCL does not do."""
         if device.type != "cuda":
             return "gloo"
-        ranks, devices = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))), torch.cuda.device_count()
+        ranks, devices = ranks_here(), torch.cuda.device_count()
         if ranks > devices:
             raise ConfigError(
                 f"{SECTION}.link.past_host needs a GPU for every rank, but {ranks} ranks share {devices} on this machine; "

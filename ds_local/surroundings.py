@@ -43,7 +43,7 @@ def check_surroundings(environment: Mapping[str, str] = os.environ, parent: int 
                 f"{where}: {key} is {environment[key]} but the interfaces are {', '.join(interfaces)}; set it to one of these"
             )
     master, ranks = environment.get("MASTER_ADDR", ""), int(environment.get("WORLD_SIZE", "1"))
-    here = int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", ranks)))
+    here = ranks_here(environment, ranks)
     if here < ranks and (master == "localhost" or master.startswith("127.")):
         raise ClusterError(
             f"{where}: the master address is {master}, but {ranks - here} of the {ranks} ranks are on other machines; "
@@ -54,6 +54,11 @@ def check_surroundings(environment: Mapping[str, str] = os.environ, parent: int 
         raise ClusterError(
             f"{where}: {lock} was left behind by a build that was killed, and builds wait for it without end; remove it"
         )
+
+
+def ranks_here(environment: Mapping[str, str] = os.environ, default: int = 1) -> int:
+    """How many ranks the launcher started on this machine, if it says so (torchrun and DeepSpeed name it differently)."""
+    return int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", default)))
 
 
 def _hostfiles_of_launchers(process: int) -> list[str]:

@@ -321,12 +321,11 @@ class Receiver(_GroupEnd):
         return self._early.pop(tag[:2])
 
     def _next(self, tag: Tag) -> tuple[Tag, Message]:
-        if self._form is None:
-            self._form = self._open(tag)
+        form = self._form = self._form or self._open(tag)
         work, data = self._under_way.popleft()
         self._wait(work, f"to send {tag}")
-        self._post(self._staging.buffer(self._form.staged.num_bytes))
-        buffer = _Buffer(self._form.staged, data)
+        self._post(self._staging.buffer(form.staged.num_bytes))
+        buffer = _Buffer(form.staged, data)
         code, step, micro_batch, last_step = buffer.header.tolist()
         if code == _FAILED:
             raise _failed_elsewhere(_text(data[_HEADER * 8 :]))
@@ -335,19 +334,18 @@ class Receiver(_GroupEnd):
             raise TransportError(
                 f"the {self.name} from {self.peer} brought {found}, expected {tag}; do all ranks run the same configuration?"
             )
-        self.num_bytes += self._form.num_bytes
-        moved = self._staging.to_device({s.name: buffer.tensors[s.name] for s in self._form.staged.specs if not s.on_host})
-        return found, {**buffer.tensors, **moved, **self._past_the_host(found)}
+        self.num_bytes += form.num_bytes
+        moved = self._staging.to_device({s.name: buffer.tensors[s.name] for s in form.staged.specs if not s.on_host})
+        direct = {} if self._direct is None else self._past_the_host(self._direct, form.direct, found)
+        return found, {**buffer.tensors, **moved, **direct}
 
-    def _past_the_host(self, tag: Tag) -> Message:
-        if self._direct is None or self._form is None:
-            return {}
+    def _past_the_host(self, direct: Direct, layout: _Layout, tag: Tag) -> Message:
         try:
-            work, payload = self._direct.receive(self._form.direct)
+            work, payload = direct.receive(layout)
         except RuntimeError as error:
             raise self._unreachable() from error
         self._wait(work, f"to send the tensors of {tag}")
-        return self._form.direct.views(payload)
+        return layout.views(payload)
 
     def _open(self, tag: Tag) -> _Form:
         """Learn the shapes from the first message and post the receives."""

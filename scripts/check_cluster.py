@@ -108,11 +108,10 @@ def check_memory(model: str, config: dict[str, Any], stages: int, replicas: int)
 
     from ds_local.blocks import load_model_config
     from ds_local.pricing import GIB, expected_memory
-    from ds_local.surroundings import ClusterError
+    from ds_local.surroundings import ClusterError, ranks_here
 
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     cuda = torch.cuda.is_available()
-    total = torch.cuda.mem_get_info()[1] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / here
+    total = torch.cuda.mem_get_info()[1] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks_here()
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (total / GIB, socket.gethostname()))
     smallest, host = min(gathered)

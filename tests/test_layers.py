@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.glob("*.py"))
 ORDER = [
     "routes", "schedule", "order", "peers", "simulator", "config", "deepspeed_config", "partition", "seeds", "heads",
     "blocks", "flops", "pricing", "planner", "data", "corpus", "notices", "checkpoint", "replacements", "instructions", "tensors",
-    "codecs", "staging", "transport", "surroundings", "cluster", "copies", "diagnostics", "replicas", "subnets", "profiling",
+    "codecs", "surroundings", "staging", "transport", "cluster", "copies", "diagnostics", "replicas", "subnets", "profiling",
     "pretrained", "module", "metrics", "watchdog", "engine", "start", "card", "hf", "train", "ranks",
 ]  # fmt: skip
 PURE = ["routes", "schedule", "order", "peers", "simulator", "config", "deepspeed_config", "partition", "card"]

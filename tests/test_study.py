@@ -81,5 +81,7 @@ def test_finished_runs_are_kept_beside_those_of_other_machines(tmp_path):
     kept.write_text(json.dumps(there) + "\n" + json.dumps(here | {"loss": 3.0}) + "\n")
     (folder / "cpu" / "local").mkdir(parents=True)
     (folder / "cpu" / "local" / "result.json").write_text(json.dumps(here))
+    (folder / study.TRIAL / "local").mkdir(parents=True)
+    (folder / study.TRIAL / "local" / "result.json").write_text(json.dumps(here | {"preset": study.TRIAL}))
     assert study.all_runs(kept, folder) == [there, here]
     assert study.all_runs(kept, tmp_path / "nothing") == [there, here]

@@ -36,7 +36,9 @@ def compare(results, losses, state):
     assert used <= seen
 
 
-@pytest.mark.parametrize(("family", "gas"), [("gpt2", 1), ("gpt2", 4), ("llama", 4)])
+@pytest.mark.parametrize(
+    ("family", "gas"), [("gpt2", 1), ("gpt2", 4), ("llama", 4), pytest.param("llama", 1, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("stages", "replicas"), [(2, 1), (3, 1), (4, 1), (2, 2)])
 def test_local_training_equals_segments_trained_by_themselves(family, stages, replicas, gas):
     results = run_ranks(jobs.train, stages * replicas, {"mode": "local"}, stages, STEPS, family=family, gas=gas)
@@ -155,7 +157,7 @@ def test_dropout_gives_the_same_bits_on_1_and_4_ranks():
     assert without[0]["reports"] != runs[0][0]["reports"]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(20), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(20, 30))])
 def test_random_rows_run_on_real_ranks_as_on_one(seed):
     """Modes, windows, mixes, stages, segments per stage and link depths at random: no hang, and the bits of one rank."""
     import random
