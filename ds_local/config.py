@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from ds_local.order import make_schedule
-from ds_local.routes import MODES, Routes, make_routes
+from ds_local.routes import MODES, Routes, corrected, make_routes
 from ds_local.schedule import Schedule
 from ds_local.simulator import most_without_idling
 
@@ -74,6 +74,9 @@ class Scheme(Row):
 
     mix: tuple[MixEntry, ...] | None = None
     """Rows of the micro-batches of one step, those that should go first at the front. Replaces `mode`."""
+    correction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """How far the first of two rows in a mix makes up for what the second one learns from: 0, not at all; 1, the mean gradient of
+    a step is the first row's (a control variate), with more noise."""
 
     @model_validator(mode="after")
     def _mode_or_mix(self) -> Scheme:
@@ -85,6 +88,8 @@ class Scheme(Row):
                 raise ValueError("mix needs at least one entry, and at most one entry without micro_batches")
             if [entry.micro_batches for entry in self.mix] != ["auto", None] and any(e.micro_batches == "auto" for e in self.mix):
                 raise ValueError('micro_batches "auto" is for the first of two entries, the second one takes the rest')
+        if self.correction and len(self.mix or ()) != 2:
+            raise ValueError(f"correction is between the two entries of a mix, got {len(self.mix or ())}: leave it out")
         return self
 
     @property
@@ -116,7 +121,10 @@ class Scheme(Row):
                 f"{SECTION}.mix names {given} micro-batches but gradient_accumulation_steps is {num_micro_batches}; "
                 "make them agree, or leave micro_batches out of one entry"
             )
-        return [(table, rest if count is None else count) for table, count in zip(tables, counts, strict=True)]
+        followers = [rest if count is None else count for count in counts]
+        if self.correction and followers[0]:
+            tables[0] = corrected(tables[0], tables[1], num_micro_batches / followers[0], self.correction)
+        return list(zip(tables, followers, strict=True))
 
 
 @cache
@@ -335,7 +343,7 @@ class LocalParallelConfig(Scheme):
     @model_validator(mode="after")
     def _phases_in_order(self) -> LocalParallelConfig:
         if self.phases is not None:
-            clash = self.model_fields_set & {"mode", "window", "combine", "weights", "mix"}
+            clash = self.model_fields_set & {"mode", "window", "combine", "weights", "mix", "correction"}
             if clash:
                 raise ValueError(f"give either phases or {', '.join(sorted(clash))}, not both")
             given = [phase.until_step for phase in self.phases]

@@ -226,6 +226,33 @@ def make_routes(mode: str, num_segments: int, window: int | None = None, combine
     return Routes(name, num_segments, table, {loss: factors[loss] for loss in table})
 
 
+def corrected(few: Routes, rest: Routes, ratio: float, strength: float) -> Routes:
+    """The table of a few micro-batches of a step that make up for what the rest of them learn from: a control variate.
+
+    The gradient of the few counts `1 + e` times, and what the table of the rest gives on the same micro-batches is taken off `e`
+    times, with e = strength * (ratio - 1). At strength 1 the gradient of a step is then, in the mean, that of the few alone, and
+    the rest only take noise out of it, as far as the two kinds of gradient agree from micro-batch to micro-batch (unbiased
+    truncation, as Tallec & Ollivier 2017, arXiv 1705.08209, do it over time by other means).
+
+    Args:
+        ratio: all micro-batches of a step / the few.
+        strength: 0 (the table of the few as it is) to 1.
+
+    Raises:
+        RouteError: when a loss carries a weight of its own, which could not be taken off.
+    """
+    if any(factor != 1.0 for routes in (few, rest) for factor in routes.loss_weights.values()):
+        raise RouteError("correction works between rows whose losses all count 1; leave weights out of the mix")
+    extra = strength * (ratio - 1)
+    table: Weights = {}
+    for loss in sorted(few.weights | rest.weights):
+        ours, theirs = few.weights.get(loss, {}), rest.weights.get(loss, {})
+        row = {s: ours.get(s, 0.0) + extra * (ours.get(s, 0.0) - theirs.get(s, 0.0)) for s in sorted(ours | theirs)}
+        table[loss] = {s: weight for s, weight in row.items() if weight}
+    table = {loss: row for loss, row in table.items() if row}
+    return Routes(f"{few.mode}, corrected", few.num_segments, table, dict.fromkeys(table, 1.0))
+
+
 def _loss_weights(weights: Sequence[float] | None, num_segments: int) -> list[float]:
     if weights is None:
         return [1.0] * num_segments

@@ -13,12 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ds_local.config import number_or_auto
-from ds_local.order import make_schedule
+from ds_local.config import SECTION, local_parallel, number_or_auto
 from ds_local.peers import PEERS
-from ds_local.routes import MODES, make_routes
+from ds_local.routes import MODES
 from ds_local.schedule import Schedule
-from ds_local.simulator import Costs, Timeline, chrome_trace, draw, most_without_idling, simulate
+from ds_local.simulator import Costs, Timeline, chrome_trace, draw, simulate
 
 WIDEST = 24  # stages and micro-batches of a grid that still fits on a screen
 
@@ -35,6 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--backprop-micro-batches", type=number_or_auto, default=0, metavar="N|auto",
         help="micro-batches of the step that run real backpropagation; auto: as many as the pipeline hides",
     )  # fmt: skip
+    add("--correction", type=float, default=0.0, help="how far these make up for what the others learn from, 0 to 1")
     add("--segments-per-stage", type=int, default=1)
     add("--transfer", type=float, default=0.0, help="time of a message, in forwards, that the order should reckon with")
     add("--compare", nargs="*", default=[], choices=[*MODES, *PEERS], help="schedules to show beside it")
@@ -60,20 +60,20 @@ def build(mode: str, args: argparse.Namespace, main: bool) -> list[Schedule]:
     """The schedules of `mode` until they repeat; mix, window and segments per stage of the command line are the main one's."""
     if mode in PEERS:
         return [PEERS[mode](args.stages, args.micro_batches)]
-    segments = args.stages * args.segments_per_stage
-    backprop = args.backprop_micro_batches if main else 0
-    if backprop == "auto":
-        first, second = make_routes("backprop", segments), make_routes(mode, segments, args.window, args.combine)
-        backprop = most_without_idling(first, second, args.micro_batches, args.transfer)
-    if backprop > args.micro_batches:
-        raise ValueError(f"--backprop-micro-batches {backprop} exceeds --micro-batches {args.micro_batches}")
-    window = args.window if main else None
-    combine = args.combine if main else "sum"
-    period = (window or 2) if mode == "shifted_chunked" else 1
-    rows = [make_routes(mode, segments, window, combine, step=step) for step in range(period)]
-    true = make_routes("backprop", segments)
-    mixes = [[(true, backprop), (row, args.micro_batches - backprop)] for row in rows]
-    return [make_schedule(mix, args.stages, args.transfer) for mix in mixes]
+    scheme: dict[str, Any] = {"mode": mode}
+    if main:
+        scheme |= {"combine": args.combine} | ({"window": args.window} if args.window is not None else {})
+        if args.backprop_micro_batches:
+            first = {"mode": "backprop", "micro_batches": args.backprop_micro_batches}
+            if first["micro_batches"] != "auto" and first["micro_batches"] > args.micro_batches:
+                raise ValueError(
+                    f"--backprop-micro-batches {first['micro_batches']} exceeds --micro-batches {args.micro_batches}"
+                )
+            scheme = {"mix": [first, scheme]}
+        if args.correction:
+            scheme["correction"] = args.correction
+    section = {**scheme, "segments_per_stage": args.segments_per_stage, "link": {"transfer": args.transfer}}
+    return local_parallel({SECTION: section}).distinct_schedules(args.stages, args.micro_batches)
 
 
 def costs_for(schedule: Schedule, args: argparse.Namespace) -> Costs:
@@ -88,7 +88,7 @@ def costs_for(schedule: Schedule, args: argparse.Namespace) -> Costs:
 def of_model(schedule: Schedule, mode: str, args: argparse.Namespace) -> tuple[Costs, list[float]]:
     """Costs in floating-point operations of a block's forward, and the auxiliary share of each stage."""
     from ds_local import blocks
-    from ds_local.config import SECTION, load_config, local_parallel
+    from ds_local.config import load_config
     from ds_local.flops import auxiliary_shares, choose_parts, segment_times, unit_flops
 
     config = blocks.load_model_config(args.model)

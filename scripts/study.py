@@ -76,18 +76,19 @@ PRESETS = {
 TRIAL = "tiny"  # to try the script; `table` leaves it out
 
 
-def mixed(share: float, rest: dict[str, Any] = LOCAL) -> dict[str, Any]:
+def mixed(share: float, rest: dict[str, Any] = LOCAL, correction: float = 0.0) -> dict[str, Any]:
     """A share of each step's micro-batches runs backpropagation; `section_of` fills in how many these are."""
-    return {"mix": [{"mode": "backprop", "share": share}, rest]}
+    return {"mix": [{"mode": "backprop", "share": share}, rest], "correction": correction}
 
 
 class Method(NamedTuple):
-    """A scheme, the share of the steps at the end that run backpropagation, and the options of the heads."""
+    """A scheme, the share of the steps at the end that follow another one, and the options of the heads."""
 
     scheme: dict[str, Any]
     tail: float = 0.0
     head: Mapping[str, Any] = MappingProxyType({})
     micro_batches: int | None = None
+    end: dict[str, Any] = BACKPROP  # the scheme of the tail
 
 
 EIGHTH = {"token_fraction": 0.125}
@@ -106,6 +107,10 @@ METHODS = {
     "chunked 2": Method(CHUNKED),
     "chunked 2, backprop tail 20 %": Method(CHUNKED, 0.2),
     "chunked 2, backprop tail 40 %": Method(CHUNKED, 0.4),
+    "chunked 2, one private block": Method(CHUNKED, 0.0, {"blocks": 1}),
+    "chunked 2, one private block, tail 40 %": Method(CHUNKED, 0.4, {"blocks": 1}),
+    "chunked 2, half corrected": Method(mixed(1 / 2, CHUNKED, 1.0)),
+    "chunked 2, last 40 % half corrected": Method(CHUNKED, 0.4, end=mixed(1 / 2, CHUNKED, 1.0)),
     "shifted chunks 2": Method({"mode": "shifted_chunked", "window": 2}),
     "chunked 2, a quarter backprop": Method(mixed(1 / 4, CHUNKED)),
     "chunked 2, a quarter backprop, tail 20 %": Method(mixed(1 / 4, CHUNKED), 0.2),
@@ -121,6 +126,7 @@ METHODS = {
     "mixed 1/8, tail 20 %": Method(mixed(1 / 8), 0.2, {}, 8),
     "mixed 1/4, tail 10 %": Method(mixed(1 / 4), 0.1),
     "mixed 1/4, tail 20 %": Method(mixed(1 / 4), 0.2),
+    "mixed 1/4, last 40 % half corrected": Method(mixed(1 / 4), 0.4, end=mixed(1 / 2, LOCAL, 1.0)),
     "mixed 1/4, tail 40 %": Method(mixed(1 / 4), 0.4),
     "mixed 1/2, tail 10 %": Method(mixed(1 / 2), 0.1),
     "mixed 1/2, tail 20 %": Method(mixed(1 / 2), 0.2),
@@ -163,7 +169,7 @@ class Run(NamedTuple):
     def trunk(self) -> Run | None:
         """The same run without a tail, if it is one of the study's."""
         method = METHODS[self.method]
-        plain = [name for name, other in METHODS.items() if method.tail and other == method._replace(tail=0.0)]
+        plain = [name for name, other in METHODS.items() if method.tail and other == method._replace(tail=0.0, end=BACKPROP)]
         return self._replace(method=plain[0]) if plain else None
 
 
@@ -174,12 +180,12 @@ def switch_step(steps: int, tail: float) -> int:
 
 def section_of(method: Method, num_segments: int, num_micro_batches: int, steps: int) -> dict[str, Any]:
     """The "local_parallel" section of a method, for one process that holds all segments."""
-    scheme = json.loads(json.dumps(method.scheme))
-    for entry in scheme.get("mix", ()):
+    scheme, end = json.loads(json.dumps([method.scheme, method.end]))
+    for entry in [*scheme.get("mix", ()), *end.get("mix", ())]:
         if "share" in entry:
             entry["micro_batches"] = max(1, round(entry.pop("share") * num_micro_batches))
     if method.tail:
-        scheme = {"phases": [{**scheme, "until_step": switch_step(steps, method.tail)}, BACKPROP]}
+        scheme = {"phases": [{**scheme, "until_step": switch_step(steps, method.tail)}, end]}
     return {**scheme, "num_stages": 1, "segments_per_stage": num_segments, "head": dict(method.head)}
 
 
@@ -425,6 +431,14 @@ def loss_in_the_time(time: float, yardsticks: Mapping[float, float]) -> float | 
     return yardsticks.get(time)
 
 
+def time_for_the_loss(loss: float, yardsticks: Mapping[float, float]) -> float | None:
+    """How many times the preset's steps backprop needs to end with this loss: `loss_in_the_time` the other way round."""
+    for (shorter, high), (longer, low) in pairwise(sorted(yardsticks.items())):
+        if low <= loss <= high and longer <= NEAR * shorter:
+            return shorter * (longer / shorter) ** ((high - loss) / (high - low))
+    return None
+
+
 def percent(gap: float | None) -> float | None:
     """A difference in loss as one in perplexity, in %."""
     return None if gap is None else round(100 * math.expm1(gap), 2)
@@ -479,6 +493,8 @@ def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         forecast = predict(facts.model, METHODS[method], segments, facts.model["n_positions"])
         needed = tokens_to(loss - gap, runs)
+        saved = [time_for_the_loss(run["loss"], yardsticks.get(run["seed"], {})) for run in runs]
+        known = [time for time in saved if time is not None]
         rows.append({
             "preset": preset, "method": method, "segments": segments, "parameters": parameters, "tokens": runs[0]["tokens"],
             "step_factor": longer, "seeds": len(runs), "perplexity": round(math.exp(loss), 4),
@@ -488,6 +504,7 @@ def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "predicted_time_to_backprop_loss": None if needed is None else ratios_of(forecast, needed),
             "learning_rate": facts.learning_rate * runs[0]["lr_factor"], "losses": [round(r["loss"], 4) for r in runs],
             "predicted_time_ratios": ratios_of(forecast),
+            "time_to_equal_loss": ratios_of(forecast, longer / mean(known)) if known else None,
             "equal_time_gap_percent": {
                 key: percent(gap_to({seed: loss_in_the_time(time, whole) for seed, whole in yardsticks.items()}, runs))
                 for key, time in ratios_of(forecast, longer).items()
@@ -501,8 +518,9 @@ PREAMBLE = (
     "gap is in perplexity, to the backprop runs of the same steps and seeds; each method has the best of the learning rates "
     "tried. The auxiliary share is of the busiest stage's FLOPs; times are simulated, one segment a stage, for the whole run, "
     "against balanced 1F1B with equal steps. Under equal time is the gap to what backprop reaches in the method's own time, by "
-    "whole runs of other lengths, of those seeds that have such runs. The last column is the time, at M = 4 and 8, until the "
-    "loss is down at the backprop runs' last."
+    "whole runs of other lengths, of those seeds that have such runs; the time to equal loss is the method's time by that of the "
+    "backprop run that ends with the method's loss. The last column is the time, at M = 4 and 8, until the loss is down at the "
+    "last of the backprop runs of equal steps."
 )
 
 
@@ -522,8 +540,9 @@ def markdown(rows_of: Mapping[str, list[dict[str, Any]]]) -> str:
             ),
             "",
             "| method | K | steps | rate | seeds | loss (lowest-highest) | perplexity | gap | auxiliary share "
-            "| time M=4 | M=8 | M=16 | M=8, c/F=1 | gap at equal time M=4 | M=8 | M=8, c/F=1 | to backprop's loss |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "| time M=4 | M=8 | M=16 | M=8, c/F=1 | gap at equal time M=4 | M=8 | M=8, c/F=1 "
+            "| time to equal loss M=4 | M=8 | M=8, c/F=1 | to backprop's last loss |",
+            "|" + 20 * "---|",
             *(_line(row, round(facts.steps * row["step_factor"])) for row in rows),
         ]
     return "\n".join(lines) + "\n"
@@ -535,14 +554,16 @@ def _wrapped(text: str) -> list[str]:
 
 def _line(row: dict[str, Any], steps: int) -> str:
     time_of, gap_at = row["predicted_time_ratios"], row["equal_time_gap_percent"]
-    losses, until = row["losses"], row["predicted_time_to_backprop_loss"]
+    losses, until, equal = row["losses"], row["predicted_time_to_backprop_loss"], row["time_to_equal_loss"]
+    three = ("M=4, c/F=0", "M=8, c/F=0", "M=8, c/F=1")
     spread = f" ({min(losses):.4f}-{max(losses):.4f})" if len(losses) > 1 else ""
     cells = [
         row["method"], row["segments"], f"{steps:,}", f"{row['learning_rate']:g}", row["seeds"],
         f"{mean(losses):.4f}{spread}", f"{row['perplexity']:.3f}", f"{row['gap_percent']:+.1f} %",
         f"{row['aux_flops_share']:.1%}",
         *(f"{time_of[key]:.2f}" for key in ("M=4, c/F=0", "M=8, c/F=0", "M=16, c/F=0", "M=8, c/F=1")),
-        *("-" if gap_at[key] is None else f"{gap_at[key]:+.1f} %" for key in ("M=4, c/F=0", "M=8, c/F=0", "M=8, c/F=1")),
+        *("-" if gap_at[key] is None else f"{gap_at[key]:+.1f} %" for key in three),
+        *("-" if equal is None else f"{equal[key]:.2f}" for key in three),
         "-" if until is None else " / ".join(f"{until[key]:.2f}" for key in ("M=4, c/F=0", "M=8, c/F=0")),
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"

@@ -13,6 +13,8 @@ MISTAKES = {
     "misspelt mode key": ({"mod": "local"}, "did you mean 'mode'?"),
     "unknown mode": ({"mode": "greedy"}, "local_parallel.mode"),
     "misspelt window": ({"mode": "interlocking", "windov": 2}, "did you mean 'window'?"),
+    "correction of nothing": ({"mode": "local", "correction": 1.0}, "between the two entries of a mix, got 0"),
+    "correction too large": ({"mix": [{"micro_batches": 1}, {}], "correction": 2}, "local_parallel.correction"),
     "window 0": ({"mode": "interlocking", "window": 0}, "local_parallel.window"),
     "window as text": ({"mode": "interlocking", "window": "two"}, "local_parallel.window"),
     "bad combine": ({"mode": "overlapping", "combine": "max"}, "local_parallel.combine"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_local.routes import MODES, RouteError, make_routes
+from ds_local.routes import MODES, RouteError, corrected, make_routes
 
 
 def trains(routes):
@@ -81,6 +81,30 @@ def test_deep_supervision_needs_one_pass_and_one_message_whatever_the_depth():
     assert all(len(passes) == 1 and passes[0].weights for passes in routes.passes)
     assert [len(routes.messages(s)) for s in range(5)] == [0, 1, 1, 1, 1]
     assert routes.loss_weights == {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4, 4: 1.0}
+
+
+def test_corrected_table_takes_off_what_the_rest_give():
+    """Two of eight micro-batches: theirs counts 4 times, and what the rest learn from is taken off 3 times."""
+    backprop, local = make_routes("backprop", 3), make_routes("local", 3)
+    assert corrected(backprop, local, 4.0, 1.0).weights == {0: {0: -3.0}, 1: {1: -3.0}, 2: {0: 4.0, 1: 4.0, 2: 1.0}}
+    assert corrected(backprop, local, 4.0, 0.5).weights == {0: {0: -1.5}, 1: {1: -1.5}, 2: {0: 2.5, 1: 2.5, 2: 1.0}}
+    assert corrected(backprop, local, 4.0, 0.0).weights == backprop.weights
+    # segment 1 hands on the true gradient alone
+    assert [(p.reads, p.weights, p.sends) for p in corrected(backprop, local, 4.0, 1.0).passes[1]] == [
+        (((2, 1.0),), False, 2),
+        (((1, -3.0), (2, 4.0)), True, None),
+    ]
+
+
+def test_correcting_chunks_costs_no_pass_where_there_are_two():
+    chunks = corrected(make_routes("backprop", 4), make_routes("chunked", 4, 2), 2.0, 1.0)
+    assert chunks.weights == {1: {0: -1.0, 1: -1.0}, 3: {0: 2.0, 1: 2.0, 2: 1.0, 3: 1.0}}
+    assert [len(passes) for passes in chunks.passes] == [1, 1, 1, 1]
+
+
+def test_a_loss_with_a_weight_cannot_be_taken_off():
+    with pytest.raises(RouteError, match="leave weights out of the mix"):
+        corrected(make_routes("backprop", 2), make_routes("deep_supervision", 2, weights=[0.5, 1.0]), 2.0, 1.0)
 
 
 def test_print_shows_the_table():

@@ -59,6 +59,12 @@ def test_backprop_in_the_same_time():
     assert study.loss_in_the_time(3.0, whole_runs) == 1.0
     assert study.loss_in_the_time(0.8, whole_runs) is None
     assert study.loss_in_the_time(2.0, whole_runs) is None  # too far from either
+    assert study.time_for_the_loss(2.5, whole_runs) == pytest.approx(0.9)
+    assert study.time_for_the_loss(2.0, whole_runs) == 1.0
+    assert study.time_for_the_loss(1.75, whole_runs) == pytest.approx(1.2)
+    assert study.time_for_the_loss(1.2, whole_runs) is None  # too far from either
+    assert study.time_for_the_loss(3.1, whole_runs) is None
+    assert study.time_for_the_loss(2.0, {1.0: 2.0}) is None  # nothing to tell how fast the loss falls
 
 
 def test_the_gap_is_between_runs_of_the_same_seeds():

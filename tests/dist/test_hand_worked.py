@@ -110,6 +110,19 @@ def test_one_step_of_a_mix():
     assert found["heads.0.factor"] == pytest.approx(-1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("rest", [{"mode": "local"}, {"mode": "chunked", "window": 2}], ids=["local", "chunked"])
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_corrected_mix_has_the_gradient_of_backprop(ranks, rest):
+    """All micro-batches are the same, so nothing is noise: segments end where backprop ends, heads where `rest` does."""
+    section = {"mix": [{"mode": "backprop", "micro_batches": 1}, rest], "correction": 1.0, "segments_per_stage": 4 // ranks}
+    found = {}
+    for part in run_ranks(one_step, ranks, section, ranks, gas=4):
+        found |= part
+    weights, heads = EXPECTED["backprop"][1], EXPECTED[rest["mode"]][2]
+    assert [found[f"{s}.factor"] for s in range(4)] == pytest.approx(weights, abs=1e-5)
+    assert [found[f"heads.{segment}.factor"] for segment in heads] == pytest.approx(list(heads.values()), abs=1e-5)
+
+
 def test_backprop_builds_no_heads():
     found = {}
     for part in run_ranks(one_step, 2, {"mode": "backprop", "segments_per_stage": 2}, 2):

@@ -102,6 +102,14 @@ def test_mixed_micro_batches_add_up_like_one_process(backprop):
     compare(results, *reference_run("gpt2", results[0]["parts"], 4, 1, 8, lambda step: tables))
 
 
+def test_corrected_micro_batches_add_up_like_one_process():
+    section = {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}], "correction": 0.5}
+    results = run_ranks(jobs.train, 4, section, 4, 8)
+    own = {s: {s: -1.5} for s in range(3)}
+    tables = [own | {3: {0: 2.5, 1: 2.5, 2: 2.5, 3: 1.0}}] + [table_of("local", 4)] * 3
+    compare(results, *reference_run("gpt2", results[0]["parts"], 4, 1, 8, lambda step: tables))
+
+
 def test_mix_of_one_row_is_that_row():
     for mode in ("backprop", "local"):
         plain = run_ranks(jobs.train, 2, {"mode": mode}, 2, 4)
@@ -132,6 +140,7 @@ def test_phases_change_the_table_on_all_stages_at_once():
 MIXES = [
     {"mix": [{"mode": "backprop", "micro_batches": "auto"}, {"mode": "local"}]},
     {"mix": [{"mode": "backprop", "micro_batches": 3}, {"mode": "interlocking"}]},
+    {"mix": [{"mode": "backprop", "micro_batches": 2}, {"mode": "chunked"}], "correction": 1.0},
     {"phases": [{"until_step": 2, "mix": [{"mode": "backprop", "micro_batches": 2}, {"mode": "local"}]}, {"mode": "backprop"}]},
     {"phases": [{"until_step": 2, "mode": "local"}, {"mode": "backprop"}], "cycle_steps": 3},
 ]
