@@ -2,4 +2,5 @@
 # Set-up and all tests:
 #     bash scripts/test.sh [pytest arguments]
 source "$(dirname "$0")/setup.sh" "[test]"
-exec python -m pytest -q "$@"
+# two files at a time: many tests wait for launchers and imports more than they compute
+exec python -m pytest -q -n 2 --dist loadfile "$@"
