@@ -63,13 +63,11 @@ def build(mode: str, args: argparse.Namespace, main: bool) -> list[Schedule]:
     scheme: dict[str, Any] = {"mode": mode}
     if main:
         scheme |= {"combine": args.combine} | ({"window": args.window} if args.window is not None else {})
-        if args.backprop_micro_batches:
-            first = {"mode": "backprop", "micro_batches": args.backprop_micro_batches}
-            if first["micro_batches"] != "auto" and first["micro_batches"] > args.micro_batches:
-                raise ValueError(
-                    f"--backprop-micro-batches {first['micro_batches']} exceeds --micro-batches {args.micro_batches}"
-                )
-            scheme = {"mix": [first, scheme]}
+        count = args.backprop_micro_batches
+        if count != "auto" and count > args.micro_batches:
+            raise ValueError(f"--backprop-micro-batches {count} exceeds --micro-batches {args.micro_batches}")
+        if count:
+            scheme = {"mix": [{"mode": "backprop", "micro_batches": count}, scheme]}
         if args.correction:
             scheme["correction"] = args.correction
     section = {**scheme, "segments_per_stage": args.segments_per_stage, "link": {"transfer": args.transfer}}

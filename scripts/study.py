@@ -493,8 +493,8 @@ def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         forecast = predict(facts.model, METHODS[method], segments, facts.model["n_positions"])
         needed = tokens_to(loss - gap, runs)
-        saved = [time_for_the_loss(run["loss"], yardsticks.get(run["seed"], {})) for run in runs]
-        known = [time for time in saved if time is not None]
+        times = [time_for_the_loss(run["loss"], yardsticks.get(run["seed"], {})) for run in runs]
+        known = [time for time in times if time is not None]
         rows.append({
             "preset": preset, "method": method, "segments": segments, "parameters": parameters, "tokens": runs[0]["tokens"],
             "step_factor": longer, "seeds": len(runs), "perplexity": round(math.exp(loss), 4),
