@@ -108,7 +108,6 @@ METHODS = {
     "chunked 2, backprop tail 20 %": Method(CHUNKED, 0.2),
     "chunked 2, backprop tail 40 %": Method(CHUNKED, 0.4),
     "chunked 2, one private block": Method(CHUNKED, 0.0, {"blocks": 1}),
-    "chunked 2, one private block, tail 40 %": Method(CHUNKED, 0.4, {"blocks": 1}),
     "chunked 2, half corrected": Method(mixed(1 / 2, CHUNKED, 1.0)),
     "chunked 2, last 40 % half corrected": Method(CHUNKED, 0.4, end=mixed(1 / 2, CHUNKED, 1.0)),
     "shifted chunks 2": Method({"mode": "shifted_chunked", "window": 2}),
@@ -569,7 +568,10 @@ def _line(row: dict[str, Any], steps: int) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-SHOWN = ("backprop", "local", "mixed 1/4", "mixed 1/4, tail 20 %", "chunked 2", "chunked 2, backprop tail 40 %", "interlocking 2")
+SHOWN = (
+    "backprop", "local", "mixed 1/4", "mixed 1/4, tail 20 %", "chunked 2", "chunked 2, backprop tail 40 %", "interlocking 2",
+    "chunked 2, last 40 % half corrected",
+)  # fmt: skip
 
 
 def draw(results: list[dict[str, Any]], rows_of: Mapping[str, list[dict[str, Any]]], picture: Path) -> None:
