@@ -81,7 +81,7 @@ class Scheme(Row):
     @model_validator(mode="after")
     def _mode_or_mix(self) -> Scheme:
         if self.mix is not None:
-            clash = self.model_fields_set & {"mode", "window", "combine", "weights"}
+            clash = self.model_fields_set & set(Row.model_fields)
             if clash:
                 raise ValueError(f"give either mix or {', '.join(sorted(clash))}, not both")
             if not self.mix or sum(entry.micro_batches is None for entry in self.mix) > 1:
@@ -343,7 +343,7 @@ class LocalParallelConfig(Scheme):
     @model_validator(mode="after")
     def _phases_in_order(self) -> LocalParallelConfig:
         if self.phases is not None:
-            clash = self.model_fields_set & {"mode", "window", "combine", "weights", "mix", "correction"}
+            clash = self.model_fields_set & set(Scheme.model_fields)
             if clash:
                 raise ValueError(f"give either phases or {', '.join(sorted(clash))}, not both")
             given = [phase.until_step for phase in self.phases]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ds_local import blocks, cluster, diagnostics, profiling
 from ds_local.checkpoint import latest_tag
-from ds_local.config import SECTION, ConfigError, load_config, local_parallel, num_stages_and_replicas
+from ds_local.config import SECTION, ConfigError, Scheme, load_config, local_parallel, num_stages_and_replicas
 from ds_local.corpus import check_same_tokenizer
 from ds_local.data import BatchShape, TokenData, training_batches, validation_batches
 from ds_local.deepspeed_config import batch_sizes, check_deepspeed
@@ -120,7 +120,7 @@ def overridden_section(section: dict[str, Any], args: Namespace) -> dict[str, An
     """The "local_parallel" section with what the command line says instead."""
     section = dict(section)
     if args.mode is not None or args.backprop_micro_batches is not None:
-        for key in ("mode", "window", "combine", "weights", "mix", "phases"):
+        for key in (*Scheme.model_fields, "phases", "cycle_steps"):
             section.pop(key, None)
         row = {"mode": args.mode or "local"} | ({} if args.window is None else {"window": args.window})
         if args.backprop_micro_batches:

@@ -418,22 +418,30 @@ def tokens_to(loss: float, runs: list[dict[str, Any]]) -> float | None:
     return None
 
 
+Whole = tuple[float, float]  # step factor and loss of a whole run
+
+
+def neighbours(yardsticks: Mapping[float, float]) -> list[tuple[Whole, Whole]]:
+    """Runs next to each other that are near enough for a line between them."""
+    return [(shorter, longer) for shorter, longer in pairwise(sorted(yardsticks.items())) if longer[0] <= NEAR * shorter[0]]
+
+
 def loss_in_the_time(time: float, yardsticks: Mapping[float, float]) -> float | None:
     """Backprop's loss after so many times the preset's steps, from its whole runs (step factor -> loss); None outside of them.
 
     Between two of them, if they are near enough, the loss is a line over the logarithm of the steps. A whole run has cooled its
     learning rate down, as the run it is compared with has: a point of a longer run's curve has not.
     """
-    for (shorter, high), (longer, low) in pairwise(sorted(yardsticks.items())):
-        if shorter <= time <= longer <= NEAR * shorter:
+    for (shorter, high), (longer, low) in neighbours(yardsticks):
+        if shorter <= time <= longer:
             return high + (low - high) * math.log(time / shorter) / math.log(longer / shorter)
     return yardsticks.get(time)
 
 
 def time_for_the_loss(loss: float, yardsticks: Mapping[float, float]) -> float | None:
     """How many times the preset's steps backprop needs to end with this loss: `loss_in_the_time` the other way round."""
-    for (shorter, high), (longer, low) in pairwise(sorted(yardsticks.items())):
-        if low <= loss <= high and longer <= NEAR * shorter:
+    for (shorter, high), (longer, low) in neighbours(yardsticks):
+        if low <= loss <= high:
             return shorter * (longer / shorter) ** ((high - loss) / (high - low))
     return None
 
@@ -492,8 +500,7 @@ def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         forecast = predict(facts.model, METHODS[method], segments, facts.model["n_positions"])
         needed = tokens_to(loss - gap, runs)
-        times = [time_for_the_loss(run["loss"], yardsticks.get(run["seed"], {})) for run in runs]
-        known = [time for time in times if time is not None]
+        times = [t for run in runs if (t := time_for_the_loss(run["loss"], yardsticks.get(run["seed"], {}))) is not None]
         rows.append({
             "preset": preset, "method": method, "segments": segments, "parameters": parameters, "tokens": runs[0]["tokens"],
             "step_factor": longer, "seeds": len(runs), "perplexity": round(math.exp(loss), 4),
@@ -503,7 +510,7 @@ def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "predicted_time_to_backprop_loss": None if needed is None else ratios_of(forecast, needed),
             "learning_rate": facts.learning_rate * runs[0]["lr_factor"], "losses": [round(r["loss"], 4) for r in runs],
             "predicted_time_ratios": ratios_of(forecast),
-            "time_to_equal_loss": ratios_of(forecast, longer / mean(known)) if known else None,
+            "time_to_equal_loss": ratios_of(forecast, longer / mean(times)) if times else None,
             "equal_time_gap_percent": {
                 key: percent(gap_to({seed: loss_in_the_time(time, whole) for seed, whole in yardsticks.items()}, runs))
                 for key, time in ratios_of(forecast, longer).items()

@@ -255,3 +255,22 @@ def test_diagnostics_find_the_local_row_of_a_mix():
 
     section = local_parallel({"local_parallel": {"mix": [{"mode": "backprop", "micro_batches": 2}, {"mode": "local"}]}})
     assert [schedule.rows[0].mode for schedule in probe_schedules(section, 4)] == ["local", "backprop"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "chunked"}], "correction": 1.0},
+        {"phases": [{"until_step": 2, "mode": "local"}, {"mode": "backprop"}], "cycle_steps": 3},
+    ],
+)
+def test_a_mode_on_the_command_line_replaces_the_whole_scheme(given):
+    import train
+
+    from ds_local.train import overridden_section
+
+    arguments = train.parse_arguments(
+        ["--model", "m", "--data", "d", "--output", "o", "--max-steps", "1", "--deepspeed_config", "c", "--mode", "local"]
+    )
+    section = overridden_section({**given, "seed": 3}, arguments)
+    assert local_parallel({"local_parallel": section}) == local_parallel({"local_parallel": {"mode": "local", "seed": 3}})
