@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ds_local.config import SECTION, local_parallel, number_or_auto
+from ds_local.config import SECTION, LocalParallelConfig, local_parallel, number_or_auto
 from ds_local.peers import PEERS
 from ds_local.routes import MODES
 from ds_local.schedule import Schedule
@@ -56,10 +56,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def build(mode: str, args: argparse.Namespace, main: bool) -> list[Schedule]:
-    """The schedules of `mode` until they repeat; mix, window and segments per stage of the command line are the main one's."""
-    if mode in PEERS:
-        return [PEERS[mode](args.stages, args.micro_batches)]
+def section_for(mode: str, args: argparse.Namespace, main: bool, **options: Any) -> LocalParallelConfig:
+    """The "local_parallel" section of `mode`; mix, window and combine of the command line are the main one's."""
     scheme: dict[str, Any] = {"mode": mode}
     if main:
         scheme |= {"combine": args.combine} | ({"window": args.window} if args.window is not None else {})
@@ -70,8 +68,15 @@ def build(mode: str, args: argparse.Namespace, main: bool) -> list[Schedule]:
             scheme = {"mix": [{"mode": "backprop", "micro_batches": count}, scheme]}
         if args.correction:
             scheme["correction"] = args.correction
-    section = {**scheme, "segments_per_stage": args.segments_per_stage, "link": {"transfer": args.transfer}}
-    return local_parallel({SECTION: section}).distinct_schedules(args.stages, args.micro_batches)
+    section = {**scheme, "segments_per_stage": args.segments_per_stage, "link": {"transfer": args.transfer}, **options}
+    return local_parallel({SECTION: section})
+
+
+def build(mode: str, args: argparse.Namespace, main: bool) -> list[Schedule]:
+    """The schedules of `mode` until they repeat."""
+    if mode in PEERS:
+        return [PEERS[mode](args.stages, args.micro_batches)]
+    return section_for(mode, args, main).distinct_schedules(args.stages, args.micro_batches)
 
 
 def costs_for(schedule: Schedule, args: argparse.Namespace) -> Costs:
@@ -83,18 +88,16 @@ def costs_for(schedule: Schedule, args: argparse.Namespace) -> Costs:
     return Costs(args.forward / pieces, args.input_grad / pieces, args.weight_grad / pieces, head, args.link)
 
 
-def of_model(schedule: Schedule, mode: str, args: argparse.Namespace) -> tuple[Costs, list[float]]:
+def of_model(schedule: Schedule, mode: str, args: argparse.Namespace, main: bool) -> tuple[Costs, list[float]]:
     """Costs in floating-point operations of a block's forward, and the auxiliary share of each stage."""
     from ds_local import blocks
     from ds_local.config import load_config
     from ds_local.flops import auxiliary_shares, choose_parts, segment_times, unit_flops
 
     config = blocks.load_model_config(args.model)
-    given = local_parallel(load_config(args.deepspeed_config)) if args.deepspeed_config else local_parallel({})
-    row: dict[str, Any] = {"mode": mode if mode in MODES else "backprop"}
-    if mode == args.mode and args.window:
-        row["window"] = args.window
-    section = local_parallel({SECTION: {**row, "head": given.head.model_dump(), "partition": given.partition}})
+    given = local_parallel(load_config(args.deepspeed_config) if args.deepspeed_config else {})
+    options = {"head": given.head.model_dump(), "partition": given.partition}
+    section = section_for(mode if mode in MODES else "backprop", args, main, **options)
     seq_len = args.seq_len or blocks.num_positions(config)
     num_segments = len(schedule.stage_of)
     parts = choose_parts(config, section, num_segments, args.micro_batches, seq_len)
@@ -118,9 +121,13 @@ def describe(timeline: Timeline) -> str:
 def main() -> int:
     args = parse_arguments()
     try:
-        modes = [args.mode, *args.compare]
-        schedules = [build(mode, args, main) for mode, main in zip(modes, [True] + [False] * len(args.compare), strict=True)]
-        modelled = [of_model(steps[0], mode, args) for steps, mode in zip(schedules, modes, strict=True)] if args.model else []
+        modes = [(args.mode, True), *((mode, False) for mode in args.compare)]
+        schedules = [build(mode, args, main) for mode, main in modes]
+        modelled = (
+            [of_model(steps[0], mode, args, main) for steps, (mode, main) in zip(schedules, modes, strict=True)]
+            if args.model
+            else []
+        )
         costs = [costs for costs, _ in modelled] or [costs_for(steps[0], args) for steps in schedules]
         timelines = [simulate(steps, cost, args.link_depth) for steps, cost in zip(schedules, costs, strict=True)]
     except ValueError as error:

@@ -123,6 +123,9 @@ def test_command_line_with_a_model(tmp_path):
     assert full["auxiliary_flops"][0] > 0.5
     assert 0.05 < sampled["auxiliary_flops"][0] < 0.1
     assert sampled["steady_period"] < 0.8 * backprop["makespan"]
+    # stages are cut for the mix, as in a run: one in which every micro-batch runs backpropagation is cut as without heads
+    mixed, backprop = json.loads(run(*common, "--compare", "backprop", "--backprop-micro-batches", 8).stdout)
+    assert mixed["steady_period"] == backprop["steady_period"]
 
 
 @pytest.mark.parametrize(
