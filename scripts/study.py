@@ -110,6 +110,7 @@ METHODS = {
     "chunked 2, one private block": Method(CHUNKED, 0.0, {"blocks": 1}),
     "chunked 2, half corrected": Method(mixed(1 / 2, CHUNKED, 1.0)),
     "chunked 2, last 40 % half corrected": Method(CHUNKED, 0.4, end=mixed(1 / 2, CHUNKED, 1.0)),
+    "chunked 2, last 70 % half corrected": Method(CHUNKED, 0.7, end=mixed(1 / 2, CHUNKED, 1.0)),
     "shifted chunks 2": Method({"mode": "shifted_chunked", "window": 2}),
     "chunked 2, a quarter backprop": Method(mixed(1 / 4, CHUNKED)),
     "chunked 2, a quarter backprop, tail 20 %": Method(mixed(1 / 4, CHUNKED), 0.2),
