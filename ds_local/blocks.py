@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.pytorch_utils import Conv1D
 
 from ds_local.config import HeadConfig
 from ds_local.heads import AuxiliaryHead, count_targets, linear_cross_entropy
 from ds_local.seeds import seeded
+from ds_local.weight_gradients import SPLITTABLE, linear
 
 
 class UnsupportedModel(ValueError):
@@ -122,6 +124,16 @@ def _materialize(config: PretrainedConfig, name: str, *key: int | str) -> nn.Mod
     with seeded(*key):
         part.apply(model._init_weights)
     return part
+
+
+class _Conv1D(Conv1D):
+    """GPT-2's linear layer, whose weight is transposed, with a weight gradient that can wait."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, transposed=True)
+
+
+SPLITTABLE[Conv1D] = _Conv1D
 
 
 class _Context:

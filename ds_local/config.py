@@ -97,11 +97,13 @@ class Scheme(Row):
         """Steps after which schedules repeat: more than 1 where chunks shift."""
         return math.lcm(*(entry.window or 2 for entry in self.mix or [self] if entry.mode == "shifted_chunked"))
 
-    def rows(self, num_segments: int, num_micro_batches: int, step: int = 0, transfer: float = 0.0) -> list[tuple[Routes, int]]:
+    def rows(
+        self, num_segments: int, num_micro_batches: int, step: int = 0, transfer: float = 0.0, split_backward: int = 0
+    ) -> list[tuple[Routes, int]]:
         """(table, micro-batches that follow it) for one step.
 
         Args:
-            transfer: see `LinkConfig`; "auto" reckons with it.
+            transfer: see `LinkConfig`; "auto" reckons with it, and with `split_backward`.
 
         Raises:
             ConfigError: when the counts do not add up to `num_micro_batches`, or "auto" can hide none.
@@ -110,7 +112,7 @@ class Scheme(Row):
             return [(self.routes(num_segments, step), num_micro_batches)]
         tables = [entry.routes(num_segments, step) for entry in self.mix]
         counts = [
-            _auto_count(self.mix[0], self.mix[1], num_segments, num_micro_batches, transfer)
+            _auto_count(self.mix[0], self.mix[1], num_segments, num_micro_batches, transfer, split_backward)
             if entry.micro_batches == "auto" else entry.micro_batches
             for entry in self.mix
         ]  # fmt: skip
@@ -128,8 +130,9 @@ class Scheme(Row):
 
 
 @cache
-def _auto_count(first: Row, second: Row, num_segments: int, num_micro_batches: int, transfer: float) -> int:
-    count = most_without_idling(first.routes(num_segments), second.routes(num_segments), num_micro_batches, transfer)
+def _auto_count(first: Row, second: Row, num_segments: int, num_micro_batches: int, transfer: float, split_backward: int) -> int:
+    tables = first.routes(num_segments), second.routes(num_segments)
+    count = most_without_idling(*tables, num_micro_batches, transfer, split_backward)
     if not count:
         raise ConfigError(
             f"{SECTION}.mix: with {num_segments} segments and {num_micro_batches} micro-batches not one can be hidden; "
@@ -315,6 +318,9 @@ class LocalParallelConfig(Scheme):
     """Messages between stages."""
     head: HeadConfig = HeadConfig()
     """Auxiliary heads."""
+    split_backward: Literal[0, 1, 2] = 0
+    """Send input gradients first and put weight gradients off into the time in which a stage would wait, in chunks and under
+    backpropagation. 1: on every stage in the memory of 1F1B's first (ZB-H1); 2: in twice that, which leaves no bubble (ZB-H2)."""
     compile: bool = False
     """`torch.compile` every layer and head, as `engine.compile()` does, which also takes a backend and its options."""
     replicas: ReplicasConfig = ReplicasConfig()
@@ -330,6 +336,12 @@ class LocalParallelConfig(Scheme):
     """Factors on gradient_clipping, one per segment (fp32 without ZeRO, where every segment is clipped by itself)."""
     warmup_stagger: NonNegativeInt = 0
     """Segment s ramps its learning rate up over s times so many steps, on top of the scheduler's warm-up."""
+
+    @model_validator(mode="after")
+    def _compiled_whole(self) -> LocalParallelConfig:
+        if self.compile and self.split_backward:
+            raise ValueError("compile makes one piece of what split_backward takes apart; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _no_copies_of_parts(self) -> LocalParallelConfig:
@@ -397,11 +409,11 @@ class LocalParallelConfig(Scheme):
     def schedule_at(self, step: int, num_stages: int, num_micro_batches: int) -> Schedule:
         """The schedule of one step, for all stages."""
         rows = self.rows_at(step, num_stages * self.segments_per_stage, num_micro_batches)
-        return make_schedule(rows, num_stages, self.link.transfer)
+        return make_schedule(rows, num_stages, self.link.transfer, self.split_backward)
 
     def rows_at(self, step: int, num_segments: int, num_micro_batches: int) -> list[tuple[Routes, int]]:
         """(table, micro-batches that follow it) for one step."""
-        rows = self.scheme_at(step).rows(num_segments, num_micro_batches, step, self.link.transfer)
+        rows = self.scheme_at(step).rows(num_segments, num_micro_batches, step, self.link.transfer, self.split_backward)
         return [part for row in rows for part in _thinned(*row, self.head.every)]
 
     def distinct_schedules(self, num_stages: int, num_micro_batches: int) -> list[Schedule]:

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -24,22 +24,12 @@ from deepspeed import comm as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
-from ds_local import checkpoint, codecs
+from ds_local import checkpoint, codecs, instructions
 from ds_local.blocks import config_dict
 from ds_local.checkpoint import CheckpointError
 from ds_local.copies import Copies, refresh_delay
 from ds_local.diagnostics import probe_schedules
-from ds_local.instructions import (
-    ForwardPass,
-    GradientPass,
-    LoadMicroBatch,
-    RecvActivation,
-    RecvGrad,
-    ReduceGrads,
-    SendActivation,
-    SendGrad,
-    StageSchedule,
-)
+from ds_local.instructions import StageSchedule
 from ds_local.metrics import Reports, Traffic, monitor_listener
 from ds_local.module import LocalPipelineModule
 from ds_local.notices import first_failure, post_notice, read_notice, report_failure
@@ -51,6 +41,7 @@ from ds_local.seeds import seeded
 from ds_local.subnets import saved_scaling
 from ds_local.tensors import combine, floating, map_tensors, narrow, pack, split_batch, to_device, unpack, widen
 from ds_local.transport import End, Sender, Tag, TransportError, make_end
+from ds_local.weight_gradients import PutOff, catch_up, put_off
 
 
 @dataclass
@@ -90,6 +81,7 @@ class LocalPipelineEngine(PipelineEngine):
         self._keep_output: Callable[[int, Any], None] | None = None
         self.replicas = Together()  # `start.initialize` puts here what the config asks for
         self._live: dict[tuple[int, int], _Live] = {}
+        self._put_off: dict[tuple[int, int, int], PutOff] = {}  # (segment, micro-batch, pass)
         self._batch: dict[int, tuple[Any, Any]] = {}
         self._grad_norms: dict[int, Tensor] = {}
         self.checkpoint_engine = SafeCheckpointEngine(self._config)
@@ -228,8 +220,8 @@ class LocalPipelineEngine(PipelineEngine):
 
     def _exec_schedule(self, pipe_schedule: StageSchedule) -> None:
         self._schedule = pipe_schedule
-        for instructions in pipe_schedule:
-            for instruction in instructions:
+        for group in pipe_schedule:
+            for instruction in group:
                 run = partial(self._INSTRUCTION_MAP[type(instruction)], self, **instruction.kwargs)
                 if self.recorder is None:
                     run()
@@ -522,7 +514,7 @@ class LocalPipelineEngine(PipelineEngine):
         live.passed_on = []
         self._release(segment, micro_batch)
 
-    def _exec_gradient_pass(self, segment: int, micro_batch: int, which: int) -> None:
+    def _exec_gradient_pass(self, segment: int, micro_batch: int, which: int, split: bool) -> None:
         live = self._live[segment, micro_batch]
         one = self._routes(micro_batch).passes[segment][which]
         if any(loss == segment for loss, _ in one.reads) and segment not in live.gradients:
@@ -534,9 +526,13 @@ class LocalPipelineEngine(PipelineEngine):
         inputs = [tensor for tensor in floating(live.inputs) if tensor.requires_grad]
         passed_on: list[Any] = []
         if not one.weights:
-            passed_on = list(torch.autograd.grad(outputs, inputs, gradients, retain_graph=keep_graph))
+            with put_off():  # for good
+                passed_on = list(torch.autograd.grad(outputs, inputs, gradients, retain_graph=keep_graph))
         elif outputs:
-            torch.autograd.backward(outputs, gradients, retain_graph=keep_graph)
+            with put_off() if split else nullcontext() as later:
+                torch.autograd.backward(outputs, gradients, retain_graph=keep_graph)
+            if later is not None:
+                self._put_off[segment, micro_batch, which] = later
             passed_on = [tensor.grad for tensor in inputs]
             for tensor in inputs:
                 tensor.grad = None
@@ -544,6 +540,9 @@ class LocalPipelineEngine(PipelineEngine):
             self._release(segment, micro_batch)
         else:
             live.passed_on = [g if one.send_scale == 1.0 else g * one.send_scale for g in passed_on]
+
+    def _exec_weight_gradient(self, segment: int, micro_batch: int, which: int) -> None:
+        catch_up(self._put_off.pop((segment, micro_batch, which)))
 
     def _run_head(self, segment: int, micro_batch: int, live: _Live) -> None:
         """Loss, gradients of the head's own parameters, and the loss's gradient at the segment's output.
@@ -583,12 +582,13 @@ class LocalPipelineEngine(PipelineEngine):
 
     _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
         **PipelineEngine._INSTRUCTION_MAP,
-        LoadMicroBatch: _exec_load_micro_batch,
-        RecvActivation: _exec_recv_activation,
-        ForwardPass: _exec_forward_pass,
-        SendActivation: _exec_send_activation,
-        RecvGrad: _exec_recv_grad,
-        GradientPass: _exec_gradient_pass,
-        SendGrad: _exec_send_grad,
-        ReduceGrads: _exec_reduce_grads,
+        instructions.LoadMicroBatch: _exec_load_micro_batch,
+        instructions.RecvActivation: _exec_recv_activation,
+        instructions.ForwardPass: _exec_forward_pass,
+        instructions.SendActivation: _exec_send_activation,
+        instructions.RecvGrad: _exec_recv_grad,
+        instructions.GradientPass: _exec_gradient_pass,
+        instructions.SendGrad: _exec_send_grad,
+        instructions.WeightGradient: _exec_weight_gradient,
+        instructions.ReduceGrads: _exec_reduce_grads,
     }

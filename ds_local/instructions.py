@@ -8,7 +8,7 @@ from functools import cached_property
 
 from deepspeed.runtime.pipe.schedule import OptimizerStep, PipeInstruction, PipeSchedule, ReduceGrads
 
-from ds_local.schedule import FORWARD, Schedule
+from ds_local.schedule import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Schedule
 
 
 class LoadMicroBatch(PipeInstruction):
@@ -33,6 +33,10 @@ class RecvGrad(PipeInstruction):
 
 class GradientPass(PipeInstruction):
     """One autograd pass of the segment; the first that needs the segment's own loss runs the head."""
+
+
+class WeightGradient(PipeInstruction):
+    """Compute the weight gradients that a split pass has put off."""
 
 
 class SendGrad(PipeInstruction):
@@ -68,7 +72,11 @@ class StageSchedule(PipeSchedule):
                     [] if last else [SendActivation(**at)]
                 )
                 continue
+            if action.kind == WEIGHT_GRADIENT:
+                yield [WeightGradient(**at, which=action.which)]
+                continue
             one = self.whole.route(action)
             received = [RecvGrad(**at, loss=loss) for loss in self.whole.received(action)]
             sent = [] if one.sends is None else [SendGrad(**at, loss=one.sends)]
-            yield [*received, GradientPass(**at, which=action.which), *sent]
+            split = one.weights and action.kind == INPUT_GRADIENT
+            yield [*received, GradientPass(**at, which=action.which, split=split), *sent]

@@ -32,6 +32,7 @@ from ds_local.partition import balance
 from ds_local.pretrained import Weights, find_weights, load_head, load_layer
 from ds_local.replacements import start_processes
 from ds_local.subnets import check_cut
+from ds_local.weight_gradients import make_splittable
 
 MakeHead = Callable[[int], nn.Module]
 
@@ -133,9 +134,18 @@ class LocalPipelineModule(PipelineModule):
                 self.heads[str(segment)] = self._make_head(segment)
         for parameter in self.heads.parameters():
             setattr(parameter, "ds_pipe_replicated", False)  # noqa: B010 - DeepSpeed counts what is marked in its norms
+        if self.section.split_backward:
+            for layer in filter(lambda one: isinstance(one, nn.Module), self.forward_funcs):
+                make_splittable(layer)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """`torch.compile` every layer, as `PipelineModule` does, and every head. Arguments are those of `torch.compile`."""
+        """`torch.compile` every layer, as `PipelineModule` does, and every head. Arguments are those of `torch.compile`.
+
+        Raises:
+            ConfigError: with split_backward, which takes apart what this makes one.
+        """
+        if self.section.split_backward:
+            raise ConfigError("engine.compile() makes one piece of what local_parallel.split_backward takes apart; leave one out")
         super().compile(*args, **kwargs)
         for head in self.heads.values():
             head.compile(*args, **kwargs)

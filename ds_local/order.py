@@ -11,28 +11,35 @@ may exceed its bound rather than leave the stage idle: the bound on segment 0 ho
 adds up the gradients of such a step is decided for one segment per stage and kept for every other layout, so that K segments
 give the same bits on 1, 2 or K ranks.
 
+With `split_backward` a pass that trains weights and sends a gradient is cut in two: the input gradient, sent at once, and the
+weight gradients, which fill the time in which the stage would wait. A stage puts off as many as there are stages below it to
+wait for the gradient (ZB-H1 for backpropagation), or twice as many and runs as much further ahead (ZB-H2; Qi et al. 2024,
+arXiv 2401.10241).
+
 Pure Python: no torch, no DeepSpeed.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 
 from ds_local.routes import Routes
-from ds_local.schedule import BACKWARD, FORWARD, Action, Schedule, unit_cost
+from ds_local.schedule import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Action, Schedule, unit_cost
 
 Mix = Sequence[tuple[Routes, int]]  # (row, how many micro-batches of the step follow it)
 
 
-def make_schedule(mix: Mix, num_stages: int, transfer: float = 0.0) -> Schedule:
+def make_schedule(mix: Mix, num_stages: int, transfer: float = 0.0, split_backward: int = 0) -> Schedule:
     """Order one optimizer step.
 
     Args:
         mix: the rows of the step's micro-batches, those that should go first at the front.
         num_stages: the segments are dealt to the stages in order, evenly.
         transfer: time from one stage to the next, in forwards, to be reckoned with.
+        split_backward: put weight gradients off where another stage waits for the input gradient: 0 not; 1 in the memory of
+            1F1B's first stage, on all stages; 2 in twice that.
 
     Raises:
         ValueError: when the rows disagree on the number of segments or it is not a multiple of `num_stages`.
@@ -44,11 +51,11 @@ def make_schedule(mix: Mix, num_stages: int, transfer: float = 0.0) -> Schedule:
     name = " + ".join(f"{count} x {routes.mode}" for routes, count in mix) if len(mix) > 1 else mix[0][0].mode
     stage_of = tuple(segment * num_stages // num_segments for segment in range(num_segments))
     if len(mix) > 1 and num_stages < num_segments:
-        template = _ListScheduler(mix, tuple(range(num_segments)), transfer)
+        template = _ListScheduler(mix, tuple(range(num_segments)), transfer, split_backward)
         template.run()
-        scheduler = _ListScheduler(mix, stage_of, transfer, template)
+        scheduler = _ListScheduler(mix, stage_of, transfer, split_backward, template)
     else:
-        scheduler = _ListScheduler(mix, stage_of, transfer)
+        scheduler = _ListScheduler(mix, stage_of, transfer, split_backward)
     scheduler.run()
     return Schedule(name, tuple(map(tuple, scheduler.order)), stage_of, tuple(mix[row][0] for row in scheduler.row_of))
 
@@ -56,21 +63,26 @@ def make_schedule(mix: Mix, num_stages: int, transfer: float = 0.0) -> Schedule:
 class _ListScheduler:
     """One event-driven run. With a `template` it keeps that run's rows, memory bounds and order of sums."""
 
-    def __init__(self, mix: Mix, stage_of: tuple[int, ...], transfer: float, template: _ListScheduler | None = None) -> None:
+    def __init__(
+        self, mix: Mix, stage_of: tuple[int, ...], transfer: float, split: int, template: _ListScheduler | None = None
+    ) -> None:
         self.mix = mix
         self.transfer = transfer
+        self.split = split
         self.stage_of = stage_of
         self.mixed = len(mix) > 1
         num_segments, num_stages = len(stage_of), stage_of[-1] + 1
         self.segments = [[s for s in reversed(range(num_segments)) if stage_of[s] == p] for p in range(num_stages)]
         self.order: list[list[Action]] = [[] for _ in range(num_stages)]
-        # what a segment adds up, its weights' and its head's gradients -> micro-batches in the order in which they are added
+        # what a segment adds up, the gradients of its weights, of those put off and of its head -> micro-batches in the order
+        # in which they are added
         self.sums: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.required_sums = template.sums if template else None
         self.row_of: list[int] = list(template.row_of) if template else []  # micro-batch -> row, chosen when segment 0 takes it
         self.remaining = [0] * len(mix) if template else [count for _, count in mix]
         self.bound: list[int] = template.peak if template else [sum(self.remaining)] * num_segments
-        self.inputs_there = [sum(count for _, count in mix)] + [0] * (num_segments - 1)
+        self.num_micro_batches = sum(count for _, count in mix)
+        self.inputs_there = [self.num_micro_batches if self._lags_behind(segment) else 0 for segment in range(num_segments)]
         self.forwarded = [0] * num_segments
         self.live = [[0] * len(mix) for _ in stage_of]  # per segment and row
         self.peak: list[int] = [0] * num_segments
@@ -78,9 +90,17 @@ class _ListScheduler:
         self.missing: dict[Action, int] = {}  # inputs a pass still waits for
         self.readers: dict[tuple[int, int, int], list[Action]] = defaultdict(list)  # (segment, micro-batch, loss)
         self.ready: list[list[tuple]] = [[] for _ in range(num_stages)]  # heaps of passes whose inputs are there
+        self.put_off: list[deque[Action]] = [deque() for _ in range(num_stages)]  # weight gradients
         self.busy = [False] * num_stages
         # heap of (time, is it the arrival of a result at the stage rather than the end of its computation?, stage, action)
         self.events: list[tuple[float, bool, int, Action]] = []
+
+    def _lags_behind(self, segment: int) -> bool:
+        """Does no stage below wait for this segment's stage? In a long run it lags, and all its inputs are there in time."""
+        if segment == 0:
+            return True
+        first_of_stage = self.stage_of[segment - 1] != self.stage_of[segment]
+        return first_of_stage and not self.mixed and not self.mix[0][0].messages(segment)
 
     def run(self) -> None:
         now, free = 0.0, set(range(len(self.order)))
@@ -110,14 +130,29 @@ class _ListScheduler:
                     heapq.heappush(self.events, (now + self.transfer, True, target, action))
 
     def _most_urgent(self, stage: int) -> Action | None:
+        enough_put_off = len(self.put_off[stage]) > self.split * self._stages_waiting(stage)
+        if enough_put_off and (action := self._take_put_off(stage)):
+            return action
         if self.mixed:
             return (
                 self._take_pass(stage, silent=False)
                 or self._take_forward(stage, self._within_reach)
                 or self._take_pass(stage, silent=True)
+                or self._take_put_off(stage)
                 or self._take_forward(stage, self._within_bound)
             )
-        return self._take_forward(stage, self._within_reach) or self._take_pass(stage, silent=True)
+        return self._take_forward(stage, self._within_reach) or self._take_pass(stage, silent=True) or self._take_put_off(stage)
+
+    def _stages_waiting(self, stage: int) -> int:
+        """How many stages below wait for the input gradient of the weight gradient put off first."""
+        if not self.put_off[stage]:
+            return 0
+        action = self.put_off[stage][0]
+        routes = self.mix[self.row_of[action.micro_batch]][0]
+        lowest = action.segment
+        while lowest and any(one.sends is not None for one in routes.passes[lowest]):
+            lowest -= 1
+        return stage - self.stage_of[lowest]
 
     def _take_forward(self, stage: int, room: Callable[[int, int], bool]) -> Action | None:
         for segment in self.segments[stage]:
@@ -149,7 +184,7 @@ class _ListScheduler:
         if not routes.passes[segment]:  # only passing through: passes that are ready go first
             return not self.ready[self.stage_of[segment]]
         furthest = segment + routes.reach[segment]
-        return self.live[segment][row] <= self.stage_of[furthest] - self.stage_of[segment]
+        return self.live[segment][row] <= max(1, self.split) * (self.stage_of[furthest] - self.stage_of[segment])
 
     def _within_bound(self, segment: int, row: int) -> bool:
         return sum(self.live[segment]) < self.bound[segment]
@@ -165,6 +200,15 @@ class _ListScheduler:
                 held_back.append(entry)
         for entry in held_back:
             heapq.heappush(ready, entry)
+        return self._booked(taken)
+
+    def _take_put_off(self, stage: int) -> Action | None:
+        taken = next(filter(self._keeps_sums, self.put_off[stage]), None)
+        if taken is not None:
+            self.put_off[stage].remove(taken)
+        return self._booked(taken)
+
+    def _booked(self, taken: Action | None) -> Action | None:
         if taken is not None:
             for key in self._adds_to(taken):
                 self.sums[key].append(taken.micro_batch)
@@ -176,11 +220,14 @@ class _ListScheduler:
 
     def _adds_to(self, action: Action) -> list[tuple[str, int]]:
         """The first pass of a micro-batch that reads the segment's own loss also runs its head."""
-        segment = action.segment
+        segment, kind = action.segment, action.kind
         passes = self.mix[self.row_of[action.micro_batch]][0].passes[segment]
+        put_off = [("put off", segment)] if passes[action.which].weights and kind != INPUT_GRADIENT else []
+        if kind == WEIGHT_GRADIENT:
+            return put_off
+        weights = [("weights", segment)] if passes[action.which].weights else []
         with_own_loss = [which for which, one in enumerate(passes) if any(loss == segment for loss, _ in one.reads)]
-        weights = [("weights", segment)] if action.kind == BACKWARD else []
-        return weights + ([("head", segment)] if with_own_loss[:1] == [action.which] else [])
+        return put_off + weights + ([("head", segment)] if with_own_loss[:1] == [action.which] else [])
 
     def _finish(self, action: Action) -> None:
         """Book the end of `action`."""
@@ -191,10 +238,12 @@ class _ListScheduler:
             self.passes_left[segment, micro_batch] = len(passes)
             self.live[segment][row] -= not passes
             for which, one in enumerate(passes):
-                self._plan(Action.of_pass(one, segment, micro_batch, which), [loss for loss, _ in one.reads if loss != segment])
-        else:
+                first = Action.of_pass(one, segment, micro_batch, which, self.split > 0)[0]
+                self._plan(first, [loss for loss, _ in one.reads if loss != segment])
+        elif kind != WEIGHT_GRADIENT:
             self.passes_left[segment, micro_batch] -= 1
             self.live[segment][row] -= not self.passes_left[segment, micro_batch]
+            self.put_off[self.stage_of[segment]].extend(Action.of_pass(passes[action.which], *action[1:], self.split > 0)[1:])
 
     def _target(self, action: Action) -> int:
         """The stage that gets the result of `action`; its own when nobody does."""
@@ -203,13 +252,16 @@ class _ListScheduler:
         return self.stage_of[action.segment - (self._sent(action) is not None)]
 
     def _sent(self, action: Action) -> int | None:
+        if action.kind == WEIGHT_GRADIENT:
+            return None
         return self.mix[self.row_of[action.micro_batch]][0].passes[action.segment][action.which].sends
 
     def _deliver(self, action: Action) -> None:
         """The result of `action` is where it is needed."""
         if action.kind == FORWARD:
-            if action.segment + 1 < len(self.stage_of):
-                self.inputs_there[action.segment + 1] += 1
+            above = action.segment + 1
+            if above < len(self.stage_of) and self.inputs_there[above] < self.num_micro_batches:
+                self.inputs_there[above] += 1
             return
         loss = self._sent(action)
         if loss is not None:

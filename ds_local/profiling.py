@@ -23,10 +23,11 @@ from torch import distributed as dist
 from ds_local.simulator import Costs, simulate
 from ds_local.tensors import to_device
 from ds_local.transport import Tag
+from ds_local.weight_gradients import put_off
 
 KEPT = 20_000  # instructions
 REPEATS = 10
-COMPUTE = ("LoadMicroBatch", "ForwardPass", "GradientPass")  # instructions that never wait for another stage
+COMPUTE = ("LoadMicroBatch", "ForwardPass", "GradientPass", "WeightGradient")  # instructions that never wait for another stage
 
 Event = tuple[str, int, float, float]  # (name of the instruction, step, start, end)
 
@@ -100,7 +101,8 @@ def _measure_segment(engine: Any, segment: int, hidden: Any, labels: Any) -> dic
 
     forward = _seconds(lambda: module.run_segment(segment, hidden))
     backward = through([*wanted, *parameters]) - forward
-    input_grad = through(wanted) - forward if wanted else backward / 2
+    with put_off():  # what layers would compute although nobody asks for it
+        input_grad = through(wanted) - forward if wanted else backward / 2
     costs = {"forward": forward, "input_grad": max(0.0, input_grad), "weight_grad": max(0.0, backward - input_grad)}
     if module.has_loss(segment):
         detached = outputs.detach().requires_grad_()

@@ -20,8 +20,8 @@ from ds_local.routes import Pass, Routes
 
 FORWARD = "F"  # the segment's layers
 BACKWARD = "B"  # a pass with parameter gradients; sends an input gradient where the route says so
-INPUT_GRADIENT = "I"  # a pass that only hands a gradient through
-WEIGHT_GRADIENT = "W"  # the other half of a backward that a zero-bubble schedule has split
+INPUT_GRADIENT = "I"  # a pass that only hands a gradient through, or the first half of a backward that is split
+WEIGHT_GRADIENT = "W"  # the other half of a backward that is split
 
 
 class ScheduleError(ValueError):
@@ -37,8 +37,13 @@ class Action(NamedTuple):
     which: int = 0  # of the segment's passes; 0 for a forward
 
     @classmethod
-    def of_pass(cls, one: Pass, segment: int, micro_batch: int, which: int) -> Action:
-        return cls(BACKWARD if one.weights else INPUT_GRADIENT, segment, micro_batch, which)
+    def of_pass(cls, one: Pass, segment: int, micro_batch: int, which: int, split: bool) -> list[Action]:
+        """What a pass is made of: one action, or two where it trains weights, sends a gradient and may be split."""
+        if split and one.weights and one.sends is not None:
+            kinds = [INPUT_GRADIENT, WEIGHT_GRADIENT]
+        else:
+            kinds = [BACKWARD if one.weights else INPUT_GRADIENT]
+        return [cls(kind, segment, micro_batch, which) for kind in kinds]
 
     def __str__(self) -> str:
         return f"{self.kind}{self.micro_batch}"
@@ -94,12 +99,12 @@ class Schedule:
 
         A message that several passes of a segment read is received once, for the first of them.
         """
-        kind, segment, micro_batch, _ = action
+        kind, segment, micro_batch, which = action
         if kind == FORWARD:
             below = segment - 1
             return [(Action(FORWARD, below, micro_batch), Link("activation", below))] if segment else []
         if kind == WEIGHT_GRADIENT:
-            return [(Action(INPUT_GRADIENT, segment, micro_batch), None)]
+            return [(Action(INPUT_GRADIENT, segment, micro_batch, which), None)]
         required: list[tuple[Action, Link | None]] = [(Action(FORWARD, segment, micro_batch), None)]
         for loss in self.received(action):
             sender = self._senders[segment + 1, micro_batch, loss]
@@ -332,6 +337,8 @@ def validate(schedules: Schedule | Sequence[Schedule], link_depth: int) -> None:
 
 
 def _check_complete(schedule: Schedule) -> None:
+    found = list(schedule.actions())
+    halves = {action[1:] for action in found if action.kind == WEIGHT_GRADIENT}
     expected = {
         Action(FORWARD, segment, micro_batch)
         for micro_batch in range(schedule.num_micro_batches)
@@ -340,8 +347,7 @@ def _check_complete(schedule: Schedule) -> None:
     for micro_batch, routes in enumerate(schedule.rows):
         for segment, passes in enumerate(routes.passes):
             for which, one in enumerate(passes):
-                expected.add(Action.of_pass(one, segment, micro_batch, which))
-    found = list(schedule.actions())
+                expected.update(Action.of_pass(one, segment, micro_batch, which, (segment, micro_batch, which) in halves))
     if len(found) != len(set(found)) or set(found) != expected:
         odd = sorted(set(found) ^ expected) or sorted({a for a in found if found.count(a) > 1})
         raise ScheduleError(f"{schedule.name}: actions missing, unknown or double: {', '.join(map(repr, odd[:5]))}")

@@ -220,7 +220,9 @@ class StepTimer:
         return ends[-1] - ends[-2]
 
 
-def most_without_idling(first: Routes, second: Routes, num_micro_batches: int, transfer: float = 0.0) -> int:
+def most_without_idling(
+    first: Routes, second: Routes, num_micro_batches: int, transfer: float = 0.0, split_backward: int = 0
+) -> int:
     """How many micro-batches of a step may follow the row `first` before the pipeline is slower than if all followed `second`.
 
     One segment a stage, forward and both parts of the backward one unit each, heads free; so it depends on the model's segments
@@ -228,10 +230,12 @@ def most_without_idling(first: Routes, second: Routes, num_micro_batches: int, t
 
     Args:
         transfer: time of a message, in forwards.
+        split_backward: see `order.make_schedule`.
     """
 
     def period(count: int) -> float:
-        schedule = make_schedule([(first, count), (second, num_micro_batches - count)], first.num_segments, transfer)
+        mix = [(first, count), (second, num_micro_batches - count)]
+        schedule = make_schedule(mix, first.num_segments, transfer, split_backward)
         return StepTimer(schedule).steady_period(Costs(link=transfer))
 
     limit = period(0) * (1 + 1e-9)

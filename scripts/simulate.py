@@ -35,6 +35,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="micro-batches of the step that run real backpropagation; auto: as many as the pipeline hides",
     )  # fmt: skip
     add("--correction", type=float, default=0.0, help="how far these make up for what the others learn from, 0 to 1")
+    add("--split-backward", type=int, choices=[0, 1, 2], default=0, help="put weight gradients off: 1 as ZB-H1, 2 as ZB-H2")
     add("--segments-per-stage", type=int, default=1)
     add("--transfer", type=float, default=0.0, help="time of a message, in forwards, that the order should reckon with")
     add("--compare", nargs="*", default=[], choices=[*MODES, *PEERS], help="schedules to show beside it")
@@ -57,7 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def section_for(mode: str, args: argparse.Namespace, main: bool, **options: Any) -> LocalParallelConfig:
-    """The "local_parallel" section of `mode`; mix, window and combine of the command line are the main one's."""
+    """The "local_parallel" section of `mode`; the other options of the command line are the main one's."""
     scheme: dict[str, Any] = {"mode": mode}
     if main:
         scheme |= {"combine": args.combine} | ({"window": args.window} if args.window is not None else {})
@@ -68,6 +69,7 @@ def section_for(mode: str, args: argparse.Namespace, main: bool, **options: Any)
             scheme = {"mix": [{"mode": "backprop", "micro_batches": count}, scheme]}
         if args.correction:
             scheme["correction"] = args.correction
+        scheme["split_backward"] = args.split_backward
     section = {**scheme, "segments_per_stage": args.segments_per_stage, "link": {"transfer": args.transfer}, **options}
     return local_parallel({SECTION: section})
 

@@ -175,6 +175,19 @@ def test_stages_and_replicas():
         num_stages_and_replicas(section, 4, 4)
 
 
+def test_split_backward_reaches_schedules_and_automatic_counts():
+    for split, kinds in ((0, "BF"), (1, "BFIW"), (2, "BFIW")):
+        section = local_parallel({"local_parallel": {"mode": "chunked", "split_backward": split}})
+        assert {action.kind for action in section.schedule_at(0, 4, 4).actions()} == set(kinds)
+    auto = {"mix": [{"mode": "backprop", "micro_batches": "auto"}, {"mode": "local"}]}
+    rows = [local_parallel({"local_parallel": {**auto, "split_backward": s}}).rows_at(0, 8, 12) for s in (0, 2)]
+    assert [counts for _, counts in rows[1]] > [counts for _, counts in rows[0]]
+    with pytest.raises(ConfigError, match="compile makes one piece of what split_backward takes apart"):
+        local_parallel({"local_parallel": {"compile": True, "split_backward": 1}})
+    with pytest.raises(ConfigError, match="split_backward"):
+        local_parallel({"local_parallel": {"split_backward": 3}})
+
+
 def test_phases_and_shifts_have_keys():
     section = local_parallel({
         "local_parallel": {"phases": [{"until_step": 4, "mode": "shifted_chunked", "window": 2}, {"mode": "backprop"}]}

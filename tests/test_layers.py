@@ -13,6 +13,7 @@ FILES = sorted(PACKAGE.glob("*.py"))
 # from the ground up; a module may import what stands before it, never what comes after
 ORDER = [
     "routes", "schedule", "order", "peers", "simulator", "config", "deepspeed_config", "partition", "seeds", "heads",
+    "weight_gradients",
     "blocks", "flops", "pricing", "planner", "data", "corpus", "notices", "checkpoint", "replacements", "instructions", "tensors",
     "codecs", "surroundings", "staging", "transport", "cluster", "copies", "diagnostics", "replicas", "subnets", "profiling",
     "pretrained", "module", "metrics", "watchdog", "engine", "start", "card", "hf", "train", "ranks",

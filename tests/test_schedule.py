@@ -9,7 +9,18 @@ import pytest
 from ds_local.order import make_schedule
 from ds_local.peers import PEERS
 from ds_local.routes import MODES, RouteError, make_routes
-from ds_local.schedule import BACKWARD, FORWARD, INPUT_GRADIENT, Action, Link, Schedule, ScheduleError, replay, validate
+from ds_local.schedule import (
+    BACKWARD,
+    FORWARD,
+    INPUT_GRADIENT,
+    WEIGHT_GRADIENT,
+    Action,
+    Link,
+    Schedule,
+    ScheduleError,
+    replay,
+    validate,
+)
 from ds_local.simulator import Costs, simulate
 
 
@@ -172,8 +183,9 @@ def random_case(rng):
 def test_no_deadlock_and_no_wrong_route(seed):
     rng = random.Random(seed)
     parts, stages = random_case(rng)
-    schedule = make_schedule(parts, stages, transfer=rng.choice([0, 0, 0.5, 1, 3]))
-    validate(schedule, 4)  # the default depth
+    transfer, split = rng.choice([0, 0, 0.5, 1, 3]), rng.choice([0, 1, 2])
+    schedule = make_schedule(parts, stages, transfer, split)
+    validate(schedule, 4 if split < 2 else 8)  # the default depth; wide overlapping rows that run ahead are told to raise it
     for depth in (1, 2, 3):  # a shorter link either works or is refused; it never hangs
         with contextlib.suppress(ScheduleError):
             validate(schedule, depth)
@@ -183,12 +195,17 @@ def test_no_deadlock_and_no_wrong_route(seed):
 
 def _check_gradients_symbolically(schedule):
     """Execute the schedule on symbols: every segment must end with exactly the gradient its table demands."""
-    arrived, learned = {}, {}
+    arrived, learned, second_halves = {}, {}, set()
     for event in sorted(replay(schedule)[0], key=lambda e: (e.end, e.start)):
         action = event.action
         if action.kind == FORWARD:
             continue
         one = schedule.route(action)
+        if action.kind == WEIGHT_GRADIENT:
+            assert action not in second_halves
+            second_halves.add(action)
+            assert (action.segment, action.micro_batch) in learned  # its first half has run
+            continue
         total = {}
         for loss, coefficient in one.reads:
             incoming = {action.segment: 1.0} if loss == action.segment else arrived[action.segment, action.micro_batch, loss]
@@ -207,7 +224,7 @@ def _check_gradients_symbolically(schedule):
 
 def _check_memory(schedule):
     """With one row, no stage keeps more micro-batches than there are stages up to its furthest loss, times its segments."""
-    if len({id(routes) for routes in schedule.rows}) > 1:
+    if len({id(routes) for routes in schedule.rows}) > 1 or any(a.kind == WEIGHT_GRADIENT for a in schedule.actions()):
         return
     per_stage = len(schedule.stage_of) // schedule.num_stages
     for stage, live in enumerate(schedule.peak_live):
@@ -224,15 +241,38 @@ def test_sums_are_taken_in_the_same_order_on_any_number_of_stages(seed):
         (make_routes(rng.choice(["backprop", "interlocking", "chunked"]), segments), rng.randint(1, 5)),
         (make_routes("local", segments), rng.randint(1, 5)),
     ]
-    orders, transfer = [], rng.choice([0, 1])
+    orders, transfer, split = [], rng.choice([0, 1]), rng.choice([0, 1, 2])
     for stages in (1, 2, 4):
-        schedule = make_schedule(parts, stages, transfer)
+        schedule = make_schedule(parts, stages, transfer, split)
         validate(schedule, 4)
-        orders.append(
-            [[a.micro_batch for a in schedule.actions() if a.segment == s and a.kind == BACKWARD] for s in range(segments)]
-        )
-        assert schedule.rows == make_schedule(parts, 4, transfer).rows
+        orders.append([
+            [a.micro_batch for a in schedule.actions() if a.segment == s and a.kind in kinds and schedule.route(a).weights]
+            for s in range(segments) for kinds in ((BACKWARD, INPUT_GRADIENT), (BACKWARD, WEIGHT_GRADIENT))
+        ])  # fmt: skip
+        assert schedule.rows == make_schedule(parts, 4, transfer, split).rows
     assert orders[0] == orders[1] == orders[2]
+
+
+def test_backpropagation_split_is_zero_bubble():
+    """The same order as the papers', on every stage that has somebody waiting below; the first stage has nothing to split."""
+    for memory, name in ((1, "zero_bubble"), (2, "zero_bubble_2")):
+        ours, theirs = make_schedule([(make_routes("backprop", 4), 8)], 4, 0.0, memory), PEERS[name](4, 8)
+        assert ours.peak_live == theirs.peak_live
+        assert simulate(ours, Costs()).steady_period == simulate(theirs, Costs()).steady_period
+        if memory == 1:
+            assert ours.stages[1:] == theirs.stages[1:]
+
+
+def test_chunks_split_leave_no_bubble():
+    """Hand-worked: two stages a chunk. 1F1B inside it wastes 3 ticks a step, split in the same memory 1, with one more live 0."""
+    for stages in (2, 4, 8):
+        row = [(make_routes("chunked", stages, 2), 4)]
+        periods = [simulate(make_schedule(row, stages, 0.0, split), Costs()).steady_period for split in (0, 1, 2)]
+        assert periods == [15, 13, 12]
+        lives = [max(make_schedule(row, stages, 0.0, split).peak_live) for split in (0, 1, 2)]
+        assert lives == [2, 2, 3]
+    upper = make_schedule([(make_routes("chunked", 4, 2), 4)], 4, 0.0, 2).stages[3]
+    assert " ".join(map(str, upper)) == "F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3"
 
 
 # --- DeepSpeed's checks on pipeline schedules, for ours ---------------------------------------------------------------------

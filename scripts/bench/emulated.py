@@ -20,6 +20,7 @@ from torch import distributed as dist
 
 from bench import network
 from bench.live import LiveTensors
+from ds_local.weight_gradients import now_or_later
 
 EVENTS: list[tuple[str, float, float]] = []  # (what, start, end) of all sleeps on this rank, for traces
 LEARNING_RATE = 1e-6
@@ -54,13 +55,16 @@ class _SleepBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, what: str, seconds: float) -> Tensor:
-        ctx.what, ctx.seconds = what, seconds
+        ctx.what, ctx.seconds, ctx.weight = what, seconds, x if x.is_leaf else None
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        sleep(ctx.what, ctx.seconds)
-        return gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        def slowly() -> Tensor:
+            sleep(ctx.what, ctx.seconds)
+            return gradient
+
+        return slowly() if ctx.weight is None else now_or_later(ctx.weight, slowly), None, None
 
 
 class Stage(nn.Module):

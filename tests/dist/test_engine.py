@@ -31,6 +31,19 @@ def test_every_stage_learns_in_every_precision(precision, section, replicas):
         assert other[0][segment] - other[-1][segment] == pytest.approx(fall, rel=0.15)
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_split_backward_changes_no_bit(precision, replicas):
+    """DeepSpeed's optimizers see the same gradients although half of them come later."""
+    plain, split = (
+        run_ranks(jobs.train, 2 * replicas, {"mode": "backprop", "split_backward": s}, 2, 5, **PRECISIONS[precision])
+        for s in (0, 1)
+    )
+    for a, b in zip(plain, split, strict=True):
+        assert all(torch.equal(a["state"][name], b["state"][name]) for name in a["state"])
+        assert a["own"] == b["own"]
+
+
 # --- no waiting -------------------------------------------------------------------------------------------------------------
 
 
@@ -321,7 +334,10 @@ def with_checkpointing(section, interval):
     return jobs.state_of(engine)
 
 
-@pytest.mark.parametrize("section", [{"mode": "local"}, {"mode": "overlapping"}], ids=["local", "overlapping"])
+SPLIT = {"mode": "backprop", "split_backward": 1}
+
+
+@pytest.mark.parametrize("section", [{"mode": "local"}, {"mode": "overlapping"}, SPLIT], ids=["local", "overlapping", "split"])
 def test_activation_checkpointing_changes_no_bit(section):
     plain = run_ranks(with_checkpointing, 2, section, 0)
     recomputed = run_ranks(with_checkpointing, 2, section, 1)

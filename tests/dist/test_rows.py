@@ -61,10 +61,13 @@ ROWS = [
     {"mode": "overlapping", "window": 2, "combine": "mean"},
     {"mode": "interlocking", "window": 2},
     {"mode": "deep_supervision"},
+    {"mode": "backprop", "split_backward": 1},
+    {"mode": "chunked", "window": 2, "split_backward": 2},
 ]
 DEEP_ROWS = [
     {"mode": "overlapping", "window": 3},
     {"mode": "overlapping", "window": 3, "combine": "mean"},
+    {"mode": "overlapping", "window": 3, "split_backward": 1},
     {"mode": "interlocking", "window": 3},
     {"mode": "deep_supervision", "weights": [0.1, 0.2, 0.3, 1.0]},
     {"mode": "deep_supervision", "weights": [0.0, 0.5, 0.0, 1.0]},
@@ -143,6 +146,8 @@ MIXES = [
     {"mix": [{"mode": "backprop", "micro_batches": 2}, {"mode": "chunked"}], "correction": 1.0},
     {"phases": [{"until_step": 2, "mix": [{"mode": "backprop", "micro_batches": 2}, {"mode": "local"}]}, {"mode": "backprop"}]},
     {"phases": [{"until_step": 2, "mode": "local"}, {"mode": "backprop"}], "cycle_steps": 3},
+    {"mix": [{"mode": "backprop", "micro_batches": 2}, {"mode": "local"}], "split_backward": 2},
+    {"mix": [{"mode": "backprop", "micro_batches": 2}, {"mode": "chunked"}], "correction": 1.0, "split_backward": 1},
 ]
 
 
@@ -181,14 +186,15 @@ def test_random_rows_run_on_real_ranks_as_on_one(seed):
     while stages not in (2, 4) or parts[0][0].num_segments != 4 or sum(count for _, count in parts) < 2:
         parts, stages = random_case(rng)
     depth = rng.randint(1, 4)
-    schedule = make_schedule(parts, stages)
+    split = rng.choice([0, 1, 2])
+    schedule = make_schedule(parts, stages, 0.0, split)
     try:
         validate(schedule, depth)
     except ScheduleError:
         depth = 4
     gas = schedule.num_micro_batches
     entries = [_entry(routes, count) for routes, count in parts if count]
-    section = {"mix": entries, "link": {"depth": depth, "timeout_seconds": 60}}
+    section = {"mix": entries, "link": {"depth": depth, "timeout_seconds": 60}, "split_backward": split}
     real = run_ranks(jobs.train, stages, {**section, "segments_per_stage": 4 // stages}, stages, 2, gas=gas)
     alone = run_ranks(jobs.train, 1, {**section, "segments_per_stage": 4}, 1, 2, gas=gas)
     assert real[0]["reports"] == alone[0]["reports"]
