@@ -320,7 +320,8 @@ class LocalParallelConfig(Scheme):
     """Auxiliary heads."""
     split_backward: Literal[0, 1, 2] = 0
     """Send input gradients first and put weight gradients off into the time in which a stage would wait, in chunks and under
-    backpropagation. 1: on every stage in the memory of 1F1B's first (ZB-H1); 2: in twice that, which leaves no bubble (ZB-H2)."""
+    backpropagation. 1: on every stage in the memory of 1F1B's first (ZB-H1); 2: in twice that, which leaves no bubble (ZB-H2).
+    What is put off keeps the inputs of linear layers, under activation checkpointing too."""
     compile: bool = False
     """`torch.compile` every layer and head, as `engine.compile()` does, which also takes a backend and its options."""
     replicas: ReplicasConfig = ReplicasConfig()

@@ -39,14 +39,9 @@ def is_legal(layout: Layout) -> bool:
         return False
     if layout.row == "data parallel":
         return True
-    section = ROWS[layout.row]
-    if section == "zero_bubble_2":
-        return layout.micro_batches >= 2 * layout.stages - 1
-    if section == "zero_bubble":
-        return layout.micro_batches >= layout.stages
     if layout.row in ONE_IN:
         return layout.micro_batches >= ONE_IN[layout.row]
-    return not isinstance(section, dict) or (section.get("window") or 1) < layout.stages
+    return ROWS[layout.row].get("window", 1) < layout.stages
 
 
 # --- search ------------------------------------------------------------------------------------------------------------------

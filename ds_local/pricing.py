@@ -23,22 +23,22 @@ from ds_local import blocks
 from ds_local.config import SECTION, ConfigError, HeadConfig, local_parallel
 from ds_local.deepspeed_config import batch_sizes
 from ds_local.flops import UnitCosts, choose_parts, unit_flops, unit_times
-from ds_local.peers import PEERS
 from ds_local.schedule import Schedule
 from ds_local.simulator import Costs, StepTimer
 
 GIB = 2**30
 LOGIT_ROWS = 512  # positions whose logits are alive at once (see `heads.linear_cross_entropy`)
 
-# What a layout may run: the "local_parallel" section of each row, or the name of a peer that other software offers.
-ROWS: dict[str, dict[str, Any] | str] = {
+# What a layout may run: the "local_parallel" section of each row.
+ROWS: dict[str, dict[str, Any]] = {
     "data parallel": {"mode": "backprop"},  # one stage
     "backprop (1F1B)": {"mode": "backprop"},
-    "zero bubble H1": "zero_bubble",
-    "zero bubble H2": "zero_bubble_2",
+    "zero bubble H1": {"mode": "backprop", "split_backward": 1},
+    "zero bubble H2": {"mode": "backprop", "split_backward": 2},
     "interlocking 2": {"mode": "interlocking", "window": 2},
     "overlapping 2": {"mode": "overlapping", "window": 2},
     "chunked 2": {"mode": "chunked", "window": 2},
+    "chunked 2, split": {"mode": "chunked", "window": 2, "split_backward": 2},
     "mixed 1/2": {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]},
     "mixed 1/4": {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]},
     "local": {"mode": "local"},
@@ -52,8 +52,7 @@ HEADS = {
 
 
 def has_heads(row: str) -> bool:
-    section = ROWS[row]
-    return isinstance(section, dict) and section.get("mode") != "backprop"
+    return ROWS[row].get("mode") != "backprop"
 
 
 @dataclass(frozen=True)
@@ -181,10 +180,10 @@ def measured_model(model: Model, profile: str | Path) -> Model:
     return replace(model, costs=costs, update_seconds=update)
 
 
-def section_for(row: str, micro_batches: int) -> dict[str, Any] | str:
-    """The "local_parallel" section of a row, or the name of a peer, which this package does not execute."""
+def section_for(row: str, micro_batches: int) -> dict[str, Any]:
+    """The "local_parallel" section of a row."""
     section = ROWS[row]
-    if row in ONE_IN and isinstance(section, dict):
+    if row in ONE_IN:
         first, second = section["mix"]
         return {"mix": [{**first, "micro_batches": max(1, micro_batches // ONE_IN[row])}, second]}
     return section
@@ -192,10 +191,7 @@ def section_for(row: str, micro_batches: int) -> dict[str, Any] | str:
 
 @lru_cache(maxsize=4096)
 def schedule_for(row: str, stages: int, micro_batches: int) -> Schedule:
-    section = section_for(row, micro_batches)
-    if isinstance(section, str):
-        return PEERS[section](stages, micro_batches)
-    return local_parallel({SECTION: section}).schedule_at(0, stages, micro_batches)
+    return local_parallel({SECTION: section_for(row, micro_batches)}).schedule_at(0, stages, micro_batches)
 
 
 @lru_cache(maxsize=4096)
@@ -286,13 +282,11 @@ class Pricing:
         """First block of each stage, and the depth."""
         key = layout.row, layout.stages, layout.heads
         if key not in self._cuts:
-            section = ROWS[layout.row]
             if self.model.config is None:
                 even = [stage * self.model.depth // layout.stages for stage in range(layout.stages + 1)]
                 self._cuts[key] = even
                 return even
-            rows = section if isinstance(section, dict) else {"mode": "backprop"}
-            checked = local_parallel({SECTION: rows | {"head": HEADS[layout.heads or "full"].model_dump()}})
+            checked = local_parallel({SECTION: ROWS[layout.row] | {"head": HEADS[layout.heads or "full"].model_dump()}})
             parts = choose_parts(self.model.config, checked, layout.stages, max(4, layout.stages), self.model.seq_len)
             self._cuts[key] = [max(0, min(part - 1, self.model.depth)) for part in parts]
         return self._cuts[key]
@@ -386,8 +380,7 @@ class Pricing:
             """Nothing of backpropagation's step can be faster: up, all micro-batches on the last stage, down, reduce."""
             if not all(row.mode == "backprop" for row in self.sample.rows) or self.layout.stages == 1:
                 return 0.0
-            section = ROWS[self.layout.row]
-            passes = 2 if isinstance(section, str) else 3  # zero bubble defers the weight gradient
+            passes = 2 if "split_backward" in ROWS[self.layout.row] else 3  # without the weight gradient, which is put off
             others = sum(passes * one + again for one, again in zip(self.pass_seconds[:-1], self.recompute[:-1], strict=True))
             last = passes * self.pass_seconds[-1] + self.recompute[-1] + self.heads[-1]
             travel = 2 * (self.layout.stages - 1) * self.edge_seconds

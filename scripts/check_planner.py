@@ -87,7 +87,7 @@ def profiled(layout: Layout, folder: str, steps: int) -> float:
 
     with pinned():
         job = Job(json.loads(MODEL.read_text()), None, 128, layout.micro_batch, layout.micro_batches)
-        section = {**section_for(layout.row, layout.micro_batches), "num_stages": layout.stages}  # type: ignore[dict-item]
+        section = {**section_for(layout.row, layout.micro_batches), "num_stages": layout.stages}
         config = real_config(job) | {"local_parallel": section}
         module = package.causal_lm(job.model, layout.stages, config, job.tokens)
         engine = package.initialize(model=module, config=config)[0]

@@ -344,7 +344,7 @@ class Prediction(NamedTuple):
     time: dict[tuple[int, int], float]  # (micro-batches, c/F) -> time of the run against balanced 1F1B
 
 
-def predict(model: dict[str, Any], method: Method, num_segments: int, seq_len: int) -> Prediction:
+def predict(model: dict[str, Any], method: Method, num_segments: int, seq_len: int, split_backward: int = 0) -> Prediction:
     """One segment on each of as many stages, each method with boundaries of its own."""
     from ds_local.blocks import load_model_config
 
@@ -352,21 +352,28 @@ def predict(model: dict[str, Any], method: Method, num_segments: int, seq_len: i
     result: dict[tuple[int, int], float] = {}
     share = 0.0
     for count in (4, 8, 16):
-        times, shares = _forecast(config, method, num_segments, count, seq_len)
-        yardstick, _ = _forecast(config, METHODS["backprop"], num_segments, count, seq_len)
+        times, shares = _forecast(config, method, num_segments, count, seq_len, split_backward)
+        yardstick, _ = _forecast(config, METHODS["backprop"], num_segments, count, seq_len, 0)
         result |= {(count, slow_link): times[slow_link] / yardstick[slow_link] for slow_link in times}
         share = max(shares) if count == 8 else share
     return Prediction(share, result)
 
 
-def _forecast(config: Any, method: Method, num_segments: int, count: int, seq_len: int) -> tuple[dict[int, float], list[float]]:
+def _forecast(
+    config: Any, method: Method, num_segments: int, count: int, seq_len: int, split_backward: int
+) -> tuple[dict[int, float], list[float]]:
     """(c/F -> time of 1,000 steps of `count` micro-batches, auxiliary share of each stage in the first step)."""
     from ds_local.config import local_parallel
     from ds_local.flops import auxiliary_shares, choose_parts, segment_times, unit_flops
     from ds_local.simulator import Costs, simulate
 
     steps = 1000
-    section = local_parallel({"local_parallel": {**section_of(method, 1, count, steps), "num_stages": num_segments}})
+    layout = {"num_stages": num_segments, "split_backward": split_backward}
+    sections = [
+        local_parallel({"local_parallel": {**section_of(method, 1, count, steps), **layout, "link": {"transfer": transfer}}})
+        for transfer in (0.0, 1.0)
+    ]
+    section = sections[0]
     parts = choose_parts(config, section, num_segments, count, seq_len)
     unit = unit_flops(config, section.head, num_segments, seq_len)
     forward, input_grad, weight_grad, head = segment_times(unit, parts)
@@ -379,7 +386,7 @@ def _forecast(config: Any, method: Method, num_segments: int, count: int, seq_le
     for slow_link in times:
         costs = Costs(forward, input_grad, weight_grad, head, slow_link * transfer)
         for (start, period), end in zip(stretches, ends, strict=True):
-            schedules = [section.schedule_at(start + i, num_segments, count) for i in range(period)]
+            schedules = [sections[slow_link].schedule_at(start + i, num_segments, count) for i in range(period)]
             times[slow_link] += (end - start) * simulate(schedules, costs).steady_period
     return times, auxiliary_shares(config, section, section.schedule_at(0, num_segments, count), parts, seq_len)
 
@@ -427,20 +434,12 @@ def neighbours(yardsticks: Mapping[float, float]) -> list[tuple[Whole, Whole]]:
     return [(shorter, longer) for shorter, longer in pairwise(sorted(yardsticks.items())) if longer[0] <= NEAR * shorter[0]]
 
 
-def loss_in_the_time(time: float, yardsticks: Mapping[float, float]) -> float | None:
-    """Backprop's loss after so many times the preset's steps, from its whole runs (step factor -> loss); None outside of them.
+def time_for_the_loss(loss: float, yardsticks: Mapping[float, float]) -> float | None:
+    """How many times the preset's steps backprop needs to end with this loss, from its whole runs (step factor -> loss).
 
     Between two of them, if they are near enough, the loss is a line over the logarithm of the steps. A whole run has cooled its
     learning rate down, as the run it is compared with has: a point of a longer run's curve has not.
     """
-    for (shorter, high), (longer, low) in neighbours(yardsticks):
-        if shorter <= time <= longer:
-            return high + (low - high) * math.log(time / shorter) / math.log(longer / shorter)
-    return yardsticks.get(time)
-
-
-def time_for_the_loss(loss: float, yardsticks: Mapping[float, float]) -> float | None:
-    """How many times the preset's steps backprop needs to end with this loss: `loss_in_the_time` the other way round."""
     for (shorter, high), (longer, low) in neighbours(yardsticks):
         if low <= loss <= high:
             return shorter * (longer / shorter) ** ((high - loss) / (high - low))
@@ -490,16 +489,20 @@ def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     parameters = sum(p.numel() for p in skeleton(load_model_config(dict(facts.model))).parameters())
     rows = []
     for method, segments, longer in sorted(
-        {(r["method"], r["segments"], r["step_factor"]) for r in results if r["method"] in METHODS},
+        {(r["method"], r["segments"], r["step_factor"]) for r in results if r["method"] in METHODS}
+        | {("backprop", r["segments"], r["step_factor"]) for r in results},
         key=lambda kind: (list(METHODS).index(kind[0]), *kind[1:]),
     ):
-        runs = best_rate([r for r in results if (r["method"], r["segments"], r["step_factor"]) == (method, segments, longer)])
+        same = [r for r in backprop if method == "backprop"] or [
+            r for r in results if (r["method"], r["segments"]) == (method, segments)
+        ]
+        runs = best_rate([r for r in same if r["step_factor"] == longer])
         loss = mean(r["loss"] for r in runs)
         gap = gap_to({seed: whole.get(longer) for seed, whole in yardsticks.items()}, runs)
         if gap is None:
             print(f"{method} is left out: backprop has no run of as many steps with a seed that it has", file=sys.stderr)
             continue
-        forecast = predict(facts.model, METHODS[method], segments, facts.model["n_positions"])
+        forecast, split = (predict(facts.model, METHODS[method], segments, facts.model["n_positions"], s) for s in (0, 2))
         needed = tokens_to(loss - gap, runs)
         times = [t for run in runs if (t := time_for_the_loss(run["loss"], yardsticks.get(run["seed"], {}))) is not None]
         rows.append({
@@ -511,11 +514,9 @@ def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "predicted_time_to_backprop_loss": None if needed is None else ratios_of(forecast, needed),
             "learning_rate": facts.learning_rate * runs[0]["lr_factor"], "losses": [round(r["loss"], 4) for r in runs],
             "predicted_time_ratios": ratios_of(forecast),
+            "predicted_time_ratios_split": ratios_of(split),
             "time_to_equal_loss": ratios_of(forecast, longer / mean(times)) if times else None,
-            "equal_time_gap_percent": {
-                key: percent(gap_to({seed: loss_in_the_time(time, whole) for seed, whole in yardsticks.items()}, runs))
-                for key, time in ratios_of(forecast, longer).items()
-            },
+            "time_to_equal_loss_split": ratios_of(split, longer / mean(times)) if times else None,
         })  # fmt: skip
     return rows
 
@@ -524,10 +525,11 @@ PREAMBLE = (
     "Each table from `python scripts/study.py run --preset PRESET ...`, all of them then by `python scripts/study.py table`. The "
     "gap is in perplexity, to the backprop runs of the same steps and seeds; each method has the best of the learning rates "
     "tried. The auxiliary share is of the busiest stage's FLOPs; times are simulated, one segment a stage, for the whole run, "
-    "against balanced 1F1B with equal steps. Under equal time is the gap to what backprop reaches in the method's own time, by "
-    "whole runs of other lengths, of those seeds that have such runs; the time to equal loss is the method's time by that of the "
-    "backprop run that ends with the method's loss. The last column is the time, at M = 4 and 8, until the loss is down at the "
-    "last of the backprop runs of equal steps."
+    "against balanced 1F1B with equal steps, for M micro-batches a step; on slow links a message takes as long as a forward, for "
+    '1F1B too. Split is the same with `"split_backward": 2`. The time to equal loss is the method\'s time by that which 1F1B '
+    "needs for a backprop run that ends with the method's loss, of those seeds that have whole backprop runs of other lengths. "
+    "The last column is the time, at M = 4 and 8, until the loss is down at the last of the backprop runs of equal steps. Where "
+    "it is cut changes nothing of a backprop run, so one serves for every K."
 )
 
 
@@ -547,9 +549,9 @@ def markdown(rows_of: Mapping[str, list[dict[str, Any]]]) -> str:
             ),
             "",
             "| method | K | steps | rate | seeds | loss (lowest-highest) | perplexity | gap | auxiliary share "
-            "| time M=4 | M=8 | M=16 | M=8, c/F=1 | gap at equal time M=4 | M=8 | M=8, c/F=1 "
-            "| time to equal loss M=4 | M=8 | M=8, c/F=1 | to backprop's last loss |",
-            "|" + 20 * "---|",
+            "| time, M = 4 / 8 / 16, slow 4 / 8 | split | time to equal loss, M = 4 / 8, slow 4 / 8 | split "
+            "| to backprop's last loss |",
+            "|" + 14 * "---|",
             *(_line(row, round(facts.steps * row["step_factor"])) for row in rows),
         ]
     return "\n".join(lines) + "\n"
@@ -560,18 +562,23 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _line(row: dict[str, Any], steps: int) -> str:
-    time_of, gap_at = row["predicted_time_ratios"], row["equal_time_gap_percent"]
-    losses, until, equal = row["losses"], row["predicted_time_to_backprop_loss"], row["time_to_equal_loss"]
-    three = ("M=4, c/F=0", "M=8, c/F=0", "M=8, c/F=1")
+    losses = row["losses"]
+
+    def times(field: str, *counts: int, slow: tuple[int, ...] = (4, 8)) -> str:
+        of = row[field]
+        if of is None:
+            return "-"
+        groups = [[f"{of[f'M={m}, c/F={c}']:.2f}" for m in group] for c, group in enumerate((counts, slow)) if group]
+        return ", ".join(" / ".join(group) for group in groups)
+
     spread = f" ({min(losses):.4f}-{max(losses):.4f})" if len(losses) > 1 else ""
     cells = [
         row["method"], row["segments"], f"{steps:,}", f"{row['learning_rate']:g}", row["seeds"],
         f"{mean(losses):.4f}{spread}", f"{row['perplexity']:.3f}", f"{row['gap_percent']:+.1f} %",
         f"{row['aux_flops_share']:.1%}",
-        *(f"{time_of[key]:.2f}" for key in ("M=4, c/F=0", "M=8, c/F=0", "M=16, c/F=0", "M=8, c/F=1")),
-        *("-" if gap_at[key] is None else f"{gap_at[key]:+.1f} %" for key in three),
-        *("-" if equal is None else f"{equal[key]:.2f}" for key in three),
-        "-" if until is None else " / ".join(f"{until[key]:.2f}" for key in ("M=4, c/F=0", "M=8, c/F=0")),
+        *(times(f"predicted_time_ratios{split}", 4, 8, 16) for split in ("", "_split")),
+        *(times(f"time_to_equal_loss{split}", 4, 8) for split in ("", "_split")),
+        times("predicted_time_to_backprop_loss", 4, 8, slow=()),
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -601,7 +608,7 @@ def draw(results: list[dict[str, Any]], rows_of: Mapping[str, list[dict[str, Any
             runs = best_rate([r for r in results if (r["preset"], r["method"], r["segments"], r["step_factor"]) == same])
             run = max(runs, key=lambda r: len(r["curve"]))  # of a few runs only the end was kept
             tokens, losses = zip(*run["curve"], strict=True)
-            for axis, scale in zip(axes, (1.0, row["predicted_time_ratio"]), strict=True):
+            for axis, scale in zip(axes, (1.0, row["predicted_time_ratios_split"]["M=4, c/F=0"]), strict=True):
                 axis.plot(
                     [t * scale / 1e6 for t in tokens], losses, marker=".", color=f"C{SHOWN.index(row['method'])}",
                     label=row["method"],
@@ -613,7 +620,7 @@ def draw(results: list[dict[str, Any]], rows_of: Mapping[str, list[dict[str, Any
             axis.set_ylim(top=min(axis.get_ylim()[1], 3.0))
         axes[0].legend(fontsize=8)
     panels[-1][0].set_xlabel("million tokens")
-    panels[-1][1].set_xlabel("predicted time, P = 4, M = 8 (balanced 1F1B: 1 per million tokens)")
+    panels[-1][1].set_xlabel("predicted time, P = M = 4, split backward (balanced 1F1B: 1 per million tokens)")
     figure.savefig(picture, dpi=130)
     plt.close(figure)
 
