@@ -11,6 +11,7 @@ import json
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
@@ -95,14 +96,18 @@ def _measure_segment(engine: Any, segment: int, hidden: Any, labels: Any) -> dic
     gradient = torch.ones_like(outputs)
     wanted = [hidden] if isinstance(hidden, Tensor) and hidden.requires_grad else []
 
-    def through(inputs: list[Tensor]) -> float:
+    def through(inputs: list[Tensor], context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> float:
         """Forward and backward. autograd.grad, not backward: nothing may be added to the gradients of the run."""
-        return _seconds(lambda: torch.autograd.grad(module.run_segment(segment, hidden), inputs, gradient, allow_unused=True))
+
+        def run() -> None:
+            with context():  # put_off: layers that can split would compute weight gradients although nobody asks for them
+                torch.autograd.grad(module.run_segment(segment, hidden), inputs, gradient, allow_unused=True)
+
+        return _seconds(run)
 
     forward = _seconds(lambda: module.run_segment(segment, hidden))
     backward = through([*wanted, *parameters]) - forward
-    with put_off():  # what layers would compute although nobody asks for it
-        input_grad = through(wanted) - forward if wanted else backward / 2
+    input_grad = through(wanted, put_off) - forward if wanted else backward / 2
     costs = {"forward": forward, "input_grad": max(0.0, input_grad), "weight_grad": max(0.0, backward - input_grad)}
     if module.has_loss(segment):
         detached = outputs.detach().requires_grad_()

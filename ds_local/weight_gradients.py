@@ -32,8 +32,11 @@ def put_off() -> Iterator[PutOff]:
 
 
 def now_or_later(weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
-    """What a layer's backward returns for `weight`: its gradient, or None where it is put off."""
-    if not _collecting:
+    """What a layer's backward returns for `weight`: its gradient, or None where it is put off.
+
+    Only a parameter's can be: what has a graph of its own below it needs its gradient while that graph is there.
+    """
+    if not _collecting or not weight.is_leaf:
         return compute()
     _collecting[-1].append((weight, compute))
     return None

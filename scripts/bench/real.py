@@ -176,6 +176,7 @@ SYSTEMS: dict[tuple[str, str], tuple[int, Callable[[Job], Built]]] = {
     ("ds_local", "local"): (1, lambda job: ds_local(job, {"mode": "local", "head": CHEAP_HEAD})),
     ("ds_local", "mixed 1/4"): (4, lambda job: ds_local(job, _mixed(job.micro_batches))),
     ("ds_local", "backprop"): (1, lambda job: ds_local(job, {"mode": "backprop"})),
+    ("ds_local", "backprop, split 2"): (1, lambda job: ds_local(job, {"mode": "backprop", "split_backward": 2})),
     ("deepspeed", "1F1B"): (1, deepspeed),
     ("torch", "data parallel"): (1, data_parallel),
 }
