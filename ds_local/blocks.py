@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from ds_local.config import HeadConfig
 from ds_local.heads import AuxiliaryHead, count_targets, linear_cross_entropy
 from ds_local.seeds import seeded
-from ds_local.weight_gradients import SPLITTABLE, linear
+from ds_local.weight_gradients import SPLITTABLE, casts, linear
 
 
 class UnsupportedModel(ValueError):
@@ -130,7 +130,7 @@ class _Conv1D(Conv1D):
     """GPT-2's linear layer, whose weight is transposed, with a weight gradient that can wait."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, transposed=True)
+        return super().forward(x) if casts(x) else linear(x, self.weight, self.bias, transposed=True)
 
 
 SPLITTABLE[Conv1D] = _Conv1D

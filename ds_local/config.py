@@ -319,9 +319,10 @@ class LocalParallelConfig(Scheme):
     head: HeadConfig = HeadConfig()
     """Auxiliary heads."""
     split_backward: Literal[0, 1, 2] = 0
-    """Send input gradients first and put weight gradients off into the time in which a stage would wait, in chunks and under
-    backpropagation. 1: on every stage in the memory of 1F1B's first (ZB-H1); 2: in twice that, which leaves no bubble (ZB-H2).
-    What is put off keeps the inputs of linear layers, under activation checkpointing too."""
+    """Send input gradients first and put the weight gradients of linear layers off into the time in which a stage would wait, in
+    chunks and under backpropagation; meant for one segment a stage. 1: with as many live micro-batches on every stage as 1F1B has
+    on its first (ZB-H1); 2: with twice as many, which leaves no bubble from 2P - 1 micro-batches a step on (ZB-H2). What is put
+    off keeps the inputs and output gradients of its layers, under activation checkpointing too."""
     compile: bool = False
     """`torch.compile` every layer and head, as `engine.compile()` does, which also takes a backend and its options."""
     replicas: ReplicasConfig = ReplicasConfig()

@@ -41,7 +41,7 @@ from ds_local.seeds import seeded
 from ds_local.subnets import saved_scaling
 from ds_local.tensors import combine, floating, map_tensors, narrow, pack, split_batch, to_device, unpack, widen
 from ds_local.transport import End, Sender, Tag, TransportError, make_end
-from ds_local.weight_gradients import PutOff, catch_up, put_off
+from ds_local.weight_gradients import PutOff, catch_up, left_out, put_off
 
 
 @dataclass
@@ -526,7 +526,7 @@ class LocalPipelineEngine(PipelineEngine):
         inputs = [tensor for tensor in floating(live.inputs) if tensor.requires_grad]
         passed_on: list[Any] = []
         if not one.weights:
-            with put_off():  # for good
+            with left_out():
                 passed_on = list(torch.autograd.grad(outputs, inputs, gradients, retain_graph=keep_graph))
         elif outputs:
             with put_off() if split else nullcontext() as later:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ds_local import blocks
 from ds_local.config import ConfigError, HeadConfig, LocalParallelConfig
 from ds_local.partition import balance
-from ds_local.schedule import BACKWARD, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Schedule
+from ds_local.schedule import BACKWARD, FORWARD, INPUT_GRADIENT, Schedule
 
 
 class UnitCosts(NamedTuple):
@@ -120,11 +120,11 @@ def stage_flops(schedule: Schedule, unit: UnitCosts, parts: Sequence[int]) -> li
     last = len(schedule.stage_of) - 1
     sizes = _blocks_of(parts)
     costs = [{"useful": 0.0, "auxiliary": 0.0} for _ in schedule.stages]
-    split = any(action.kind == WEIGHT_GRADIENT for action in schedule.actions())  # then no input gradient is extra
     for stage, actions in enumerate(schedule.stages):
         for action in actions:
             third = unit.block * sizes[action.segment] / 3
-            kind = "auxiliary" if action.kind == INPUT_GRADIENT and not split else "useful"
+            handed_through = action.kind == INPUT_GRADIENT and not schedule.route(action).weights
+            kind = "auxiliary" if handed_through else "useful"
             costs[stage][kind] += third * {FORWARD: 1, BACKWARD: 2}.get(action.kind, 1)
         for segment in (s for s, p in enumerate(schedule.stage_of) if p == stage):
             losses = sum(segment in routes.weights for routes in schedule.rows)

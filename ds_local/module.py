@@ -128,15 +128,14 @@ class LocalPipelineModule(PipelineModule):
 
     def _build(self) -> None:
         super()._build()
+        if self.section.split_backward:
+            make_splittable(self)
         self.heads = nn.ModuleDict()
         if self._make_head is not None:
             for segment in sorted(set(self.local_segments) & self.section.head_segments(self.num_segments)):
                 self.heads[str(segment)] = self._make_head(segment)
         for parameter in self.heads.parameters():
             setattr(parameter, "ds_pipe_replicated", False)  # noqa: B010 - DeepSpeed counts what is marked in its norms
-        if self.section.split_backward:
-            for layer in filter(lambda one: isinstance(one, nn.Module), self.forward_funcs):
-                make_splittable(layer)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """`torch.compile` every layer, as `PipelineModule` does, and every head. Arguments are those of `torch.compile`.

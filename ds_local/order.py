@@ -38,8 +38,8 @@ def make_schedule(mix: Mix, num_stages: int, transfer: float = 0.0, split_backwa
         mix: the rows of the step's micro-batches, those that should go first at the front.
         num_stages: the segments are dealt to the stages in order, evenly.
         transfer: time from one stage to the next, in forwards, to be reckoned with.
-        split_backward: put weight gradients off where another stage waits for the input gradient: 0 not; 1 in the memory of
-            1F1B's first stage, on all stages; 2 in twice that.
+        split_backward: put the weight gradients of passes that send off: 0 not; 1 in the memory of 1F1B's first stage, on all
+            stages; 2 in twice that.
 
     Raises:
         ValueError: when the rows disagree on the number of segments or it is not a multiple of `num_stages`.
@@ -82,7 +82,7 @@ class _ListScheduler:
         self.remaining = [0] * len(mix) if template else [count for _, count in mix]
         self.bound: list[int] = template.peak if template else [sum(self.remaining)] * num_segments
         self.num_micro_batches = sum(count for _, count in mix)
-        self.inputs_there = [self.num_micro_batches if self._lags_behind(segment) else 0 for segment in range(num_segments)]
+        self.inputs_there = [self.num_micro_batches if self._has_all_inputs(segment) else 0 for segment in range(num_segments)]
         self.forwarded = [0] * num_segments
         self.live = [[0] * len(mix) for _ in stage_of]  # per segment and row
         self.peak: list[int] = [0] * num_segments
@@ -95,8 +95,8 @@ class _ListScheduler:
         # heap of (time, is it the arrival of a result at the stage rather than the end of its computation?, stage, action)
         self.events: list[tuple[float, bool, int, Action]] = []
 
-    def _lags_behind(self, segment: int) -> bool:
-        """Does no stage below wait for this segment's stage? In a long run it lags, and all its inputs are there in time."""
+    def _has_all_inputs(self, segment: int) -> bool:
+        """Are its inputs always there? The first segment's are; in a long run those of a stage that none below waits for, too."""
         if segment == 0:
             return True
         first_of_stage = self.stage_of[segment - 1] != self.stage_of[segment]
@@ -130,8 +130,8 @@ class _ListScheduler:
                     heapq.heappush(self.events, (now + self.transfer, True, target, action))
 
     def _most_urgent(self, stage: int) -> Action | None:
-        enough_put_off = len(self.put_off[stage]) > self.split * self._stages_waiting(stage)
-        if enough_put_off and (action := self._take_put_off(stage)):
+        limit = self.split * self._stages_waiting(stage) * len(self.segments[stage])
+        if len(self.put_off[stage]) > limit and (action := self._take_put_off(stage)):
             return action
         if self.mixed:
             return (

@@ -6,17 +6,18 @@ interleaved    1F1B over several segments per stage, dealt round-robin (Narayana
 zero_bubble    backward split in two, the weight gradients fill the gaps: ZB-H1 (Qi et al. 2024, arXiv 2401.10241)
 zero_bubble_2  the same with twice the memory: ZB-H2
 
-Pure Python. Nothing here is executed by the engine.
+Pure Python. The engine runs none of these objects; of the schedules, 1F1B and zero bubble are its own `backprop`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from ds_local.order import make_schedule
 from ds_local.routes import make_routes
-from ds_local.schedule import BACKWARD, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Action, Schedule
+from ds_local.schedule import BACKWARD, FORWARD, Action, Schedule
 
 
 def gpipe(num_stages: int, num_micro_batches: int) -> Schedule:
@@ -29,8 +30,12 @@ def gpipe(num_stages: int, num_micro_batches: int) -> Schedule:
 
 
 def one_f_one_b(num_stages: int, num_micro_batches: int) -> Schedule:
-    plain = make_schedule([(make_routes("backprop", num_stages), num_micro_batches)], num_stages)
-    return Schedule("1f1b", plain.stages, plain.stage_of, plain.rows)
+    return _backprop("1f1b", num_stages, num_micro_batches, split_backward=0)
+
+
+def _backprop(name: str, num_stages: int, num_micro_batches: int, split_backward: int) -> Schedule:
+    mix = [(make_routes("backprop", num_stages), num_micro_batches)]
+    return replace(make_schedule(mix, num_stages, split_backward=split_backward), name=name)
 
 
 def interleaved(num_stages: int, num_micro_batches: int, per_stage: int = 2) -> Schedule:
@@ -64,33 +69,12 @@ def interleaved(num_stages: int, num_micro_batches: int, per_stage: int = 2) -> 
 
 
 def zero_bubble(num_stages: int, num_micro_batches: int, memory: int = 1) -> Schedule:
-    """Weight gradients wait: stage s computes that of a micro-batch `memory` x s input gradients later, where 1F1B would idle.
+    """Weight gradients wait where 1F1B would idle.
 
     Args:
         memory: live micro-batches in units of 1F1B's first stage: 1 for ZB-H1, 2 for ZB-H2.
-
-    Raises:
-        ValueError: when there are too few micro-batches to fill the gaps with.
     """
-    if num_micro_batches < memory * num_stages - (memory - 1):
-        raise ValueError(
-            f"ZB-H{memory} on {num_stages} stages needs {memory * num_stages - memory + 1} micro-batches, got {num_micro_batches}"
-        )
-    stages = []
-    for stage in range(num_stages):
-        ahead = min(num_micro_batches, memory * (num_stages - stage) - (memory - 1))
-        delay = memory * stage
-        actions = [Action(FORWARD, stage, m) for m in range(ahead)]
-        for m in range(num_micro_batches):
-            actions.append(Action(INPUT_GRADIENT, stage, m))
-            if m >= delay:
-                actions.append(Action(WEIGHT_GRADIENT, stage, m - delay))
-            if m + ahead < num_micro_batches:
-                actions.append(Action(FORWARD, stage, m + ahead))
-        actions += [Action(WEIGHT_GRADIENT, stage, m) for m in range(max(0, num_micro_batches - delay), num_micro_batches)]
-        stages.append(tuple(actions))
-    rows = (make_routes("backprop", num_stages),) * num_micro_batches
-    return Schedule(f"zero_bubble(h{memory})", tuple(stages), tuple(range(num_stages)), rows)
+    return _backprop(f"zero_bubble(h{memory})", num_stages, num_micro_batches, memory)
 
 
 PEERS: dict[str, Callable[[int, int], Schedule]] = {

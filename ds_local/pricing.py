@@ -51,6 +51,10 @@ HEADS = {
 }
 
 
+def _split(row: str) -> int:
+    return ROWS[row].get("split_backward", 0)
+
+
 def has_heads(row: str) -> bool:
     return ROWS[row].get("mode") != "backprop"
 
@@ -205,6 +209,7 @@ class Sample(NamedTuple):
     rows: tuple[Any, ...]
     losses: list[float]  # of each stage, the share of micro-batches that compute its loss
     peak_live: tuple[int, ...]
+    peak_put_off: tuple[int, ...]
     sends_gradients: bool
 
 
@@ -214,7 +219,7 @@ def sample_of(row: str, stages: int, micro_batches: int) -> Sample:
     schedule = schedule_for(row, stages, min(micro_batches, 4 * stages))
     rows = schedule.rows
     losses = [sum(stage in routes.weights for routes in rows) / len(rows) for stage in range(stages)]
-    return Sample(rows, losses, schedule.peak_live, schedule.message_counts()["gradients"] > 0)
+    return Sample(rows, losses, schedule.peak_live, schedule.peak_put_off, schedule.message_counts()["gradients"] > 0)
 
 
 @lru_cache(maxsize=4096)
@@ -380,7 +385,7 @@ class Pricing:
             """Nothing of backpropagation's step can be faster: up, all micro-batches on the last stage, down, reduce."""
             if not all(row.mode == "backprop" for row in self.sample.rows) or self.layout.stages == 1:
                 return 0.0
-            passes = 2 if "split_backward" in ROWS[self.layout.row] else 3  # without the weight gradient, which is put off
+            passes = 2 if _split(self.layout.row) else 3  # without the weight gradient, which is put off
             others = sum(passes * one + again for one, again in zip(self.pass_seconds[:-1], self.recompute[:-1], strict=True))
             last = passes * self.pass_seconds[-1] + self.recompute[-1] + self.heads[-1]
             travel = 2 * (self.layout.stages - 1) * self.edge_seconds
@@ -394,13 +399,15 @@ class Pricing:
             fixed = 2 * model.itemsize if model.itemsize < 4 else 8
             sharded = (12 if model.itemsize < 4 else 8) / (layout.replicas if self.pricing.zero_stage else 1)
             totals = []
-            for stage, live in enumerate(self.sample.peak_live):
+            for stage, (live, put_off) in enumerate(zip(self.sample.peak_live, self.sample.peak_put_off, strict=True)):
                 trained, copied = self._head_params(stage)
                 state = (self._params(stage) + trained) * (fixed + sharded) + copied * model.itemsize
                 boundary = tokens * model.hidden * model.itemsize
                 per_live = self.blocks[stage] * (boundary if layout.recompute else one_block) + boundary
                 logits = 0 if model.config is None else LOGIT_ROWS * model.config.vocab_size * 8
-                totals.append(state + live * per_live + (one_block if layout.recompute else 0) + logits)
+                # recomputed: one block at a time, and all blocks of a micro-batch whose weight gradients are put off
+                recomputed = one_block * (1 + put_off * self.blocks[stage]) if layout.recompute else 0
+                totals.append(state + live * per_live + recomputed + logits)
             return max(totals) + self.pricing.cluster.reserve_gib * GIB
 
         def price(self) -> Price:
@@ -438,8 +445,11 @@ def expected_memory(hf_config: Any, config: Mapping[str, Any], stages: int, repl
     section = local_parallel(config)
     micro_batch, micro_batches = batch_sizes(config, replicas)
     scheme = section.scheme_at(0)
-    rows = {of.get("mode", "mixed"): row for row, of in ROWS.items() if isinstance(of, dict)}
-    row = "data parallel" if stages == 1 else rows.get("mixed" if scheme.mix else scheme.mode, "local")
+    wanted = "mixed" if scheme.mix else scheme.mode
+    # of a mode the first row with as much split as the config, or the nearest below
+    rows = {split: row for row, of in reversed(ROWS.items()) if of.get("mode", "mixed") == wanted for split in [_split(row)]}
+    splits = [split for split in rows if split <= section.split_backward]
+    row = "data parallel" if stages == 1 else rows[max(splits)] if splits else "local"
     heads = "" if not has_heads(row) else "shared, 1/4 of tokens" if section.head.readout == "shared" else "full"
     itemsize = 2 if config.get("bf16", config.get("bfloat16", {})).get("enabled") else 4
     recompute = bool(config.get("pipeline", {}).get("activation_checkpoint_interval"))

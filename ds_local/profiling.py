@@ -24,7 +24,7 @@ from torch import distributed as dist
 from ds_local.simulator import Costs, simulate
 from ds_local.tensors import to_device
 from ds_local.transport import Tag
-from ds_local.weight_gradients import put_off
+from ds_local.weight_gradients import left_out
 
 KEPT = 20_000  # instructions
 REPEATS = 10
@@ -100,14 +100,14 @@ def _measure_segment(engine: Any, segment: int, hidden: Any, labels: Any) -> dic
         """Forward and backward. autograd.grad, not backward: nothing may be added to the gradients of the run."""
 
         def run() -> None:
-            with context():  # put_off: layers that can split would compute weight gradients although nobody asks for them
+            with context():  # left_out: layers that can split would compute weight gradients although nobody asks for them
                 torch.autograd.grad(module.run_segment(segment, hidden), inputs, gradient, allow_unused=True)
 
         return _seconds(run)
 
     forward = _seconds(lambda: module.run_segment(segment, hidden))
     backward = through([*wanted, *parameters]) - forward
-    input_grad = through(wanted, put_off) - forward if wanted else backward / 2
+    input_grad = through(wanted, left_out) - forward if wanted else backward / 2
     costs = {"forward": forward, "input_grad": max(0.0, input_grad), "weight_grad": max(0.0, backward - input_grad)}
     if module.has_loss(segment):
         detached = outputs.detach().requires_grad_()

@@ -169,6 +169,19 @@ class Schedule:
             peaks.append(peak)
         return tuple(peaks)
 
+    @cached_property
+    def peak_put_off(self) -> tuple[int, ...]:
+        """Per stage the largest number of split passes whose weight gradients wait at once."""
+        peaks = []
+        for stage in self.stages:
+            halves = {action[1:] for action in stage if action.kind == WEIGHT_GRADIENT}
+            waiting = peak = 0
+            for action in stage:
+                waiting += (action.kind == INPUT_GRADIENT and action[1:] in halves) - (action.kind == WEIGHT_GRADIENT)
+                peak = max(peak, waiting)
+            peaks.append(peak)
+        return tuple(peaks)
+
     def message_counts(self) -> dict[str, int]:
         """Messages between stages in one step."""
         counts = {"activations": 0, "gradients": 0}

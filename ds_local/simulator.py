@@ -20,7 +20,7 @@ from ds_local.order import make_schedule
 from ds_local.routes import Routes
 from ds_local.schedule import BACKWARD, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Action, Event, Link, Schedule, replay
 
-MAX_ROUNDS = 12  # of a steady-state replay
+MAX_ROUNDS = 8  # of a steady-state replay, beyond the least
 
 
 @dataclass(frozen=True)
@@ -157,16 +157,23 @@ def _first_reader_of_own_loss(schedule: Schedule) -> set[Action]:
 def _steady_period(schedules: Sequence[Schedule], cost: Any, link_time: Any, link_depth: int | None) -> float:
     """How much later a step ends than the one before it (a mean over `schedules`), once the run has settled."""
     cycle = len(schedules)
-    rounds = 4
+    rounds = least = _least_rounds(schedules[0])
     while True:
         events, _ = replay(schedules, cost, link_time, link_depth, rounds * cycle)
         ends = [0.0] * rounds
         for event in events:
             ends[event.step // cycle] = max(ends[event.step // cycle], event.end)
         before, settled = ends[-2] - ends[-3], ends[-1] - ends[-2]
-        if abs(settled - before) < 1e-9 * max(settled, 1e-300) or rounds >= MAX_ROUNDS:
+        if abs(settled - before) < 1e-9 * max(settled, 1e-300) or rounds >= least + MAX_ROUNDS:
             return settled / cycle
         rounds += 4
+
+
+def _least_rounds(schedule: Schedule) -> int:
+    """Steps before a run may have settled. Chunks fall behind each other one by one, at an even pace while it lasts."""
+    cut = [schedule.stage_of[link.lower] for link in map(schedule.sends, schedule.actions()) if link and link.kind == "gradient"]
+    chunks = 0 < len(set(cut)) < schedule.num_stages - 1
+    return max(4, schedule.num_stages) if chunks else 4
 
 
 class StepTimer:
@@ -204,7 +211,8 @@ class StepTimer:
         clock, free = [0.0] * self._schedule.num_stages, [0.0] * len(self._links)
         done, there = [0.0] * len(seconds), [0.0] * len(seconds)
         ends: list[float] = []
-        while len(ends) < 3 * MAX_ROUNDS:
+        least = _least_rounds(self._schedule)
+        while len(ends) < least + 3 * MAX_ROUNDS:
             for i, (stage, own, from_link, link) in enumerate(self._work):
                 start = clock[stage]
                 for other in own:
@@ -215,7 +223,7 @@ class StepTimer:
                 if link >= 0:
                     there[i] = free[link] = max(end, free[link]) + link_seconds[link]
             ends.append(max(clock))
-            if len(ends) > 3 and abs(ends[-1] - 2 * ends[-2] + ends[-3]) < 1e-6 * (ends[-1] - ends[-2]):
+            if len(ends) >= least and abs(ends[-1] - 2 * ends[-2] + ends[-3]) < 1e-6 * (ends[-1] - ends[-2]):
                 break
         return ends[-1] - ends[-2]
 

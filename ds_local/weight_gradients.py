@@ -18,33 +18,48 @@ from torch.nn import functional as F
 
 PutOff = list[tuple[Tensor, Callable[[], Tensor]]]  # weight, and what computes its gradient
 
-_collecting: list[PutOff] = []  # of the process, not of a thread: on a GPU autograd has threads of its own for backward passes
+# What collects them, None where nobody wants them. Of the process: on a GPU autograd has threads of its own for backward passes.
+_collecting: list[PutOff | None] = []
+
+
+@contextmanager
+def left_out() -> Iterator[None]:
+    """No weight gradients from the backward passes within, now or later."""
+    _collecting.append(None)
+    try:
+        yield
+    finally:
+        _collecting.pop()
 
 
 @contextmanager
 def put_off() -> Iterator[PutOff]:
     """Collect the weight gradients of the backward passes within instead of computing them."""
-    _collecting.append([])
+    gradients: PutOff = []
+    _collecting.append(gradients)
     try:
-        yield _collecting[-1]
+        yield gradients
     finally:
         _collecting.pop()
 
 
 def now_or_later(weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
-    """What a layer's backward returns for `weight`: its gradient, or None where it is put off.
+    """What a layer's backward returns for `weight`: its gradient, or None where it is put off or left out.
 
-    Only a parameter's can be: what has a graph of its own below it needs its gradient while that graph is there.
+    Not put off is that of a weight with a graph of its own below it, which must be there, or with hooks, which expect a gradient.
     """
-    if not _collecting or not weight.is_leaf:
+    if not _collecting or not weight.is_leaf or weight._backward_hooks:
         return compute()
-    _collecting[-1].append((weight, compute))
+    if (gradients := _collecting[-1]) is not None:
+        gradients.append((weight, compute))
     return None
 
 
 def catch_up(gradients: PutOff) -> None:
-    """Compute what was put off and add it to the gradients, in the order of the backward pass."""
-    for weight, compute in gradients:
+    """Compute what was put off and add it to the gradients, in the order of the backward pass, letting go of it as it goes."""
+    gradients.reverse()
+    while gradients:
+        weight, compute = gradients.pop()
         torch.autograd.backward(weight, compute())
 
 
@@ -81,11 +96,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> 
     return _Linear.apply(x, weight, bias, transposed)
 
 
+def casts(x: Tensor) -> bool:
+    """Autocast chooses the type of each operation; what goes around it must not."""
+    return torch.is_autocast_enabled(x.device.type)
+
+
 class LinearLayer(nn.Linear):
     """`nn.Linear` whose weight gradient can wait."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, transposed=False)
+        return super().forward(x) if casts(x) else linear(x, self.weight, self.bias, transposed=False)
 
 
 SPLITTABLE: dict[type, type] = {nn.Linear: LinearLayer}

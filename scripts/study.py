@@ -409,6 +409,14 @@ def best_rate(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return min(runs_at, key=lambda runs: mean(r["loss"] for r in runs if r["seed"] in common or not common))
 
 
+def runs_of(results: list[dict[str, Any]], method: str, segments: int, step_factor: float) -> list[dict[str, Any]]:
+    """The runs of a row, at its best rate. One of backprop serves for every number of segments."""
+    return best_rate([
+        r for r in results
+        if (r["method"], r["step_factor"]) == (method, step_factor) and (r["segments"] == segments or method == "backprop")
+    ])  # fmt: skip
+
+
 def gap_to(yardsticks: Mapping[int, float | None], runs: list[dict[str, Any]]) -> float | None:
     """Mean difference in loss to a yardstick (seed -> loss), over the seeds that both have; None if there is none."""
     gaps = [run["loss"] - loss for run in runs if (loss := yardsticks.get(run["seed"])) is not None]
@@ -483,20 +491,18 @@ def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     facts = PRESETS[preset]
     backprop = [r for r in results if r["method"] == "backprop"]
     yardsticks: dict[int, dict[float, float]] = {}  # seed -> step factor -> loss
-    for steps in {r["step_factor"] for r in backprop}:
+    whole_lengths = {r["step_factor"] for r in backprop}
+    for steps in whole_lengths:
         for run in best_rate([r for r in backprop if r["step_factor"] == steps]):
             yardsticks.setdefault(run["seed"], {})[steps] = run["loss"]
     parameters = sum(p.numel() for p in skeleton(load_model_config(dict(facts.model))).parameters())
     rows = []
     for method, segments, longer in sorted(
         {(r["method"], r["segments"], r["step_factor"]) for r in results if r["method"] in METHODS}
-        | {("backprop", r["segments"], r["step_factor"]) for r in results},
+        | {("backprop", r["segments"], r["step_factor"]) for r in results if r["step_factor"] in whole_lengths},
         key=lambda kind: (list(METHODS).index(kind[0]), *kind[1:]),
     ):
-        same = [r for r in backprop if method == "backprop"] or [
-            r for r in results if (r["method"], r["segments"]) == (method, segments)
-        ]
-        runs = best_rate([r for r in same if r["step_factor"] == longer])
+        runs = runs_of(results, method, segments, longer)
         loss = mean(r["loss"] for r in runs)
         gap = gap_to({seed: whole.get(longer) for seed, whole in yardsticks.items()}, runs)
         if gap is None:
@@ -604,8 +610,7 @@ def draw(results: list[dict[str, Any]], rows_of: Mapping[str, list[dict[str, Any
         lengths = [row["step_factor"] for row in shown]
         length = max(lengths, key=lambda factor: (lengths.count(factor), factor))
         for row in (row for row in shown if row["step_factor"] == length):
-            same = (preset, row["method"], 4, length)
-            runs = best_rate([r for r in results if (r["preset"], r["method"], r["segments"], r["step_factor"]) == same])
+            runs = runs_of([r for r in results if r["preset"] == preset], row["method"], 4, length)
             run = max(runs, key=lambda r: len(r["curve"]))  # of a few runs only the end was kept
             tokens, losses = zip(*run["curve"], strict=True)
             for axis, scale in zip(axes, (1.0, row["predicted_time_ratios_split"]["M=4, c/F=0"]), strict=True):

@@ -24,10 +24,10 @@ from ds_local.schedule import (
 from ds_local.simulator import Costs, simulate
 
 
-def schedule_of(*parts, stages, segments=None):
+def schedule_of(*parts, stages, segments=None, split=0):
     """parts: (mode, window, micro-batches)."""
     mix = [(make_routes(mode, segments or stages, window), count) for mode, window, count in parts]
-    return make_schedule(mix, stages)
+    return make_schedule(mix, stages, split_backward=split)
 
 
 GRIDS = {
@@ -51,6 +51,12 @@ def test_golden_grid(name, golden):
 
 def test_golden_grid_of_four_segments_on_two_stages(golden):
     golden("mixed_2_of_4_k4_p2.txt", str(schedule_of(("backprop", None, 2), ("local", None, 2), stages=2, segments=4)))
+
+
+@pytest.mark.parametrize("name", ["chunked2_p4_m8", "mixed_2_of_8_p4", "overlapping2_p4_m4"])
+def test_golden_grid_of_split_passes(name, golden):
+    parts, stages = GRIDS[name]
+    golden(f"{name}_split.txt", str(schedule_of(*parts, stages=stages, split=2)))
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -254,23 +260,46 @@ def test_sums_are_taken_in_the_same_order_on_any_number_of_stages(seed):
 
 
 def test_backpropagation_split_is_zero_bubble():
-    """The same order as the papers', on every stage that has somebody waiting below; the first stage has nothing to split."""
-    for memory, name in ((1, "zero_bubble"), (2, "zero_bubble_2")):
-        ours, theirs = make_schedule([(make_routes("backprop", 4), 8)], 4, 0.0, memory), PEERS[name](4, 8)
-        assert ours.peak_live == theirs.peak_live
-        assert simulate(ours, Costs()).steady_period == simulate(theirs, Costs()).steady_period
-        if memory == 1:
-            assert ours.stages[1:] == theirs.stages[1:]
+    """ZB-H1 has the paper's order on every stage that has somebody waiting below; ZB-H2 its memory and no bubble."""
+    ours = PEERS["zero_bubble"](4, 8)
+    assert list(ours.stages[1:]) == zero_bubble_of_the_paper(4, 8)[1:]
+    assert simulate(ours, Costs()).steady_period == 8 * 3 + 3
+    for stages in (2, 3, 4, 6):
+        for micro_batches in (2 * stages - 1, 3 * stages):
+            more = PEERS["zero_bubble_2"](stages, micro_batches)
+            assert max(more.peak_live) == 2 * stages - 1
+            assert simulate(more, Costs()).steady_period == 3 * micro_batches
+
+
+def zero_bubble_of_the_paper(num_stages, num_micro_batches):
+    """ZB-H1: stage s computes the weight gradient of a micro-batch s input gradients later."""
+    stages = []
+    for stage in range(num_stages):
+        ahead = min(num_micro_batches, num_stages - stage)
+        actions = [Action(FORWARD, stage, m) for m in range(ahead)]
+        for m in range(num_micro_batches):
+            actions.append(Action(INPUT_GRADIENT, stage, m))
+            if m >= stage:
+                actions.append(Action(WEIGHT_GRADIENT, stage, m - stage))
+            if m + ahead < num_micro_batches:
+                actions.append(Action(FORWARD, stage, m + ahead))
+        actions += [Action(WEIGHT_GRADIENT, stage, m) for m in range(max(0, num_micro_batches - stage), num_micro_batches)]
+        stages.append(tuple(actions))
+    return stages
 
 
 def test_chunks_split_leave_no_bubble():
     """Hand-worked: two stages a chunk. 1F1B inside it wastes 3 ticks a step, split in the same memory 1, with one more live 0."""
-    for stages in (2, 4, 8):
+    for stages in (2, 4, 8, 16):  # the longer the pipeline, the longer it takes to settle
         row = [(make_routes("chunked", stages, 2), 4)]
         periods = [simulate(make_schedule(row, stages, 0.0, split), Costs()).steady_period for split in (0, 1, 2)]
         assert periods == [15, 13, 12]
         lives = [max(make_schedule(row, stages, 0.0, split).peak_live) for split in (0, 1, 2)]
         assert lives == [2, 2, 3]
+    for per_stage in (2, 3):  # several segments on a stage put off as many micro-batches as one
+        finer = make_schedule([(make_routes("backprop", 4 * per_stage), 16)], 4, 0.0, 2)
+        assert max(finer.peak_live) == 7 * per_stage
+        assert simulate(finer, Costs()).steady_period <= 16 * 3 * per_stage + per_stage
     upper = make_schedule([(make_routes("chunked", 4, 2), 4)], 4, 0.0, 2).stages[3]
     assert " ".join(map(str, upper)) == "F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3"
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ds_local import blocks
-from ds_local.weight_gradients import catch_up, make_splittable, put_off
+from ds_local.weight_gradients import catch_up, left_out, make_splittable, put_off
 
 X = torch.tensor([[[1.0, 2.0], [0.0, 3.0]]])  # one sequence of two tokens
 
@@ -37,7 +37,7 @@ def test_hand_worked_gradients_come_in_two_halves(kind):
     assert layer.weight.grad is None
     expected = torch.tensor([[1.0, 2.0], [0.0, 0.0], [0.0, 6.0]])
     for times in (1, 2):  # gradients add up
-        catch_up(later)
+        catch_up(list(later))
         assert torch.equal(layer.weight.grad, times * (expected if kind == "linear" else expected.t()))
 
 
@@ -51,6 +51,31 @@ def test_nothing_waits_unasked(kind):
     assert torch.equal(split.bias.grad, plain.bias.grad)
     with torch.no_grad():
         assert torch.equal(split(X), plain(X))
+
+
+def test_left_out_is_never_computed():
+    layer, x = layer_of("linear"), X.clone().requires_grad_()
+    y = layer(x)
+    with left_out():
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient.tolist() == [[[9.0, 12.0]] * 2][0:1]
+    assert layer.weight.grad is None
+
+
+def test_hooks_and_autocast_see_what_they_expect():
+    """A weight with a hook gets its gradient at once; within autocast a layer is the plain one, which keeps to its types."""
+    layer = layer_of("linear")
+    layer.weight.register_hook(lambda gradient: 2 * gradient)
+    with put_off() as later:
+        layer(X).sum().backward()
+    assert not later
+    assert layer.weight.grad.tolist() == [[2.0, 10.0]] * 3
+    cast = layer_of("linear")
+    with torch.autocast("cpu", torch.bfloat16):
+        y = cast(X)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert cast.weight.grad.tolist() == [[1.0, 5.0]] * 3
 
 
 def test_a_layer_used_twice_and_a_frozen_one():
