@@ -3,8 +3,20 @@ import json
 import pytest
 
 from ds_local.config import ConfigError
-from ds_local.flops import UnitCosts
-from ds_local.pricing import ROWS, Cluster, Layout, Model, Pricing, measured_model, schedule_for, streams_leaving_a_node
+from ds_local.flops import UnitCosts, stage_flops
+from ds_local.order import make_schedule
+from ds_local.pricing import (
+    ROWS,
+    Cluster,
+    Layout,
+    Model,
+    Pricing,
+    expected_memory,
+    measured_model,
+    schedule_for,
+    streams_leaving_a_node,
+)
+from ds_local.routes import make_routes
 from ds_local.simulator import Costs, StepTimer, simulate
 
 
@@ -90,3 +102,35 @@ def test_a_profile_replaces_the_flops(tmp_path):
 def test_a_mix_keeps_its_share_of_backpropagation(row, micro_batches, backprop):
     modes = [routes.mode for routes in schedule_for(row, 4, micro_batches).rows]
     assert modes == ["backprop"] * backprop + ["local"] * (micro_batches - backprop)
+
+
+@pytest.mark.parametrize("mode", ["backprop", "chunked"])
+def test_a_run_is_taken_for_the_row_that_splits_as_it_does(mode):
+    """More micro-batches are alive on every stage; put off, their blocks are kept whole even where they were recomputed."""
+    from ds_local.blocks import load_model_config
+
+    model = load_model_config({"model_type": "gpt2"})
+    expected = {}
+    for recompute in (0, 1):
+        for split in (0, 1, 2):
+            config = {
+                "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 16,
+                "pipeline": {"activation_checkpoint_interval": recompute},
+                "local_parallel": {"mode": mode, "split_backward": split},
+            }  # fmt: skip
+            expected[recompute, split] = expected_memory(model, config, 4, 1)
+    assert expected[0, 0] < expected[0, 2]
+    assert expected[1, 0] < expected[1, 2]
+    if mode == "backprop":
+        assert expected[1, 0] < 0.8 * expected[1, 1] < expected[1, 2]
+    else:  # only the widest split has a row of its own
+        assert expected[0, 0] == expected[0, 1]
+
+
+def test_gradients_that_are_only_handed_through_are_extra_work_split_or_not():
+    """Interlocking's middle segments pass one gradient on for each that they train on: a quarter of their work."""
+    unit, parts = UnitCosts(3.0, 0.0, [0.0] * 3), [0, 2, 3, 4, 6]  # a block a segment
+    row = [(make_routes("interlocking", 4, 2), 2)]
+    for split in (0, 1):
+        costs = stage_flops(make_schedule(row, 4, 0.0, split), unit, parts)
+        assert [cost["auxiliary"] / (cost["useful"] + cost["auxiliary"]) for cost in costs] == [0, 0.25, 0.25, 0]

@@ -94,3 +94,18 @@ def test_a_split_backward_takes_the_bubble_out_of_the_forecast():
     assert plain[4, 0] == pytest.approx(15 / 21, rel=0.01)
     assert split[4, 0] == pytest.approx(12 / 21, rel=0.01)
     assert split[8, 0] == pytest.approx(24 / 33, rel=0.01)
+
+
+def test_a_row_without_a_yardstick_is_left_out(capsys):
+    """A method run for longer than backprop was, and a preset in which backprop was not run at all."""
+    machine = {"device": "cpu", "processor": "x"}
+    backprop = run_of("backprop", lr_factor=1.0)._asdict() | {"loss": 2.0, "tokens": 10, "curve": [(10, 2.0)], "machine": machine}
+    eight = run_of("local", segments=8)._asdict() | {"loss": 2.1, "tokens": 10, "curve": [(10, 2.1)], "machine": machine}
+    longer = {**eight, "step_factor": 2.0}
+    rows = study.summary("cpu", [backprop, eight, longer])
+    assert [(row["method"], row["segments"], row["step_factor"]) for row in rows] == [
+        ("backprop", 4, 1.0), ("backprop", 8, 1.0), ("local", 8, 1.0),
+    ]  # fmt: skip
+    assert "local is left out" in capsys.readouterr().err
+    assert rows[1]["perplexity"] == rows[0]["perplexity"]  # where it is cut changes nothing
+    assert study.summary("cpu", [eight]) == []
