@@ -625,7 +625,7 @@ def draw(results: list[dict[str, Any]], rows_of: Mapping[str, list[dict[str, Any
             axis.set_ylim(top=min(axis.get_ylim()[1], 3.0))
         axes[0].legend(fontsize=8)
     panels[-1][0].set_xlabel("million tokens")
-    panels[-1][1].set_xlabel("predicted time, P = M = 4, split backward (balanced 1F1B: 1 per million tokens)")
+    panels[-1][1].set_xlabel("time for P = M = 4, split backward (1F1B: 1 per million tokens)")
     figure.savefig(picture, dpi=130)
     plt.close(figure)
 
