@@ -446,10 +446,8 @@ def expected_memory(hf_config: Any, config: Mapping[str, Any], stages: int, repl
     micro_batch, micro_batches = batch_sizes(config, replicas)
     scheme = section.scheme_at(0)
     wanted = "mixed" if scheme.mix else scheme.mode
-    # of a mode the first row with as much split as the config, or the nearest below
-    rows = {split: row for row, of in reversed(ROWS.items()) if of.get("mode", "mixed") == wanted for split in [_split(row)]}
-    splits = [split for split in rows if split <= section.split_backward]
-    row = "data parallel" if stages == 1 else rows[max(splits)] if splits else "local"
+    rows = [row for row, of in ROWS.items() if of.get("mode", "mixed") == wanted and _split(row) <= section.split_backward]
+    row = "data parallel" if stages == 1 else max(reversed(rows), key=_split, default="local")  # of equals the last
     heads = "" if not has_heads(row) else "shared, 1/4 of tokens" if section.head.readout == "shared" else "full"
     itemsize = 2 if config.get("bf16", config.get("bfloat16", {})).get("enabled") else 4
     recompute = bool(config.get("pipeline", {}).get("activation_checkpoint_interval"))

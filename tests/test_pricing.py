@@ -127,6 +127,17 @@ def test_a_run_is_taken_for_the_row_that_splits_as_it_does(mode):
         assert expected[0, 0] == expected[0, 1]
 
 
+def test_a_mix_is_taken_for_the_one_of_a_quarter():
+    from ds_local.blocks import load_model_config
+
+    model = load_model_config({"model_type": "gpt2"})
+    mix = [{"mode": "backprop", "micro_batches": 2}, {"mode": "local"}]
+    config = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 8, "local_parallel": {"mix": mix}}
+    roomy = Pricing(Model.of(model, itemsize=4), Cluster(1, 4, 1, 1e9, 1, 1), 32, zero_stage=0)
+    quarter, half = (roomy.price(Layout(4, 1, row, "full", 4, 8, "across_nodes")).memory for row in ("mixed 1/4", "mixed 1/2"))
+    assert expected_memory(model, config, 4, 1) == quarter < half
+
+
 def test_gradients_that_are_only_handed_through_are_extra_work_split_or_not():
     """Interlocking's middle segments pass one gradient on for each that they train on: a quarter of their work."""
     unit, parts = UnitCosts(3.0, 0.0, [0.0] * 3), [0, 2, 3, 4, 6]  # a block a segment
