@@ -150,7 +150,7 @@ class _ListScheduler:
         action = self.put_off[stage][0]
         routes = self.mix[self.row_of[action.micro_batch]][0]
         lowest = action.segment
-        while lowest and any(one.sends is not None for one in routes.passes[lowest]):
+        while lowest and routes.messages(lowest):
             lowest -= 1
         return stage - self.stage_of[lowest]
 

@@ -342,21 +342,23 @@ START, END = "<!-- written by scripts/study.py table, from here -->", "<!-- to h
 class Prediction(NamedTuple):
     aux_share: float  # of the FLOPs of the busiest stage
     time: dict[tuple[int, int], float]  # (micro-batches, c/F) -> time of the run against balanced 1F1B
+    split: dict[tuple[int, int], float]  # the same with a split backward
 
 
-def predict(model: dict[str, Any], method: Method, num_segments: int, seq_len: int, split_backward: int = 0) -> Prediction:
+def predict(model: dict[str, Any], method: Method, num_segments: int, seq_len: int) -> Prediction:
     """One segment on each of as many stages, each method with boundaries of its own."""
     from ds_local.blocks import load_model_config
 
     config = load_model_config(dict(model))
-    result: dict[tuple[int, int], float] = {}
-    share = 0.0
+    prediction = Prediction(0.0, {}, {})
     for count in (4, 8, 16):
-        times, shares = _forecast(config, method, num_segments, count, seq_len, split_backward)
         yardstick, _ = _forecast(config, METHODS["backprop"], num_segments, count, seq_len, 0)
-        result |= {(count, slow_link): times[slow_link] / yardstick[slow_link] for slow_link in times}
-        share = max(shares) if count == 8 else share
-    return Prediction(share, result)
+        for ratios, split_backward in ((prediction.time, 0), (prediction.split, 2)):
+            times, shares = _forecast(config, method, num_segments, count, seq_len, split_backward)
+            ratios |= {(count, slow_link): times[slow_link] / yardstick[slow_link] for slow_link in times}
+        if count == 8:
+            prediction = prediction._replace(aux_share=max(shares))
+    return prediction
 
 
 def _forecast(
@@ -434,22 +436,14 @@ def tokens_to(loss: float, runs: list[dict[str, Any]]) -> float | None:
     return None
 
 
-Whole = tuple[float, float]  # step factor and loss of a whole run
-
-
-def neighbours(yardsticks: Mapping[float, float]) -> list[tuple[Whole, Whole]]:
-    """Runs next to each other that are near enough for a line between them."""
-    return [(shorter, longer) for shorter, longer in pairwise(sorted(yardsticks.items())) if longer[0] <= NEAR * shorter[0]]
-
-
 def time_for_the_loss(loss: float, yardsticks: Mapping[float, float]) -> float | None:
     """How many times the preset's steps backprop needs to end with this loss, from its whole runs (step factor -> loss).
 
     Between two of them, if they are near enough, the loss is a line over the logarithm of the steps. A whole run has cooled its
     learning rate down, as the run it is compared with has: a point of a longer run's curve has not.
     """
-    for (shorter, high), (longer, low) in neighbours(yardsticks):
-        if low <= loss <= high:
+    for (shorter, high), (longer, low) in pairwise(sorted(yardsticks.items())):
+        if low <= loss <= high and longer <= NEAR * shorter:
             return shorter * (longer / shorter) ** ((high - loss) / (high - low))
     return None
 
@@ -459,9 +453,9 @@ def percent(gap: float | None) -> float | None:
     return None if gap is None else round(100 * math.expm1(gap), 2)
 
 
-def ratios_of(forecast: Prediction, steps: float = 1.0) -> dict[str, float]:
+def ratios_of(times: Mapping[tuple[int, int], float], steps: float = 1.0) -> dict[str, float]:
     """Time of so many times a run's steps, against that of the balanced 1F1B run."""
-    return {f"M={m}, c/F={c}": round(steps * t, 4) for (m, c), t in forecast.time.items()}
+    return {f"M={m}, c/F={c}": round(steps * t, 4) for (m, c), t in times.items()}
 
 
 def table(args: argparse.Namespace) -> int:
@@ -508,7 +502,7 @@ def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if gap is None:
             print(f"{method} is left out: backprop has no run of as many steps with a seed that it has", file=sys.stderr)
             continue
-        forecast, split = (predict(facts.model, METHODS[method], segments, facts.model["n_positions"], s) for s in (0, 2))
+        forecast = predict(facts.model, METHODS[method], segments, facts.model["n_positions"])
         needed = tokens_to(loss - gap, runs)
         times = [t for run in runs if (t := time_for_the_loss(run["loss"], yardsticks.get(run["seed"], {}))) is not None]
         rows.append({
@@ -517,12 +511,12 @@ def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "gap_percent": percent(gap), "aux_flops_share": round(forecast.aux_share, 4),
             "predicted_time_ratio": round(forecast.time[8, 0], 4), "device": runs[0]["machine"]["device"],
             "processor": runs[0]["machine"]["processor"],
-            "predicted_time_to_backprop_loss": None if needed is None else ratios_of(forecast, needed),
+            "predicted_time_to_backprop_loss": None if needed is None else ratios_of(forecast.time, needed),
             "learning_rate": facts.learning_rate * runs[0]["lr_factor"], "losses": [round(r["loss"], 4) for r in runs],
-            "predicted_time_ratios": ratios_of(forecast),
-            "predicted_time_ratios_split": ratios_of(split),
-            "time_to_equal_loss": ratios_of(forecast, longer / mean(times)) if times else None,
-            "time_to_equal_loss_split": ratios_of(split, longer / mean(times)) if times else None,
+            "predicted_time_ratios": ratios_of(forecast.time),
+            "predicted_time_ratios_split": ratios_of(forecast.split),
+            "time_to_equal_loss": ratios_of(forecast.time, longer / mean(times)) if times else None,
+            "time_to_equal_loss_split": ratios_of(forecast.split, longer / mean(times)) if times else None,
         })  # fmt: skip
     return rows
 
