@@ -142,7 +142,8 @@ def check_memory(model: str, config: dict[str, Any], stages: int, replicas: int)
     import torch
     from torch import distributed as dist
 
-    from ds_local.cluster.pricing import GIB, expected_memory
+    from ds_local.cluster.candidates import GIB
+    from ds_local.cluster.pricing import expected_memory
     from ds_local.errors import ClusterError
     from ds_local.links.staging import ranks_here
     from ds_local.model.blocks import load_model_config
