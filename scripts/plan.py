@@ -1,8 +1,8 @@
 """Which layout will be fastest on a cluster, how fast, and why the others lose. Starts nothing,
 needs no device.
 
-python scripts/plan.py --model configs/gpt2-xl.json --nodes 8 --devices-per-node 8 --device-tflops
-    140 --memory-gib 80 \ --link-gbps 10 --intra-gbps 2400 --tokens 10e9
+    python scripts/plan.py --model configs/gpt2-xl.json --nodes 8 --devices-per-node 8 \\
+        --device-tflops 140 --memory-gib 80 --link-gbps 10 --intra-gbps 2400 --tokens 10e9
 """
 
 from __future__ import annotations
