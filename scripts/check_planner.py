@@ -18,14 +18,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import emulated, network
-from bench.ranks import Pool
-from bench.real import Job, pinned
-from bench.real import config_of as real_config
-
 from ds_local.cluster.candidate_cost import section_for
 from ds_local.cluster.candidates import Candidate, Cluster, Model, measured_model
 from ds_local.cluster.pricing import Pricing
+from ds_local.measure import emulated, network
+from ds_local.measure.ranks import Pool
+from ds_local.measure.real import Job, pinned
+from ds_local.measure.real import config_of as real_config
 from ds_local.model import blocks
 from ds_local.model.flops import UnitCosts
 

@@ -17,10 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.ranks import Pool
-
 from ds_local.config.files import load_config
 from ds_local.links.messages import activation_message
+from ds_local.measure.ranks import Pool
 
 
 def parse_arguments() -> argparse.Namespace:
