@@ -4,7 +4,8 @@ Reading order
     routes       which loss trains which segment; every scheme is one table
     schedule     the compute order of each stage as data; `order` makes it, `peers` holds other pipelines' for comparison
     simulator    what a schedule costs
-    config       the "local_parallel" section of ds_config.json;  deepspeed_config: the rest of the file
+    config       the "local_parallel" section of ds_config.json;  deepspeed_config: the rest of the file;
+                 lr_schedule: learning-rate schedules that it can name
     corpus, data text -> tokens -> sequences -> micro-batches
     blocks       a Hugging Face model as pipeline layers;  heads: a loss for an early segment
     flops        what a segment's work costs;  partition: where to cut;

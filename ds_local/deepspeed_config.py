@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_local.config import SECTION, ConfigError
+from ds_local.lr_schedule import scheduler_of
 
 # Top-level keys of ds_config.json that DeepSpeed 0.19 reads and our users set. A key that looks like one of these but is
 # not is taken for a slip of the pen; anything further off is left to the user.
@@ -90,6 +91,7 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
         right = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
         if not right or value < least:
             raise ConfigError(f"{key} must be {'an integer' if kind is int else 'a number'} of at least {least}, got {value!r}")
+    scheduler_of(config)
     _refuse(config, _REFUSED, "")
     if any(_at(config, path) for path in (("bf16", "enabled"), ("bfloat16", "enabled"), ("zero_optimization", "stage"))):
         _refuse(config, _FP32_ONLY, ", which needs fp32 and ZeRO stage 0")

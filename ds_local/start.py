@@ -13,6 +13,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from ds_local.config import SECTION, ConfigError, load_config, local_parallel
 from ds_local.deepspeed_config import batch_sizes, check_deepspeed
 from ds_local.engine import LocalPipelineEngine
+from ds_local.lr_schedule import scheduler_of
 from ds_local.module import LocalPipelineModule
 from ds_local.subnets import make_sync
 
@@ -75,8 +76,8 @@ def initialize(
         ]
     engine = LocalPipelineEngine(
         args=args, model=model, optimizer=optimizer, model_parameters=model_parameters, training_data=training_data,
-        lr_scheduler=lr_scheduler, mpu=model.mpu(), dist_init_required=dist_init_required, collate_fn=collate_fn,
-        config=ds_config, config_class=config_class,
+        lr_scheduler=lr_scheduler or scheduler_of(ds_config), mpu=model.mpu(),
+        dist_init_required=dist_init_required, collate_fn=collate_fn, config=ds_config, config_class=config_class,
     )  # fmt: skip
     engine.replicas = make_sync(engine)
     engine._configure_python_gc()

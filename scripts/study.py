@@ -15,18 +15,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -42,7 +43,7 @@ class Preset(NamedTuple):
     """A recipe in which depth matters."""
 
     model: dict[str, Any]
-    source: str
+    source: str  # of prepare_data.py, or PACKAGES
     tokenizer: str
     steps: int
     sequences: int  # per step
@@ -65,9 +66,14 @@ def _gpt2(layers: int, width: int, heads: int, vocabulary: int, positions: int) 
 
 
 BF16 = {"bf16": {"enabled": True}}
+PACKAGES = "installed packages"
+# whose Python files make that text; without transformers, whose models repeat each other line by line
+TEXT_OF = ("torch", "sympy", "pandas", "numpy", "matplotlib", "networkx", "deepspeed", "mypy", "fonttools", "pygments", "pip")
 PRESETS = {
     "cpu": Preset(_gpt2(8, 64, 4, 512, 64), "python-stdlib", "sentencepiece:512", 3000, 32, 4, 4e-3, {}),
     "cpu-large-batch": Preset(_gpt2(8, 64, 4, 512, 64), "python-stdlib", "sentencepiece:512", 800, 128, 4, 8e-3, {}),
+    "cpu-gpt2-ratio": Preset(_gpt2(8, 64, 2, 4096, 128), PACKAGES, "sentencepiece:4096", 1600, 64, 8, 8e-3, {}),
+    "cpu-ratio-32": Preset(_gpt2(8, 64, 2, 2048, 128), PACKAGES, "sentencepiece:2048", 1600, 64, 8, 8e-3, {}),
     "tiny": Preset(_gpt2(4, 32, 4, 512, 32), "python-stdlib", "sentencepiece:512", 20, 8, 4, 4e-3, {}),
     "gpu-10m": Preset(_gpt2(12, 256, 4, 4096, 256), "python-stdlib", "sentencepiece:4096", 4000, 64, 8, 2e-3, BF16),
     "gpu-125m": Preset(_gpt2(12, 768, 12, 16384, 512), "python-stdlib", "sentencepiece:16384", 4000, 128, 8, 6e-4, BF16),
@@ -81,6 +87,9 @@ def mixed(share: float, rest: dict[str, Any] = LOCAL, correction: float = 0.0) -
     return {"mix": [{"mode": "backprop", "share": share}, rest], "correction": correction}
 
 
+COSINE, WSD = "cosine", "WSD"  # warm-up, stable, decay: a line to nothing over the last fifth
+
+
 class Method(NamedTuple):
     """A scheme, the share of the steps at the end that follow another one, and the options of the heads."""
 
@@ -89,12 +98,16 @@ class Method(NamedTuple):
     head: Mapping[str, Any] = MappingProxyType({})
     micro_batches: int | None = None
     end: dict[str, Any] = BACKPROP  # the scheme of the tail
+    schedule: str = COSINE  # of the learning rate
+    renew: str = ""  # what the segments above the first chunk begin the tail with, instead of what they have learnt
 
 
 EIGHTH = {"token_fraction": 0.125}
+QUARTER = {"token_fraction": 0.25}
 SHARED = {"readout": "shared", "temperature": True}
 METHODS = {
     "backprop": Method(BACKPROP),
+    "backprop, WSD": Method(BACKPROP, schedule=WSD),
     "local": Method(LOCAL),
     "local, shared readout": Method(LOCAL, 0.0, SHARED),
     "local, one private block": Method(LOCAL, 0.0, {"blocks": 1}),
@@ -136,8 +149,21 @@ METHODS = {
     "mixed 1/4, tail 20 %, shared readout": Method(mixed(1 / 4), 0.2, SHARED),
     "mixed 1/4, tail 20 %, block, 1/8 of the tokens": Method(mixed(1 / 4), 0.2, {"blocks": 1, **EIGHTH}),
 }
+METHODS |= {
+    "chunked 2, WSD": Method(CHUNKED, schedule=WSD),
+    "chunked 2, backprop tail 40 %, WSD": Method(CHUNKED, 0.4, schedule=WSD),
+    "first chunk alone, rest fresh, backprop tail 40 %, WSD": Method(CHUNKED, 0.4, schedule=WSD, renew="fresh"),
+    "first chunk alone, rest copied, backprop tail 40 %, WSD": Method(CHUNKED, 0.4, schedule=WSD, renew="copied"),
+    "local, WSD": Method(LOCAL, schedule=WSD),
+    "local, backprop tail 40 %, WSD": Method(LOCAL, 0.4, schedule=WSD),
+    "chunked 2, shared readout": Method(CHUNKED, 0.0, SHARED),
+    "chunked 2, shared readout, tail 40 %": Method(CHUNKED, 0.4, SHARED),
+    "chunked 2, 1/4 of the tokens": Method(CHUNKED, 0.0, QUARTER),
+    "chunked 2, rank 16": Method(CHUNKED, 0.0, {"rank": 16}),
+}
 TAILS = sorted({method.tail for method in METHODS.values() if method.tail})
 NEAR = 1.5  # ratio of two runs' steps up to which a line between them is right to about 1 %
+EVALUATED_TOKENS = 65536  # of the validation split
 CHECKPOINTS = 20  # of a run, so that every tail begins at one
 
 
@@ -169,7 +195,8 @@ class Run(NamedTuple):
     def trunk(self) -> Run | None:
         """The same run without a tail, if it is one of the study's."""
         method = METHODS[self.method]
-        plain = [name for name, other in METHODS.items() if method.tail and other == method._replace(tail=0.0, end=BACKPROP)]
+        trunk = method._replace(tail=0.0, end=BACKPROP, renew="")
+        plain = [name for name, other in METHODS.items() if method.tail and other == trunk]
         return self._replace(method=plain[0]) if plain else None
 
 
@@ -194,16 +221,18 @@ def ds_config(run: Run) -> dict[str, Any]:
     micro_batches = method.micro_batches or preset.micro_batches
     rate = preset.learning_rate * run.lr_factor
     warm_up = max(1, run.steps // 30)
+    params: dict[str, Any] = {"total_num_steps": run.steps, "warmup_num_steps": warm_up}
+    if method.schedule == WSD:
+        scheduler = {"type": "WarmupStableDecayLR", "params": {**params, "decay_num_steps": run.steps // 5}}
+    else:
+        scheduler = {"type": "WarmupCosineLR", "params": {**params, "cos_min_ratio": 0.1}}
     return {
         "train_micro_batch_size_per_gpu": preset.sequences // micro_batches,
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": 1.0,
         "steps_per_print": 10,
         "optimizer": {"type": "AdamW", "params": {"lr": rate, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True}},
-        "scheduler": {
-            "type": "WarmupCosineLR",
-            "params": {"total_num_steps": run.steps, "warmup_num_steps": warm_up, "cos_min_ratio": 0.1},
-        },
+        "scheduler": scheduler,
         "local_parallel": {**section_of(method, run.segments, micro_batches, run.steps), "seed": run.seed},
         **preset.precision,
     }
@@ -246,14 +275,53 @@ def _claimed(path: Path) -> Iterator[bool]:
 
 def _prepared(preset: str) -> Path:
     facts = PRESETS[preset]
-    data = ROOT / "data" / f"study-{facts.tokenizer.partition(':')[2]}-{facts.model['n_positions']}"
+    kind = "packages" if facts.source == PACKAGES else "study"
+    data = ROOT / "data" / f"{kind}-{facts.tokenizer.partition(':')[2]}-{facts.model['n_positions']}"
     data.parent.mkdir(exist_ok=True)
     with (data.parent / f"{data.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if not (data / "prepared.json").exists():
-            command = ["--source", facts.source, "--tokenizer", facts.tokenizer, "--seq-len", str(facts.model["n_positions"])]
+            source = str(package_text(ROOT / "data")) if facts.source == PACKAGES else facts.source
+            command = ["--source", source, "--tokenizer", facts.tokenizer, "--seq-len", str(facts.model["n_positions"])]
             subprocess.run([sys.executable, ROOT / "scripts" / "prepare_data.py", *command, "--output", str(data)], check=True)
     return data
+
+
+def package_text(folder: Path) -> Path:
+    """Write the Python files of TEXT_OF, one JSON line each and none twice, in an order that depends on their names alone.
+
+    Beside it lies packages.json: versions, the number of files and bytes, a checksum, and every file with its own.
+    """
+    files: dict[str, bytes] = {}
+    versions = {}
+    for package in TEXT_OF:
+        distribution = metadata.distribution(package)
+        versions[package] = distribution.version
+        for file in distribution.files or ():
+            path = Path(str(distribution.locate_file(file)))
+            if file.suffix == ".py" and not {"test", "tests"} & set(file.parts) and path.is_file():
+                files[file.as_posix()] = path.read_bytes()
+    sums = {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files, key=_shuffled)}
+    first = {checksum: name for name, checksum in reversed(sums.items())}
+    kept = {name: checksum for name, checksum in sums.items() if first[checksum] == name}
+    text = folder / "packages.jsonl"
+    with text.open("w") as output:
+        for name in kept:
+            output.write(json.dumps({"text": files[name].decode("utf-8", errors="ignore")}) + "\n")
+    facts = {
+        "packages": versions,
+        "files": len(kept),
+        "bytes": sum(len(files[name]) for name in kept),
+        "sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+        "file_sha256": kept,
+    }
+    (folder / "packages.json").write_text(json.dumps(facts, indent=1) + "\n")
+    return text
+
+
+def _shuffled(name: str) -> str:
+    """Sorts files of all packages among each other: the first validation sequences must not be of one package."""
+    return hashlib.sha256(name.encode()).hexdigest()
 
 
 def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
@@ -263,12 +331,12 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
     (place / "ds_config.json").write_text(json.dumps(ds_config(run), indent=1))
     if not (place / "run").exists():
         _leave_trunk(run, place)
+        if METHODS[run.method].renew and not (place / "run").exists():
+            print(f"{run.name}: run the same without its tail first", file=sys.stderr)
+            return False
     resume = ["--resume"] if (place / "run" / "checkpoints" / "latest").exists() else []
     if not resume and (place / "run" / "run.json").exists():
         (place / "run" / "run.json").unlink()  # ended before its first checkpoint
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
     environment = {
         "OMP_NUM_THREADS": "1",  # threads of two runs on the same cores cost ten times what they bring
         **os.environ,
@@ -276,13 +344,14 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": "0",  # a free one; nobody else comes
     }
     command = [
         sys.executable, str(ROOT / "scripts" / "train.py"), "--model", str(place / "model.json"), "--data", str(data),
         "--output", str(place / "run"), "--max-steps", str(run.steps), "--eval-every", str(max(1, run.steps // 10)),
         "--save-every", str(max(1, run.steps // CHECKPOINTS)),
-        "--eval-sequences", "1024", "--deepspeed_config", str(place / "ds_config.json"), *resume,
+        "--eval-sequences", str(EVALUATED_TOKENS // preset.model["n_positions"]),
+        "--deepspeed_config", str(place / "ds_config.json"), *resume,
     ]  # fmt: skip
     with (place / "log.txt").open("a") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT)
@@ -300,12 +369,16 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
     if rows[-1]["step"] < run.steps:  # somebody else asked it to stop
         print(f"{run.name}: to be continued")
         return False
-    curve = [(row["tokens"], row["loss"]) for row in rows if row["split"] == "validation" and row["segment"] == run.segments - 1]
+    last = [row for row in rows if row["split"] == "validation" and row["segment"] == run.segments - 1]
+    since = run.switch(METHODS[run.method].tail) if METHODS[run.method].renew else 0  # before it was another model
+    curve = [(row["tokens"], row["loss"]) for row in last if row["step"] > since]
     exits = {r["segment"]: r["loss"] for r in rows if r["split"] == "validation" and r["step"] == run.steps}
     facts = json.loads((place / "run" / "run.json").read_text())
+    seconds = [row["seconds"] for row in rows if row["split"] == "train"]
     result = {
         **run._asdict(), "loss": curve[-1][1], "curve": curve, "exits": exits, "tokens": rows[-1]["tokens"],
         "parts": facts["layout"]["segment_parts"], "versions": facts["versions"], "machine": facts["machine"],
+        "data": facts["data"]["fingerprint"], "seconds": seconds[-1] if seconds else None,
     }  # fmt: skip
     (place / "result.json").write_text(json.dumps(result, indent=1))
     needed = {run.steps} | ({run.switch(tail) for tail in TAILS} if not METHODS[run.method].tail else set())
@@ -330,7 +403,52 @@ def _leave_trunk(run: Run, place: Path) -> None:
     for part in ("run.json", "metrics.jsonl"):
         shutil.copy(trunk / part, partial / part)
     (partial / "checkpoints" / "latest").write_text(tag)
+    if METHODS[run.method].renew:
+        renew_above(partial / "checkpoints" / tag, 1, METHODS[run.method].renew, run.seed)
     partial.rename(place / "run")
+
+
+def renew_above(checkpoint: Path, segment: int, how: str, seed: int) -> None:
+    """Make a checkpoint one in which only the segments up to `segment` have learnt anything.
+
+    Their head becomes the model's readout. The blocks above are "fresh", drawn as GPT-2's are, or "copied" from those below,
+    the first on the first. What is replaced has no moments.
+    """
+    import torch
+
+    from ds_local.checkpoint import _checksum as checksum
+
+    facts = json.loads((checkpoint / "ds_local.json").read_text())
+    top, boundary = facts["segment_parts"][-1] - 1, facts["segment_parts"][segment + 1]
+    layers = [f"layer_{layer:02d}-model_states.pt" for layer in range(top + 1)]
+    draw, config = torch.Generator().manual_seed(seed), facts["model"]
+
+    def fresh(name: str, old: Any) -> Any:
+        if old.ndim == 1:
+            return torch.full_like(old, float(name.endswith("weight")))  # norms and biases
+        std = config["initializer_range"] / (math.sqrt(2 * config["n_layer"]) if "c_proj" in name else 1)
+        return torch.empty_like(old).normal_(0.0, std, generator=draw)
+
+    states = {name: torch.load(checkpoint / name, map_location="cpu", weights_only=False) for name in layers}
+    counts = [len(states[name]) for name in layers]
+    for layer in range(boundary, top):
+        below = states[layers[1 + (layer - boundary) % (boundary - 1)]]
+        for name, old in states[layers[layer]].items():
+            old.copy_(fresh(name, old) if how == "fresh" else below[name])
+    head = torch.load(checkpoint / f"head_{segment:02d}-model_states.pt", map_location="cpu", weights_only=False)
+    for name, old in states[layers[top]].items():
+        old.copy_(head[name])
+    for name in layers[boundary:]:
+        torch.save(states[name], checkpoint / name)
+    stage = "mp_rank_00_model_states.pt"
+    whole = torch.load(checkpoint / stage, map_location="cpu", weights_only=False)
+    for parameter in range(sum(counts[:boundary]), sum(counts)):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            whole["optimizer"]["state"][parameter][moment].zero_()
+    torch.save(whole, checkpoint / stage)
+    for name in [*layers[boundary:], stage]:
+        facts["files"][name] = list(checksum(checkpoint / name))
+    (checkpoint / "ds_local.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 # --- the table ------------------------------------------------------------------------------------------------------------
