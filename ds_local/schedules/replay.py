@@ -1,0 +1,287 @@
+"""Runs schedules in model time: what `validate` proves and the printed grids show comes from
+here."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from ds_local.errors import ScheduleError
+from ds_local.schedules.schedule import (
+    BACKWARD,
+    FORWARD,
+    WEIGHT_GRADIENT,
+    Action,
+    Event,
+    Link,
+    Schedule,
+)
+
+
+def unit_cost(action: Action) -> float:
+    """Forward, input gradient and weight gradient take one tick each."""
+    return 2.0 if action.kind == BACKWARD else 1.0
+
+
+def replay(
+    schedules: Schedule | Sequence[Schedule],
+    cost: Callable[[Schedule, Action], float] = lambda schedule, action: unit_cost(action),
+    link_time: Callable[[Link], float] = lambda link: 0.0,
+    link_depth: int | None = None,
+    steps: int = 1,
+) -> tuple[list[Event], str | None]:
+    """Run schedules in model time: every stage does its actions in order, each as early as its
+    inputs allow.
+
+    Args:
+        schedules: of successive optimizer steps; they start over when there are more steps.
+        cost: time of an action.
+        link_time: time a message keeps its link busy; links between segments of one stage are free.
+        link_depth: messages a link between stages holds before its sender has to wait; None: no
+            limit.
+        steps: optimizer steps to run one after another. No stage waits for another between them.
+
+    Returns:
+        The events in an order in which they can happen, and None, or a sentence naming what each
+        stage waits for when nothing can go on.
+    """
+    schedules = [schedules] if isinstance(schedules, Schedule) else schedules
+    program = Program([schedules[step % len(schedules)] for step in range(steps)], link_depth)
+    seconds = [cost(program.schedules[work.step], work.action) for work in program.work]
+    spans = program.spans(
+        seconds, [link_time(link) for link in program.links], program.clocks_at_rest()
+    )
+    return [
+        Event(work.stage, work.step, work.action, *span)
+        for work, span in zip(program.work, spans, strict=True)
+    ], program.stuck
+
+
+class Work(NamedTuple):
+    """An action of one step, and what it needs as positions in `Program.work`."""
+
+    stage: int
+    step: int
+    action: Action
+    own: tuple[int, ...]  # results of its own segment
+    received: tuple[int, ...]  # results of neighbouring segments
+    gate: int  # who must have taken a message before the result before this one fits on its link
+    link: int = -1  # position in `Program.links` of where its result goes; -1: nowhere
+
+
+class Clocks(NamedTuple):
+    """When stages and links are free."""
+
+    stages: list[float]
+    links: list[float]
+
+
+class Program:
+    """Successive steps as one list of work, in an order in which it can run whatever it takes.
+
+    The order of each stage is fixed, so what waits for what does not depend on times: the list is
+    made once, and `spans` walks it for any costs. `stuck` says what each stage waits for when not
+    all work can run, else it is None.
+
+    Args:
+        schedules: of the steps, one each.
+        link_depth: messages a link between stages holds before its sender has to wait; None: no
+            limit.
+    """
+
+    def __init__(self, schedules: Sequence[Schedule], link_depth: int | None = None) -> None:
+        self.schedules = schedules
+        self.work: list[Work] = []
+        self.links: list[Link] = []  # between stages, in the order in which they are first used
+        self._depth = link_depth
+        # actions of all steps are numbered through
+        starts = [0, *accumulate(len(schedule.wiring) for schedule in schedules)]
+        self._wires = [
+            (step, start, wire)
+            for step, (start, schedule) in enumerate(zip(starts, schedules, strict=False))
+            for wire in schedule.wiring
+        ]
+        self._queues: list[list[int]] = [[] for _ in range(schedules[0].num_stages)]
+        self._takers: dict[Link, list[int]] = defaultdict(list)  # of messages, in their order
+        for number, (_, _, wire) in enumerate(self._wires):
+            self._queues[wire.stage].append(number)
+            for link in wire.taken:
+                self._takers[link].append(number)
+        self.stuck = self._arrange()
+
+    def clocks_at_rest(self) -> Clocks:
+        return Clocks([0.0] * len(self._queues), [0.0] * len(self.links))
+
+    def spans(
+        self, seconds: Sequence[float], link_seconds: Sequence[float], clocks: Clocks
+    ) -> list[tuple[float, float]]:
+        """(start, end) of every piece of work.
+
+        Args:
+            seconds: of each piece of work.
+            link_seconds: time a message keeps each link busy.
+            clocks: from when on stages and links are free; moved on, so that another round may
+                follow.
+        """
+        stages, links = clocks
+        spans: list[tuple[float, float]] = []
+        there: list[float] = []  # when each result is at its receiver
+        for work, length in zip(self.work, seconds, strict=True):
+            start = stages[work.stage]
+            if work.gate >= 0:
+                start = max(start, spans[work.gate][0])
+            for other in work.own:
+                start = max(start, spans[other][1])
+            for other in work.received:
+                start = max(start, there[other])
+            end = arrival = start + length
+            if work.link >= 0:
+                arrival = links[work.link] = max(end, links[work.link]) + link_seconds[work.link]
+            spans.append((start, end))
+            there.append(arrival)
+            stages[work.stage] = end
+        return spans
+
+    def _arrange(self) -> str | None:
+        """Let every stage go as far as it gets; who has to wait is woken by what it waits for."""
+        place = [-1] * len(self._wires)  # in `work`, of what has run
+        left = bytearray(len(self._wires))  # has its result gone out, too?
+        sent: dict[Link, int] = {}
+        on: dict[Link, int] = {}  # position in `links`
+        until_run: dict[int, list[int]] = {}  # what is waited for -> stages
+        until_left: dict[int, list[int]] = {}
+        position, gate = [0] * len(self._queues), [-1] * len(self._queues)
+        runnable = list(range(len(self._queues)))
+        while runnable:
+            stage = runnable.pop()
+            queue = self._queues[stage]
+            while position[stage] < len(queue):
+                number = queue[position[stage]]
+                step, start, wire = self._wires[number]
+                if place[number] < 0:
+                    missing = [start + n for n in wire.own if place[start + n] < 0]
+                    missing += [start + n for n in wire.received if not left[start + n]]
+                    if missing:
+                        until_left.setdefault(missing[0], []).append(stage)
+                        break
+                    place[number] = len(self.work)
+                    own = tuple([place[start + n] for n in wire.own])
+                    received = tuple([place[start + n] for n in wire.received])
+                    link = -1
+                    if wire.link is not None:
+                        link = on.setdefault(wire.link, len(on))
+                    self.work.append(
+                        Work(stage, step, wire.action, own, received, gate[stage], link)
+                    )
+                    gate[stage] = -1
+                    runnable += until_run.pop(number, ())
+                if wire.link is not None:
+                    count = sent.get(wire.link, 0)
+                    if self._depth is not None and count >= self._depth:
+                        taker = self._takers[wire.link][count - self._depth]
+                        if place[taker] < 0:
+                            until_run.setdefault(taker, []).append(stage)
+                            break
+                        gate[stage] = place[taker]
+                    sent[wire.link] = count + 1
+                left[number] = True
+                runnable += until_left.pop(number, ())
+                position[stage] += 1
+        self.links = list(on)
+        blocked = []
+        for stage, (queue, at) in enumerate(zip(self._queues, position, strict=True)):
+            if at < len(queue):
+                step, _, wire = self._wires[queue[at]]
+                what = "for the inputs" if place[queue[at]] < 0 else "to send the result"
+                blocked.append(
+                    f"stage {stage} waits {what} of {wire.action} (segment {wire.action.segment}, "
+                    f"step {step})"
+                )
+        return "deadlock: " + "; ".join(blocked) if blocked else None
+
+
+def validate(schedules: Schedule | Sequence[Schedule], link_depth: int) -> None:
+    """Prove that schedules are complete and that no run through them can deadlock at this link
+    depth.
+
+    Args:
+        schedules: of successive steps or phases; each may be repeated before the next one follows.
+
+    Raises:
+        ScheduleError: with a sentence and the grid.
+    """
+    schedules = [schedules] if isinstance(schedules, Schedule) else schedules
+    for schedule in schedules:
+        _check_complete(schedule)
+    # every schedule after itself and after the one before it: a step meets links that the step
+    # before has left full
+    twice = [schedule for schedule in schedules for _ in range(2)]
+    stuck = Program([*twice, twice[0]], link_depth).stuck
+    if stuck is not None:
+        grids = "\n".join(map(grid_of, schedules))
+        raise ScheduleError(
+            f"{schedules[0].name}: {stuck}; links hold {link_depth} messages, raise link.depth\n{grids}"
+        )
+
+
+def _check_complete(schedule: Schedule) -> None:
+    found = list(schedule.actions())
+    halves = {action[1:] for action in found if action.kind == WEIGHT_GRADIENT}
+    expected = {
+        Action(FORWARD, segment, micro_batch)
+        for micro_batch in range(schedule.num_micro_batches)
+        for segment in range(len(schedule.stage_of))
+    }
+    for micro_batch, routes in enumerate(schedule.rows):
+        for segment, passes in enumerate(routes.passes):
+            for which, one in enumerate(passes):
+                expected.update(
+                    Action.of_pass(
+                        one, segment, micro_batch, which, (segment, micro_batch, which) in halves
+                    )
+                )
+    if len(found) != len(set(found)) or set(found) != expected:
+        odd = sorted(set(found) ^ expected) or sorted({a for a in found if found.count(a) > 1})
+        raise ScheduleError(
+            f"{schedule.name}: actions missing, unknown or double: {', '.join(map(repr, odd[:5]))}"
+        )
+    for stage, actions in enumerate(schedule.stages):
+        for action in actions:
+            if schedule.stage_of[action.segment] != stage:
+                raise ScheduleError(
+                    f"{schedule.name}: {action!r} is listed on stage {stage}, not on its own"
+                )
+
+
+def grid_of(schedule: Schedule) -> str:
+    """The grid of one step at unit costs, with a sentence below it if it gets stuck."""
+    events, stuck = replay(schedule)
+    return _grid(schedule, events) + ("" if stuck is None else f"\n{stuck}")
+
+
+def _grid(schedule: Schedule, events: list[Event]) -> str:
+    """One row per stage, one column per tick of unit cost; `.` is idle, `'` the second tick of a
+    backward."""
+    if not events:
+        return "(empty schedule)"
+    makespan = int(max(e.end for e in events))
+    several = len(schedule.stage_of) > schedule.num_stages
+    cells = [["."] * makespan for _ in range(schedule.num_stages)]
+    for stage, _, action, start, end in events:
+        label = f"{action.segment}{action}" if several else str(action)
+        for tick in range(int(start), int(end)):
+            cells[stage][tick] = label if tick == start else "'"
+    width = max(len(c) for row in cells for c in row)
+    busy = sum(e.end - e.start for e in events)
+    idle = 1 - busy / (makespan * schedule.num_stages)
+    size = f"{schedule.num_stages} stages, {schedule.num_micro_batches} micro-batches"
+    head = f"{schedule.name}: {size}, {makespan} ticks, idle {idle:.0%}"
+    return "\n".join(
+        [head]
+        + [
+            f"stage {s}  " + " ".join(c.ljust(width) for c in row).rstrip()
+            for s, row in enumerate(cells)
+        ]
+    )
