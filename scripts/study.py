@@ -6,9 +6,10 @@
 `run` trains what is not finished yet, all segments of a model in one process through the real
 engine, and stops after the given minutes; call it again to go on. Several may run at once: each
 takes runs that nobody else works on. A run that ends in backpropagation goes on from where the same
-scheme without such a tail was, once that is finished: the two are the same until then. `table` adds
-what is finished to docs/quality-runs.jsonl, one line a run, and writes docs/quality.json,
-docs/quality.png and the table in docs/quality.md from all runs in there.
+scheme without such a tail was, once that is finished: the two are the same until then. So are WSD
+runs of different lengths until the shorter one decays. `table` adds what is finished to
+docs/quality-runs.jsonl, one line a run, and writes docs/quality.json, docs/quality.png and the
+tables in docs/quality.md, those of the presets with "ratio" in docs/quality-ratio.md.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ def mixed(share: float, rest: dict[str, Any] = LOCAL, correction: float = 0.0) -
     return {"mix": [{"mode": "backprop", "share": share}, rest], "correction": correction}
 
 
-COSINE, WSD = "cosine", "WSD"  # warm-up, stable, decay: a line to nothing over the last fifth
+COSINE, WSD = "cosine", "WSD"  # warm-up, stable, decay: a line to nothing over the last part
+DECAY = 0.2  # of the steps of a WSD run
 
 
 class Method(NamedTuple):
@@ -152,7 +154,6 @@ QUARTER = {"token_fraction": 0.25}
 SHARED = {"readout": "shared", "temperature": True}
 METHODS = {
     "backprop": Method(BACKPROP),
-    "backprop, WSD": Method(BACKPROP, schedule=WSD),
     "local": Method(LOCAL),
     "local, shared readout": Method(LOCAL, 0.0, SHARED),
     "local, one private block": Method(LOCAL, 0.0, {"blocks": 1}),
@@ -200,7 +201,9 @@ METHODS = {
         mixed(1 / 4), 0.2, {"blocks": 1, **EIGHTH}
     ),
 }
+YARDSTICKS = {COSINE: "backprop", WSD: "backprop, WSD"}  # what a row's gap is to
 METHODS |= {
+    "backprop, WSD": Method(BACKPROP, schedule=WSD),
     "chunked 2, WSD": Method(CHUNKED, schedule=WSD),
     "chunked 2, backprop tail 40 %, WSD": Method(CHUNKED, 0.4, schedule=WSD),
     "first chunk alone, rest fresh, backprop tail 40 %, WSD": Method(
@@ -285,10 +288,11 @@ def ds_config(run: Run) -> dict[str, Any]:
     warm_up = max(1, run.steps // 30)
     params: dict[str, Any] = {"total_num_steps": run.steps, "warmup_num_steps": warm_up}
     if method.schedule == WSD:
-        scheduler = {
-            "type": "WarmupStableDecayLR",
-            "params": {**params, "decay_num_steps": run.steps // 5},
+        params |= {  # the same warm-up at every length, so that runs have a beginning in common
+            "warmup_num_steps": max(1, preset.steps // 60),
+            "decay_num_steps": run.steps - run.switch(DECAY),
         }
+        scheduler = {"type": "WarmupStableDecayLR", "params": params}
     else:
         scheduler = {"type": "WarmupCosineLR", "params": {**params, "cos_min_ratio": 0.1}}
     return {
@@ -489,6 +493,8 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
     needed = {run.steps} | (
         {run.switch(tail) for tail in TAILS} if not METHODS[run.method].tail else set()
     )
+    if METHODS[run.method].schedule == WSD:
+        needed.add(run.switch(DECAY))
     for checkpoint in (place / "run" / "checkpoints").glob("global_step*"):
         if int(checkpoint.name.removeprefix("global_step")) not in needed:
             shutil.rmtree(checkpoint)
@@ -497,18 +503,11 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
 
 
 def _leave_trunk(run: Run, place: Path) -> None:
-    """Begin from the checkpoint of the run without a tail, where there is one."""
-    if run.trunk is None:
+    """Begin from the checkpoint of a run that is the same until then, where there is one."""
+    found = _shared(run, place.parent)
+    if found is None:
         return
-    trunk, tag = (
-        place.parent / run.trunk.name / "run",
-        f"global_step{run.switch(METHODS[run.method].tail)}",
-    )
-    if (
-        not (place.parent / run.trunk.name / "result.json").exists()
-        or not (trunk / "checkpoints" / tag).exists()
-    ):
-        return
+    trunk, tag = found
     partial = place / "run.partial"
     shutil.rmtree(partial, ignore_errors=True)
     for part in (tag, "tokenizer"):
@@ -519,6 +518,34 @@ def _leave_trunk(run: Run, place: Path) -> None:
     if METHODS[run.method].renew:
         renew_above(partial / "checkpoints" / tag, 1, METHODS[run.method].renew, run.seed)
     partial.rename(place / "run")
+
+
+def _shared(run: Run, folder: Path) -> tuple[Path, str] | None:
+    """(run folder, tag) of the checkpoint to begin with.
+
+    Under a cosine that is the finished run without a tail, where the tail begins. WSD runs of any
+    length are the same until one of them decays, finished or not.
+    """
+    method, trunk = METHODS[run.method], run.trunk or run
+    if method.schedule == COSINE:
+        place, tag = folder / trunk.name, f"global_step{run.switch(method.tail)}"
+        there = method.tail and (place / "run" / "checkpoints" / tag).exists()
+        return (place / "run", tag) if there and (place / "result.json").exists() else None
+    differs, base = run.switch(method.tail or DECAY), trunk._replace(step_factor=1.0).name
+    found = [(-1, folder)]
+    for place in folder.glob(f"{base}*"):
+        other_length = place.name == base or place.name.startswith(f"{base}-steps")
+        if other_length and (place / "run").exists():
+            config = json.loads((place / "ds_config.json").read_text())
+            steps = config["scheduler"]["params"]["total_num_steps"]
+            last = min(differs, switch_step(steps, DECAY))
+            for facts in (place / "run" / "checkpoints").glob("global_step*/ds_local.json"):
+                step = int(facts.parent.name.removeprefix("global_step"))
+                found += [(step, place / "run")] if step <= last else []
+    step, best = max(found)
+    if step < 0 or (method.renew and step < differs):
+        return None
+    return best, f"global_step{step}"
 
 
 def renew_above(checkpoint: Path, segment: int, how: str, seed: int) -> None:
@@ -684,7 +711,7 @@ def runs_of(
             r
             for r in results
             if (r["method"], r["step_factor"]) == (method, step_factor)
-            and (r["segments"] == segments or method == "backprop")
+            and (r["segments"] == segments or method in YARDSTICKS.values())
         ]
     )
 
@@ -746,23 +773,41 @@ def table(args: argparse.Namespace) -> int:
     (docs / "quality.json").write_text(
         json.dumps([row for rows in rows_of.values() for row in rows], indent=1) + "\n"
     )
-    text = markdown(rows_of)
-    page = docs / "quality.md"
-    whole = page.read_text() if page.exists() else f"# Quality at equal tokens\n\n{START}\n{END}\n"
-    before, _, rest = whole.partition(START)
-    page.write_text(f"{before}{START}\n{text}{END}{rest.partition(END)[2]}")
-    draw(results, rows_of, docs / "quality.png")
-    print(text)
+    at_ratio = {name: rows for name, rows in rows_of.items() if "ratio" in name}
+    others = {name: rows for name, rows in rows_of.items() if name not in at_ratio}
+    for page, written, lines in (
+        ("quality.md", others, markdown),
+        ("quality-ratio.md", at_ratio, ratio_markdown),
+    ):
+        if written:
+            _write_between(docs / page, lines(written))
+            print(lines(written))
+    if others:
+        draw(results, others, docs / "quality.png")
     return 0
 
 
+def _write_between(page: Path, text: str) -> None:
+    """Replace what is between the two marks of a page."""
+    whole = page.read_text() if page.exists() else f"# Quality at equal tokens\n\n{START}\n{END}\n"
+    before, _, rest = whole.partition(START)
+    page.write_text(f"{before}{START}\n{text}{END}{rest.partition(END)[2]}")
+
+
 def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each method, number of segments and number of steps; none without a backprop run to
-    compare with."""
+    """A row for each method, number of segments and number of steps; none without a backprop run
+    under the same schedule to compare with."""
+    return [row for schedule in YARDSTICKS for row in _rows_under(schedule, preset, results)]
+
+
+def _rows_under(schedule: str, preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from ds_local.model.blocks import load_model_config, skeleton
 
-    facts = PRESETS[preset]
-    backprop = [r for r in results if r["method"] == "backprop"]
+    facts, yardstick = PRESETS[preset], YARDSTICKS[schedule]
+    results = [
+        r for r in results if r["method"] in METHODS and METHODS[r["method"]].schedule == schedule
+    ]
+    backprop = [r for r in results if r["method"] == yardstick]
     yardsticks: dict[int, dict[float, float]] = {}  # seed -> step factor -> loss
     whole_lengths = {r["step_factor"] for r in backprop}
     for steps in whole_lengths:
@@ -771,9 +816,9 @@ def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     parameters = sum(p.numel() for p in skeleton(load_model_config(dict(facts.model))).parameters())
     rows = []
     for method, segments, longer in sorted(
-        {(r["method"], r["segments"], r["step_factor"]) for r in results if r["method"] in METHODS}
+        {(r["method"], r["segments"], r["step_factor"]) for r in results}
         | {
-            ("backprop", r["segments"], r["step_factor"])
+            (yardstick, r["segments"], r["step_factor"])
             for r in results
             if r["step_factor"] in whole_lengths
         },
@@ -784,11 +829,14 @@ def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         gap = gap_to({seed: whole.get(longer) for seed, whole in yardsticks.items()}, runs)
         if gap is None:
             print(
-                f"{method} is left out: backprop has no run of as many steps with a seed that it has",
+                f"{method} is left out: {yardstick} has no run of as many steps with a seed that it has",
                 file=sys.stderr,
             )
             continue
-        forecast = predict(facts.model, METHODS[method], segments, facts.model["n_positions"])
+        if METHODS[method].renew:  # no pipeline in its first part: no time to predict
+            forecast = Prediction(0.0, {}, {})
+        else:
+            forecast = predict(facts.model, METHODS[method], segments, facts.model["n_positions"])
         needed = tokens_to(loss - gap, runs)
         times = [
             t
@@ -806,8 +854,11 @@ def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": len(runs),
                 "perplexity": round(math.exp(loss), 4),
                 "gap_percent": percent(gap),
+                "gap_nats": round(gap, 4),
+                "schedule": schedule,
+                "exits": {} if METHODS[method].tail else runs[0].get("exits", {}),
                 "aux_flops_share": round(forecast.aux_share, 4),
-                "predicted_time_ratio": round(forecast.time[8, 0], 4),
+                "predicted_time_ratio": ratios_of(forecast.time).get("M=8, c/F=0"),
                 "device": runs[0]["machine"]["device"],
                 "processor": runs[0]["machine"]["processor"],
                 "predicted_time_to_backprop_loss": None
@@ -864,6 +915,46 @@ def markdown(rows_of: Mapping[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def ratio_markdown(rows_of: Mapping[str, list[dict[str, Any]]]) -> str:
+    """Losses and gaps alone, a table for each preset."""
+    lines: list[str] = []
+    for preset, rows in rows_of.items():
+        facts = PRESETS[preset]
+        width, vocabulary = facts.model["n_embd"], facts.model["vocab_size"]
+        batch = facts.sequences * facts.model["n_positions"]
+        lines += [
+            *([""] if lines else []),
+            f"### Preset {preset}: vocabulary / width {vocabulary // width}",
+            "",
+            *_wrapped(
+                f"{facts.model['n_layer']} blocks of width {width}, vocabulary {vocabulary:,}, "
+                f"{rows[0]['parameters']:,} parameters; steps of {batch:,} tokens, "
+                f"rate {facts.learning_rate:g}; {rows[0]['processor']} {rows[0]['device']}."
+            ),
+            "",
+            "| method | steps | seeds | loss of the model | loss of its lowest exit | gap in nats "
+            "| gap in perplexity |",
+            "|" + 7 * "---|",
+            *(_ratio_line(row, round(facts.steps * row["step_factor"])) for row in rows),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _ratio_line(row: dict[str, Any], steps: int) -> str:
+    lowest = row["exits"].get(min(row["exits"], key=int, default=""))
+    has_exit = len(row["exits"]) > 1
+    cells = [
+        f"{row['method']}, K = {row['segments']}",
+        f"{steps:,}",
+        row["seeds"],
+        f"{mean(row['losses']):.4f}",
+        f"{lowest:.4f}" if has_exit else "-",
+        f"{row['gap_nats']:+.4f}",
+        f"{row['gap_percent']:+.1f} %",
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
 def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, width=128, break_on_hyphens=False)
 
@@ -873,7 +964,7 @@ def _line(row: dict[str, Any], steps: int) -> str:
 
     def times(field: str, *counts: int, slow: tuple[int, ...] = (4, 8)) -> str:
         of = row[field]
-        if of is None:
+        if not of:
             return "-"
         groups = [
             [f"{of[f'M={m}, c/F={c}']:.2f}" for m in group]
