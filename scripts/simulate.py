@@ -1,10 +1,11 @@
 """Show what a schedule will do before running it: time line, idle share, live micro-batches,
 messages.
 
-python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --backprop-micro-batches 2
-python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --compare 1f1b zero_bubble
---png schedules.png python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --compare
-1f1b --model configs/gpt2-nano.json
+    python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --backprop-micro-batches 2
+    python scripts/simulate.py --stages 4 --micro-batches 8 --mode local \\
+        --compare 1f1b zero_bubble --png schedules.png
+    python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --compare 1f1b \\
+        --model configs/gpt2-nano.json
 """
 
 from __future__ import annotations
