@@ -2,15 +2,15 @@
 at."""
 
 import json
-from collections import Counter
 
 import datasets
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from ds_local.data.corpus import documents, prepare
+from ds_local.data.corpus import prepare
 from ds_local.data.dataset import TokenData
+from ds_local.data.sources import Skipped, documents
 from ds_local.errors import DataError
 
 
@@ -68,7 +68,7 @@ def test_files_folders_jsonl_and_parquet(tmp_path, tokenizer):
     datasets.Dataset.from_dict({"text": [words(300, 4), words(300, 5)]}).to_parquet(
         str(folder / "d.parquet")
     )
-    skipped = Counter()
+    skipped = Skipped()
     names = [d.name for d in documents([str(tmp_path / "corpus")], skipped)]
     assert names == [
         "deep/a.txt:0",
@@ -93,7 +93,7 @@ def test_what_is_no_text_is_counted(tmp_path, tokenizer):
     facts = make(tmp_path, tokenizer, folder)
     assert facts["skipped"] == {"empty": 2, "NUL bytes": 1, "invalid UTF-8": 1}
     assert facts["documents"] == 3
-    first = next(d for d in documents([str(folder)], Counter()) if d.name.startswith("bom"))
+    first = next(d for d in documents([str(folder)], Skipped()) if d.name.startswith("bom"))
     assert not first.text.startswith("\ufeff")
 
 
@@ -119,7 +119,7 @@ def test_a_line_of_50_megabytes(tmp_path, tokenizer):
         ("a.jsonl", '{"content": "x"}\n', 'with a "text" field'),
         ("a.jsonl", "not json\n", "line 1"),
         ("short.txt", "abc", "too few for train and validation sequences"),
-        ("empty.txt", "", "Skipped: {'empty': 1}"),
+        ("empty.txt", "", "hold no text; left out: 1 empty (empty.txt)"),
     ],
 )
 def test_sources_that_cannot_be_used(tmp_path, tokenizer, name, content, said):
