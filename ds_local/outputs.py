@@ -268,7 +268,7 @@ def check_file(path: str | Path, mark: str) -> Path:
         if path.is_file():
             with path.open("rb") as file:
                 head = file.read(_HEAD)
-            if head and mark.encode() not in head:
+            if head.strip() not in (b"", b"[]") and mark.encode() not in head:
                 raise OutputError(
                     f"{path} exists and was not written by this command, so it is left alone; "
                     "choose another name"

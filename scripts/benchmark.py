@@ -33,6 +33,8 @@ from bench.relay import Relay
 from bench.sweep import Setting, sweep
 from bench.systems import System, choose
 
+from ds_local.cli.arguments import PICTURE, output_file
+
 WIDTH = 256  # of the real layers in `memory`
 
 
@@ -172,7 +174,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     def command(function: Callable[..., Any], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(function.__name__, help=text)
         sub.set_defaults(run=function)
-        sub.add_argument("--json", type=Path, help="file for the rows")
+        sub.add_argument("--json", type=output_file('"benchmark"'), help="file for the rows")
         return sub
 
     def compared(sub: argparse.ArgumentParser, repeats: int) -> None:
@@ -193,7 +195,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=0.05,
         help="of a stage's forward, input gradient and weight gradient each",
     )
-    sub.add_argument("--png", type=Path)
+    sub.add_argument("--png", type=PICTURE)
     sub.add_argument("--trace", type=Path, help="folder for a Chrome/Perfetto trace of each system")
 
     sub = command(links, "the same over slow and distant links, each rank in a network namespace")
@@ -273,7 +275,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     sub = commands.add_parser("table", help="Markdown tables from --json files")
     sub.add_argument("files", type=Path, nargs="+")
-    sub.add_argument("--png", type=Path, help="bars of the schedules in them")
+    sub.add_argument("--png", type=PICTURE, help="bars of the schedules in them")
     return parser.parse_args(arguments)
 
 

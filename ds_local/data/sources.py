@@ -14,7 +14,7 @@ import os
 import re
 import sysconfig
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,9 +74,11 @@ class Document(NamedTuple):
 class Skipped:
     """What was left out: how much by reason, and the first few names."""
 
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.names: dict[str, list[str]] = defaultdict(list)
+    def __init__(
+        self, counts: Mapping[str, int] | None = None, names: Mapping[str, list[str]] | None = None
+    ) -> None:
+        self.counts: Counter[str] = Counter(counts)
+        self.names: dict[str, list[str]] = defaultdict(list, names or {})
 
     def add(self, reason: str, name: str) -> None:
         self.counts[reason] += 1
