@@ -275,8 +275,8 @@ def check_file(path: str | Path, mark: str) -> Path:
                 )
         elif path.is_dir():
             raise OutputError(f"{path} is a folder; give the name of a file")
-        above = _existing(path)
-        if above.is_file() or not os.access(above, os.W_OK):
+        above = _existing(path.parent)
+        if not above.is_dir() or not os.access(above, os.W_OK):
             raise OutputError(f"cannot write {path}: {above} is no folder that can be written to")
     except OSError as error:
         if isinstance(error, OutputError):
@@ -381,9 +381,8 @@ def _refusal(found: BaseException, place: Path) -> int | None:
 
 def _existing(path: Path) -> Path:
     """The path, or the nearest one above it that exists."""
-    return next(
-        one for one in (Path(os.path.abspath(path)), *path.absolute().parents) if one.exists()
-    )
+    place = Path(os.path.abspath(path))
+    return next(one for one in (place, *place.parents) if os.path.exists(one))
 
 
 def _size(path: Path) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ds_local.data.dataset import FORMAT, KIND, SPLITS
 from ds_local.data.sources import Document, Skipped, documents
-from ds_local.data.tokenizers import fingerprint, make_tokenizer, save_tokenizer
+from ds_local.data.tokenizers import encode, fingerprint, make_tokenizer, save_tokenizer
 from ds_local.errors import DataError
 from ds_local.outputs import new_folder
 
@@ -127,10 +128,10 @@ def _check_numbers(seq_len: int, validation_share: float) -> None:
 
 def _check_apart(sources: Sequence[str], output: Path) -> None:
     """No source may be in what is replaced, nor the output among what is read."""
-    place = output.resolve()
+    place = Path(os.path.realpath(output))
     for source in sources:
-        path = Path(source).resolve()
-        if not source or source.startswith("hub:") or not path.exists():
+        path = Path(os.path.realpath(source))
+        if not source or source.startswith("hub:") or not os.path.exists(path):
             continue
         if path == place or path in place.parents or place in path.parents:
             raise DataError(
@@ -184,7 +185,7 @@ class _Packer:
 
     def add(self, text: str, ends: bool) -> None:
         """Take a piece of a document; `ends`: it is the last one."""
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = encode(self.tokenizer, text)
         self.of_text += len(ids)
         if ends:
             ids = [*ids, self.tokenizer.eos_token_id]

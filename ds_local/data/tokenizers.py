@@ -19,6 +19,7 @@ from ds_local.data.sources import Document
 from ds_local.errors import DataError, DsLocalError, first_line
 
 _SIZES = range(300, 1_000_001)  # that can be trained
+_LONGEST_LINE = 4096  # that training takes
 # what tokenizers treat differently: spaces, line ends, scripts, digits, marks
 _SAMPLE = (
     "Hello, world! It's 12345.67 o'clock",
@@ -78,11 +79,17 @@ def _train_sentencepiece(size: int, texts: Iterable[Document]) -> PreTrainedToke
         line
         for document in texts
         for line in document.text.split("\n")
-        if line and len(line) < 4096
+        if line and len(line) < _LONGEST_LINE
     )
+    first = next(lines, None)
+    if first is None:
+        raise DataError(
+            f"the sources have no line of less than {_LONGEST_LINE} characters to train a tokenizer "
+            "on; break the lines, or give an existing --tokenizer"
+        )
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.islice(lines, 1_000_000),
+            sentence_iterator=itertools.islice(itertools.chain([first], lines), 1_000_000),
             model_writer=model,
             vocab_size=size,
             model_type="bpe",
@@ -115,13 +122,30 @@ def _train_sentencepiece(size: int, texts: Iterable[Document]) -> PreTrainedToke
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of the vocabulary and of the ids that a sample of texts gets."""
-    told = [sorted(tokenizer.get_vocab().items()), _ids(tokenizer, _SAMPLE)]
+    told = [sorted(tokenizer.get_vocab().items()), [_outcome(tokenizer, text) for text in _SAMPLE]]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
-    """As they are in data folders: without special tokens around them."""
-    return [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
+    """The ids of a text, in data folders without special tokens around them.
+
+    Raises:
+        DataError: when the tokenizer has no ids for it.
+    """
+    try:
+        return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path} cannot take {text[:40]!r}: {first_line(error)}"
+        ) from error
+
+
+def _outcome(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> Any:
+    """The ids of a text, or why it has none."""
+    try:
+        return encode(tokenizer, text, special)
+    except DataError as error:
+        return first_line(error.__cause__ or error)
 
 
 def difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
@@ -133,21 +157,18 @@ def difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> 
     step = max(1, len(one) // _PROBED)
     for text in (*_SAMPLE, *(one.decode([i]) for i in range(0, len(one), step))):
         for special in (False, True):
-            ids, theirs = (
-                t(text, add_special_tokens=special, verbose=False)["input_ids"]
-                for t in (one, other)
-            )
+            ids, theirs = (_outcome(tokenizer, text, special) for tokenizer in (one, other))
             if ids != theirs:
                 return f"it gives {text[:40]!r} the ids {_few(theirs)} instead of {_few(ids)}"
-        if one.decode(ids) != other.decode(ids):
+        if isinstance(ids, list) and one.decode(ids) != other.decode(ids):
             return (
                 f"it reads {_few(ids)} as {other.decode(ids)[:40]!r}, not {one.decode(ids)[:40]!r}"
             )
     return ""
 
 
-def _few(ids: list[int]) -> str:
-    return f"[{', '.join(map(str, ids[:6]))}{', ...' * (len(ids) > 6)}]"
+def _few(ids: Any) -> str:
+    return str(ids) if len(ids) <= 6 else f"{str(ids[:6])[:-1]}, ...]"
 
 
 def has_tokenizer(folder: str | Path) -> bool:
