@@ -3,6 +3,7 @@ pipeline bubble.
 
 Reading order, one room after the other; a room imports only from rooms above it
     errors       every error of ours
+    outputs      what we write: whole or not at all, and only over what we made
     config       the "local_parallel" section and the rest of ds_config.json that we rely on
     schedules    routes: which loss trains which segment; the compute order as data; what it costs
     links        what travels between stages, how it is packed, who is waited for

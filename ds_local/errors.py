@@ -35,6 +35,10 @@ class WeightsError(DsLocalError, ValueError):
     """Pretrained weights that cannot be used; the message names the file and the tensor."""
 
 
+class OutputError(DsLocalError, OSError):
+    """A file or folder that cannot be written, or is not ours to replace; the message names it."""
+
+
 class ExportError(DsLocalError, ValueError):
     """A checkpoint that cannot be turned into a model; the message names the file or tensor."""
 
@@ -56,3 +60,9 @@ class TransportError(DsLocalError, RuntimeError):
     def __init__(self, message: str, reason: str | None = None) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, for a sentence of ours: its first line, or else its kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

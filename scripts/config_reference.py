@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from ds_local.config import schema as config
 from ds_local.config.files import models_in
+from ds_local.outputs import write_file
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 HEADER = """# Configuration
@@ -130,7 +131,7 @@ def reference() -> str:
 
 
 def main() -> int:
-    PAGE.write_text(reference())
+    write_file(PAGE, reference())
     print(f"wrote {PAGE}")
     return 0
 

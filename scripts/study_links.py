@@ -17,9 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ds_local.cli.arguments import output_file
 from ds_local.config.files import load_config
 from ds_local.links.messages import activation_message
 from ds_local.measure.ranks import Pool
+from ds_local.outputs import write_file
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--timeout", type=float, default=7200, help="seconds for one run")
     add(
         "--json",
-        type=Path,
+        type=output_file('"codec"'),
         help="results, one object per codec; runs that are in it already are not repeated",
     )
     return parser.parse_args()
@@ -148,7 +150,7 @@ def main() -> None:
         if (codec, args.seed, args.steps, args.mode, args.bf16) not in done:
             rows += pool.run(run, 1, args, codec, timeout=args.timeout)
             if args.json:
-                args.json.write_text(json.dumps(rows, indent=1) + "\n")
+                write_file(args.json, json.dumps(rows, indent=1) + "\n")
     pool.close()
     plain = {row["seed"]: row["loss"] for row in rows if row["codec"] == "none"}
     print(

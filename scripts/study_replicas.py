@@ -20,6 +20,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ds_local.cli.arguments import output_file
+from ds_local.outputs import write_file
+
 PACE_STEPS = 60  # to see how long a step takes
 SUBNETS = {"sync": "subnets"}
 PERIODIC = {"sync": "periodic", "every": 50}
@@ -296,7 +299,7 @@ def quality_table(rows: list[dict[str, Any]]) -> str:
 
 def _write(path: Path | None, rows: list[dict[str, Any]]) -> None:
     if path:
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+        write_file(path, json.dumps(rows, indent=1) + "\n")
 
 
 def main() -> None:
@@ -305,7 +308,7 @@ def main() -> None:
     )
     parser.add_argument("study", choices=["costs", "quality", "table"])
     parser.add_argument("files", type=Path, nargs="*", help="of quality, for the table")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=output_file('"replicas"'), help="write the rows here")
     parser.add_argument("--data", help="folder written by scripts/prepare_data.py")
     parser.add_argument("--row", choices=ROWS, default="backprop", help="of the route table")
     parser.add_argument("--replicas", type=int, default=2)

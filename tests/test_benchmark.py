@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from ds_local.cli import benchmark
 import check_planner
 import pytest
 import torch
 from ranks import run_ranks
 
+from ds_local.cli import benchmark
 from ds_local.measure import emulated, network, real, report
 from ds_local.measure.live import LiveTensors
 from ds_local.measure.sweep import Setting, sweep

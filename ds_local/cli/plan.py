@@ -15,11 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ds_local.cli.arguments import output_file
 from ds_local.cluster.candidates import GIB, HEADS, ROWS, Cluster, Model, Price, measured_model
 from ds_local.cluster.planner import Plan, plan
 from ds_local.cluster.pricing import Pricing
 from ds_local.errors import ConfigError
 from ds_local.model import blocks
+from ds_local.outputs import write_file
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -64,7 +66,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="profile.json of a run of this model: measured times instead of --device-tflops",
     )
     add("--best", type=int, default=3, help="layouts to show in full")
-    add("--json", help="file for all figures, - for the console instead of the text")
+    add(
+        "--json",
+        type=output_file('"too_large"'),
+        help="file for all figures, - for the console instead of the text",
+    )
     return parser.parse_args(arguments)
 
 
@@ -135,10 +141,10 @@ def main(arguments: list[str] | None = None) -> int:
             "too_large": [as_json(p) for p in found.too_large.values()],
         }
         text = json.dumps(result, indent=1)
-        if args.json == "-":
+        if str(args.json) == "-":
             print(text)
             return 0
-        Path(args.json).write_text(text + "\n")
+        write_file(args.json, text + "\n")
     print(report(found, args))
     print(
         f"{found.considered} layouts of {cluster.devices} devices, {found.simulated} simulated, "

@@ -16,9 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ds_local.cli.arguments import number_or_auto
+from ds_local.cli.arguments import PICTURE, TRACE, number_or_auto, output_file
 from ds_local.config.files import local_parallel
 from ds_local.config.schema import SECTION, LocalParallelConfig
+from ds_local.errors import OutputError
+from ds_local.outputs import new_file, write_file
 from ds_local.schedules.drawing import chrome_trace, draw
 from ds_local.schedules.peers import PEERS
 from ds_local.schedules.replay import grid_of
@@ -103,10 +105,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     costs.add_argument("--link-depth", type=int, help="messages a link holds; default no limit")
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--json", help="file for the figures, - for the console instead of the grid"
+        "--json",
+        type=output_file('"makespan"'),
+        help="file for the figures, - for the console instead of the grid",
     )
-    output.add_argument("--png", type=Path, help="picture of the time lines")
-    output.add_argument("--trace", type=Path, help="Chrome/Perfetto trace of one step")
+    output.add_argument("--png", type=PICTURE, help="picture of the time lines")
+    output.add_argument("--trace", type=TRACE, help="Chrome/Perfetto trace of one step")
     return parser.parse_args(arguments)
 
 
@@ -221,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     for report, (_, shares) in zip(reports, modelled, strict=False):
         report["auxiliary_flops"] = shares
     result = reports[0] if not args.compare else reports
-    if args.json == "-":
+    if str(args.json) == "-":
         print(json.dumps(result, indent=1))
     else:
         if max(args.stages * args.segments_per_stage, args.micro_batches) <= WIDEST:
@@ -234,10 +238,15 @@ def main(arguments: list[str] | None = None) -> int:
                     "  auxiliary share of the work, by stage: "
                     + ", ".join(f"{s:.1%}" for s in report["auxiliary_flops"])
                 )
-        if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    if args.png:
-        draw(timelines, args.png)
-    if args.trace:
-        args.trace.write_text(json.dumps(chrome_trace(timelines[0])))
+    try:
+        if args.json and str(args.json) != "-":
+            write_file(args.json, json.dumps(result, indent=1) + "\n")
+        if args.png:
+            with new_file(args.png) as picture:
+                draw(timelines, picture)
+        if args.trace:
+            write_file(args.trace, json.dumps(chrome_trace(timelines[0])))
+    except OutputError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     return 0

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ds_local.outputs import new_file, write_file
+
 Row = dict[str, Any]
 MISSING = "-"
 
@@ -33,8 +35,7 @@ def save(rows: Sequence[Row], path: Path | None, benchmark: str) -> None:
     comes from."""
     if path is not None:
         facts = {"benchmark": benchmark, "command": command(), "machine": machine()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([facts | row for row in rows], indent=1) + "\n")
+        write_file(path, json.dumps([facts | row for row in rows], indent=1) + "\n")
 
 
 def load(paths: Iterable[Path]) -> list[Row]:
@@ -372,7 +373,8 @@ def draw_bars(rows: Sequence[Row], path: Path) -> None:
         "% of ideal; bar: median of the repetitions, line: their spread, mark: simulated",
         fontsize=8,
     )
-    figure.savefig(path, dpi=130)
+    with new_file(path) as picture:
+        figure.savefig(picture, dpi=130)
     plt.close(figure)
 
 
@@ -400,4 +402,4 @@ def write_trace(events_of_ranks: Sequence[Sequence[tuple[str, float, float]]], p
             }
             for what, start, end in events
         ]
-    path.write_text(json.dumps({"traceEvents": rows}))
+    write_file(path, json.dumps({"traceEvents": rows}))

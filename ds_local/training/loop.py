@@ -29,8 +29,8 @@ from ds_local.config.deepspeed import batch_sizes, check_deepspeed
 from ds_local.config.files import load_config, local_parallel
 from ds_local.config.placement import num_stages_and_replicas
 from ds_local.config.schema import SECTION, Scheme
-from ds_local.data.corpus import check_same_tokenizer
 from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
+from ds_local.data.tokenizers import check_same_tokenizer
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.initialize import initialize
 from ds_local.engine.module import causal_lm
@@ -123,7 +123,8 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
     check_deepspeed(config)
     config[SECTION] = overridden_section(config.get(SECTION, {}), args)
     local_parallel(config)
-    data = TokenData(args.data)
+    # the files are compared with their checksums once on each host
+    data = TokenData(args.data, verify=os.environ.get("LOCAL_RANK", "0") == "0")
     hf_config = blocks.load_model_config(args.model)
     padding = hf_config.vocab_size - data.vocab_size
     weights = None if args.from_scratch or args.resume else find_weights(args.model)

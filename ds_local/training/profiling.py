@@ -27,6 +27,7 @@ from ds_local.engine.recorder import Event
 from ds_local.links.messages import activation_message, parts_of_activation, to_device
 from ds_local.links.transport import Tag
 from ds_local.model.split_linear import left_out
+from ds_local.outputs import write_file
 from ds_local.schedules.simulator import Costs, simulate
 
 REPEATS = 10
@@ -206,10 +207,11 @@ def write(engine: Any, inputs: Any, folder: Path) -> None:
         "update_seconds": [_typical(stages[stage], "OptimizerStep") for stage in sorted(stages)],
         "parameters": [count for _, replica, *_, count in gathered if replica == 0],
     }
-    (folder / "profile.json").write_text(
-        json.dumps({"layout": layout, "costs": costs, "measured": measured}, indent=1) + "\n"
+    write_file(
+        folder / "profile.json",
+        json.dumps({"layout": layout, "costs": costs, "measured": measured}, indent=1) + "\n",
     )
-    (folder / "trace.json").write_text(json.dumps(_trace(gathered)))
+    write_file(folder / "trace.json", json.dumps(_trace(gathered)))
 
 
 def _in_the_run(engine: Any, stage: int, events: list[Event], costs: dict[str, Any]) -> float:
