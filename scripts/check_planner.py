@@ -24,6 +24,7 @@ from bench.real import Job, pinned
 from bench.real import config_of as real_config
 
 from ds_local.cluster.pricing import Cluster, Layout, Model, Pricing, measured_model, section_for
+from ds_local.config import strict_json
 from ds_local.model import blocks
 from ds_local.model.flops import UnitCosts
 
@@ -186,7 +187,7 @@ def main() -> int:
     finally:
         pool.close()
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        args.json.write_text(strict_json.dumps(rows, indent=1) + "\n")
     return 0
 
 

@@ -7,7 +7,6 @@ python scripts/evaluate.py runs/nano --data data/python
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from models import exits_of
+
+from ds_local.config import strict_json
 
 
 def main() -> int:
@@ -50,7 +51,7 @@ def main() -> int:
             f"{row['bits_per_byte']:>13.4f}"
         )
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+        Path(args.json).write_text(strict_json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -8,7 +8,6 @@ python scripts/plan.py --model configs/gpt2-xl.json --nodes 8 --devices-per-node
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from ds_local.cluster.pricing import (
     Pricing,
     measured_model,
 )
+from ds_local.config import strict_json
 from ds_local.errors import ConfigError
 from ds_local.model import blocks
 
@@ -142,7 +142,7 @@ def main() -> int:
             "best": [as_json(p) for p in found.best],
             "too_large": [as_json(p) for p in found.too_large.values()],
         }
-        text = json.dumps(result, indent=1)
+        text = strict_json.dumps(result, indent=1)
         if args.json == "-":
             print(text)
             return 0

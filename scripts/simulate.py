@@ -10,12 +10,12 @@ python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --compare 1
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from ds_local.cli.arguments import number_or_auto
+from ds_local.config import strict_json
 from ds_local.config.files import local_parallel
 from ds_local.config.schema import SECTION, LocalParallelConfig
 from ds_local.schedules.peers import PEERS
@@ -220,7 +220,7 @@ def main() -> int:
         report["auxiliary_flops"] = shares
     result = reports[0] if not args.compare else reports
     if args.json == "-":
-        print(json.dumps(result, indent=1))
+        print(strict_json.dumps(result, indent=1))
     else:
         if max(args.stages * args.segments_per_stage, args.micro_batches) <= WIDEST:
             for schedule in [step for steps in schedules for step in steps]:
@@ -233,11 +233,11 @@ def main() -> int:
                     + ", ".join(f"{s:.1%}" for s in report["auxiliary_flops"])
                 )
         if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+            Path(args.json).write_text(strict_json.dumps(result, indent=1) + "\n")
     if args.png:
         draw(timelines, args.png)
     if args.trace:
-        args.trace.write_text(json.dumps(chrome_trace(timelines[0])))
+        args.trace.write_text(strict_json.dumps(chrome_trace(timelines[0])))
     return 0
 
 

@@ -34,6 +34,8 @@ from statistics import mean
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from ds_local.config import strict_json
+
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL, BACKPROP = {"mode": "local"}, {"mode": "backprop"}
 CHUNKED = {"mode": "chunked", "window": 2}
@@ -416,7 +418,7 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
         "versions": facts["versions"],
         "machine": facts["machine"],
     }
-    (place / "result.json").write_text(json.dumps(result, indent=1))
+    (place / "result.json").write_text(strict_json.dumps(result, indent=1))
     needed = {run.steps} | (
         {run.switch(tail) for tail in TAILS} if not METHODS[run.method].tail else set()
     )
@@ -539,7 +541,7 @@ def all_runs(kept: Path, folder: Path) -> list[dict[str, Any]]:
         if result["preset"] != TRIAL
     }
     runs = [latest[identity] for identity in sorted(latest)]
-    kept.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    kept.write_text("".join(strict_json.dumps(run) + "\n" for run in runs))
     return runs
 
 
@@ -625,7 +627,7 @@ def table(args: argparse.Namespace) -> int:
         print("no backprop run is finished yet; run it first", file=sys.stderr)
         return 1
     (docs / "quality.json").write_text(
-        json.dumps([row for rows in rows_of.values() for row in rows], indent=1) + "\n"
+        strict_json.dumps([row for rows in rows_of.values() for row in rows], indent=1) + "\n"
     )
     text = markdown(rows_of)
     page = docs / "quality.md"

@@ -19,6 +19,7 @@ from typing import Any
 
 from bench.ranks import Pool
 
+from ds_local.config import strict_json
 from ds_local.config.files import load_config
 from ds_local.links.messages import activation_message
 
@@ -149,7 +150,7 @@ def main() -> None:
         if (codec, args.seed, args.steps, args.mode, args.bf16) not in done:
             rows += pool.run(run, 1, args, codec, timeout=args.timeout)
             if args.json:
-                args.json.write_text(json.dumps(rows, indent=1) + "\n")
+                args.json.write_text(strict_json.dumps(rows, indent=1) + "\n")
     pool.close()
     plain = {row["seed"]: row["loss"] for row in rows if row["codec"] == "none"}
     print(

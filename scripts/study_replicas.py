@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ds_local.config import strict_json
+
 PACE_STEPS = 60  # to see how long a step takes
 SUBNETS = {"sync": "subnets"}
 PERIODIC = {"sync": "periodic", "every": 50}
@@ -183,7 +185,7 @@ def study_costs(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
             ]
             row["sent_an_exchange"] = statistics.mean(sent)
         rows.append(row)
-        print(json.dumps(row), flush=True)
+        print(strict_json.dumps(row), flush=True)
     return rows
 
 
@@ -259,7 +261,7 @@ def study_quality(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
                 **result_of(name, steps),
             }
         )
-        print(json.dumps(rows[-1]), flush=True)
+        print(strict_json.dumps(rows[-1]), flush=True)
         _write(args.json, rows)
     return rows
 
@@ -296,7 +298,7 @@ def quality_table(rows: list[dict[str, Any]]) -> str:
 
 def _write(path: Path | None, rows: list[dict[str, Any]]) -> None:
     if path:
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+        path.write_text(strict_json.dumps(rows, indent=1) + "\n")
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ metrics.jsonl (what came of it), checkpoints/ and loss.png.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from ds_local.checkpoints.folder import latest_tag
 from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.cluster import start_check as cluster
+from ds_local.config import strict_json
 from ds_local.config.deepspeed import batch_sizes, check_deepspeed
 from ds_local.config.files import load_config, local_parallel
 from ds_local.config.placement import num_stages_and_replicas
@@ -234,7 +234,7 @@ def _start_run_folder(
         }
         | {"python": platform.python_version()},
     }
-    (run / "run.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
+    (run / "run.json").write_text(strict_json.dumps(facts, indent=1, default=str) + "\n")
 
 
 def _shares(engine: LocalPipelineEngine, schedule: Schedule, seq_len: int) -> list[float]:

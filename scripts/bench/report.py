@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ds_local.config import strict_json
+
 Row = dict[str, Any]
 MISSING = "-"
 
@@ -34,7 +36,7 @@ def save(rows: Sequence[Row], path: Path | None, benchmark: str) -> None:
     if path is not None:
         facts = {"benchmark": benchmark, "command": command(), "machine": machine()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([facts | row for row in rows], indent=1) + "\n")
+        path.write_text(strict_json.dumps([facts | row for row in rows], indent=1) + "\n")
 
 
 def load(paths: Iterable[Path]) -> list[Row]:
@@ -400,4 +402,4 @@ def write_trace(events_of_ranks: Sequence[Sequence[tuple[str, float, float]]], p
             }
             for what, start, end in events
         ]
-    path.write_text(json.dumps({"traceEvents": rows}))
+    path.write_text(strict_json.dumps({"traceEvents": rows}))
