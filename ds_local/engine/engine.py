@@ -81,7 +81,8 @@ class LocalPipelineEngine(PipelineEngine):
         alone = self.section.replicas.sync != "gradients" and self.is_data_parallel
         self.events = Events(
             self.section.on_nonfinite.skip,
-            f"stage {self.stage_id}" + (f", replica {self.replica_id}" if alone else ""),
+            self.stage_id,
+            self.replica_id if alone else None,
             speaks=alone or self.replica_id == 0,
         )
         self.checkpoint_engine = SafeCheckpointEngine(self._config)
@@ -163,7 +164,9 @@ class LocalPipelineEngine(PipelineEngine):
             if learning:
                 limit = self.gradient_clipping() * self.section.clip_multiplier(segment)
                 if segment not in self._grad_norms:  # replicas have averaged since it was measured
-                    self._grad_norms[segment] = get_total_norm([p.grad for p in learning])
+                    self._grad_norms[segment] = get_total_norm(
+                        [p.grad for p in learning if p.grad is not None]
+                    )
                 clip_grads_with_norm_(learning, limit, self._grad_norms[segment])
 
     def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:

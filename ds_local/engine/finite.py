@@ -121,15 +121,18 @@ class Events:
     Args:
         limit: left out in a row, the stage where they arose ends the run. A stage that only got
             them from a neighbour ends it one step later: by then it has heard of the first.
-        who: the stage, in words.
+        stage: of this rank.
+        replica: of this rank, where replicas train apart.
         speaks: this rank tells what happens; else another replica of the stage does.
     """
 
-    def __init__(self, limit: int, who: str, speaks: bool) -> None:
+    def __init__(self, limit: int, stage: int, replica: int | None, speaks: bool) -> None:
         self.say: Callable[[str], None] = LOG.warning
         self.newest: dict[int, tuple[str, int]] = {}  # segment -> (kind, steps done)
-        self._limit, self._who, self._speaks = limit, who, speaks
+        self._limit, self._stage, self._speaks = limit, stage, speaks
+        self._who = f"stage {stage}" + ("" if replica is None else f", replica {replica}")
         self._in_a_row: dict[int, int] = {}
+        self._skipped = 0
 
     def book(self, step: int, kinds: Mapping[int, str], skipped: int) -> None:
         """Note and tell what happened.
@@ -139,6 +142,7 @@ class Events:
             kinds: by segment, of those that were not updated.
             skipped: steps that the stage has left out so far.
         """
+        self._skipped = skipped
         self._in_a_row = {segment: self._in_a_row.get(segment, 0) + 1 for segment in kinds}
         for segment, kind in kinds.items():
             self.newest[segment] = kind, step
@@ -155,10 +159,9 @@ class Events:
             if count < self._limit + (not arose_here(kind)):
                 continue
             if self._speaks:
-                post_notice(
-                    "nonfinite",
-                    json.dumps({"segment": segment, "step": step} | {"nonfinite": kind}),
-                )
+                facts = {"step": step, "segment": segment, "stage": self._stage}
+                event = {"nonfinite": kind, "nonfinite_step": step, "skipped": self._skipped}
+                post_notice("nonfinite", json.dumps(facts | event))
             in_a_row = f", the {_ordinal(count)} time in a row" if count > 1 else ""
             raise NonFiniteError(
                 f"{_WORDS[kind].format(segment)} not finite in step {step} on {self._who}{in_a_row}; "
