@@ -547,10 +547,13 @@ class LocalPipelineEngine(PipelineEngine):
         if kinds and not self._one_by_one:
             spoil_gradients(self.optimizer)
         elif kinds:
-            for parameter in (p for segment in kinds for p in self._weights[segment]):
-                # replicas that train apart exchange moments, so each must have some
-                fresh = not self.replicas.reduces_gradients and not self.optimizer.state[parameter]
-                parameter.grad = torch.zeros_like(parameter) if fresh else None
+            for segment in kinds:
+                self._grad_norms.pop(segment, None)  # it has been read
+                for parameter in (p for p in self._weights[segment] if p.grad is not None):
+                    # replicas that train apart exchange moments, so each must have some
+                    first = not self.optimizer.state.get(parameter)
+                    apart = not self.replicas.reduces_gradients
+                    parameter.grad = torch.zeros_like(parameter) if first and apart else None
         super()._take_model_step(lr_kwargs)
         if not self._one_by_one and self.optimizer.overflow:
             kinds = kinds or dict.fromkeys(self.module.local_segments, "gradient")
