@@ -47,6 +47,11 @@ class CheckpointError(DsLocalError, RuntimeError):
     """A checkpoint that is missing, incomplete or damaged; the message names file and remedy."""
 
 
+class NonFiniteError(DsLocalError, ArithmeticError):
+    """Losses, gradients or activations that are not finite, for more steps in a row than
+    "on_nonfinite" allows; the message names step, stage and segment."""
+
+
 class ClusterError(DsLocalError, RuntimeError):
     """The machines cannot run the job together; the message names host, rank and remedy."""
 

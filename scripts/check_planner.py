@@ -22,6 +22,7 @@ from ds_local.cli.arguments import output_file
 from ds_local.cluster.candidate_cost import section_for
 from ds_local.cluster.candidates import Candidate, Cluster, Model, measured_model
 from ds_local.cluster.pricing import Pricing
+from ds_local.config import strict_json
 from ds_local.measure import emulated, network
 from ds_local.measure.ranks import Pool
 from ds_local.measure.real import Job, pinned
@@ -189,7 +190,7 @@ def main() -> int:
     finally:
         pool.close()
     if args.json:
-        write_file(args.json, json.dumps(rows, indent=1) + "\n")
+        write_file(args.json, strict_json.dumps(rows, indent=1) + "\n")
     return 0
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_local.cli.arguments import output_file
+from ds_local.config import strict_json
 from ds_local.config.files import load_config
 from ds_local.links.messages import activation_message
 from ds_local.measure.ranks import Pool
@@ -150,7 +151,7 @@ def main() -> None:
         if (codec, args.seed, args.steps, args.mode, args.bf16) not in done:
             rows += pool.run(run, 1, args, codec, timeout=args.timeout)
             if args.json:
-                write_file(args.json, json.dumps(rows, indent=1) + "\n")
+                write_file(args.json, strict_json.dumps(rows, indent=1) + "\n")
     pool.close()
     plain = {row["seed"]: row["loss"] for row in rows if row["codec"] == "none"}
     print(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_local.cli.arguments import output_file
+from ds_local.config import strict_json
 from ds_local.outputs import write_file
 
 PACE_STEPS = 60  # to see how long a step takes
@@ -186,7 +187,7 @@ def study_costs(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
             ]
             row["sent_an_exchange"] = statistics.mean(sent)
         rows.append(row)
-        print(json.dumps(row), flush=True)
+        print(strict_json.dumps(row), flush=True)
     return rows
 
 
@@ -262,7 +263,7 @@ def study_quality(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
                 **result_of(name, steps),
             }
         )
-        print(json.dumps(rows[-1]), flush=True)
+        print(strict_json.dumps(rows[-1]), flush=True)
         _write(args.json, rows)
     return rows
 
@@ -299,7 +300,7 @@ def quality_table(rows: list[dict[str, Any]]) -> str:
 
 def _write(path: Path | None, rows: list[dict[str, Any]]) -> None:
     if path:
-        write_file(path, json.dumps(rows, indent=1) + "\n")
+        write_file(path, strict_json.dumps(rows, indent=1) + "\n")
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ needs no device.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from ds_local.cli.arguments import output_file
 from ds_local.cluster.candidates import GIB, HEADS, ROWS, Cluster, Model, Price, measured_model
 from ds_local.cluster.planner import Plan, plan
 from ds_local.cluster.pricing import Pricing
+from ds_local.config import strict_json
 from ds_local.errors import ConfigError
 from ds_local.model import blocks
 from ds_local.outputs import write_file
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
             "best": [as_json(p) for p in found.best],
             "too_large": [as_json(p) for p in found.too_large.values()],
         }
-        text = json.dumps(result, indent=1)
+        text = strict_json.dumps(result, indent=1)
         if str(args.json) == "-":
             print(text)
             return 0

@@ -11,12 +11,12 @@ messages.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from ds_local.cli.arguments import PICTURE, TRACE, number_or_auto, output_file
+from ds_local.config import strict_json
 from ds_local.config.files import local_parallel
 from ds_local.config.schema import SECTION, LocalParallelConfig
 from ds_local.errors import OutputError
@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
         report["auxiliary_flops"] = shares
     result = reports[0] if not args.compare else reports
     if str(args.json) == "-":
-        print(json.dumps(result, indent=1))
+        print(strict_json.dumps(result, indent=1))
     else:
         if max(args.stages * args.segments_per_stage, args.micro_batches) <= WIDEST:
             for schedule in [step for steps in schedules for step in steps]:
@@ -240,12 +240,12 @@ def main(arguments: list[str] | None = None) -> int:
                 )
     try:
         if args.json and str(args.json) != "-":
-            write_file(args.json, json.dumps(result, indent=1) + "\n")
+            write_file(args.json, strict_json.dumps(result, indent=1) + "\n")
         if args.png:
             with new_file(args.png) as picture:
                 draw(timelines, picture)
         if args.trace:
-            write_file(args.trace, json.dumps(chrome_trace(timelines[0])))
+            write_file(args.trace, strict_json.dumps(chrome_trace(timelines[0])))
     except OutputError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -9,11 +9,13 @@ No torch, no DeepSpeed.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -300,6 +302,21 @@ class ReplicasConfig(_Strict):
         return self
 
 
+class NonFiniteConfig(_Strict):
+    """What becomes of a step whose loss, gradient or activations are not finite."""
+
+    skip: PositiveInt = 10
+    """The stage leaves out the update and says so; this many such steps in a row end the run."""
+
+
+def _or_stop(value: Any) -> Any:
+    if value == "stop":
+        return {"skip": 1}
+    if not isinstance(value, Mapping | NonFiniteConfig):
+        raise ValueError('must be "stop" or {"skip": n}')
+    return value
+
+
 class LocalParallelConfig(Scheme):
     """The "local_parallel" section."""
 
@@ -335,6 +352,9 @@ class LocalParallelConfig(Scheme):
     and its options."""
     replicas: ReplicasConfig = ReplicasConfig()
     """The data-parallel axis."""
+    on_nonfinite: Annotated[NonFiniteConfig, BeforeValidator(_or_stop)] = NonFiniteConfig()
+    """What becomes of a step whose loss, gradient or activations are not finite. "stop": the first
+    one ends the run, as {"skip": 1} does."""
     seed: NonNegativeInt = 1234
     """Seed of weights and dropout."""
     diagnostics: bool = False

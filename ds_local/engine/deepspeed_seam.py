@@ -12,6 +12,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor
 
 from ds_local.errors import CheckpointError
 
@@ -63,6 +64,34 @@ class StageLocal:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
+
+
+# --- gradients that are not finite --------------------------------------------------------------
+
+
+def gradient_of(parameter: Tensor) -> Tensor | None:
+    """What has been accumulated in this step, before replicas average: DeepSpeed's bf16 optimizer
+    and its ZeRO keep a sum of their own."""
+    for name in ("_hp_grad", "grad_accum", "grad"):
+        gradient = getattr(parameter, name, None)
+        if gradient is not None:
+            return gradient.coalesce().values() if gradient.is_sparse else gradient
+    return None
+
+
+def always_check_overflow(optimizer: Any) -> None:
+    """`bf16.check_grad_overflow: false` would let a gradient pass that is not finite."""
+    if hasattr(optimizer, "check_grad_overflow"):
+        optimizer.check_grad_overflow = True
+
+
+def spoil_gradients(optimizer: Any) -> None:
+    """Make DeepSpeed's bf16 or ZeRO optimizer refuse the coming step by its own overflow check: it
+    clears its gradients then, and leaves weights and moments alone."""
+    averaged = getattr(optimizer, "averaged_gradients", {}).values()
+    flat = getattr(optimizer, "fp32_groups_gradients_flat", [])
+    for gradient in [g for group in averaged for g in group or () if g is not None] + list(flat):
+        gradient.fill_(torch.nan)
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):

@@ -15,18 +15,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ds_local.engine import instructions, saving
-from ds_local.engine.deepspeed_seam import ENGINES, SafeCheckpointEngine, StageLocal
+from ds_local.engine.deepspeed_seam import (
+    ENGINES,
+    SafeCheckpointEngine,
+    StageLocal,
+    always_check_overflow,
+    gradient_of,
+    spoil_gradients,
+)
 from ds_local.engine.evaluation import evaluate, mean_losses
 from ds_local.engine.executor import Executor
+from ds_local.engine.finite import KINDS, WEIGHTS, Events
 from ds_local.engine.instructions import StageSchedule
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.recorder import Recorder
@@ -67,7 +76,15 @@ class LocalPipelineEngine(PipelineEngine):
         self._stopping = Stopping(self.stage_id, self.global_rank)
         self.recorder: Recorder | None = None  # set it to keep a trace
         self.replicas = Together()  # `initialize` puts here what the config asks for
-        self._grad_norms: dict[int, Tensor] = {}
+        self._grad_norms: dict[int, Any] = {}  # by segment, where DeepSpeed's is of a stage
+        self._one_by_one = not self.zero_optimization() and not self.using_bf16_optimizer
+        alone = self.section.replicas.sync != "gradients" and self.is_data_parallel
+        self.events = Events(
+            self.section.on_nonfinite.skip,
+            self.stage_id,
+            self.replica_id if alone else None,
+            speaks=alone or self.replica_id == 0,
+        )
         self.checkpoint_engine = SafeCheckpointEngine(self._config)
         self._keep_norms_local()
         self._scale_by_segment()
@@ -101,6 +118,7 @@ class LocalPipelineEngine(PipelineEngine):
         self._traffic = Traffic(list(self._ends.values()))
         if self.global_rank == 0 and self.monitor.enabled:
             self.reports.listeners.append(monitor_listener(self.monitor, self.train_batch_size()))
+            self.monitor.enabled = False  # DeepSpeed would write learning rates ahead of reports
 
     # --- what DeepSpeed would do over all stages
     # ------------------------------------------------------------------------
@@ -117,6 +135,7 @@ class LocalPipelineEngine(PipelineEngine):
             self.optimizer.model_parallel_group = None
             self.optimizer.model_parallel_world_size = 1
             self.optimizer.model_parallel_rank = 0
+        always_check_overflow(self.optimizer)
 
     def _scale_by_segment(self) -> None:
         """Learning rates of the config's factors, in the parameter groups by segment that
@@ -140,10 +159,15 @@ class LocalPipelineEngine(PipelineEngine):
     def clip_fp32_gradients(self) -> None:
         """Clip each segment by its own gradient norm. DeepSpeed's version takes stage 0's norm for
         all stages."""
-        for segment in self.module.local_segments:
-            parameters = list(self.module.segment_parameters(segment))
-            limit = self.gradient_clipping() * self.section.clip_multiplier(segment)
-            self._grad_norms[segment] = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        for segment, parameters in self._weights.items():
+            learning = [p for p in parameters if p.grad is not None]
+            if learning:
+                limit = self.gradient_clipping() * self.section.clip_multiplier(segment)
+                if segment not in self._grad_norms:  # replicas have averaged since it was measured
+                    self._grad_norms[segment] = get_total_norm(
+                        [p.grad for p in learning if p.grad is not None]
+                    )
+                clip_grads_with_norm_(learning, limit, self._grad_norms[segment])
 
     def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
         return grad  # losses are scaled where they are computed
@@ -224,7 +248,9 @@ class LocalPipelineEngine(PipelineEngine):
             step.
 
         Raises:
-            TransportError: when a neighbour is gone or silent; RuntimeError when the data runs out.
+            TransportError: when a neighbour is gone or silent.
+            NonFiniteError: after more steps in a row that are not finite than "on_nonfinite" allows.
+            RuntimeError: when the data runs out.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError(
@@ -241,23 +267,27 @@ class LocalPipelineEngine(PipelineEngine):
             self._exec_schedule(self._train_schedule(), self._batches())
             self.replicas.after_step()
             self.copies.send(self.global_steps)
-        traffic = self._traffic.end(self.replicas)
-        self.reports.close_step(
-            {
-                segment: {
-                    "step": self.global_steps,
-                    "loss": self.segment_losses.get(segment),
-                    "seconds": time.perf_counter() - started,
-                    "grad_norm": self._grad_norms.get(segment, self.get_global_grad_norm()),
-                    **traffic,
-                }
-                for segment in self.module.local_segments
-            }
-        )
+            traffic = self._traffic.end(self.replicas)
+            traffic["seconds"] = time.perf_counter() - started
+            own = self.module.local_segments
+            self.reports.close_step({segment: self._figures(segment) | traffic for segment in own})
+            self.events.check()
         with_loss = [
             self.segment_losses[s] for s in self.module.local_segments if s in self.segment_losses
         ]
         return with_loss[-1] if with_loss else None
+
+    def _figures(self, segment: int) -> dict[str, Any]:
+        """Of the step that ends, but for its traffic."""
+        kind, event = self.events.newest.get(segment, (None, None))
+        return {
+            "step": self.global_steps,
+            "grad_norm": self._grad_norms.get(segment, self.get_global_grad_norm()),
+            "nonfinite": None if kind is None else KINDS.index(kind),
+            "nonfinite_step": event,
+            "skipped": self.skipped_steps,
+            **self._read[segment],
+        }
 
     def _exec_schedule(self, pipe_schedule: StageSchedule, data: Iterator[Any]) -> None:
         step = self.global_steps
@@ -473,8 +503,21 @@ class LocalPipelineEngine(PipelineEngine):
             link.flush()
         super().destroy()
 
+    @cached_property
+    def _weights(self) -> dict[int, list[torch.nn.Parameter]]:
+        return {s: list(self.module.segment_parameters(s)) for s in self.module.local_segments}
+
     def _exec_reduce_grads(self) -> None:
         """Average gradients and losses over the replicas of this stage, unless they train apart."""
+        watch, norms = self.executor.watch, {}
+        for segment, parameters in self._weights.items():
+            gradients = [g for g in map(gradient_of, parameters) if g is not None]
+            if gradients:
+                norms[segment] = get_total_norm(gradients)
+                watch.see(WEIGHTS, segment, [norms[segment]])
+        averages = self.is_data_parallel and self.replicas.reduces_gradients
+        self._grad_norms = norms if self._one_by_one and not averages else {}
+        self._flags = watch.flags(self.device)
         if not self.replicas.reduces_gradients or (
             not self.is_data_parallel and not self.zero_optimization()
         ):
@@ -483,15 +526,60 @@ class LocalPipelineEngine(PipelineEngine):
         # head that is not in use
         unused = [p for p in self.module.parameters() if p.requires_grad and p.grad is None]
         super()._exec_reduce_grads()
-        if not self.zero_optimization() and not self.using_bf16_optimizer:
+        if self._one_by_one:
             for parameter in unused:
                 parameter.grad = None
-        if self.is_data_parallel and self.segment_losses:
-            losses = torch.stack([loss.float() for loss in self.segment_losses.values()])
-            dist.all_reduce(losses, group=self.grid.get_data_parallel_group())
-            self.segment_losses = dict(
-                zip(self.segment_losses, losses / self.dp_world_size, strict=True)
-            )
+        if averages:
+            losses = [loss.float().view(1) for loss in self.segment_losses.values()]
+            numbers = torch.cat([*losses, self._flags])
+            dist.all_reduce(numbers, group=self.grid.get_data_parallel_group())
+            self._flags = numbers[len(losses) :]
+            means = numbers[: len(losses)] / self.dp_world_size
+            self.segment_losses = dict(zip(self.segment_losses, means, strict=True))
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        """DeepSpeed's, but for segments whose numbers are not finite. Their weights and moments
+        stay as they are, and all else goes on as on other stages.
+
+        DeepSpeed's bf16 and ZeRO optimizers update a stage whole or not at all.
+        """
+        kinds = self._judge()
+        if kinds and not self._one_by_one:
+            spoil_gradients(self.optimizer)
+        elif kinds:
+            for segment in kinds:
+                self._grad_norms.pop(segment, None)  # it has been read
+                for parameter in (p for p in self._weights[segment] if p.grad is not None):
+                    # replicas that train apart exchange moments, so each must have some
+                    first = not self.optimizer.state.get(parameter)
+                    apart = not self.replicas.reduces_gradients
+                    parameter.grad = torch.zeros_like(parameter) if first and apart else None
+        super()._take_model_step(lr_kwargs)
+        if not self._one_by_one and self.optimizer.overflow:
+            kinds = kinds or dict.fromkeys(self.module.local_segments, "gradient")
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step(**(lr_kwargs or {}))
+        elif kinds:
+            self.skipped_steps += 1
+        self.events.book(self.global_steps, kinds, self.skipped_steps)
+
+    def _judge(self) -> dict[int, str]:
+        """The segments that must not be updated, and why. The one time in a step that the host
+        waits for the device; what the reports need is read on the same occasion."""
+        rate, step = self.get_lr()[0], self.global_steps
+        self._read = {
+            segment: {"lr": rate * self.section.lr_multiplier(segment, step)}
+            for segment in self.module.local_segments
+        }
+        wanted = [
+            (segment, name, value)
+            for name, values in (("loss", self.segment_losses), ("grad_norm", self._grad_norms))
+            for segment, value in values.items()
+        ]
+        numbers = torch.cat([*(value.view(1) for *_, value in wanted), self._flags]).tolist()
+        for (segment, name, _), number in zip(wanted, numbers, strict=False):
+            self._read[segment][name] = number
+        return self.executor.watch.judge(numbers[len(wanted) :])
 
     _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
         **PipelineEngine._INSTRUCTION_MAP,

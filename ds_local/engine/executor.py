@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_local.config.schema import LocalParallelConfig
+from ds_local.engine import finite
 from ds_local.links.messages import (
     activation_message,
     combine,
@@ -84,6 +85,7 @@ class Executor:
         self.step = 0
         self.last_step = False  # the run ends after this step; rides along with activations
         self.losses: dict[int, Tensor] = {}  # of this step, by segment
+        self.watch = finite.Watch()
         self.live: dict[tuple[int, int], _Live] = {}
         self.keep_output: Callable[[int, Any], None] | None = None
         self._deferred: dict[tuple[int, int, int], PutOff] = {}  # (segment, micro-batch, pass)
@@ -102,6 +104,7 @@ class Executor:
         """
         self.step, self._schedule, self._num_losses, self._data = step, schedule, num_losses, data
         self.losses = {}
+        self.watch.clear()
 
     # --- forward --------------------------------------------------------------------------------
 
@@ -116,13 +119,15 @@ class Executor:
         inputs, labels = split_batch(batch)
         live = _Live(to_device(inputs, self.device), to_device(labels, self.device))
         self.live[segment, micro_batch] = live
+        self.watch.see(finite.BELOW, segment, finite.state_in(live.inputs), micro_batch)
 
     def recv_activation(self, segment: int, micro_batch: int) -> None:
         link = self.activation_links[segment - 1]
         tag, message = link.receive(Tag(self.step, micro_batch))
         self.last_step |= tag.last_step
         self.figures[:segment] = message["figures"][:segment]
-        self.live[segment, micro_batch] = _Live(*parts_of_activation(message))
+        live = self.live[segment, micro_batch] = _Live(*parts_of_activation(message))
+        self.watch.see(finite.BELOW, segment, finite.state_in(live.inputs), micro_batch)
 
     def forward_pass(self, segment: int, micro_batch: int) -> None:
         live = self.live[segment, micro_batch]
@@ -134,6 +139,7 @@ class Executor:
         dropout = self._seeded("dropout", segment, micro_batch)
         with dropout, torch.set_grad_enabled(bool(passes)):
             live.outputs = self.segments.run_segment(segment, live.inputs)
+        self.watch.see(finite.OUTPUT, segment, finite.state_in(live.outputs), micro_batch)
         if self.keep_output is not None:
             self.keep_output(segment, live.outputs)
 
@@ -165,7 +171,8 @@ class Executor:
     def recv_grad(self, segment: int, micro_batch: int, loss: int) -> None:
         link = self.gradient_links[Link("gradient", segment, loss - segment)]
         _, message = link.receive(Tag(self.step, micro_batch))
-        self.live[segment, micro_batch].gradients[loss] = list(message.values())
+        gradients = self.live[segment, micro_batch].gradients[loss] = list(message.values())
+        self.watch.see(finite.ABOVE, segment, gradients, micro_batch)
 
     def send_grad(self, segment: int, micro_batch: int, loss: int) -> None:
         live = self.live[segment, micro_batch]
@@ -203,6 +210,7 @@ class Executor:
         else:
             scale = one.send_scale
             live.passed_on = [g if scale == 1.0 else g * scale for g in passed_on]
+            self.watch.see(finite.SENT, segment, live.passed_on, micro_batch)
 
     def weight_gradient(self, segment: int, micro_batch: int, which: int) -> None:
         catch_up(self._deferred.pop((segment, micro_batch, which)))
@@ -224,6 +232,7 @@ class Executor:
         live.gradients[segment] = [
             tensor.grad for tensor in floating(hidden) if tensor.grad is not None
         ]
+        self.watch.see(finite.LOSS, segment, [loss], micro_batch)
         share = loss.detach() / self._num_losses[segment]
         self.losses[segment] = self.losses.get(segment, 0.0) + share
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ds_local.checkpoints import folder as checkpoint
+from ds_local.engine.finite import check_state
 from ds_local.errors import CheckpointError
 from ds_local.model.blocks import config_dict
 from ds_local.replicas.subnets import saved_scaling
@@ -20,8 +21,13 @@ def save(
 
     Args:
         write: DeepSpeed's own saving, given the temporary tag.
+
+    Raises:
+        CheckpointError: when weights or the optimizer's state are not finite. Nothing is written.
     """
     tag = checkpoint.checked_tag(str(tag or f"global_step{engine.global_steps}"))
+    kept = "what was saved before stays; go on from there"
+    check_state(engine, f"the checkpoint {save_dir}/{tag} is not written:", kept)
     partial = checkpoint.begin(save_dir, tag)
     target = os.path.join(save_dir, partial)
     engine.copies.save(target, engine.global_steps, engine.replica_id)
@@ -77,6 +83,7 @@ def load(
     own_files = os.path.join(load_dir, tag) if with_optimizer else None
     engine.replicas.load(own_files, facts)
     engine.copies.load(own_files, engine.global_steps, engine.replica_id)
+    check_state(engine, f"with {load_dir}/{tag}", "use another checkpoint")
     return path, client_state
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ds_local.config import strict_json
 from ds_local.outputs import new_file, write_file
 
 Row = dict[str, Any]
@@ -35,7 +36,7 @@ def save(rows: Sequence[Row], path: Path | None, benchmark: str) -> None:
     comes from."""
     if path is not None:
         facts = {"benchmark": benchmark, "command": command(), "machine": machine()}
-        write_file(path, json.dumps([facts | row for row in rows], indent=1) + "\n")
+        write_file(path, strict_json.dumps([facts | row for row in rows], indent=1) + "\n")
 
 
 def load(paths: Iterable[Path]) -> list[Row]:
@@ -60,7 +61,7 @@ def _merged(rows: Sequence[Row]) -> list[Row]:
     """Repetitions of the same thing from several files, taken together; sorted by size."""
     same: dict[str, Row] = {}
     for row in rows:
-        key = json.dumps(
+        key = strict_json.dumps(
             [row[name] for name in ("system", "schedule", "stages", "micro_batches", "link")]
         )
         times = same.get(key, {"repetitions": []})["repetitions"] + row["repetitions"]
@@ -402,4 +403,4 @@ def write_trace(events_of_ranks: Sequence[Sequence[tuple[str, float, float]]], p
             }
             for what, start, end in events
         ]
-    write_file(path, json.dumps({"traceEvents": rows}))
+    write_file(path, strict_json.dumps({"traceEvents": rows}))

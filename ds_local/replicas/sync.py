@@ -9,7 +9,6 @@ never meet here: each stage's replicas talk among themselves.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -34,7 +33,7 @@ class Together:
 
     reduces_gradients = True
     waited = 0.0
-    num_bytes = math.nan  # DeepSpeed's, not counted here
+    num_bytes: float | None = None  # DeepSpeed's, not counted here
 
     def next_meeting(self, step: int) -> int:
         """The first step that no replica can have begun while another is in `step`."""

@@ -7,6 +7,7 @@ metrics.jsonl (what came of it), checkpoints/ and loss.png.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from ds_local.checkpoints.folder import latest_tag
 from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.cluster import start_check as cluster
+from ds_local.config import strict_json
 from ds_local.config.deepspeed import batch_sizes, check_deepspeed
 from ds_local.config.files import load_config, local_parallel
 from ds_local.config.placement import num_stages_and_replicas
@@ -37,6 +39,7 @@ from ds_local.engine.module import causal_lm
 from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import SegmentReport
 from ds_local.errors import ConfigError
+from ds_local.links.notices import read_notice
 from ds_local.links.watchdog import LOG, Watchdog, say, start_log
 from ds_local.model import blocks
 from ds_local.model.flops import auxiliary_shares
@@ -104,10 +107,12 @@ def train(args: Namespace) -> None:
         section.link.warn_seconds,
         say=say,
     )
+    loop = _Loop(args, run, engine, data, shape)
     try:
-        _Loop(args, run, engine, data, shape).run()
+        loop.run()
     except BaseException as error:
         LOG.error("%s", error)
+        loop.note_last_event()
         raise
     finally:
         watchdog.stop()
@@ -235,7 +240,7 @@ def _start_run_folder(
         }
         | {"python": platform.python_version()},
     }
-    (run / "run.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
+    (run / "run.json").write_text(strict_json.dumps(facts, indent=1, default=str) + "\n")
 
 
 def _shares(engine: LocalPipelineEngine, schedule: Schedule, seq_len: int) -> list[float]:
@@ -274,6 +279,7 @@ class _Loop:
         if self.is_first:
             self.earlier_seconds = self.metrics.keep_until(engine.global_steps)
             engine.reports.listeners.append(self._on_report)
+        engine.events.say = _tell
         self.bar = tqdm(
             total=args.max_steps,
             initial=engine.global_steps,
@@ -334,9 +340,14 @@ class _Loop:
                     "stage": r.stage,
                     "split": "train",
                     "loss": r.loss,
+                    "has_loss": r.loss is not None,
                     "tokens": step * self.tokens_per_step,
                     "seconds": round(seconds, 3),
+                    "nonfinite": r.nonfinite,
+                    "nonfinite_step": r.nonfinite_step,
+                    "skipped": r.skipped,
                     "grad_norm": r.grad_norm,
+                    "lr": r.lr,
                     "idle_share": round(r.idle_share, 4),
                     "step_seconds": round(r.seconds, 4),
                     "sent_bytes": r.sent_bytes,
@@ -351,11 +362,27 @@ class _Loop:
         idle = sum(r.idle_share for r in reports) / len(reports)
         waits = f"idle {idle:.0%}, most on stage {most.stage} {most.idle_share:.0%}"
         waits += f" for the {most.slowest_link}" if most.slowest_link else ""
+        events = [
+            f"{r.nonfinite} of segment {r.segment} at step {r.nonfinite_step}, {r.skipped} skipped"
+            for r in reports
+            if r.nonfinite
+        ]
+        waits += f" | not finite: {'; '.join(events)}" if events else ""
         self.bar.set_postfix_str(
             f"loss {losses} | {self._tokens_per_second(step):,.0f} tokens/s | {waits}",
             refresh=False,
         )
         self.bar.update(step - self.bar.n)
+
+    def note_last_event(self) -> None:
+        """What ended the run goes into metrics.jsonl too; its figures could not travel any more."""
+        text = read_notice("nonfinite") if self.is_first else None
+        if text is not None:
+            event = json.loads(text)
+            tokens = event["step"] * self.tokens_per_step
+            seconds = round(self._seconds(), 3)
+            fixed = {"split": "event", "loss": None, "tokens": tokens, "seconds": seconds}
+            self.metrics.write([event | fixed])
 
     def _tokens_per_second(self, step: int) -> float:
         elapsed = time.perf_counter() - self.started
@@ -375,6 +402,9 @@ class _Loop:
         self.started += time.perf_counter() - began  # throughput is that of training
         step = self.engine.global_steps
         if self.is_first:
+            bad = [s for s, loss in self.engine.eval_losses.items() if not math.isfinite(loss)]
+            if bad:
+                _tell(f"step {step}: the validation loss of segments {bad} is not finite")
             per_stage = self.engine.section.segments_per_stage
             found: dict[str, Any] = {
                 "validation": {
@@ -418,6 +448,12 @@ class _Loop:
             f"{what} at step {self.engine.global_steps}; loss curves: {picture}; checkpoints: {self.run_folder / 'checkpoints'}"
         )
         sys.stdout.flush()
+
+
+def _tell(sentence: str) -> None:
+    """To the console and this rank's log."""
+    LOG.warning("%s", sentence)
+    say(sentence)
 
 
 def running() -> bool:

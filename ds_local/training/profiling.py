@@ -9,7 +9,6 @@ with one lane per stage.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ds_local.config import strict_json
 from ds_local.engine.recorder import Event
 from ds_local.links.messages import activation_message, parts_of_activation, to_device
 from ds_local.links.transport import Tag
@@ -209,9 +209,10 @@ def write(engine: Any, inputs: Any, folder: Path) -> None:
     }
     write_file(
         folder / "profile.json",
-        json.dumps({"layout": layout, "costs": costs, "measured": measured}, indent=1) + "\n",
+        strict_json.dumps({"layout": layout, "costs": costs, "measured": measured}, indent=1)
+        + "\n",
     )
-    write_file(folder / "trace.json", json.dumps(_trace(gathered)))
+    write_file(folder / "trace.json", strict_json.dumps(_trace(gathered)))
 
 
 def _in_the_run(engine: Any, stage: int, events: list[Event], costs: dict[str, Any]) -> float:
