@@ -36,7 +36,7 @@ from ds_local.errors import TransportError
 from ds_local.links.notices import first_failure, report_failure
 from ds_local.links.transport import End, Sender, make_end
 from ds_local.replicas.head_copies import Copies, refresh_delay
-from ds_local.replicas.sync import Together
+from ds_local.replicas.sync import Together, replica_group
 from ds_local.schedules.replay import validate
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Link, Schedule
@@ -97,6 +97,7 @@ class LocalPipelineEngine(PipelineEngine):
             self.activation_links,
             self.gradient_links,
             self.reports.figures,
+            self._replica_mean(),
         )
         self._traffic = Traffic(list(self._ends.values()))
         if self.global_rank == 0 and self.monitor.enabled:
@@ -206,6 +207,16 @@ class LocalPipelineEngine(PipelineEngine):
         self._ends[name] = end
         return end
 
+    def _replica_mean(self) -> Callable[[float], float]:
+        """The mean of a number over the replicas of a stage that average gradients. A collective
+        call."""
+        section = self.section
+        together = self.is_data_parallel and section.replicas.sync == "gradients"
+        if section.loss_weighting != "token" or not together:
+            return float
+        group = replica_group(self)
+        return lambda number: group.average([torch.tensor([number], dtype=torch.float64)])[0].item()
+
     def _links(self) -> list[End]:
         return [end for end in self._ends.values() if end is not None]
 
@@ -261,7 +272,7 @@ class LocalPipelineEngine(PipelineEngine):
 
     def _exec_schedule(self, pipe_schedule: StageSchedule, data: Iterator[Any]) -> None:
         step = self.global_steps
-        self.executor.begin(step, pipe_schedule.whole, pipe_schedule.num_losses, data)
+        self.executor.begin(step, pipe_schedule.whole, data)
         for group in pipe_schedule:
             for instruction in group:
                 run = partial(self._INSTRUCTION_MAP[type(instruction)], self, **instruction.kwargs)
@@ -488,10 +499,13 @@ class LocalPipelineEngine(PipelineEngine):
                 parameter.grad = None
         if self.is_data_parallel and self.segment_losses:
             losses = torch.stack([loss.float() for loss in self.segment_losses.values()])
-            dist.all_reduce(losses, group=self.grid.get_data_parallel_group())
-            self.segment_losses = dict(
-                zip(self.segment_losses, losses / self.dp_world_size, strict=True)
-            )
+            counted = [self.executor.counted[segment] for segment in self.segment_losses]
+            weights = torch.tensor([weight / number for weight, number in counted])
+            weights = weights.to(losses.device, non_blocking=True)
+            sums = torch.stack([losses * weights, weights])
+            dist.all_reduce(sums, group=self.grid.get_data_parallel_group())
+            means = sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny)
+            self.segment_losses = dict(zip(self.segment_losses, means, strict=True))
 
     _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
         **PipelineEngine._INSTRUCTION_MAP,
