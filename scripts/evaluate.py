@@ -7,7 +7,6 @@ python scripts/evaluate.py runs/nano --data data/python
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models import exits_of
+
+from ds_local.config import strict_json
 
 if TYPE_CHECKING:
     from ds_local.data.dataset import TokenData
@@ -85,7 +86,7 @@ def evaluate_all(args: argparse.Namespace) -> dict[int, dict[str, Any]]:
             for segment, folder in exits_of(args.model, scratch).items()
         }
     if args.json:
-        write_file(args.json, json.dumps(found, indent=1) + "\n")
+        write_file(args.json, strict_json.dumps(found, indent=1) + "\n")
     return found
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from ds_local.cli.arguments import output_file
 from ds_local.config import strict_json
 from ds_local.config.files import load_config
-from ds_local.links.messages import activation_message
+from ds_local.links.trees import Tree
 from ds_local.measure.ranks import Pool
 from ds_local.outputs import write_file
 
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace, codec: str) -> dict[str, Any]:
         engine.train_batch(batches)
     seconds = time.perf_counter() - began
     hidden = module.run_segment(0, next(batches)[0])
-    message = activation_message(hidden, None, engine.reports.figures, engine.section.link, 0)
+    message = engine.executor.message(0, Tree.of(hidden), Tree.of(None))
     num_bytes = sum(t.nbytes for name, t in message.items() if name.startswith("hidden"))
 
     def evaluate() -> dict[int, float]:

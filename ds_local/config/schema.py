@@ -347,6 +347,11 @@ class LocalParallelConfig(Scheme):
     with as many live micro-batches on every stage as 1F1B has on its first (ZB-H1); 2: with twice
     as many, which leaves no bubble from 2P - 1 micro-batches a step on (ZB-H2). What is put off
     keeps the inputs and output gradients of its layers, under activation checkpointing too."""
+    loss_weighting: Literal["micro_batch", "token"] = "micro_batch"
+    """What counts the same in a step: its micro-batches (and replicas), as in DeepSpeed, or the
+    tokens that they predict, as in an evaluation, over all micro-batches and the replicas that
+    average gradients. "token" reads a step's micro-batches before its first forward; it needs a
+    language model."""
     compile: bool = False
     """`torch.compile` every layer and head, as `engine.compile()` does, which also takes a backend
     and its options."""

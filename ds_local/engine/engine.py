@@ -45,7 +45,7 @@ from ds_local.errors import TransportError
 from ds_local.links.notices import first_failure, report_failure
 from ds_local.links.transport import End, Sender, make_end
 from ds_local.replicas.head_copies import Copies, refresh_delay
-from ds_local.replicas.sync import Together
+from ds_local.replicas.sync import Together, replica_group
 from ds_local.schedules.replay import validate
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Link, Schedule
@@ -114,6 +114,7 @@ class LocalPipelineEngine(PipelineEngine):
             self.activation_links,
             self.gradient_links,
             self.reports.figures,
+            self._replica_mean(),
         )
         self._traffic = Traffic(list(self._ends.values()))
         if self.global_rank == 0 and self.monitor.enabled:
@@ -230,6 +231,16 @@ class LocalPipelineEngine(PipelineEngine):
         self._ends[name] = end
         return end
 
+    def _replica_mean(self) -> Callable[[float], float]:
+        """The mean of a number over the replicas of a stage that average gradients. A collective
+        call."""
+        section = self.section
+        together = self.is_data_parallel and section.replicas.sync == "gradients"
+        if section.loss_weighting != "token" or not together:
+            return float
+        group = replica_group(self)
+        return lambda number: group.average([torch.tensor([number], dtype=torch.float64)])[0].item()
+
     def _links(self) -> list[End]:
         return [end for end in self._ends.values() if end is not None]
 
@@ -291,7 +302,7 @@ class LocalPipelineEngine(PipelineEngine):
 
     def _exec_schedule(self, pipe_schedule: StageSchedule, data: Iterator[Any]) -> None:
         step = self.global_steps
-        self.executor.begin(step, pipe_schedule.whole, pipe_schedule.num_losses, data)
+        self.executor.begin(step, pipe_schedule.whole, data)
         for group in pipe_schedule:
             for instruction in group:
                 run = partial(self._INSTRUCTION_MAP[type(instruction)], self, **instruction.kwargs)
@@ -530,12 +541,22 @@ class LocalPipelineEngine(PipelineEngine):
             for parameter in unused:
                 parameter.grad = None
         if averages:
-            losses = [loss.float().view(1) for loss in self.segment_losses.values()]
-            numbers = torch.cat([*losses, self._flags])
-            dist.all_reduce(numbers, group=self.grid.get_data_parallel_group())
-            self._flags = numbers[len(losses) :]
-            means = numbers[: len(losses)] / self.dp_world_size
-            self.segment_losses = dict(zip(self.segment_losses, means, strict=True))
+            self._average_losses()
+
+    def _average_losses(self) -> None:
+        """Means over the replicas, weighted as their micro-batches are; what one replica found not
+        finite, all have found."""
+        count = len(self.segment_losses)
+        counted = [self.executor.counted[segment] for segment in self.segment_losses]
+        weights = torch.tensor([weight / number for weight, number in counted])
+        weights = weights.to(self.device, non_blocking=True)
+        losses = [loss.float().view(1) for loss in self.segment_losses.values()]
+        weighted = torch.cat(losses) * weights if losses else weights
+        numbers = torch.cat([weighted, weights, self._flags])
+        dist.all_reduce(numbers, group=self.grid.get_data_parallel_group())
+        sums, weights, self._flags = numbers.split([count, count, len(numbers) - 2 * count])
+        means = sums / weights.clamp(min=torch.finfo(weights.dtype).tiny)
+        self.segment_losses = dict(zip(self.segment_losses, means, strict=True))
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         """DeepSpeed's, but for segments whose numbers are not finite. Their weights and moments

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,11 @@ from ds_local.checkpoints.folder import HEAD_FILE
 from ds_local.config.deepspeed import batch_sizes, check_deepspeed
 from ds_local.config.files import load_config, local_parallel
 from ds_local.config.placement import num_stages_and_replicas
-from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.schema import SECTION, LocalParallelConfig
+from ds_local.engine.batches import TokenBatches, split_batch
 from ds_local.engine.deepspeed_seam import start_processes
 from ds_local.errors import ConfigError
+from ds_local.links.trees import map_tensors
 from ds_local.model import blocks, heads
 from ds_local.model.flops import choose_parts
 from ds_local.model.partition import balance
@@ -83,12 +84,18 @@ class LocalPipelineModule(PipelineModule):
         self.section = local_parallel(ds_config)
         stages = _num_stages(self.section, num_stages, topology)
         self.hf_config: Any = (
-            None  # of a Hugging Face model; set by `causal_lm`, as are the copies in its heads
+            None  # of a Hugging Face model; set by `causal_lm`, as are its batches and copies
         )
+        self.token_batches: TokenBatches | None = None
         self.copies: list[Copy] = []
         self._given_parts = self.section.parts or parts
         self._make_head = head
         self._check_layers(layers, stages)
+        if self.section.loss_weighting == "token" and loss_fn is not heads.lm_loss:
+            raise ConfigError(
+                f'{SECTION}.loss_weighting is "token", but only the loss of language models counts '
+                "tokens; leave it out, or pass loss_fn=ds_local.model.heads.lm_loss"
+            )
         if not dist.is_initialized():
             start_processes()
         if topology is None and self.section.layout.stages == "within_node":
@@ -218,6 +225,16 @@ class LocalPipelineModule(PipelineModule):
         )
         return self.forward_funcs[start:stop]
 
+    def split_batch(self, batch: Any) -> tuple[Any, Any]:
+        """(inputs, labels) of a micro-batch. Raises DataError when it cannot be used."""
+        return self.token_batches.split(batch) if self.token_batches else split_batch(batch)
+
+    def name_of_output(self, segment: int) -> str:
+        """The layer whose output is the segment's."""
+        number = self.segment_parts[segment + 1] - 1 - self._computes_own_loss(segment)
+        layer = self.forward_funcs[number - self._local_start]
+        return f"layer {number} ({getattr(layer, '__name__', type(layer).__name__)})"
+
     def run_segment(self, segment: int, inputs: Any) -> Any:
         """The segment's layers; of the last segment all but a readout that computes its own
         loss."""
@@ -226,16 +243,18 @@ class LocalPipelineModule(PipelineModule):
             layers = layers[:-1]
         interval = self.activation_checkpoint_interval or max(1, len(layers))
         for start in range(0, len(layers), interval):
-            run = partial(_apply, layers[start : start + interval])
+            part = layers[start : start + interval]
             if self.activation_checkpoint_interval and torch.is_grad_enabled():
-                inputs = checkpoint(run, inputs, use_reentrant=False)
+                inputs = checkpoint(_apply_to_copy, part, inputs, use_reentrant=False)
             else:
-                inputs = run(inputs)
+                inputs = _apply(part, inputs)
         return inputs
 
     def loss_of(self, segment: int, hidden: Any, labels: Any) -> Tensor:
         """The segment's loss (scalar): its auxiliary head's, or the model's own for the last
         segment."""
+        if self.token_batches:
+            labels = labels.long()
         if segment < self.num_segments - 1:
             return self.heads[str(segment)](hidden, labels)
         if self._computes_own_loss(segment):
@@ -323,6 +342,11 @@ def _apply(layers: Sequence[Callable[[Any], Any]], inputs: Any) -> Any:
     return inputs
 
 
+def _apply_to_copy(layers: Sequence[Callable[[Any], Any]], inputs: Any) -> Any:
+    """For a layer that changes its input in place: recomputing must start from what it was."""
+    return _apply(layers, map_tensors(inputs, Tensor.clone))
+
+
 def causal_lm(
     model: Any,
     num_stages: int | None = None,
@@ -394,6 +418,7 @@ def causal_lm(
         topology=topology,
     )
     module.hf_config = hf_config
+    module.token_batches = TokenBatches(hf_config.vocab_size, blocks.learned_positions(hf_config))
     module.copies = planned_copies(section, num_segments, head_segments(section, num_segments))
     if pretrained is not None:
         log_dist(f"starting from the weights in {pretrained.folder}", ranks=[0])
