@@ -43,6 +43,14 @@ class CheckpointError(DsLocalError, RuntimeError):
     """A checkpoint that is missing, incomplete or damaged; the message names file and remedy."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written, on any rank; the one before it is whole."""
+
+
+class RunError(DsLocalError, RuntimeError):
+    """A run folder that is in use, or whose run this start would not continue."""
+
+
 class ClusterError(DsLocalError, RuntimeError):
     """The machines cannot run the job together; the message names host, rank and remedy."""
 
