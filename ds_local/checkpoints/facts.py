@@ -27,7 +27,7 @@ from ds_local.errors import CheckpointError, ConfigError
 
 FACTS = "ds_local.json"
 FORMAT = 2
-_SINCE_2 = ("head_segments", "optimizer", "seal")  # keys that format 1 may lack
+_SINCE_2 = ("head_segments", "optimizer", "scheduler", "seal")  # keys that format 1 may lack
 
 
 class OptimizerFacts(BaseModel):
@@ -52,6 +52,7 @@ class _Facts(BaseModel):
     local_parallel: dict[str, Any]
     model: dict[str, Any] | None
     optimizer: OptimizerFacts | None = None
+    scheduler: str | None = None  # its class
     files: dict[str, tuple[NonNegativeInt, str]]  # name -> (bytes, SHA-256)
     seal: str | None = None
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from deepspeed.utils import logger
 
-from ds_local.checkpoints.facts import layout_changes
+from ds_local.checkpoints.facts import layout_changes, read_facts
 from ds_local.checkpoints.folder import agreed_tag, gather, latest_tag, locate, together, verify
 from ds_local.engine.saving import facts_of
 from ds_local.errors import CheckpointError
@@ -71,6 +71,36 @@ def load(
     engine.replicas.load(own_files, facts)
     engine.copies.load(own_files, engine.global_steps, engine.replica_id)
     return path, client_state
+
+
+def load_what_fits(engine: Any, load_dir: str, tag: str | None, allowed: Collection[str]) -> str:
+    """Load a checkpoint as `load_checkpoint` does, without the optimizer's state or the scheduler's
+    where that is of another kind and may be: with "layout" or "scheduler" among what is allowed.
+
+    Returns:
+        What starts afresh, in a sentence; "" when nothing does.
+    """
+    found = agreed_tag(load_dir, latest_tag if tag is None else lambda _: tag)
+    facts = together(lambda: read_facts(locate(load_dir, str(found))))
+    changed = layout_changes(facts, facts_of(engine)) if "layout" in allowed else None
+    scheduler = "scheduler" not in allowed or same_scheduler(facts, engine)
+    engine.load_checkpoint(
+        load_dir,
+        found,
+        load_optimizer_states=changed is None,
+        load_lr_scheduler_states=scheduler,
+    )
+    said = [] if changed is None else [f"the optimizer (it had {changed[0]}, now {changed[1]})"]
+    said += [] if scheduler else ["the scheduler"]
+    return f"{' and '.join(said)} starts afresh" if said else ""
+
+
+def same_scheduler(facts: Mapping[str, Any], engine: Any) -> bool:
+    """Is the checkpoint's scheduler of this run's kind, as far as is known?"""
+    own = facts_of(engine)["scheduler"]
+    return (
+        own is None or (facts["format"] < 2 and not facts["scheduler"]) or facts["scheduler"] == own
+    )
 
 
 class _Checks:
@@ -160,12 +190,13 @@ class _Checks:
         scheduler = self.engine.lr_scheduler
         if scheduler is None:
             return
-        own = scheduler.state_dict()
-        if not isinstance(saved, dict) or not own.keys() <= saved.keys():
+        fits = isinstance(saved, dict) and scheduler.state_dict().keys() <= saved.keys()
+        if not fits or not same_scheduler(self.facts, self.engine):
+            theirs = self.facts["scheduler"] or ("no scheduler" if saved is None else "another")
             raise CheckpointError(
-                f"{self.place} has {'no' if saved is None else 'another'} learning-rate scheduler; "
-                "keep the scheduler, or pass load_lr_scheduler_states=False: it starts at its "
-                "beginning (scripts/train.py --resume --allow-change scheduler)"
+                f"{self.place} has {theirs}, this run has {type(scheduler).__name__}; keep the "
+                "scheduler, or start it afresh: load_lr_scheduler_states=False "
+                "(scripts/train.py --resume --allow-change scheduler)"
             )
 
     def _check_optimizer(self, saved: Any) -> None:

@@ -156,4 +156,5 @@ def facts_of(engine: Any) -> dict[str, Any]:
             "precision": "bf16" if engine.bfloat16_enabled() else "fp32",
             "zero_stage": int(engine.zero_optimization_stage()),
         },
+        "scheduler": None if engine.lr_scheduler is None else type(engine.lr_scheduler).__name__,
     }
