@@ -10,11 +10,12 @@ import json
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeInt,
     PositiveInt,
     ValidationError,
@@ -27,7 +28,7 @@ from ds_local.errors import CheckpointError, ConfigError
 
 FACTS = "ds_local.json"
 FORMAT = 2
-_SINCE_2 = ("head_segments", "optimizer", "scheduler", "seal")  # keys that format 1 may lack
+_SINCE_2 = ("optimizer", "scheduler", "seal")  # keys that format 1 does not have
 
 
 class OptimizerFacts(BaseModel):
@@ -43,7 +44,7 @@ class OptimizerFacts(BaseModel):
 class _Facts(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    format: Literal[1, 2]
+    format: Annotated[int, Field(ge=1, le=FORMAT)]
     step: NonNegativeInt
     num_stages: PositiveInt
     num_replicas: PositiveInt
@@ -59,8 +60,10 @@ class _Facts(BaseModel):
     @model_validator(mode="after")
     def _makes_sense(self) -> _Facts:
         missing = [key for key in _SINCE_2 if key not in self.model_fields_set]
-        if self.format >= 2 and missing:
-            raise ValueError(f"lacks {', '.join(missing)}")
+        if self.format >= 2 and (missing or self.head_segments is None):
+            raise ValueError(f"lacks {', '.join(missing) or 'head_segments'}")
+        if self.format < 2 and len(missing) < len(_SINCE_2):
+            raise ValueError(f"format {self.format} has no such key as {_SINCE_2}")
         parts, segments = self.segment_parts, len(self.segment_parts) - 1
         if segments < 1 or parts[0] or any(a >= b for a, b in pairwise(parts)):
             raise ValueError(f"segment_parts must rise from 0, got {parts}")
@@ -132,8 +135,9 @@ def _given(dump: Any, model: type[BaseModel]) -> Any:
 
 
 def _seal(facts: Mapping[str, Any]) -> str:
-    """Hash of what the facts say, the files' sums aside: these seal themselves."""
-    said = {key: value for key, value in facts.items() if key not in ("files", "seal")}
+    """Hash of what the facts say, but for the files' sums, which seal themselves."""
+    said = {key: value for key, value in facts.items() if key != "seal"}
+    said["files"] = sorted(facts["files"])
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -263,7 +264,8 @@ def _leads(folder: Path) -> bool:
         lowest = next(number for number, path in enumerate(marks) if path.exists())
         gather(None)  # everybody has looked
     finally:
-        marks[rank].unlink(missing_ok=True)
+        with suppress(OSError):  # it may not be there, nor its folder
+            marks[rank].unlink()
     return rank == lowest
 
 

@@ -89,7 +89,7 @@ def _train(args: Namespace, run: RunFolder) -> None:
     micro_batch_size, num_micro_batches = batch_sizes(config, replicas)
     _ = RunPlan.of(section, stages, num_micro_batches).schedules  # refuses what does not fit
     facts = _facts_of_start(args, asked, config, hf_config, data, replicas)
-    if tag is not None and (run.recorded() or int(os.environ.get("RANK", "0")) == 0):
+    if tag is not None:
         test = tokenizer_test(check_same_tokenizer, data.tokenizer_folder)
         run.check_same(tag, facts, args.allow_change, test)
     if world_size > 1 and "MASTER_ADDR" in os.environ:
@@ -106,7 +106,6 @@ def _train(args: Namespace, run: RunFolder) -> None:
             engine, str(run.checkpoints), agreed_tag(run.checkpoints, newest_tag), args.allow_change
         )
         run.say(f"resuming at step {engine.global_steps}{afresh and '; ' + afresh}")
-    clean(run.checkpoints)
     shape = BatchShape(micro_batch_size, num_micro_batches, replicas, engine.replica_id)
     hosts = cluster.stage_hosts(engine.stage_id)
     if engine.global_rank == 0:
@@ -115,6 +114,7 @@ def _train(args: Namespace, run: RunFolder) -> None:
         run.start({**facts, **layout}, engine.global_steps, tag)
         run.keep_tokenizer(data.tokenizer_folder)
     dist.barrier()
+    clean(run.checkpoints)
     start_log(run.path / "logs", engine.stage_id, engine.global_rank)
     watchdog = Watchdog(
         engine.stage_id,

@@ -67,10 +67,11 @@ class RunFolder:
     Args:
         path: of the folder.
         say: told what a user should know.
+        is_first: this rank keeps the books; other hosts may have nothing but checkpoints.
     """
 
-    def __init__(self, path: str | Path, say: Callable[[str], None]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, say: Callable[[str], None], is_first: bool = True) -> None:
+        self.path, self.is_first = Path(path), is_first
         self.checkpoints = self.path / "checkpoints"
         self.say = say
         self.lock = RunLock(self.path, say)
@@ -94,7 +95,7 @@ class RunFolder:
                 f"{self.path} already holds a run; add --resume to continue it, or choose another "
                 "--output"
             )
-        if self.recorded() is None:
+        if self.is_first and self.recorded() is None:
             foreign = [name for name in _MADE if (self.path / name).exists()]
             if foreign:
                 raise RunError(
@@ -132,6 +133,8 @@ class RunFolder:
             RunError: naming all that changed, and the flag.
         """
         was = self.recorded()
+        if was is None and not self.is_first:
+            return
         old = _by_kind(was) if was else _of_checkpoint(read_facts(locate(self.checkpoints, tag)))
         new = _by_kind(now)
         absent = dict.fromkeys(old["settings"].keys() | new["settings"].keys(), "not set")
@@ -181,11 +184,11 @@ class RunFolder:
         }
         origin = was.get("weights") if was is not None and tag is not None else facts["weights"]
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._set_aside("run.json", was is None, "run.damaged.json")
             text = {**facts, "weights": origin, "starts": [*starts, own]}
             write_whole(self.path / "run.json", json.dumps(text, indent=1, default=str) + "\n")
             self._set_aside("metrics.jsonl", tag is None, f"metrics-start-{len(starts)}.jsonl")
+            self.checkpoints.mkdir(exist_ok=True)  # a folder without run.json is not known again
         except OSError as error:
             raise RunError(
                 f"cannot write to {self.path}: {reason(error, self.path)}; make room, or choose "
@@ -223,7 +226,7 @@ def opened(path: str | Path, is_first: bool, say: Callable[[str], None]) -> Iter
     Raises:
         RunError: when another process has it.
     """
-    run = RunFolder(path, say)
+    run = RunFolder(path, say, is_first)
     try:
         if is_first:
             run.lock.acquire()
