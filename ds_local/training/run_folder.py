@@ -184,6 +184,7 @@ class RunFolder:
         }
         origin = was.get("weights") if was is not None and tag is not None else facts["weights"]
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._set_aside("run.json", was is None, "run.damaged.json")
             text = {**facts, "weights": origin, "starts": [*starts, own]}
             write_whole(self.path / "run.json", json.dumps(text, indent=1, default=str) + "\n")
