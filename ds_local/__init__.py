@@ -13,6 +13,7 @@ Reading order, one room after the other; a room imports only from rooms above it
     checkpoints  what a run leaves behind: checkpoints, metrics, Hugging Face folders
     engine       runs it all under DeepSpeed
     training     the loop around it, profiles, pictures
+    measure      benchmarks beside other pipelines, and the ranks they run on
     cli          the commands
 
 Words
@@ -27,6 +28,8 @@ Words
 """
 
 from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from ds_local.engine.engine import LocalPipelineEngine

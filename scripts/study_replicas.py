@@ -325,7 +325,7 @@ def main() -> None:
     if args.study == "table":
         print(quality_table([row for file in args.files for row in json.loads(file.read_text())]))
         return
-    from bench.ranks import Pool
+    from ds_local.measure.ranks import Pool
 
     pool = Pool()
     try:

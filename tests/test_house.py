@@ -24,11 +24,12 @@ ROOMS = [
     "checkpoints",
     "engine",
     "training",
+    "measure",
     "cli",
 ]
 PURE = ["errors", "config", "schedules"]  # neither torch nor DeepSpeed
-DEEPSPEED = {"engine"}
-TRANSFORMERS = {"model", "data", "checkpoints"}
+DEEPSPEED = {"engine", "measure"}  # measure runs DeepSpeed's own pipeline beside ours
+TRANSFORMERS = {"model", "data", "checkpoints", "measure"}
 
 
 def name(path):

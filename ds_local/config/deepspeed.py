@@ -13,6 +13,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from ds_local.config.lr_schedule import scheduler_of
 from ds_local.config.schema import SECTION
 from ds_local.errors import ConfigError
 
@@ -181,6 +182,7 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{key} must be {'an integer' if kind is int else 'a number'} of at least {least}, got {value!r}"
             )
+    scheduler_of(config)
     _refuse(config, _REFUSED, "")
     if any(
         _at(config, path)

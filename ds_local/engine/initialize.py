@@ -13,6 +13,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from ds_local.config.deepspeed import batch_sizes, check_deepspeed
 from ds_local.config.files import load_config, local_parallel
+from ds_local.config.lr_schedule import scheduler_of
 from ds_local.config.schema import SECTION
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.module import LocalPipelineModule
@@ -95,7 +96,7 @@ def initialize(
         optimizer=optimizer,
         model_parameters=model_parameters,
         training_data=training_data,
-        lr_scheduler=lr_scheduler,
+        lr_scheduler=lr_scheduler or scheduler_of(ds_config),
         mpu=model.mpu(),
         dist_init_required=dist_init_required,
         collate_fn=collate_fn,

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.ranks import Pool
 from ds_local.config.files import local_parallel
 from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
+from ds_local.measure.ranks import Pool
 from ds_local.model.flops import choose_parts
 
 RANKS = 2
