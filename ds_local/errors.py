@@ -52,6 +52,14 @@ class NonFiniteError(DsLocalError, ArithmeticError):
     "on_nonfinite" allows; the message names step, stage and segment."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written, on any rank; the one before it is whole."""
+
+
+class RunError(DsLocalError, RuntimeError):
+    """A run folder that is in use, or whose run this start would not continue."""
+
+
 class ClusterError(DsLocalError, RuntimeError):
     """The machines cannot run the job together; the message names host, rank and remedy."""
 

@@ -13,7 +13,8 @@ import time
 
 from leaving import leave
 
-from ds_local.cli.arguments import number_or_auto
+from ds_local.cli.arguments import kinds_of_change, number_or_auto
+from ds_local.config.changes import CHANGES
 from ds_local.schedules.routes import MODES
 
 
@@ -47,7 +48,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--resume",
         action="store_true",
-        help="continue the run in --output from its latest checkpoint",
+        help="continue the run in --output from its latest checkpoint; start it where there is none",
+    )
+    add(
+        "--allow-change",
+        type=kinds_of_change,
+        default=[],
+        metavar="KIND[,KIND...]",
+        help="what a resumed run may change, if it does: "
+        + "; ".join(f"{kind} ({meaning})" for kind, meaning in CHANGES.items()),
     )
     add(
         "--profile",

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from ds_local.config.changes import CHANGES
 from ds_local.errors import OutputError
 from ds_local.outputs import check_file
 
@@ -29,3 +30,12 @@ def output_file(mark: str) -> Callable[[str], Path]:
 
 
 PICTURE, TRACE = output_file("Matplotlib"), output_file('"traceEvents"')
+
+
+def kinds_of_change(text: str) -> list[str]:
+    """A command line's list of `CHANGES`."""
+    kinds = [kind.strip() for kind in text.split(",") if kind.strip()]
+    unknown = [kind for kind in kinds if kind not in CHANGES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(CHANGES)}")
+    return kinds

@@ -24,7 +24,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ds_local.engine import instructions, saving
+from ds_local.engine import instructions, loading, saving
 from ds_local.engine.deepspeed_seam import (
     ENGINES,
     SafeCheckpointEngine,
@@ -41,7 +41,7 @@ from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import Reports, Traffic, monitor_listener
 from ds_local.engine.stopping import Stopping
-from ds_local.errors import TransportError
+from ds_local.errors import CheckpointError, TransportError
 from ds_local.links.notices import first_failure, report_failure
 from ds_local.links.transport import End, Sender, make_end
 from ds_local.replicas.head_copies import Copies, refresh_delay
@@ -86,6 +86,9 @@ class LocalPipelineEngine(PipelineEngine):
             speaks=alone or self.replica_id == 0,
         )
         self.checkpoint_engine = SafeCheckpointEngine(self._config)
+        if hasattr(self.optimizer, "refresh_fp32_params"):
+            # the optimizer steps from fp32 copies; those of a checkpoint come later, with its state
+            self.module.on_load.append(self.optimizer.refresh_fp32_params)
         self._keep_norms_local()
         self._scale_by_segment()
         self._ends: dict[
@@ -349,6 +352,8 @@ class LocalPipelineEngine(PipelineEngine):
         """Tell every stage why this one ends, then let the error go on."""
         try:
             yield
+        except CheckpointError:
+            raise  # all ranks have it, and have lost nothing
         except BaseException as error:
             failure = self._explained(error)
             reason = getattr(failure, "reason", None)
@@ -418,17 +423,23 @@ class LocalPipelineEngine(PipelineEngine):
         """Save everything a resumed run needs. All ranks must call it; stages meet here.
 
         Raises:
-            CheckpointError: for a tag that is no plain file name.
+            SaveError: on all ranks, when the disk of one does not take it; training may go on.
+            CheckpointError: for a tag that is no plain file name, or `client_state` that could not
+                be loaded again.
         """
+        client_state = client_state or {}
 
         def write(partial: str) -> None:
             super(LocalPipelineEngine, self).save_checkpoint(
-                save_dir, partial, client_state or {}, False, exclude_frozen_parameters
+                save_dir, partial, client_state, False, exclude_frozen_parameters
             )
 
         with self._failures_reported():
-            saving.save(self, write, save_dir, tag, save_latest)
+            saving.save(self, write, save_dir, tag, client_state, save_latest)
         return True
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        pass  # DeepSpeed's script knows no pipeline stages; `export_hf.py` does
 
     def load_checkpoint(
         self,
@@ -443,15 +454,21 @@ class LocalPipelineEngine(PipelineEngine):
         """Load a checkpoint, by default the latest. All ranks must call it.
 
         Weights load into any number of stages; the optimizer's state only into the layout it was
-        saved from (otherwise pass `load_module_only=True`).
+        saved from (otherwise pass `load_optimizer_states=False`, or `load_module_only=True` to
+        start again at step 0).
 
         Returns:
             (path, client state).
 
         Raises:
-            CheckpointError: when there is none, it is damaged, or the layout differs. Nothing has
-                been changed by then.
+            CheckpointError: when there is none, it is damaged, of another model, or the layout
+                differs. Nothing has been changed by then.
         """
+        if custom_load_fn is not None:
+            raise CheckpointError(
+                "custom_load_fn does not work here, where each stage reads files of its own; leave "
+                "it out"
+            )
 
         def read(found: str, with_optimizer: bool) -> tuple[str | None, dict[str, Any]]:
             return super(LocalPipelineEngine, self).load_checkpoint(
@@ -461,10 +478,18 @@ class LocalPipelineEngine(PipelineEngine):
                 with_optimizer,
                 load_lr_scheduler_states,
                 load_module_only,
-                custom_load_fn,
             )
 
-        return saving.load(self, read, load_dir, tag, load_optimizer_states, load_module_only)
+        return loading.load(
+            self,
+            read,
+            load_dir,
+            tag,
+            load_module_strict,
+            load_optimizer_states,
+            load_lr_scheduler_states,
+            load_module_only,
+        )
 
     def eval_batch(
         self,
