@@ -73,7 +73,7 @@ def load(
     unlooked_for = with_optimizer and engine.using_bf16_optimizer and not engine.zero_optimization()
     path, client_state = read(tag, load_optimizer_states and not unlooked_for)
     if unlooked_for:
-        engine._load_zero_checkpoint(load_dir, tag)
+        engine.load_zero_checkpoint(load_dir, tag)
     own_files = os.path.join(load_dir, tag) if with_optimizer else None
     engine.replicas.load(own_files, facts)
     engine.copies.load(own_files, engine.global_steps, engine.replica_id)

@@ -108,7 +108,7 @@ def weights_of(model: str, section: dict[str, Any], stages: int) -> dict[str, An
     config = jobs.ds_config(section)
     module = ds_local.causal_lm(model, num_stages=stages, config=config)
     return {
-        "layers": {i: layer.state_dict() for i, layer in enumerate(module.forward_funcs, module._local_start)},
+        "layers": {i: layer.state_dict() for i, layer in enumerate(module.forward_funcs, module.first_layer)},
         "heads": {int(segment): head.state_dict() for segment, head in module.heads.items()},
     }
 
