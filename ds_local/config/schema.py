@@ -135,6 +135,11 @@ class Row(_Strict):
     weights: tuple[NonNegativeFloat, ...] | None = None
     """Factors of the losses of deep_supervision, one per segment. Default all 1."""
 
+    @property
+    def period(self) -> int:
+        """Steps after which schedules repeat: more than 1 where chunks shift."""
+        return self.window or 2 if self.mode == "shifted_chunked" else 1
+
 
 class MixEntry(Row):
     """A row that some micro-batches of each step follow."""
@@ -180,10 +185,8 @@ class Scheme(Row):
 
     @property
     def period(self) -> int:
-        """Steps after which schedules repeat: more than 1 where chunks shift."""
-        return math.lcm(
-            *(entry.window or 2 for entry in self.mix or [self] if entry.mode == "shifted_chunked")
-        )
+        """Steps after which schedules repeat: that of the row, or of the mix."""
+        return math.lcm(*(entry.period for entry in self.mix)) if self.mix else super().period
 
 
 class Phase(Scheme):

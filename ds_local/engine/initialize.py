@@ -3,7 +3,10 @@ other modules."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+from deepspeed.utils import log_dist
 
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.engine.deepspeed_checks import check_client_parts, checked
@@ -86,6 +89,8 @@ def initialize(
     if stream is not None:
         engine.set_dataloader(stream)
         engine.training_dataloader = stream  # on the stages between first and last too
+    for note in engine.plan.notes:
+        log_dist(note, ranks=[0], level=logging.WARNING)
     engine.replicas = make_sync(engine)
     engine.configure_garbage_collection()
     if section.compile:
