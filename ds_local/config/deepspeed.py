@@ -321,11 +321,16 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
         if value is not None:
             check_number(".".join(path), value, kind, least, most)
     _refuse(config, _REFUSED, "")
-    if any(
-        _at(config, path)
-        for path in (("bf16", "enabled"), ("bfloat16", "enabled"), ("zero_optimization", "stage"))
-    ):
+    if bf16_enabled(config) or zero_stage(config):
         _refuse(config, _FP32_ONLY, ", which needs fp32 and ZeRO stage 0")
+
+
+def bf16_enabled(config: Mapping[str, Any]) -> bool:
+    return any(bool(_at(config, (key, "enabled"))) for key in ("bf16", "bfloat16"))
+
+
+def zero_stage(config: Mapping[str, Any]) -> int:
+    return _at(config, ("zero_optimization", "stage")) or 0
 
 
 def check_number(

@@ -9,11 +9,12 @@ from typing import Any
 from deepspeed.utils import log_dist
 
 from ds_local.config.deepspeed import batch_sizes
-from ds_local.engine.deepspeed_checks import check_client_parts, checked
+from ds_local.engine.deepspeed_checks import checked
 from ds_local.engine.deepspeed_seam import engine_config
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.loaders import data_for
 from ds_local.engine.module import LocalPipelineModule
+from ds_local.engine.optimizer_checks import check_client_parts
 from ds_local.errors import ConfigError
 from ds_local.replicas.subnets import make_sync
 

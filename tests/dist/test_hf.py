@@ -290,9 +290,9 @@ def test_a_pretrained_model_needs_its_own_tokenizer(fine_tuned):
 
 def test_accelerates_single_process_is_refused():
     started = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
-    from ds_local.training.loop import check_launcher
+    from ds_local.cluster.surroundings import complete_environment
 
-    with pytest.raises(ConfigError, match="replace --cpu by --multi_gpu"):
+    with pytest.raises(ClusterError, match="replace --cpu by --multi_gpu"):
         check_launcher(started)
     check_launcher(started | {"WORLD_SIZE": "2"})
     check_launcher({})
