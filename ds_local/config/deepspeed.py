@@ -11,11 +11,11 @@ No torch, no DeepSpeed.
 from __future__ import annotations
 
 import difflib
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from ds_local.config.files import check_finite, leaves
 from ds_local.config.schema import SECTION
 from ds_local.errors import ConfigError
 
@@ -300,10 +300,8 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(str(key), DEEPSPEED_KEYS, n=1, cutoff=0.8)
             if close:
                 raise ConfigError(f"{key!r} is not a DeepSpeed key; did you mean {close[0]!r}?")
-    for path, value in _leaves(config):
-        if isinstance(value, float) and not math.isfinite(value):
-            shown = json.dumps(value)
-            raise ConfigError(f"{'.'.join(path)} is {shown}; write a finite number, or remove it")
+    check_finite(config)
+    for path, value in leaves(config):
         known = path[0] in DEEPSPEED_KEYS
         if value == "auto" and known and not any(path[: len(own)] == own for own in _OWN_AUTO):
             instead = _AUTO.get(path[-1], "remove it, so that DeepSpeed's default holds")
@@ -343,19 +341,6 @@ def check_number(
         what = "an integer" if kind is int else "a number"
         bounds = f"at least {least}" if most == math.inf else f"{least} to {most}"
         raise ConfigError(f"{name} must be {what} of {bounds}, got {value!r}")
-
-
-def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every value that is neither object nor list, with the keys and numbers that lead to it."""
-    if isinstance(value, Mapping):
-        inner: Any = value.items()
-    elif isinstance(value, list | tuple):
-        inner = enumerate(value)
-    else:
-        yield path, value
-        return
-    for key, one in inner:
-        yield from _leaves(one, (*path, str(key)))
 
 
 def _refuse(

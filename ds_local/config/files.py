@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,31 @@ def load_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
             f"the DeepSpeed config {source} must be a JSON object, got {type(config).__name__}"
         )
     return config
+
+
+def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every value that is neither object nor list, with the keys and numbers that lead to it."""
+    if isinstance(value, Mapping):
+        inner: Any = value.items()
+    elif isinstance(value, list | tuple):
+        inner = enumerate(value)
+    else:
+        yield path, value
+        return
+    for key, one in inner:
+        yield from leaves(one, (*path, str(key)))
+
+
+def check_finite(config: Mapping[str, Any], where: str = "") -> None:
+    """JSON as Python reads it may hold NaN and Infinity.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for path, value in leaves(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            name = (f"{where}: " if where else "") + ".".join(path)
+            raise ConfigError(f"{name} is {json.dumps(value)}; write a finite number, or remove it")
 
 
 def local_parallel(config: Mapping[str, Any]) -> LocalParallelConfig:
