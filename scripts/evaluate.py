@@ -16,11 +16,11 @@ from typing import Any
 
 from models import exits_of
 
+from ds_local.cli.arguments import Parser, whole
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "model",
         help="a Hugging Face folder or name, a folder of all exits, a run folder or a checkpoint folder",
@@ -30,8 +30,10 @@ def main() -> int:
         required=True,
         help="folder written by scripts/prepare_data.py; its validation split is used",
     )
-    parser.add_argument("--sequences", type=int, help="validation sequences to use; default all")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences at a time")
+    parser.add_argument(
+        "--sequences", type=whole(1), help="validation sequences to use; default all"
+    )
+    parser.add_argument("--batch-size", type=whole(1), default=16, help="sequences at a time")
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
     try:
