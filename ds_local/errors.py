@@ -15,6 +15,10 @@ class ConfigError(DsLocalError, ValueError):
     """A configuration that cannot work; the message names the key, the values and the remedy."""
 
 
+class UnsupportedDeepSpeed(ConfigError):
+    """A DeepSpeed whose pipeline engine is another one than this package extends."""
+
+
 class RouteError(DsLocalError, ValueError):
     """A row that makes no sense for this number of segments."""
 

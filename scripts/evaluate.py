@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from models import exits_of
 
+from ds_local.cli.arguments import Parser, whole
 from ds_local.config import strict_json
 
 if TYPE_CHECKING:
@@ -22,9 +23,7 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "model",
         help="a Hugging Face folder or name, a folder of all exits, a run folder or a checkpoint folder",
@@ -36,10 +35,10 @@ def main() -> int:
     )
     parser.add_argument(
         "--sequences",
-        type=int,
+        type=whole(1),
         help="validation sequences to use, evenly spaced; default all",
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences at a time")
+    parser.add_argument("--batch-size", type=whole(1), default=16, help="sequences at a time")
     parser.add_argument(
         "--allow-other-data",
         action="store_true",

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ds_local.cli.arguments import Parser, whole
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder (its latest checkpoint) or checkpoint folder")
     parser.add_argument(
         "--output",
@@ -23,7 +23,7 @@ def main() -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--segment",
-        type=int,
+        type=whole(),
         help="the prefix up to this segment, with its head, as a smaller model",
     )
     which.add_argument(

@@ -15,27 +15,27 @@ from typing import Any
 
 from models import exits_of
 
+from ds_local.cli.arguments import Parser, number, whole
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "model",
         help="a Hugging Face folder or name, a folder of all exits, a run folder or a checkpoint folder",
     )
     parser.add_argument("--prompt", default="def main(")
-    parser.add_argument("--max-new-tokens", type=int, default=80)
+    parser.add_argument("--max-new-tokens", type=whole(1), default=80)
     parser.add_argument(
-        "--temperature", type=float, default=0.7, help="0: always the likeliest token"
+        "--temperature", type=number(), default=0.7, help="0: always the likeliest token"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(), default=0)
     parser.add_argument(
         "--assistant",
         help="segment of the model, or a smaller model's folder: it drafts, the model checks",
     )
     parser.add_argument(
-        "--draft-tokens", type=int, default=4, help="tokens the assistant drafts at a time"
+        "--draft-tokens", type=whole(1), default=4, help="tokens the assistant drafts at a time"
     )
     args = parser.parse_args()
     from ds_local.errors import ConfigError, DsLocalError

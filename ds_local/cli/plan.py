@@ -14,47 +14,50 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ds_local.cli.arguments import output_file
+from ds_local.cli.arguments import Parser, number, output_file, whole
 from ds_local.cluster.candidates import GIB, HEADS, ROWS, Cluster, Model, Price, measured_model
 from ds_local.cluster.planner import Plan, plan
 from ds_local.cluster.pricing import Pricing
 from ds_local.config import strict_json
-from ds_local.errors import ConfigError
+from ds_local.errors import ConfigError, UnsupportedModel
 from ds_local.model import blocks
 from ds_local.outputs import write_file
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="config.json in Hugging Face's form")
-    add("--nodes", type=int, required=True)
-    add("--devices-per-node", type=int, required=True)
+    add("--nodes", type=whole(1), required=True)
+    add("--devices-per-node", type=whole(1), required=True)
     add(
         "--device-tflops",
-        type=float,
+        type=number(above=True),
         required=True,
         help="sustained in training: peak times the share that is reached",
     )
-    add("--memory-gib", type=float, required=True, help="of a device")
+    add("--memory-gib", type=number(above=True), required=True, help="of a device")
     add(
         "--link-gbps",
-        type=float,
+        type=number(above=True),
         required=True,
         help="of a node's network card, each way, shared by its devices",
     )
-    add("--intra-gbps", type=float, required=True, help="between two devices of a node, each way")
-    add("--latency-us", type=float, default=50, help="of a message between nodes")
+    add(
+        "--intra-gbps",
+        type=number(above=True),
+        required=True,
+        help="between two devices of a node, each way",
+    )
+    add("--latency-us", type=number(), default=50, help="of a message between nodes")
     add(
         "--batch-tokens",
-        type=float,
+        type=number(above=True),
         default=2**19,
         help="tokens of an optimizer step over all devices",
     )
-    add("--seq-len", type=int, help="default the model's longest")
-    add("--tokens", type=float, help="of the whole run, for the hours it takes")
+    add("--seq-len", type=whole(1), help="default the model's longest")
+    add("--tokens", type=number(above=True), help="of the whole run, for the hours it takes")
     add(
         "--heads", nargs="+", choices=HEADS, default=list(HEADS), help="auxiliary heads to consider"
     )
@@ -65,7 +68,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         help="profile.json of a run of this model: measured times instead of --device-tflops",
     )
-    add("--best", type=int, default=3, help="layouts to show in full")
+    add("--best", type=whole(1), default=3, help="layouts to show in full")
     add(
         "--json",
         type=output_file('"too_large"'),
@@ -132,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
             model = measured_model(model, args.profile)
         pricing = Pricing(model, cluster, int(args.batch_tokens) // model.seq_len)
         found = plan(pricing, args.heads, args.rows)
-    except (ConfigError, blocks.UnsupportedModel) as error:
+    except (ConfigError, UnsupportedModel) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     if args.json:

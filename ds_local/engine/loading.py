@@ -67,7 +67,7 @@ def load(
     unlooked_for = with_optimizer and engine.using_bf16_optimizer and not engine.zero_optimization()
     path, client_state = read(place.name, load_optimizer_states and not unlooked_for)
     if unlooked_for:
-        engine._load_zero_checkpoint(load_dir, place.name)
+        engine.load_zero_checkpoint(load_dir, place.name)
     own_files = str(place) if with_optimizer else None
     engine.replicas.load(own_files, facts)
     engine.copies.load(own_files, engine.global_steps, engine.replica_id)

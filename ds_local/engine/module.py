@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import ProcessTopology
 from deepspeed.utils import log_dist, logger
 from torch import Tensor, nn
@@ -26,12 +26,17 @@ from torch.utils.checkpoint import checkpoint
 from ds_local.checkpoints.facts import FACTS, head_options, read_facts
 from ds_local.checkpoints.folder import HEAD_FILE
 from ds_local.checkpoints.tensors import check_tensors
-from ds_local.config.deepspeed import batch_sizes, check_deepspeed
-from ds_local.config.files import load_config, local_parallel
+from ds_local.cluster.surroundings import complete_environment
+from ds_local.config.deepspeed import batch_sizes, check_number
 from ds_local.config.placement import num_stages_and_replicas
 from ds_local.config.schema import SECTION, LocalParallelConfig
 from ds_local.engine.batches import TokenBatches, split_batch
-from ds_local.engine.deepspeed_seam import SafeCheckpointEngine, start_processes
+from ds_local.engine.deepspeed_checks import checked
+from ds_local.engine.deepspeed_seam import (
+    PipelineModuleSeam,
+    SafeCheckpointEngine,
+    start_processes,
+)
 from ds_local.errors import CheckpointError, ConfigError
 from ds_local.links.trees import map_tensors
 from ds_local.model import blocks, heads
@@ -41,12 +46,12 @@ from ds_local.model.pretrained import Weights, find_weights, load_head, load_lay
 from ds_local.model.split_linear import make_splittable
 from ds_local.replicas.head_copies import Copy, planned_copies
 from ds_local.replicas.subnets import check_cut
-from ds_local.schedules.run_plan import head_segments
+from ds_local.schedules.run_plan import RunPlan, head_segments
 
 MakeHead = Callable[[int], nn.Module]
 
 
-class LocalPipelineModule(PipelineModule):
+class LocalPipelineModule(PipelineModuleSeam):
     """Layers, cut into segments and dealt to pipeline stages.
 
     Args:
@@ -81,10 +86,10 @@ class LocalPipelineModule(PipelineModule):
         topology: Any = None,
     ) -> None:
         layers = list(layers)
-        ds_config = load_config(config or {})
-        check_deepspeed(ds_config)
-        self.section = local_parallel(ds_config)
+        ds_config, self.section = checked(config or {})
         stages = _num_stages(self.section, num_stages, topology)
+        _check_arguments(loss_fn, head, activation_checkpoint_interval)
+        _check_batches(ds_config, self.section, stages)
         self.hf_config: Any = (
             None  # of a Hugging Face model; set by `causal_lm`, as are its batches and copies
         )
@@ -100,6 +105,7 @@ class LocalPipelineModule(PipelineModule):
                 "tokens; leave it out, or pass loss_fn=ds_local.model.heads.lm_loss"
             )
         if not dist.is_initialized():
+            complete_environment()
             start_processes()
         if topology is None and self.section.layout.stages == "within_node":
             topology = ProcessTopology(
@@ -153,21 +159,20 @@ class LocalPipelineModule(PipelineModule):
     # --- building
     # -------------------------------------------------------------------------------------------------------
 
-    def _partition_layers(self, method: str = "parameters") -> None:
+    def bounds(self) -> tuple[int, int]:
         per_stage = self.section.segments_per_stage
         self.num_segments = self.num_stages * per_stage
         if self._given_parts is not None:
             self.segment_parts = list(self._given_parts)
         else:
             self.segment_parts = balance(
-                [count + 1 for count in self._count_layer_params()], [0.0] * self.num_segments
+                [count + 1 for count in self.count_layer_parameters()], [0.0] * self.num_segments
             )
         self.parts = self.segment_parts[::per_stage]
         self.local_segments = range(self.stage_id * per_stage, (self.stage_id + 1) * per_stage)
-        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+        return self.parts[self.stage_id], self.parts[self.stage_id + 1]
 
-    def _build(self) -> None:
-        super()._build()
+    def built(self) -> None:
         if self.section.split_backward:
             make_splittable(self)
         self.heads = nn.ModuleDict()
@@ -178,6 +183,17 @@ class LocalPipelineModule(PipelineModule):
                 self.heads[str(segment)] = self._make_head(segment)
         for parameter in self.heads.parameters():
             setattr(parameter, "ds_pipe_replicated", False)  # noqa: B010 - DeepSpeed counts what is marked in its norms
+
+    def mpu(self) -> Any:
+        """Asked for by `deepspeed.initialize`, which would train this module by 1F1B.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "deepspeed.initialize would ignore the scheme of this model and train it by 1F1B; call "
+            "ds_local.initialize, with the same arguments"
+        )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """`torch.compile` every layer, as `PipelineModule` does, and every head. Arguments are
@@ -201,7 +217,7 @@ class LocalPipelineModule(PipelineModule):
         self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False
     ) -> None:
         super().save_state_dict(save_dir, checkpoint_engine, exclude_frozen_params)
-        if self._grid.data_parallel_id == 0:
+        if self.grid.data_parallel_id == 0:
             for segment, head in self.heads.items():
                 state = clone_tensors_for_torch_save(head.state_dict())
                 checkpoint_engine.save(
@@ -224,7 +240,7 @@ class LocalPipelineModule(PipelineModule):
             path = heads[segment]
             if path is not None:
                 head.load_state_dict(engine.load(path, map_location="cpu"), strict=strict)
-            elif self._grid.data_parallel_id == 0:
+            elif self.grid.data_parallel_id == 0:
                 layer = self.segment_parts[int(segment) + 1]
                 logger.warning(
                     f"{load_dir} has no head that fits after {layer} layers: that of segment "
@@ -300,8 +316,8 @@ class LocalPipelineModule(PipelineModule):
 
     def layers_of(self, segment: int) -> list[Callable[[Any], Any]]:
         start, stop = (
-            self.segment_parts[segment] - self._local_start,
-            self.segment_parts[segment + 1] - self._local_start,
+            self.segment_parts[segment] - self.first_layer,
+            self.segment_parts[segment + 1] - self.first_layer,
         )
         return self.forward_funcs[start:stop]
 
@@ -312,7 +328,7 @@ class LocalPipelineModule(PipelineModule):
     def name_of_output(self, segment: int) -> str:
         """The layer whose output is the segment's."""
         number = self.segment_parts[segment + 1] - 1 - self._computes_own_loss(segment)
-        layer = self.forward_funcs[number - self._local_start]
+        layer = self.forward_funcs[number - self.first_layer]
         return f"layer {number} ({getattr(layer, '__name__', type(layer).__name__)})"
 
     def run_segment(self, segment: int, inputs: Any) -> Any:
@@ -402,12 +418,31 @@ class LocalPipelineModule(PipelineModule):
             yield from (p for p in self.heads[str(segment)].parameters() if p.requires_grad)
 
 
+def _check_arguments(loss_fn: Any, head: Any, activation_checkpoint_interval: Any) -> None:
+    for name, value in (("loss_fn", loss_fn), ("head", head)):
+        if value is not None and not callable(value):
+            raise ConfigError(f"{name} is a {type(value).__name__}; pass a function")
+    check_number("activation_checkpoint_interval", activation_checkpoint_interval, least=0)
+
+
+def _check_batches(
+    ds_config: Mapping[str, Any], section: LocalParallelConfig, num_stages: int
+) -> None:
+    """The steps' schedules can be made, where the config says how large a step is."""
+    if {"train_batch_size", "train_micro_batch_size_per_gpu"} & ds_config.keys():
+        _, num_micro_batches = batch_sizes(ds_config, _world_size() // num_stages)
+        _ = RunPlan.of(section, num_stages, num_micro_batches).schedules
+
+
 def _num_stages(section: LocalParallelConfig, num_stages: int | None, topology: Any) -> int:
     """Checked against the number of processes, which the launcher has announced even before they
     have met."""
-    return num_stages_and_replicas(
-        section, _world_size(), topology.get_dim("pipe") if topology else num_stages
-    )[0]
+    if topology is not None:
+        axes = sorted(topology.get_axis_names())
+        if axes != ["data", "pipe"]:
+            raise ConfigError(f"topology has the axes {axes}; make one of pipe and data")
+        num_stages = topology.get_dim("pipe")
+    return num_stages_and_replicas(section, _world_size(), num_stages)[0]
 
 
 def _world_size() -> int:
@@ -454,13 +489,11 @@ def causal_lm(
         ConfigError: when the configuration contradicts the model or the number of processes.
         WeightsError: when the pretrained weights are damaged or of another model.
     """
+    ds_config, section = checked(config or {})
     hf_config = blocks.load_model_config(model)
     if weights is None and not from_scratch and isinstance(model, str | Path):
         weights = find_weights(model)
     pretrained = None if weights is None or from_scratch else Weights(weights, hf_config)
-    ds_config = load_config(config or {})
-    check_deepspeed(ds_config)
-    section = local_parallel(ds_config)
     depth = blocks.num_blocks(hf_config)
     stages = _num_stages(section, num_stages, topology)
     num_segments = stages * section.segments_per_stage
@@ -472,6 +505,8 @@ def causal_lm(
         )
     check_cut(hf_config, section.replicas, _world_size() // stages, pretrained is not None)
     longest = blocks.num_positions(hf_config)
+    if seq_len is not None:
+        check_number("seq_len", seq_len)
     if seq_len is not None and seq_len > longest:
         raise ConfigError(
             f"sequences have {seq_len} tokens but the model takes at most {longest}; prepare data with --seq-len {longest}"
@@ -502,7 +537,7 @@ def causal_lm(
     module.copies = planned_copies(section, num_segments, head_segments(section, num_segments))
     if pretrained is not None:
         log_dist(f"starting from the weights in {pretrained.folder}", ranks=[0])
-        for number, layer in enumerate(module.forward_funcs, module._local_start):
+        for number, layer in enumerate(module.forward_funcs, module.first_layer):
             load_layer(layer, number, pretrained)
         for segment, head in module.heads.items():
             load_head(head, int(segment), section.head, parts, pretrained)

@@ -28,7 +28,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.pytorch_utils import Conv1D
 
 from ds_local.config.schema import HeadConfig
-from ds_local.errors import UnsupportedModel
+from ds_local.errors import ConfigError
+from ds_local.model.config_file import read_config, reason
 from ds_local.model.heads import (
     HIDDEN,
     AuxiliaryHead,
@@ -81,41 +82,31 @@ def load_model_config(source: str | Path | dict[str, Any] | PretrainedConfig) ->
     Raises:
         UnsupportedModel: when it cannot be read or its family is not supported; the message lists
             the families.
+        ConfigError: for a key that only resembles a real one, and numbers that do not fit.
     """
-    if isinstance(source, PretrainedConfig):
-        config = copy.deepcopy(source)
-    elif isinstance(source, dict):
-        config = AutoConfig.for_model(**source)
-    else:
-        config = _read_config(source)
-    if config.model_type not in FAMILIES:
-        raise UnsupportedModel(
-            f"model_type {config.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
-        )
+    config, where = read_config(source, FAMILIES)
     config.dtype = None  # that of the saved weights; in training the DeepSpeed config decides
+    try:
+        _run_one_block(config)
+    except Exception as error:  # whatever a model says about its numbers
+        raise ConfigError(
+            f"{where}: no {config.model_type} can be made of it: {reason(error, config)}"
+        ) from error
     return config
 
 
-def _read_config(source: str | Path) -> PretrainedConfig:
-    path = Path(source)
-    if path.is_file():
-        try:
-            fields = json.loads(path.read_text())
-            return AutoConfig.for_model(**fields)
-        except (json.JSONDecodeError, TypeError, KeyError, ValueError) as error:
-            raise UnsupportedModel(
-                f"{path} is not a Hugging Face model config with a model_type: {error}"
-            ) from error
-    if not path.is_dir() and (
-        path.is_absolute() or path.suffix == ".json" or str(source).count("/") > 1
-    ):
-        raise UnsupportedModel(
-            f"no model config at {path}; give a config.json, a model folder or a hub name"
-        )
-    try:
-        return AutoConfig.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"cannot read a model config from {source!r}: {error}") from error
+def _run_one_block(config: PretrainedConfig) -> None:
+    """Without storage: shapes that do not fit are found here."""
+    model, family = skeleton(config), family_of(config)
+    hidden_BTD = torch.empty(1, 2, config.hidden_size, device="meta")
+    positions = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    kwargs: dict[str, Any] = {"attention_mask": None, "position_ids": positions}
+    with torch.no_grad():
+        if family.rotary is not None:
+            kwargs["position_embeddings"] = model.get_submodule(family.rotary)(
+                hidden_BTD, positions
+            )
+        model.get_submodule(f"{family.blocks}.0")(hidden_BTD, use_cache=False, **kwargs)
 
 
 @functools.lru_cache(maxsize=4)

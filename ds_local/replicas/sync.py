@@ -191,10 +191,7 @@ def replica_group(engine: Any) -> ReplicaGroup:
     seconds = engine.section.link.timeout_seconds
     mine = None
     for stage in range(engine.num_stages):
-        ranks = [
-            engine.grid._topo.get_rank(pipe=stage, data=replica)
-            for replica in range(engine.dp_world_size)
-        ]
+        ranks = [engine.rank_of(stage, replica) for replica in range(engine.dp_world_size)]
         group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=seconds))
         if stage == engine.stage_id:
             mine = ReplicaGroup(stage, ranks, group, seconds)

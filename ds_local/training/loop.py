@@ -26,16 +26,19 @@ from ds_local.checkpoints.files import reason
 from ds_local.checkpoints.folder import agreed_tag, clean, gather, newest_tag, together
 from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.cluster import start_check as cluster
-from ds_local.config.deepspeed import batch_sizes, check_deepspeed
-from ds_local.config.files import load_config, local_parallel
+from ds_local.cluster.surroundings import complete_environment
+from ds_local.config.command_line import read_settings
+from ds_local.config.deepspeed import batch_sizes
+from ds_local.config.files import local_parallel
 from ds_local.config.placement import num_stages_and_replicas
-from ds_local.config.schema import SECTION, Scheme
 from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
 from ds_local.data.tokenizers import check_same_tokenizer
+from ds_local.engine.deepspeed_checks import checked
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.initialize import initialize
 from ds_local.engine.loading import load_what_fits
 from ds_local.engine.module import causal_lm
+from ds_local.engine.optimizer_checks import check_client_parts
 from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import SegmentReport
 from ds_local.errors import ConfigError, SaveError
@@ -74,7 +77,7 @@ def train(args: Namespace) -> None:
         ConfigError, DataError, CheckpointError, ...: in a sentence, before any training, with
         nothing lost.
     """
-    check_launcher(os.environ)
+    complete_environment()
     is_first = os.environ.get("RANK", "0") == "0"
     with opened(args.output, is_first, _say_first if is_first else _say_nothing) as run:
         _train(args, run)
@@ -144,10 +147,8 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
     Raises:
         ConfigError: naming the two values that contradict each other.
     """
-    config = load_config(args.deepspeed_config)
-    check_deepspeed(config)
-    config[SECTION] = overridden_section(config.get(SECTION, {}), args)
-    local_parallel(config)
+    config, _ = checked(read_settings(args))
+    check_client_parts(config, None, None)
     # the files are compared with their checksums once on each host
     data = TokenData(args.data, verify=os.environ.get("LOCAL_RANK", "0") == "0")
     hf_config = blocks.load_model_config(args.model)
@@ -166,48 +167,6 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
         )
     hf_config.bos_token_id = hf_config.eos_token_id = data.facts["eos_token_id"]
     return config, data, hf_config
-
-
-def overridden_section(section: dict[str, Any], args: Namespace) -> dict[str, Any]:
-    """The "local_parallel" section with what the command line says instead."""
-    section = dict(section)
-    if args.mode is not None or args.backprop_micro_batches is not None:
-        for key in (*Scheme.model_fields, "phases", "cycle_steps"):
-            section.pop(key, None)
-        row = {"mode": args.mode or "local"} | (
-            {} if args.window is None else {"window": args.window}
-        )
-        if args.backprop_micro_batches:
-            section["mix"] = [
-                {"mode": "backprop", "micro_batches": args.backprop_micro_batches},
-                row,
-            ]
-        else:
-            section |= row
-        if args.backprop_from is not None:
-            scheme = {key: section.pop(key) for key in ("mode", "window", "mix") if key in section}
-            section["phases"] = [{**scheme, "until_step": args.backprop_from}, {"mode": "backprop"}]
-    elif args.window is not None or args.backprop_from is not None:
-        raise ConfigError("--window and --backprop-from need --mode or --backprop-micro-batches")
-    for key in ("num_stages", "segments_per_stage", "seed"):
-        if getattr(args, key) is not None:
-            section[key] = getattr(args, key)
-    return section
-
-
-def check_launcher(environment: Mapping[str, str]) -> None:
-    """`accelerate launch --cpu --num_processes N` sets some variables for N processes and starts
-    one."""
-    names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-    if (
-        "ACCELERATE_USE_CPU" in environment
-        and "MASTER_ADDR" in environment
-        and not any(name in environment for name in names)
-    ):
-        raise ConfigError(
-            "accelerate launch started one process only, as it does with --cpu; replace --cpu by --multi_gpu, which needs no "
-            "GPU, or use torchrun or the deepspeed launcher"
-        )
 
 
 def _facts_of_start(

@@ -167,8 +167,11 @@ def test_no_graph_crosses_a_link(codec):
     ("link", "words"),
     [
         ({"codec": "int9"}, "local_parallel.link.codec"),
-        ({"codec": "int8", "rank": 4}, "rank is an option of the codec lowrank"),
-        ({"keep": 0.5}, "keep is an option of the codec topk"),
+        (
+            {"codec": "int8", "rank": 4},
+            "rank means nothing with codec .int8.; remove it, or set codec to lowrank",
+        ),
+        ({"keep": 0.5}, "keep means nothing with codec .none."),
         ({"codec": "topk", "keep": 0}, "local_parallel.link.keep"),
         ({"codec": "int4", "group_size": 3}, "multiple of 2"),
     ],
