@@ -239,7 +239,8 @@ class Executor:
         if segment + 1 < self.segments.num_segments:
             self.send_activation(segment, micro_batch)
         self.live.pop((segment, micro_batch), None)  # sending may have let go of it
-        return self._for_head(segment, live.outputs), self._for_head(segment, live.labels)
+        outputs, labels = (self._for_head(segment, t) for t in (live.outputs, live.labels))
+        return outputs.value(), labels.value()
 
     # --- backward -------------------------------------------------------------------------------
 
@@ -301,8 +302,11 @@ class Executor:
         """
         slots = [s.detach().requires_grad_(s.requires_grad) for s in live.outputs.slots()]
         hidden = self._for_head(segment, live.outputs.with_slots(slots))
+        labels = self._for_head(segment, live.labels).value()
         with self._seeded("head", segment, micro_batch):
-            loss = self.segments.loss_of(segment, hidden, self._for_head(segment, live.labels))
+            loss = self.segments.loss_of(segment, hidden.value(), labels)
+        if segment + 1 == self.segments.num_segments:
+            _note_changes(hidden.slots(), live.outputs.slots())
         scale = self._routes(micro_batch).loss_weights[segment] * live.weight
         if loss.requires_grad:
             torch.autograd.backward(loss * (scale / self._schedule.num_micro_batches))
@@ -310,11 +314,11 @@ class Executor:
         self.watch.see(finite.LOSS, segment, [loss], micro_batch)
         self._book(segment, loss.detach(), live.weight)
 
-    def _for_head(self, segment: int, tree: Tree) -> Any:
-        """A value that a head may change in place. What is on its way to the next segment is not
-        touched: a device may still be copying it."""
+    def _for_head(self, segment: int, tree: Tree) -> Tree:
+        """A value that a head may change in place. What goes to the next segment is not touched,
+        since a device may still be copying it; logits, which may be large, are not copied."""
         is_last = segment + 1 == self.segments.num_segments
-        return tree.map(_writable if is_last else Tensor.clone).value()
+        return tree.map(_writable if is_last else Tensor.clone)
 
     def _book(self, segment: int, loss: Tensor, weight: float) -> None:
         """Take a micro-batch's loss into the mean of the step."""
@@ -345,5 +349,16 @@ class Executor:
 
 
 def _writable(tensor: Tensor) -> Tensor:
-    """The same memory, as a tensor that may be changed in place although it requires gradient."""
+    """The same memory, as a tensor that may be changed in place although it requires gradient.
+
+    It counts its changes by itself, see `_note_changes`.
+    """
     return torch.ops.aten._unsafe_view(tensor, tensor.shape) if tensor.requires_grad else tensor
+
+
+def _note_changes(writable: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Let autograd know what was changed in place, so that it refuses to compute with what is not
+    any more what it kept."""
+    for changed, tensor in zip(writable, tensors, strict=True):
+        if changed.requires_grad and changed._version:
+            torch.autograd.graph.increment_version(tensor)

@@ -392,7 +392,9 @@ class Receiver(_GroupEnd):
         direct = (
             {} if self._direct is None else self._past_the_host(self._direct, form.direct, found)
         )
-        return found, {**buffer.tensors, **moved, **direct}
+        message = {**buffer.tensors, **moved, **direct}
+        # `data`: each with a version of its own, or changing one in place would count for all
+        return found, {name: tensor.data for name, tensor in message.items()}
 
     def _past_the_host(self, direct: Direct, layout: _Layout, tag: Tag) -> Message:
         try:
