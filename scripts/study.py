@@ -435,9 +435,6 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
         if METHODS[run.method].renew and not (place / "run").exists():
             print(f"{run.name}: run the same without its tail first", file=sys.stderr)
             return False
-    resume = ["--resume"] if (place / "run" / "checkpoints" / "latest").exists() else []
-    if not resume and (place / "run" / "run.json").exists():
-        (place / "run" / "run.json").unlink()  # ended before its first checkpoint
     environment = {
         "OMP_NUM_THREADS": "1",  # threads of two runs on the same cores cost ten times what they bring
         **os.environ,
@@ -452,7 +449,7 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
         "--output", str(place / "run"), "--max-steps", str(run.steps), "--eval-every", str(max(1, run.steps // 10)),
         "--save-every", str(max(1, run.steps // CHECKPOINTS)),
         "--eval-sequences", str(EVALUATED_TOKENS // preset.model["n_positions"]),
-        "--deepspeed_config", str(place / "ds_config.json"), *resume,
+        "--deepspeed_config", str(place / "ds_config.json"), "--resume", "--allow-change", "scheme",
     ]  # fmt: skip
     with (place / "log.txt").open("a") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT)

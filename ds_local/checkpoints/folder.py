@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -59,19 +58,24 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except Exception as error:
         failure = error
-    found = gather(None if failure is None else (isinstance(failure, SaveError), _words(failure)))
-    failed = [(rank, *how) for rank, how in enumerate(found) if how is not None]
-    if failure is not None and not isinstance(failure, CheckpointError):
+    found = gather(None if failure is None else (_kind(failure), _words(failure)))
+    if failure is not None and _kind(failure) is None:
         raise failure
+    # what is no error of ours comes first: it ends the run, on all ranks
+    failed = [(how[0] is not None, rank, *how) for rank, how in enumerate(found) if how is not None]
     if failed:
-        rank, by_writing, words = failed[0]
+        _, rank, kind, words = min(failed, key=lambda one: one[:2])
         where = f"rank {rank}: " if len(failed) < len(found) else ""
-        raise (SaveError if by_writing else CheckpointError)(where + words) from failure
+        raise (kind or CheckpointError)(where + words) from failure
     return result
 
 
+def _kind(error: Exception) -> type[CheckpointError] | None:
+    return next((kind for kind in (SaveError, CheckpointError) if isinstance(error, kind)), None)
+
+
 def _words(error: Exception) -> str:
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}" if _kind(error) is None else str(error)
 
 
 # --- finding ------------------------------------------------------------------------------------
@@ -179,8 +183,8 @@ def agreed_tag(folder: str | Path, find: Callable[[str | Path], str | None]) -> 
 
 
 class Writing:
-    """One attempt at a checkpoint: write into `target`, then `commit` or `abandon`. Every method,
-    making one too, is a collective call.
+    """One attempt at a checkpoint: write into `target`, then `commit` or `abandon`. Making one and
+    committing are collective calls.
 
     Raises:
         SaveError: on every rank, when the disk does not take it.
@@ -230,12 +234,10 @@ class Writing:
             raise SaveError(f"cannot save {final}: {reason(error, self.folder)}") from error
         remove(old)
 
-    def abandon(self) -> int:
-        """Remove what has been written; returns the bytes that are free then."""
+    def abandon(self) -> None:
+        """Remove what has been written. No collective call."""
         if self._leads:
             remove(self.target)
-        gather(None)
-        return min(gather(shutil.disk_usage(self.folder).free))
 
 
 def clean(folder: str | Path) -> None:

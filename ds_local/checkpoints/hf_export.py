@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
-from ds_local.checkpoints.folder import FACTS, HEAD_FILE, check_file, latest_tag, read_facts
+from ds_local.checkpoints.folder import FACTS, HEAD_FILE, check_file, latest_tag, locate, read_facts
 from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.checkpoints.model_card import model_card
 from ds_local.data.tokenizers import fingerprint, load_tokenizer, save_tokenizer
@@ -103,8 +103,10 @@ def find_checkpoint(folder: str | Path) -> Path:
     folder = Path(folder)
     if (folder / FACTS).is_file():
         return folder
+    if not folder.exists():  # a tag that is just being replaced is beside its place
+        return locate(folder.parent, folder.name)
     checkpoints = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    return checkpoints / latest_tag(checkpoints)
+    return locate(checkpoints, latest_tag(checkpoints))
 
 
 class Checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 from torch import Tensor
@@ -54,14 +55,16 @@ def save(
             write(writing.partial)
         together(files.check)
         writing.commit(facts_of(engine), save_latest)
-    except SaveError as error:
-        free, needed = writing.abandon(), sum(gather(files.needed))
+    except SaveError as error:  # on all ranks
+        writing.abandon()
+        gather(None)  # the partial one is gone
+        needed, free = zip(*gather((files.needed, disk_usage(save_dir).free)), strict=True)
         words = str(error).replace(writing.partial, writing.tag)
         raise SaveError(
-            f"{words}; the checkpoint needs {needed:,} bytes, {free:,} are free; the one before it "
-            "is whole"
+            f"{words}; the checkpoint needs {sum(needed):,} bytes, {min(free):,} are free; the one "
+            "before it is whole"
         ) from error
-    except CheckpointError:
+    except BaseException:
         writing.abandon()
         raise
     finally:

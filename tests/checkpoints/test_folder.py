@@ -126,7 +126,7 @@ def test_a_checkpoint_that_is_given_up_leaves_nothing(tmp_path):
     writing = Writing(tmp_path, "one")
     writing.target.mkdir()
     (writing.target / "a.pt").write_text("half")
-    assert writing.abandon() > 0
+    writing.abandon()
     assert {p.name for p in tmp_path.iterdir()} == {"one", "latest"}
     assert step_of(tmp_path, "one") == 1
 
