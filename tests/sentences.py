@@ -20,3 +20,12 @@ def one_sentence(*said: str, error: type[DsLocalError] = DsLocalError) -> Iterat
     assert 20 < len(text) < 600
     for part in said:
         assert part in text, text
+
+
+def assert_one_sentence(error: object, *words: str) -> None:
+    text = str(error)
+    assert "\n" not in text, text
+    assert "Traceback" not in text
+    assert len(text) < 500, text
+    for word in words:
+        assert word in text, f"{word!r} is not in: {text}"

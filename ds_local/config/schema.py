@@ -49,7 +49,9 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Refuses keys it does not know, values of another kind, NaN, and options not in use."""
+
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
@@ -85,7 +87,7 @@ class _Strict(BaseModel):
         return {n: mark for n, of in marks.items() for mark in of if isinstance(mark, OptionOf)}
 
     @model_validator(mode="after")
-    def _options_in_use(self) -> _Strict:
+    def _options_in_use(self) -> Strict:
         for name, option in self.options().items():
             value = getattr(self, option.key)
             chosen = {value} if isinstance(value, str) else set(value)
@@ -101,14 +103,12 @@ class _Strict(BaseModel):
         cls, core_schema: Any, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
         schema = handler.resolve_ref_schema(handler(core_schema))
-        conditions = [
-            {
-                "if": {"required": [name]},
-                "then": {"required": [option.key]},
-                "description": f"{name}: with {option.key} {' or '.join(option.values)}",
-            }
-            for name, option in cls.options().items()
-        ]
+        conditions = []
+        for name, option in cls.options().items():
+            chosen = {"enum": list(option.values)}
+            one_of = {"anyOf": [chosen, {"type": "array", "contains": chosen}]}
+            then = {"required": [option.key], "properties": {option.key: one_of}}
+            conditions.append({"if": {"required": [name]}, "then": then})
         return schema | ({"allOf": conditions} if conditions else {})
 
 
@@ -123,7 +123,7 @@ Mode = Literal[
 ]
 
 
-class Row(_Strict):
+class Row(Strict):
     """One row of the route table (see `routes.py`)."""
 
     mode: Mode = "local"
@@ -201,7 +201,7 @@ class Phase(Scheme):
 CodecName = Literal["none", "bf16", "int8", "int4", "topk", "lowrank"]
 
 
-class LinkConfig(_Strict):
+class LinkConfig(Strict):
     """Messages between stages."""
 
     depth: Annotated[PositiveInt, Field(le=1024)] = 4
@@ -236,7 +236,7 @@ class LinkConfig(_Strict):
         return self.codec if isinstance(self.codec, str) else self.codec[segment]
 
 
-class LayoutConfig(_Strict):
+class LayoutConfig(Strict):
     """Which ranks hold which stage."""
 
     stages: Literal["across_nodes", "within_node"] = "across_nodes"
@@ -277,7 +277,7 @@ class LayoutConfig(_Strict):
         )
 
 
-class HeadConfig(_Strict):
+class HeadConfig(Strict):
     """Auxiliary heads of `causal_lm` models: private blocks -> norm -> bottleneck -> readout ->
     loss."""
 
@@ -324,7 +324,7 @@ class HeadConfig(_Strict):
         return min(asked, blocks_above)
 
 
-class ReplicasConfig(_Strict):
+class ReplicasConfig(Strict):
     """How the data-parallel replicas of a stage stay one model."""
 
     sync: Literal["gradients", "subnets", "periodic"] = "gradients"

@@ -451,6 +451,22 @@ def _world_size() -> int:
     )
 
 
+def _check_widths(hf_config: Any, section: LocalParallelConfig, num_stages: int) -> None:
+    """A bottleneck is narrower than the model, and a stage's weights fit the machine's memory."""
+    if section.head.rank is not None and section.head.rank > hf_config.hidden_size:
+        raise ConfigError(
+            f"{SECTION}.head.rank is {section.head.rank}, wider than the model's hidden state of "
+            f"{hf_config.hidden_size}; lower it, or leave it out"
+        )
+    needed = 4 * sum(p.numel() for p in blocks.skeleton(hf_config).parameters()) // num_stages
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ConfigError(
+            f"a stage's weights take {needed / 2**30:,.0f} GiB in fp32, this machine has "
+            f"{memory / 2**30:,.0f} GiB; use more stages or a smaller model"
+        )
+
+
 def _apply(layers: Sequence[Callable[[Any], Any]], inputs: Any) -> Any:
     for layer in layers:
         inputs = layer(inputs)
@@ -503,6 +519,7 @@ def causal_lm(
             f"{stages} stages x {section.segments_per_stage} segments need at least {num_segments} blocks, "
             f"the model has {depth}; lower num_stages or use a deeper model"
         )
+    _check_widths(hf_config, section, stages)
     check_cut(hf_config, section.replicas, _world_size() // stages, pretrained is not None)
     longest = blocks.num_positions(hf_config)
     if seq_len is not None:

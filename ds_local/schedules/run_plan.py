@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import cache, cached_property
+from itertools import takewhile
 
 from ds_local.config.schema import SECTION, LocalParallelConfig, Row, Scheme
 from ds_local.errors import ConfigError
@@ -18,6 +19,7 @@ from ds_local.schedules.schedule import Link, Schedule
 from ds_local.schedules.simulator import most_without_idling
 
 Rows = list[tuple[Routes, int]]  # (table, micro-batches that follow it)
+PLAIN_MODES = ("backprop", "local", "deep_supervision")
 MOST_SEGMENTS = 2**10
 MOST_FORWARDS = 2**18  # of all schedules of a run; more take minutes to make and gigabytes to hold
 
@@ -165,12 +167,12 @@ def routes_of(row: Row, num_segments: int, step: int = 0) -> Routes:
 
 
 def _plainer(row: Row, num_segments: int) -> str | None:
-    """A mode without options that is the same table as this row, in every step."""
+    """A plainer mode, without options, that is the same table as this row in every step."""
     tables = [routes_of(row, num_segments, step) for step in range(row.period)]
-    for mode in ("backprop", "local", "deep_supervision"):
+    for mode in takewhile(lambda mode: mode != row.mode, PLAIN_MODES):
         plain = make_routes(mode, num_segments)
         same = (t.weights == plain.weights and t.loss_weights == plain.loss_weights for t in tables)
-        if mode != row.mode and all(same):
+        if all(same):
             return mode
     return None
 

@@ -286,13 +286,3 @@ def test_a_pretrained_model_needs_its_own_tokenizer(fine_tuned):
     other.save_pretrained(folder / "other")
     with pytest.raises(DataError, match="has another tokenizer .* prepare the data with --tokenizer"):
         check_same_tokenizer(folder / "other", folder / "data" / "tokenizer")
-
-
-def test_accelerates_single_process_is_refused():
-    started = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
-    from ds_local.cluster.surroundings import complete_environment
-
-    with pytest.raises(ClusterError, match="replace --cpu by --multi_gpu"):
-        check_launcher(started)
-    check_launcher(started | {"WORLD_SIZE": "2"})
-    check_launcher({})
