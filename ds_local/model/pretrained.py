@@ -27,6 +27,7 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 # bytes read at a time: a mapped file's pages count as memory of the process until it is closed
 _PIECE = 4 << 20
 _OLD_NAMES = {"lm_head.weight": ("embed_out.weight",)}  # GPT-NeoX before transformers 5
+_FLOATS = ("F16", "BF16", "F32", "F64")  # types that are read
 # masks and frequencies, which are computed, and which older versions wrote among the weights
 _COMPUTED = re.compile(
     r"(attn|attention)\.(masked_)?bias$|rotary_emb\.(inv_freq|(cos|sin)_cached)$"
@@ -190,11 +191,7 @@ class Weights:
                 )
             kept = tensors.get_slice(name)
             shape, dtype = kept.get_shape(), kept.get_dtype()
-        if dtype not in ("F16", "BF16", "F32", "F64"):
-            raise WeightsError(
-                f"{self.folder / file}: tensor {name} is of type {dtype}, which is no floating-point "
-                "type that is read; give the model as it was before it was quantized"
-            )
+        _check_type(self.folder / file, name, dtype)
         if list(shape) != list(target.shape):
             raise WeightsError(
                 f"{self.folder / file}: tensor {name} has shape {shape}, the model needs {list(target.shape)}"
@@ -296,6 +293,8 @@ def whole_model(model: str | Path) -> Any:
     folder = find_weights(model)
     if folder is None:
         raise WeightsError(f"{model} has no weights")
+    for path in sorted(folder.glob("model*.safetensors")):
+        _check_types(path)
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, use_safetensors=True
@@ -308,4 +307,26 @@ def whole_model(model: str | Path) -> Any:
         raise WeightsError(
             f"{model} has other weights than its config says ({', '.join(wrong)}); is it of another model?"
         )
+    if not all(torch.isfinite(parameter).all() for parameter in loaded.parameters()):
+        raise WeightsError(f"{model} has weights that are NaN or infinite")
     return loaded.eval()
+
+
+def _check_types(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"cannot read {path}: {first_line(error)}") from error
+    for name, dtype in types.items():
+        if not _COMPUTED.search(name):
+            _check_type(path, name, dtype)
+
+
+def _check_type(path: Path, name: str, dtype: str) -> None:
+    """Raises WeightsError for a type that means nothing without its quantization."""
+    if dtype not in _FLOATS:
+        raise WeightsError(
+            f"{path}: tensor {name} is of type {dtype}, which is no floating-point type that is "
+            "read; give the model as it was before it was quantized"
+        )

@@ -16,6 +16,7 @@ from test_outputs import small_disk
 from tokenizers import Regex, Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from ds_local import outputs
 from ds_local.data.corpus import prepare
 from ds_local.data.dataset import TokenData
 from ds_local.data.sources import Skipped, documents
@@ -268,15 +269,28 @@ def test_a_tokenizer_of_the_folder_that_is_replaced(tmp_path, tokenizer):
 
 
 def test_a_full_disk_while_preparing(tmp_path, tokenizer):
-    (tmp_path / "a.txt").write_text(words(40_000))
-    with small_disk(tmp_path / "disk", "size=400k") as disk:
-        (tmp_path / "few.txt").write_text(words(300))
+    (tmp_path / "a.txt").write_text(words(20_000))
+    (tmp_path / "few.txt").write_text(words(300))
+    make(tmp_path, tokenizer, tmp_path / "a.txt")
+    whole = outputs._size(tmp_path / "data") // 1024
+    with small_disk(tmp_path / "disk", f"size={whole * 3 // 2}k") as disk:
         facts = prepare([str(tmp_path / "few.txt")], tokenizer, 16, disk / "data", progress=False)
         for place in ("data", "new"):
             with one_sentence(f"cannot write {disk}/{place}", "no space left", "bytes free"):
                 prepare([str(tmp_path / "a.txt")], tokenizer, 16, disk / place, progress=False)
         assert [path.name for path in disk.iterdir()] == ["data"]
-        assert TokenData(disk / "data").facts["fingerprint"] == facts["fingerprint"]
+        assert TokenData(disk / "data").facts == facts
+    for options in (
+        "size=8k",
+        "size=80k",
+        f"size={whole}k",
+        "size=4m,nr_inodes=6",
+        "size=4m,nr_inodes=14",
+    ):
+        with small_disk(tmp_path / options, options) as disk:
+            with one_sentence(f"cannot write {disk}/data", "no space left", error=DataError):
+                prepare([str(tmp_path / "a.txt")], tokenizer, 16, disk / "data", progress=False)
+            assert list(disk.iterdir()) == []
 
 
 # --- numbers and tokenizers
