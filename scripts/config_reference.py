@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from ds_local.config import schema as config
 from ds_local.config.files import models_in
+from ds_local.outputs import write_file
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 HEADER = """# Configuration
@@ -24,7 +25,9 @@ HEADER = """# Configuration
 
 How a model is trained is in `ds_config.json`; what is trained, and where to, is on the command line
 ([migrating](migrating.md)). DeepSpeed's own keys mean what they mean in DeepSpeed; what a pipeline of DeepSpeed 0.19 cannot do
-correctly is refused at start with the reason. Our section is `"local_parallel"`; a key it does not know is an error that names
+correctly is refused at start with the reason. `scheduler` may also name `WarmupStableDecayLR`, which DeepSpeed lacks: the rate
+rises over `warmup_num_steps`, stays, and falls in a line over the last `decay_num_steps` (a fifth) of `total_num_steps`, to
+`decay_min_ratio` (0) of it. Our section is `"local_parallel"`; a key it does not know is an error that names
 the nearest one. K is the number of segments: stages x segments_per_stage.
 """
 
@@ -128,7 +131,7 @@ def reference() -> str:
 
 
 def main() -> int:
-    PAGE.write_text(reference())
+    write_file(PAGE, reference())
     print(f"wrote {PAGE}")
     return 0
 

@@ -20,7 +20,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ds_local.cli.arguments import output_file
 from ds_local.config import strict_json
+from ds_local.outputs import write_file
 
 PACE_STEPS = 60  # to see how long a step takes
 SUBNETS = {"sync": "subnets"}
@@ -298,7 +300,7 @@ def quality_table(rows: list[dict[str, Any]]) -> str:
 
 def _write(path: Path | None, rows: list[dict[str, Any]]) -> None:
     if path:
-        path.write_text(strict_json.dumps(rows, indent=1) + "\n")
+        write_file(path, strict_json.dumps(rows, indent=1) + "\n")
 
 
 def main() -> None:
@@ -307,7 +309,7 @@ def main() -> None:
     )
     parser.add_argument("study", choices=["costs", "quality", "table"])
     parser.add_argument("files", type=Path, nargs="*", help="of quality, for the table")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=output_file('"replicas"'), help="write the rows here")
     parser.add_argument("--data", help="folder written by scripts/prepare_data.py")
     parser.add_argument("--row", choices=ROWS, default="backprop", help="of the route table")
     parser.add_argument("--replicas", type=int, default=2)
@@ -327,7 +329,7 @@ def main() -> None:
     if args.study == "table":
         print(quality_table([row for file in args.files for row in json.loads(file.read_text())]))
         return
-    from bench.ranks import Pool
+    from ds_local.measure.ranks import Pool
 
     pool = Pool()
     try:

@@ -20,15 +20,13 @@ from typing import Any, ClassVar
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ds_local.engine import instructions, saving
+from ds_local.engine import instructions, loading, saving
 from ds_local.engine.deepspeed_seam import (
     ENGINES,
-    SafeCheckpointEngine,
-    StageLocal,
+    PipelineEngineSeam,
     always_check_overflow,
     gradient_of,
     spoil_gradients,
@@ -41,11 +39,11 @@ from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import Reports, Traffic, monitor_listener
 from ds_local.engine.stopping import Stopping
-from ds_local.errors import TransportError
+from ds_local.errors import CheckpointError, TransportError
 from ds_local.links.notices import first_failure, report_failure
 from ds_local.links.transport import End, Sender, make_end
 from ds_local.replicas.head_copies import Copies, refresh_delay
-from ds_local.replicas.sync import Together
+from ds_local.replicas.sync import Together, replica_group
 from ds_local.schedules.replay import validate
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Link, Schedule
@@ -55,7 +53,7 @@ def _by_executor(method: str) -> Callable[..., None]:
     return lambda engine, **at: getattr(engine.executor, method)(**at)
 
 
-class LocalPipelineEngine(PipelineEngine):
+class LocalPipelineEngine(PipelineEngineSeam):
     """Trains a `LocalPipelineModule`. Use `initialize.initialize` to make one.
 
     `train_batch` returns this stage's own loss (the mean over the step's micro-batches, and over
@@ -85,8 +83,12 @@ class LocalPipelineEngine(PipelineEngine):
             self.replica_id if alone else None,
             speaks=alone or self.replica_id == 0,
         )
-        self.checkpoint_engine = SafeCheckpointEngine(self._config)
-        self._keep_norms_local()
+        self.use_safe_checkpoints()
+        if hasattr(self.optimizer, "refresh_fp32_params"):
+            # the optimizer steps from fp32 copies; those of a checkpoint come later, with its state
+            self.module.on_load.append(self.optimizer.refresh_fp32_params)
+        self.keep_norms_local()
+        always_check_overflow(self.optimizer)
         self._scale_by_segment()
         self._ends: dict[
             str, End | None
@@ -95,7 +97,7 @@ class LocalPipelineEngine(PipelineEngine):
         self._schedules: dict[Any, StageSchedule] = {}
         self.activation_links, self.gradient_links = self._make_links()
         self.copies = self._make_copies()
-        last = self.grid._topo.get_rank(pipe=self.num_stages - 1, data=0)
+        last = self.rank_of(self.num_stages - 1, 0)
         own = self.module.local_segments if self.replica_id == 0 else range(0)
         names = list(self._ends)
         self.reports = Reports(
@@ -114,6 +116,7 @@ class LocalPipelineEngine(PipelineEngine):
             self.activation_links,
             self.gradient_links,
             self.reports.figures,
+            self._replica_mean(),
         )
         self._traffic = Traffic(list(self._ends.values()))
         if self.global_rank == 0 and self.monitor.enabled:
@@ -122,20 +125,6 @@ class LocalPipelineEngine(PipelineEngine):
 
     # --- what DeepSpeed would do over all stages
     # ------------------------------------------------------------------------
-
-    def _keep_norms_local(self) -> None:
-        """Clip and check overflow per stage: the reductions over all stages would bring the bubble
-        back at every step."""
-        local = StageLocal(self.grid)
-        if hasattr(self.optimizer, "mpu"):
-            self.optimizer.mpu = local
-        if hasattr(
-            self.optimizer, "model_parallel_group"
-        ):  # ZeRO reads these once, at construction
-            self.optimizer.model_parallel_group = None
-            self.optimizer.model_parallel_world_size = 1
-            self.optimizer.model_parallel_rank = 0
-        always_check_overflow(self.optimizer)
 
     def _scale_by_segment(self) -> None:
         """Learning rates of the config's factors, in the parameter groups by segment that
@@ -168,12 +157,6 @@ class LocalPipelineEngine(PipelineEngine):
                         [p.grad for p in learning if p.grad is not None]
                     )
                 clip_grads_with_norm_(learning, limit, self._grad_norms[segment])
-
-    def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
-        return grad  # losses are scaled where they are computed
-
-    def _report_progress(self, step: int) -> None:
-        pass  # `metrics.py` reports all stages in one line
 
     # --- links
     # ----------------------------------------------------------------------------------------------------------
@@ -211,9 +194,8 @@ class LocalPipelineEngine(PipelineEngine):
     def _make_end(self, name: str, source: int, target: int, depth: int) -> End | None:
         """This rank's end of a link between two segments. A collective call."""
         per_stage = self.section.segments_per_stage
-        get_rank = self.grid._topo.get_rank
         ranks = [
-            [get_rank(pipe=stage, data=replica) for stage in range(self.num_stages)]
+            [self.rank_of(stage, replica) for stage in range(self.num_stages)]
             for replica in range(self.dp_world_size)
         ]
         link, stages = self.section.link, (source // per_stage, target // per_stage)
@@ -229,6 +211,16 @@ class LocalPipelineEngine(PipelineEngine):
         )
         self._ends[name] = end
         return end
+
+    def _replica_mean(self) -> Callable[[float], float]:
+        """The mean of a number over the replicas of a stage that average gradients. A collective
+        call."""
+        section = self.section
+        together = self.is_data_parallel and section.replicas.sync == "gradients"
+        if section.loss_weighting != "token" or not together:
+            return float
+        group = replica_group(self)
+        return lambda number: group.average([torch.tensor([number], dtype=torch.float64)])[0].item()
 
     def _links(self) -> list[End]:
         return [end for end in self._ends.values() if end is not None]
@@ -264,7 +256,7 @@ class LocalPipelineEngine(PipelineEngine):
         with self._failures_reported():
             self.executor.last_step |= self._stopping.is_last(self.global_steps, self.replicas)
             self.copies.take(self.global_steps)
-            self._exec_schedule(self._train_schedule(), self._batches())
+            self._run(self._schedule_of_step(), self._batches())
             self.replicas.after_step()
             self.copies.send(self.global_steps)
             traffic = self._traffic.end(self.replicas)
@@ -289,12 +281,12 @@ class LocalPipelineEngine(PipelineEngine):
             **self._read[segment],
         }
 
-    def _exec_schedule(self, pipe_schedule: StageSchedule, data: Iterator[Any]) -> None:
+    def _run(self, pipe_schedule: StageSchedule, data: Iterator[Any]) -> None:
         step = self.global_steps
-        self.executor.begin(step, pipe_schedule.whole, pipe_schedule.num_losses, data)
+        self.executor.begin(step, pipe_schedule.whole, data)
         for group in pipe_schedule:
             for instruction in group:
-                run = partial(self._INSTRUCTION_MAP[type(instruction)], self, **instruction.kwargs)
+                run = partial(self.run_instruction, instruction)
                 if self.recorder is None:
                     run()
                 else:
@@ -302,7 +294,7 @@ class LocalPipelineEngine(PipelineEngine):
 
     def _batches(self) -> Iterator[Any]:
         """Micro-batches of the data iterator, through DeepSpeed's `set_batch_fn`."""
-        return iter(self._next_batch, object())
+        return iter(self.next_batch, object())
 
     def run_without_step(
         self, schedule: Schedule, micro_batch: Any, keep: Callable[[int, Any], None]
@@ -318,12 +310,12 @@ class LocalPipelineEngine(PipelineEngine):
         whole = StageSchedule(schedule, self.stage_id, with_step=False)
         try:
             with self._failures_reported():
-                self._exec_schedule(whole, iter([micro_batch]))
+                self._run(whole, iter([micro_batch]))
         finally:
             self.executor.keep_output = None
             self.segment_losses = losses
 
-    def _train_schedule(self) -> StageSchedule:
+    def _schedule_of_step(self) -> StageSchedule:
         if self.plan.num_micro_batches != self.micro_batches:  # `set_train_batch_size` was called
             self.plan = RunPlan.of(self.section, self.num_stages, self.micro_batches)
             self._schedules.clear()
@@ -338,6 +330,8 @@ class LocalPipelineEngine(PipelineEngine):
         """Tell every stage why this one ends, then let the error go on."""
         try:
             yield
+        except CheckpointError:
+            raise  # all ranks have it, and have lost nothing
         except BaseException as error:
             failure = self._explained(error)
             reason = getattr(failure, "reason", None)
@@ -407,17 +401,23 @@ class LocalPipelineEngine(PipelineEngine):
         """Save everything a resumed run needs. All ranks must call it; stages meet here.
 
         Raises:
-            CheckpointError: for a tag that is no plain file name.
+            SaveError: on all ranks, when the disk of one does not take it; training may go on.
+            CheckpointError: for a tag that is no plain file name, or `client_state` that could not
+                be loaded again.
         """
+        client_state = client_state or {}
 
         def write(partial: str) -> None:
             super(LocalPipelineEngine, self).save_checkpoint(
-                save_dir, partial, client_state or {}, False, exclude_frozen_parameters
+                save_dir, partial, client_state, False, exclude_frozen_parameters
             )
 
         with self._failures_reported():
-            saving.save(self, write, save_dir, tag, save_latest)
+            saving.save(self, write, save_dir, tag, client_state, save_latest)
         return True
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        pass  # DeepSpeed's script knows no pipeline stages; `export_hf.py` does
 
     def load_checkpoint(
         self,
@@ -432,15 +432,21 @@ class LocalPipelineEngine(PipelineEngine):
         """Load a checkpoint, by default the latest. All ranks must call it.
 
         Weights load into any number of stages; the optimizer's state only into the layout it was
-        saved from (otherwise pass `load_module_only=True`).
+        saved from (otherwise pass `load_optimizer_states=False`, or `load_module_only=True` to
+        start again at step 0).
 
         Returns:
             (path, client state).
 
         Raises:
-            CheckpointError: when there is none, it is damaged, or the layout differs. Nothing has
-                been changed by then.
+            CheckpointError: when there is none, it is damaged, of another model, or the layout
+                differs. Nothing has been changed by then.
         """
+        if custom_load_fn is not None:
+            raise CheckpointError(
+                "custom_load_fn does not work here, where each stage reads files of its own; leave "
+                "it out"
+            )
 
         def read(found: str, with_optimizer: bool) -> tuple[str | None, dict[str, Any]]:
             return super(LocalPipelineEngine, self).load_checkpoint(
@@ -450,10 +456,18 @@ class LocalPipelineEngine(PipelineEngine):
                 with_optimizer,
                 load_lr_scheduler_states,
                 load_module_only,
-                custom_load_fn,
             )
 
-        return saving.load(self, read, load_dir, tag, load_optimizer_states, load_module_only)
+        return loading.load(
+            self,
+            read,
+            load_dir,
+            tag,
+            load_module_strict,
+            load_optimizer_states,
+            load_lr_scheduler_states,
+            load_module_only,
+        )
 
     def eval_batch(
         self,
@@ -507,7 +521,7 @@ class LocalPipelineEngine(PipelineEngine):
     def _weights(self) -> dict[int, list[torch.nn.Parameter]]:
         return {s: list(self.module.segment_parameters(s)) for s in self.module.local_segments}
 
-    def _exec_reduce_grads(self) -> None:
+    def reduce_gradients(self) -> None:
         """Average gradients and losses over the replicas of this stage, unless they train apart."""
         watch, norms = self.executor.watch, {}
         for segment, parameters in self._weights.items():
@@ -525,19 +539,29 @@ class LocalPipelineEngine(PipelineEngine):
         # DeepSpeed fills in zeros for parameters without a gradient; an optimizer would decay a
         # head that is not in use
         unused = [p for p in self.module.parameters() if p.requires_grad and p.grad is None]
-        super()._exec_reduce_grads()
+        self.average_gradients()
         if self._one_by_one:
             for parameter in unused:
                 parameter.grad = None
         if averages:
-            losses = [loss.float().view(1) for loss in self.segment_losses.values()]
-            numbers = torch.cat([*losses, self._flags])
-            dist.all_reduce(numbers, group=self.grid.get_data_parallel_group())
-            self._flags = numbers[len(losses) :]
-            means = numbers[: len(losses)] / self.dp_world_size
-            self.segment_losses = dict(zip(self.segment_losses, means, strict=True))
+            self._average_losses()
 
-    def _take_model_step(self, lr_kwargs: Any) -> None:
+    def _average_losses(self) -> None:
+        """Means over the replicas, weighted as their micro-batches are; what one replica found not
+        finite, all have found."""
+        count = len(self.segment_losses)
+        counted = [self.executor.counted[segment] for segment in self.segment_losses]
+        weights = torch.tensor([weight / number for weight, number in counted])
+        weights = weights.to(self.device, non_blocking=True)
+        losses = [loss.float().view(1) for loss in self.segment_losses.values()]
+        weighted = torch.cat(losses) * weights if losses else weights
+        numbers = torch.cat([weighted, weights, self._flags])
+        dist.all_reduce(numbers, group=self.grid.get_data_parallel_group())
+        sums, weights, self._flags = numbers.split([count, count, len(numbers) - 2 * count])
+        means = sums / weights.clamp(min=torch.finfo(weights.dtype).tiny)
+        self.segment_losses = dict(zip(self.segment_losses, means, strict=True))
+
+    def take_step(self, lr_kwargs: Any) -> None:
         """DeepSpeed's, but for segments whose numbers are not finite. Their weights and moments
         stay as they are, and all else goes on as on other stages.
 
@@ -554,7 +578,7 @@ class LocalPipelineEngine(PipelineEngine):
                     first = not self.optimizer.state.get(parameter)
                     apart = not self.replicas.reduces_gradients
                     parameter.grad = torch.zeros_like(parameter) if first and apart else None
-        super()._take_model_step(lr_kwargs)
+        self.step_optimizer(lr_kwargs)
         if not self._one_by_one and self.optimizer.overflow:
             kinds = kinds or dict.fromkeys(self.module.local_segments, "gradient")
             if self.lr_scheduler is not None:
@@ -581,11 +605,10 @@ class LocalPipelineEngine(PipelineEngine):
             self._read[segment][name] = number
         return self.executor.watch.judge(numbers[len(wanted) :])
 
-    _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
-        **PipelineEngine._INSTRUCTION_MAP,
+    INSTRUCTIONS: ClassVar[dict[type, Any]] = {
         **{
             instruction: _by_executor(method)
             for instruction, method in instructions.METHODS.items()
         },
-        instructions.ReduceGrads: _exec_reduce_grads,
+        instructions.ReduceGrads: reduce_gradients,
     }

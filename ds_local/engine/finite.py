@@ -19,7 +19,6 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ds_local.errors import CheckpointError, NonFiniteError
-from ds_local.links.messages import floating
 from ds_local.links.notices import post_notice
 
 LOG = logging.getLogger("ds_local")
@@ -46,11 +45,10 @@ def arose_here(kind: str) -> bool:
     return not kind.startswith("from_")
 
 
-def state_in(value: Any) -> list[Tensor]:
-    """What to look at in a hidden state: all that gradients flow through; where nothing says what
-    that is, the largest entries, since a mask may well hold -inf."""
-    floats = floating(value)
-    return [t for t in floats if t.requires_grad] or [t.amax() for t in floats if t.numel()]
+def state_in(slots: Sequence[Tensor], learning: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What to look at in a hidden state: all that gradients flow through; where nothing does, the
+    largest entries, since a mask may well hold -inf."""
+    return learning or [t.abs().amax() if t.is_complex() else t.amax() for t in slots if t.numel()]
 
 
 class Watch:
@@ -65,10 +63,16 @@ class Watch:
         self._numbers.clear()
 
     def see(
-        self, what: int, segment: int, tensors: Iterable[Tensor], micro_batch: int = _OF_THE_STEP
+        self,
+        what: int,
+        segment: int,
+        tensors: Iterable[Tensor | None],
+        micro_batch: int = _OF_THE_STEP,
     ) -> None:
         """Keep the sum of each of `tensors`; nobody waits for it."""
         for tensor in tensors:
+            if tensor is None:
+                continue
             self._keys.append((what, segment, micro_batch))
             self._numbers.append(tensor.detach().sum())
 

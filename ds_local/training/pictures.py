@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_local.checkpoints.metrics_file import MetricsFile
+from ds_local.outputs import new_file
 
 
 def summary_table(rows: list[dict[str, Any]]) -> str:
@@ -101,7 +102,8 @@ def draw_losses(metrics: str | Path, picture: str | Path) -> None:
     axis.set_ylabel("loss (nats per token)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.savefig(picture, dpi=130)
+    with new_file(picture) as scratch:
+        figure.savefig(scratch, dpi=130)
     plt.close(figure)
 
 
@@ -132,5 +134,6 @@ def draw_diagnostics(metrics: str | Path, picture: str | Path) -> None:
         axis.set_title(name.replace("_", " "), fontsize=9)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    figure.savefig(picture, dpi=130)
+    with new_file(picture) as scratch:
+        figure.savefig(scratch, dpi=130)
     plt.close(figure)
