@@ -51,7 +51,7 @@ class CheckpointError(DsLocalError, RuntimeError):
     """A checkpoint that is missing, incomplete or damaged; the message names file and remedy."""
 
 
-class NonFiniteError(DsLocalError, ArithmeticError):
+class NonFiniteError(DsLocalError, RuntimeError):
     """Losses, gradients or activations that are not finite, for more steps in a row than
     "on_nonfinite" allows; the message names step, stage and segment."""
 

@@ -298,21 +298,25 @@ def test_a_monitor_gets_every_point_once_and_steps_in_order(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("mode", "allowed", "step"), [("local", {"skip": 3}, 8), ("backprop", {"skip": 3}, 8), ("backprop", "stop", 6)]
+    ("mode", "segment", "allowed", "step"),
+    [("local", 1, {"skip": 3}, 8), ("backprop", 2, {"skip": 3}, 8), ("backprop", 2, "stop", 6)],
 )
-def test_too_many_in_a_row_end_every_stage_with_the_name_of_the_first(tmp_path, mode, allowed, step):
+def test_too_many_in_a_row_end_every_stage_with_the_name_of_the_first(
+    tmp_path, mode, segment, allowed, step
+):
     fate = (
-        "sys.path.insert(0, sys.path[0] + '/dist'); import test_nonfinite; "
-        "test_nonfinite.inject(engine, [(n, 'loss', 1, 0) for n in range(5, 200)])"
+        "sys.path[:0] = [sys.path[0] + '/dist', sys.path[0] + '/../scripts']; import test_nonfinite; "
+        f"test_nonfinite.inject(engine, [(n, 'loss', {segment}, 0) for n in range(5, 200)])"
     )
-    section = {"mode": mode, "on_nonfinite": allowed, "link": {"timeout_seconds": 20}}
-    processes = start(tmp_path, fate, 1, section=section)
-    outputs = finish(processes)
+    section = {"mode": mode, "on_nonfinite": allowed, "link": {"timeout_seconds": 60}}
+    processes = start(tmp_path, fate, segment, section=section)
+    outputs = finish(processes, 120)
     times = ", the 3rd time in a row" if step == 8 else ""
+    said = f"the loss of segment {segment} was not finite in step {step} on stage {segment}{times}; go on from"
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode != 0
         assert "ENDED" not in output
-        assert f"the loss of segment 1 was not finite in step {step} on stage 1{times}; go on from" in output, output[-2000:]
+        assert said in output, output[-2000:]
 
 
 # --- checkpoints --------------------------------------------------------------------------------
