@@ -361,7 +361,7 @@ class ReplicasConfig(Strict):
         return self
 
 
-class NonFiniteConfig(_Strict):
+class NonFiniteConfig(Strict):
     """What becomes of a step whose loss, gradient or activations are not finite."""
 
     skip: PositiveInt = 10
