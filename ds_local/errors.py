@@ -56,3 +56,14 @@ class TransportError(DsLocalError, RuntimeError):
     def __init__(self, message: str, reason: str | None = None) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class LostConnection(TransportError):
+    """A rank that is waited for is gone, or came too late.
+
+    `late`: the limit has passed; otherwise the connection broke.
+    """
+
+    def __init__(self, message: str, late: bool = False) -> None:
+        super().__init__(message)
+        self.late = late

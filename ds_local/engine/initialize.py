@@ -17,6 +17,7 @@ from ds_local.config.schema import SECTION
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.errors import ConfigError
+from ds_local.links.failures import meeting
 from ds_local.replicas.subnets import make_sync
 
 
@@ -89,20 +90,21 @@ def initialize(
             {"params": list(model.segment_parameters(segment)), "segment": segment}
             for segment in model.local_segments
         ]
-    engine = LocalPipelineEngine(
-        args=args,
-        model=model,
-        optimizer=optimizer,
-        model_parameters=model_parameters,
-        training_data=training_data,
-        lr_scheduler=lr_scheduler,
-        mpu=model.mpu(),
-        dist_init_required=dist_init_required,
-        collate_fn=collate_fn,
-        config=ds_config,
-        config_class=config_class,
-    )
-    engine.replicas = make_sync(engine)
+    with meeting("the making of the engine"):
+        engine = LocalPipelineEngine(
+            args=args,
+            model=model,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            mpu=model.mpu(),
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=ds_config,
+            config_class=config_class,
+        )
+        engine.replicas = make_sync(engine)
     engine._configure_python_gc()
     if model.section.compile:
         engine.compile()

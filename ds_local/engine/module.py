@@ -31,6 +31,7 @@ from ds_local.config.placement import num_stages_and_replicas
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.engine.deepspeed_seam import start_processes
 from ds_local.errors import ConfigError
+from ds_local.links.failures import meeting
 from ds_local.model import blocks, heads
 from ds_local.model.flops import choose_parts
 from ds_local.model.partition import balance
@@ -89,20 +90,22 @@ class LocalPipelineModule(PipelineModule):
         self._given_parts = self.section.parts or parts
         self._make_head = head
         self._check_layers(layers, stages)
-        if not dist.is_initialized():
-            start_processes()
+        start_processes(
+            self.section.layout.start_timeout_seconds, self.section.link.timeout_seconds
+        )
         if topology is None and self.section.layout.stages == "within_node":
             topology = ProcessTopology(
                 axes=["data", "pipe"], dims=[dist.get_world_size() // stages, stages]
             )
-        super().__init__(
-            layers=layers,
-            num_stages=stages,
-            topology=topology,
-            loss_fn=loss_fn,
-            partition_method="parameters",
-            activation_checkpoint_interval=activation_checkpoint_interval,
-        )
+        with meeting("the making of the model"):
+            super().__init__(
+                layers=layers,
+                num_stages=stages,
+                topology=topology,
+                loss_fn=loss_fn,
+                partition_method="parameters",
+                activation_checkpoint_interval=activation_checkpoint_interval,
+            )
         del self._make_head
 
     def _check_layers(self, layers: list[Any], num_stages: int) -> None:
