@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import time
-
-from leaving import leave
 
 from ds_local.cli.arguments import number_or_auto
+from ds_local.cli.ending import run
 from ds_local.schedules.routes import MODES
+from ds_local.training.signals import Signals
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -78,23 +76,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> int:
+def main() -> None:
     args = parse_arguments()
     os.environ.setdefault("LOCAL_RANK", str(max(args.local_rank, 0)))
-    from ds_local.training import loop as train
+    with Signals() as signals:
+        from ds_local.training import loop
 
-    try:
-        train.train(args)
-        train.end_quietly()
-    except (ValueError, RuntimeError, OSError) as error:
-        if not train.running() and os.environ["LOCAL_RANK"] != "0":
-            time.sleep(
-                5
-            )  # most likely all ranks found the same mistake; the first one says it, and the launcher ends the rest
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+        loop.train(args, signals)
+        loop.end_quietly()
 
 
 if __name__ == "__main__":
-    leave(main())
+    run(main)

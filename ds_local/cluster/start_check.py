@@ -119,8 +119,9 @@ class Assembly:
             )
         except (RuntimeError, ValueError) as error:  # torch raises several kinds, all of these
             raise ClusterError(
-                f"{self.here} cannot reach rank 0 at {address}:{port} within {self.limit_seconds:.0f} s; is rank 0 running, is this an "
-                f"address of its machine, does a firewall close the port? ({str(error).splitlines()[0][:120]})"
+                f"{self.here} cannot reach rank 0 at {address}:{port} within "
+                f"{self.limit_seconds:.0f} s; is rank 0 running, is this an address of its machine, does a "
+                f"firewall close the port? ({str(error).splitlines()[0][:120]})"
             ) from error
 
     def gather(self, name: str, value: Any) -> dict[int, Any]:
@@ -145,7 +146,9 @@ class Assembly:
         """
         found = self.gather(name, value)
         if self.rank == 0:
-            self._store.set(f"{name}/all", json.dumps([found.get(r) for r in range(self.world_size)]))
+            self._store.set(
+                f"{name}/all", json.dumps([found.get(r) for r in range(self.world_size)])
+            )
         self.judge(name, _absent(found, self))
         return list(json.loads(self._store.get(f"{name}/all")))
 

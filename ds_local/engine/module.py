@@ -29,7 +29,7 @@ from ds_local.config.deepspeed import batch_sizes, check_deepspeed
 from ds_local.config.files import load_config, local_parallel
 from ds_local.config.placement import num_stages_and_replicas
 from ds_local.config.schema import LocalParallelConfig
-from ds_local.engine.deepspeed_seam import start_processes
+from ds_local.engine.process_group import start_processes
 from ds_local.errors import ConfigError
 from ds_local.links.failures import meeting
 from ds_local.model import blocks, heads

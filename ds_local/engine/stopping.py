@@ -35,8 +35,10 @@ class Stopping:
         self._last: int | None = None
         self._arranged = False
         if notices is not None:
-            for topic, handler in zip(self._topics, (self._stop, self._hold, self._end), strict=True):
-                notices.answer(topic, handler)
+            stop, hold, last = self._topics
+            notices.answer(stop, self._stop)
+            notices.answer(hold, self._hold)
+            notices.answer(last, self._end)
 
     @property
     def pending(self) -> bool:
@@ -80,7 +82,7 @@ class Stopping:
             self._held = True
             return {"begun": self._begun}
 
-    def _end(self, question: dict[str, int]) -> None:
+    def _end(self, question: dict[str, Any]) -> None:
         with self._state:
             self._last = question["step"]
             self._state.notify_all()

@@ -96,9 +96,9 @@ class Failures:
         while True:
             with waiting(EVERYBODY, "to say what happened"):
                 answers = self._notices.ask_all("state")
-            found = self.first or missing(answers, self.name, Absence.GONE.__eq__)
+            found = self.first or missing(answers, self.name, is_gone)
             at_last = late or time.monotonic() > deadline
-            for kind in (Absence.SILENT.__eq__, is_late_comer)[: at_last + late]:
+            for kind in (is_silent, is_late_comer)[: at_last + late]:
                 found = found or missing(answers, self.name, kind)
             if found or at_last:
                 return found or None
@@ -112,6 +112,14 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+def is_gone(answer: Answer) -> bool:
+    return answer is Absence.GONE
+
+
+def is_silent(answer: Answer) -> bool:
+    return answer is Absence.SILENT
+
+
 def is_late_comer(answer: Answer) -> bool:
     """Does this rank wait for nobody?"""
     return isinstance(answer, dict) and answer.get("waiting", "") is None
@@ -121,16 +129,21 @@ def missing(
     answers: Mapping[int, Answer], name: Callable[[int], str], kind: Callable[[Answer], bool]
 ) -> str:
     """A sentence about the ranks of this kind, and what they do; "" for none."""
-    found: dict[str, list[str]] = {}
+    found: dict[tuple[str, str], list[str]] = {}
     for rank, answer in sorted(answers.items()):
         if kind(answer):
-            why = (
-                f"has not come: in {answer['doing']} for {answer['seconds']:.0f} s, {answer['at']}"
-                if isinstance(answer, dict)
-                else answer.value
-            )
-            found.setdefault(why, []).append(name(rank))
-    return "; ".join(f"{' and '.join(names)} {why}" for why, names in found.items())
+            found.setdefault(_what_it_does(answer), []).append(name(rank))
+    return "; ".join(
+        f"{' and '.join(names)} {what[len(names) > 1]}" for what, names in found.items()
+    )
+
+
+def _what_it_does(answer: Answer) -> tuple[str, str]:
+    """Of one rank, and of several."""
+    if isinstance(answer, Absence):
+        return answer.value
+    where = f"in {answer['doing']} for {answer['seconds']:.0f} s, {answer['at']}"
+    return f"has not come: {where}", f"have not come: {where}"
 
 
 _around: WeakKeyDictionary[Notices, Failures] = WeakKeyDictionary()

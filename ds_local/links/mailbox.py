@@ -6,6 +6,7 @@ import math
 from collections import deque
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ class Mailbox:
 
     def __init__(
         self,
-        group: dist.ProcessGroup | None,
+        group: Any,
         reader: int,
         shape: tuple[int, ...],
         timeout_seconds: float = 300.0,

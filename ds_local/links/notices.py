@@ -31,10 +31,10 @@ _TRIES = 3  # of a connection that breaks while it is used
 
 
 class Absence(Enum):
-    """Why a rank gave no answer."""
+    """Why a rank gave no answer; of one rank, and of several."""
 
-    GONE = "is gone: its process has ended"
-    SILENT = "does not answer: it is stopped, or its machine is out of reach"
+    GONE = "is gone: its process has ended", "are gone: their processes have ended"
+    SILENT = "does not answer: stopped, or out of reach", "do not answer: stopped, or out of reach"
 
 
 Answer = dict[str, Any] | Absence
@@ -47,6 +47,11 @@ class Card(NamedTuple):
     address: str
     port: int
     secret: str  # rank 0's goes with every question
+
+
+# a forked child must not keep the ports open when this process is gone
+_LISTENERS: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: any(map(socket.socket.close, _LISTENERS)))
 
 
 class Notices:
@@ -68,9 +73,7 @@ class Notices:
         port = self._listener.getsockname()[1]
         self.card = Card(socket.gethostname(), address, port, secrets.token_hex(16))
         threading.Thread(target=self._serve, daemon=True, name="notices").start()
-        # a forked child must not keep the port open when this process is gone
-        listener = weakref.ref(self._listener)
-        os.register_at_fork(after_in_child=lambda: (kept := listener()) and kept.close())
+        _LISTENERS.add(self._listener)
 
     @property
     def world_size(self) -> int:

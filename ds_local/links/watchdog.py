@@ -26,7 +26,7 @@ def explain(answers: Mapping[int, Answer], name: Callable[[int], str]) -> str:
     Args:
         answers: of every rank to the question for its state.
     """
-    guilty = missing(answers, name, lambda answer: answer in Absence or is_late_comer(answer))
+    guilty = missing(answers, name, lambda a: isinstance(a, Absence) or is_late_comer(a))
     waits = [
         Wait(*answer["waiting"]).sentence(name(rank), name)
         for rank, answer in sorted(answers.items())
@@ -87,9 +87,9 @@ class Watchdog:
         LOG.warning("%s", wait.sentence(self._name(self._notices.rank), self._name))
         for rank in range(self._notices.rank):
             answer = self._notices.ask(rank, "state")
-            if isinstance(answer, dict) and answer.get("waiting"):
-                if Wait(*answer["waiting"]).seconds >= self._warn_seconds / 2:
-                    return True  # that one says it
+            theirs = answer.get("waiting") if isinstance(answer, dict) else None
+            if theirs and Wait(*theirs).seconds >= self._warn_seconds / 2:
+                return True  # that one says it
         answers = self._notices.ask_all("state")
         answers[self._notices.rank] = self._notices.observer.state()
         self._say(explain(answers, self._name))

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import sys
 import time
 from argparse import Namespace
@@ -37,7 +36,9 @@ from ds_local.engine.module import causal_lm
 from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import SegmentReport
 from ds_local.errors import ConfigError
-from ds_local.links.watchdog import LOG, Watchdog, say, start_log
+from ds_local.links import notices
+from ds_local.links.failures import meeting
+from ds_local.links.logs import LOG, start_log
 from ds_local.model import blocks
 from ds_local.model.flops import auxiliary_shares
 from ds_local.model.pretrained import find_weights
@@ -46,6 +47,7 @@ from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Schedule
 from ds_local.training import diagnostics, profiling
 from ds_local.training.pictures import draw_diagnostics, draw_losses, summary_table
+from ds_local.training.signals import Signals
 
 # arguments that decide when stages meet: they must be the same on every rank
 _MEETINGS = (
@@ -62,8 +64,12 @@ VOCABULARY_PADDING = (
 )
 
 
-def train(args: Namespace) -> None:
+def train(args: Namespace, signals: Signals | None = None) -> None:
     """Run `scripts/train.py`; see there for the arguments.
+
+    Args:
+        signals: are to end the run from the first step on; None: the caller sees to that, with
+            `LocalPipelineEngine.request_stop`.
 
     Raises:
         ConfigError, DataError, CheckpointError, ...: in a sentence, before any training, with
@@ -90,27 +96,23 @@ def train(args: Namespace) -> None:
     if args.resume:
         engine.load_checkpoint(str(run / "checkpoints"))
     shape = BatchShape(micro_batch_size, num_micro_batches, replicas, engine.replica_id)
-    hosts = cluster.stage_hosts(engine.stage_id)
-    if engine.global_rank == 0:
-        print(cluster.describe_hosts(hosts), flush=True)
-        _start_run_folder(run, args, config, data, engine, hosts)
-    dist.barrier()
+    with engine.meeting("the start of the run"):
+        hosts = cluster.stage_hosts(engine.stage_id)
+        if engine.global_rank == 0:
+            print(cluster.describe_hosts(hosts), flush=True)
+            _start_run_folder(run, args, config, data, engine, hosts)
+        dist.barrier()
     start_log(run / "logs", engine.stage_id, engine.global_rank)
-    watchdog = Watchdog(
-        engine.stage_id,
-        engine.global_rank,
-        world_size,
-        engine._links,
-        section.link.warn_seconds,
-        say=say,
-    )
+    if signals is not None:
+        signals.stop_with(engine.request_stop)
+    loop = _Loop(args, run, engine, data, shape)
     try:
-        _Loop(args, run, engine, data, shape).run()
+        loop.run()
     except BaseException as error:
-        LOG.error("%s", error)
+        engine.failures.report_error(error, engine.failures.name(engine.global_rank))
         raise
     finally:
-        watchdog.stop()
+        loop.bar.close()
 
 
 def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
@@ -270,6 +272,7 @@ class _Loop:
         self.started = time.perf_counter()
         self.earlier_seconds = 0.0
         self.first_step = engine.global_steps
+        self.reported: list[float] = []  # seconds of the steps that tell the run's pace
         if self.is_first:
             self.earlier_seconds = self.metrics.keep_until(engine.global_steps)
             engine.reports.listeners.append(self._on_report)
@@ -284,7 +287,6 @@ class _Loop:
 
     def run(self) -> None:
         engine, args = self.engine, self.args
-        signal.signal(signal.SIGTERM, lambda *_: engine.request_stop())
         batches = None
         if engine.is_first_stage():
             batches = training_batches(
@@ -304,7 +306,7 @@ class _Loop:
                 LOG.info("step %d, loss of segments %s", step, own)
             if step == self.first_step + 1:
                 self.started = time.perf_counter()  # the first step pays for warm-up
-            if args.eval_every and step % args.eval_every == 0:
+            if args.eval_every and step % args.eval_every == 0 and not engine.should_stop:
                 evaluated = self._evaluate()
             if args.save_every and step % args.save_every == 0:
                 saved = self._save()
@@ -313,7 +315,7 @@ class _Loop:
         if evaluated != engine.global_steps and not engine.should_stop:
             self._evaluate()
         self.bar.close()
-        if args.profile:
+        if args.profile and not engine.should_stop:
             profiling.write(engine, None if batches is None else next(batches), self.run_folder)
         if self.is_first:
             self._conclude()
@@ -351,23 +353,25 @@ class _Loop:
         waits = f"idle {idle:.0%}, most on stage {most.stage} {most.idle_share:.0%}"
         waits += f" for the {most.slowest_link}" if most.slowest_link else ""
         self.bar.set_postfix_str(
-            f"loss {losses} | {self._tokens_per_second(step):,.0f} tokens/s | {waits}",
+            f"loss {losses} | {self._tokens_per_second(reports):,.0f} tokens/s | {waits}",
             refresh=False,
         )
         self.bar.update(step - self.bar.n)
 
-    def _tokens_per_second(self, step: int) -> float:
-        elapsed = time.perf_counter() - self.started
-        return (
-            max(0, step - self.first_step - 1) * self.tokens_per_step / elapsed
-            if elapsed > 0
-            else 0.0
-        )
+    def _tokens_per_second(self, reports: list[SegmentReport]) -> float:
+        """Of the steps that have been reported, the first left out, which pays for warm-up."""
+        slowest = max(r.seconds for r in reports)  # a stage that runs ahead is not the run's pace
+        if reports[0].step == self.first_step + 1:
+            return self.tokens_per_step / slowest
+        self.reported.append(slowest)
+        return self.tokens_per_step * len(self.reported) / sum(self.reported)
 
     def _evaluate(self) -> int:
         batches = validation_batches(self.data, self.shape, self.args.eval_sequences)
         began = time.perf_counter()
         self.engine.eval_batch(iter(batches), num_micro_batches=len(batches))
+        if self.engine.should_stop:  # not all of it has been seen
+            return -1
         probed = (
             diagnostics.probe(self.engine, batches[0]) if self.engine.section.diagnostics else {}
         )
@@ -419,13 +423,10 @@ class _Loop:
         sys.stdout.flush()
 
 
-def running() -> bool:
-    """Have the processes met? Before that all of them find the same mistakes."""
-    return dist.is_initialized()
-
-
 def end_quietly() -> None:
     """Leave together, so that no rank sees a neighbour's connection close while it still works."""
-    if running():
-        dist.barrier()
+    if dist.is_initialized():
+        with meeting("the end of the run"):
+            dist.barrier()
+        notices.end()
         dist.destroy_process_group()
