@@ -28,6 +28,7 @@ Words
     Sizes: B sequences, T tokens, D hidden, V vocabulary.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
@@ -75,3 +76,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(f"ds_local.{_HOME[name]}"), name)
+
+
+if "deepspeed" in sys.modules:  # a script that starts the processes itself: see the seam
+    import ds_local.engine.deepspeed_seam  # noqa: F401

@@ -79,6 +79,17 @@ class TransportError(DsLocalError, RuntimeError):
         self.reason = reason
 
 
+class LostConnection(TransportError):
+    """A rank that is waited for is gone, or came too late.
+
+    `late`: the limit has passed; otherwise the connection broke.
+    """
+
+    def __init__(self, message: str, late: bool = False) -> None:
+        super().__init__(message)
+        self.late = late
+
+
 def first_line(error: BaseException) -> str:
     """What a foreign error says, for a sentence of ours: its first line, or else its kind."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
+from importlib import import_module
 from inspect import getmembers, isfunction
 from io import BytesIO
 from typing import Any, ClassVar
@@ -38,7 +38,7 @@ from ds_local.errors import CheckpointError, UnsupportedDeepSpeed
 # owner -> the names of it that no page of DeepSpeed's documents
 NAMES: dict[Any, tuple[str, ...]] = {
     deepspeed: ("set_optimizer_flags",),
-    deepspeed.ops: ("__compatible_ops__",),
+    import_module("deepspeed.comm.torch"): ("build_shm_op",),
     dist.comm: ("cdb",),
     PipelineEngine: (
         "_INSTRUCTION_MAP",
@@ -104,28 +104,12 @@ check_names()
 # Only inference uses DeepSpeed's shared-memory op for CPUs, yet every start loads it: it is
 # compiled first (a start killed meanwhile leaves a lock on which all later ones wait in silence),
 # and each run leaves 64 MB per rank behind in /dev/shm.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
 # --- processes ----------------------------------------------------------------------------------
 
 ENGINES: WeakSet[Any] = WeakSet()  # of this process
-
-
-def start_processes() -> None:
-    """`deepspeed.init_distributed`."""
-    deepspeed.init_distributed()
-
-
-def end_processes() -> None:
-    """Leave the process group, so that this process may join another one."""
-    for engine in list(ENGINES):
-        with suppress(RuntimeError):  # a neighbour may be gone
-            engine.destroy()  # hooks of DeepSpeed's bf16 and ZeRO optimizers would keep it, and its links' threads, for ever
-    ENGINES.clear()
-    if torch.distributed.is_initialized():
-        dist.destroy_process_group()
-    dist.comm.cdb = None
 
 
 # --- the module ---------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ accumulation steps never applies.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -39,9 +40,11 @@ from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import Reports, Traffic, monitor_listener
 from ds_local.engine.stopping import Stopping
-from ds_local.errors import CheckpointError, TransportError
-from ds_local.links.notices import first_failure, report_failure
+from ds_local.errors import CheckpointError
+from ds_local.links import notices
+from ds_local.links.failures import Failures, meeting
 from ds_local.links.transport import End, Sender, make_end
+from ds_local.links.watchdog import Watchdog
 from ds_local.replicas.head_copies import Copies, refresh_delay
 from ds_local.replicas.sync import Together, replica_group
 from ds_local.schedules.replay import validate
@@ -71,7 +74,7 @@ class LocalPipelineEngine(PipelineEngineSeam):
         self.num_segments = self.module.num_segments
         self.replica_id = self.grid.get_data_parallel_id()
         self.eval_losses: dict[int, float] = {}
-        self._stopping = Stopping(self.stage_id, self.global_rank)
+        self._look_after_each_other()
         self.recorder: Recorder | None = None  # set it to keep a trace
         self.replicas = Together()  # `initialize` puts here what the config asks for
         self._grad_norms: dict[int, Any] = {}  # by segment, where DeepSpeed's is of a stage
@@ -83,6 +86,7 @@ class LocalPipelineEngine(PipelineEngineSeam):
             self.replica_id if alone else None,
             speaks=alone or self.replica_id == 0,
         )
+        self.events.tell = self._tell_event
         self.use_safe_checkpoints()
         if hasattr(self.optimizer, "refresh_fp32_params"):
             # the optimizer steps from fp32 copies; those of a checkpoint come later, with its state
@@ -107,6 +111,7 @@ class LocalPipelineEngine(PipelineEngineSeam):
             last,
             own,
             names,
+            self.section.link.timeout_seconds,
         )
         self.executor = Executor(
             self.module,
@@ -122,6 +127,25 @@ class LocalPipelineEngine(PipelineEngineSeam):
         if self.global_rank == 0 and self.monitor.enabled:
             self.reports.listeners.append(monitor_listener(self.monitor, self.train_batch_size()))
             self.monitor.enabled = False  # DeepSpeed would write learning rates ahead of reports
+
+    def _look_after_each_other(self) -> None:
+        """What the ranks of this engine tell each other beside the steps."""
+        self._notices = notices.current()
+        number = 1 if self._notices is None else next(self._notices.numbers)
+        coordinates = map(self.grid._topo.get_coord, range(dist.get_world_size()))
+        names = [f"stage {at.pipe} (rank {rank})" for rank, at in enumerate(coordinates)]
+        self.failures = Failures(self._notices, number, names.__getitem__)
+        first_ranks = self.grid._topo.get_axis_list("pipe", 0)
+        self._stopping = Stopping(self._notices, number, first_ranks)
+        self.last_event: dict[str, Any] | None = None  # not finite, and it ends the run
+        if self._notices is not None:
+            self._event_topic = f"nonfinite/{number}"
+            self._notices.answer(self._event_topic, lambda q: self._hear_event(q["event"]))
+        self.watchdog: Watchdog | None = None
+        if self._notices is not None:
+            warn_seconds, chores = self.section.link.warn_seconds, [self._stopping.arrange]
+            self.watchdog = Watchdog(self._notices, self.failures.name, warn_seconds, chores)
+            weakref.finalize(self, self.watchdog.stop).atexit = False
 
     # --- what DeepSpeed would do over all stages
     # ------------------------------------------------------------------------
@@ -253,8 +277,9 @@ class LocalPipelineEngine(PipelineEngineSeam):
         self.module.train()
         started = time.perf_counter()
         self._traffic.begin(self.replicas)
-        with self._failures_reported():
-            self.executor.last_step |= self._stopping.is_last(self.global_steps, self.replicas)
+        with self._failures_reported(f"step {self.global_steps + 1}"):
+            if self.is_first_stage():
+                self.executor.last_step |= self._stopping.is_last(self.global_steps)
             self.copies.take(self.global_steps)
             self._run(self._schedule_of_step(), self._batches())
             self.replicas.after_step()
@@ -309,7 +334,7 @@ class LocalPipelineEngine(PipelineEngineSeam):
         losses, self.executor.keep_output = self.segment_losses, keep
         whole = StageSchedule(schedule, self.stage_id, with_step=False)
         try:
-            with self._failures_reported():
+            with self._failures_reported("a probe"):
                 self._run(whole, iter([micro_batch]))
         finally:
             self.executor.keep_output = None
@@ -326,42 +351,38 @@ class LocalPipelineEngine(PipelineEngineSeam):
         return self._schedules[key]
 
     @contextmanager
-    def _failures_reported(self) -> Iterator[None]:
-        """Tell every stage why this one ends, then let the error go on."""
+    def _failures_reported(self, what: str) -> Iterator[None]:
+        """Others see what this rank is in. Tells every rank why this one ends, then lets the error
+        go on."""
         try:
-            yield
+            with self.meeting(what):
+                yield
         except CheckpointError:
             raise  # all ranks have it, and have lost nothing
-        except BaseException as error:
-            failure = self._explained(error)
-            reason = getattr(failure, "reason", None)
-            if reason is None:
-                what = str(failure) or type(failure).__name__
-                reason = f"stage {self.stage_id} (rank {self.global_rank}) at step {self.global_steps}: {what}"
-                report_failure(reason)
+        except BaseException as failure:
+            where = f"{self.failures.name(self.global_rank)} at step {self.global_steps}"
+            reason = self.failures.report_error(failure, where)
             for link in self._links():
                 if isinstance(link, Sender):
                     link.fail(reason)
-            if failure is error:
-                raise
-            raise failure from error
+            raise
 
-    def _explained(self, error: BaseException) -> BaseException:
-        """A collective that broke does not say with whom; among replicas we can."""
-        text = str(error)
-        if (
-            isinstance(error, TransportError)
-            or not isinstance(error, RuntimeError)
-            or not any(word in text for word in ("gloo/transport", "NCCL", "ProcessGroup"))
-        ):
-            return error
-        others = ", ".join(
-            f"rank {rank}" for rank in self.grid.dp_group if rank != self.global_rank
-        )
-        return TransportError(
-            f"stage {self.stage_id} lost a replica ({others or 'another stage while all met'} gone or silent){first_failure()}; "
-            f"the process group said: {text.splitlines()[0][:200]}"
-        )
+    def _hear_event(self, event: dict[str, Any]) -> None:
+        self.last_event = event
+
+    def _tell_event(self, event: dict[str, Any]) -> None:
+        self.last_event = event
+        if self._notices is not None:
+            self._notices.ask_all(self._event_topic, event=event)
+
+    def meeting(self, what: str) -> AbstractContextManager[None]:
+        """Around collectives of all ranks: a wait in them is limited by `link.timeout_seconds`, and
+        a `TransportError` names who is missing.
+
+        Args:
+            what: for messages, as in "the save after step 10".
+        """
+        return meeting(what, self.failures)
 
     # --- stopping -------------------------------------------------------------------------------
 
@@ -381,12 +402,18 @@ class LocalPipelineEngine(PipelineEngineSeam):
 
     def request_stop(self) -> None:
         """Ask all ranks to leave their training loop at the same step, two steps from now at the
-        latest.
+        latest. An evaluation that is under way ends early, with what it has seen.
 
         May be called on any rank, from a signal handler too. Every rank learns of it as
-        `should_stop` after a `train_batch`.
+        `should_stop`, after a `train_batch`, an `eval_batch` or a `save_checkpoint`.
         """
         self._stopping.requested = True
+
+    def _agree_to_stop(self) -> None:
+        """Where all meet anyway a request needs no further step. A collective call."""
+        asked = torch.tensor(float(self.should_stop or self._stopping.pending), device=self.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        self.executor.last_step = bool(asked)
 
     # --- stages meet ----------------------------------------------------------------------------
 
@@ -412,8 +439,9 @@ class LocalPipelineEngine(PipelineEngineSeam):
                 save_dir, partial, client_state, False, exclude_frozen_parameters
             )
 
-        with self._failures_reported():
+        with self._failures_reported(f"the save after step {self.global_steps}"):
             saving.save(self, write, save_dir, tag, client_state, save_latest)
+            self._agree_to_stop()
         return True
 
     def _copy_recovery_script(self, save_path: str) -> None:
@@ -458,16 +486,17 @@ class LocalPipelineEngine(PipelineEngineSeam):
                 load_module_only,
             )
 
-        return loading.load(
-            self,
-            read,
-            load_dir,
-            tag,
-            load_module_strict,
-            load_optimizer_states,
-            load_lr_scheduler_states,
-            load_module_only,
-        )
+        with self.meeting("the loading of a checkpoint"):
+            return loading.load(
+                self,
+                read,
+                load_dir,
+                tag,
+                load_module_strict,
+                load_optimizer_states,
+                load_lr_scheduler_states,
+                load_module_only,
+            )
 
     def eval_batch(
         self,
@@ -498,13 +527,23 @@ class LocalPipelineEngine(PipelineEngineSeam):
         train_iterator, self.data_iterator = self.data_iterator, data_iter
         count = self.micro_batches if num_micro_batches is None else num_micro_batches
         try:
-            with torch.no_grad(), self._failures_reported(), self.replicas.whole():
+            what = f"the evaluation after step {self.global_steps}"
+            with torch.no_grad(), self._failures_reported(what), self.replicas.whole():
                 self.executor.step = self.global_steps
+                asked_before, self.executor.last_step = self.executor.last_step, False
                 sums, logits = evaluate(
-                    self.executor, self.module, self._batches(), count, compute_loss, return_logits
+                    self.executor,
+                    self.module,
+                    self._batches(),
+                    count,
+                    compute_loss,
+                    return_logits,
+                    stop=lambda: self._stopping.pending and not asked_before,
                 )
+                self.executor.last_step |= asked_before
                 dist.all_reduce(sums)
                 self.reports.flush()
+                self._agree_to_stop()
         finally:
             self.data_iterator = train_iterator
         self.eval_losses, own = mean_losses(sums)
@@ -513,6 +552,8 @@ class LocalPipelineEngine(PipelineEngineSeam):
 
     def destroy(self) -> None:
         """As DeepSpeed's, once what this stage has sent is taken."""
+        if self.watchdog is not None:
+            self.watchdog.stop()
         for link in (one for one in self._links() if isinstance(one, Sender)):
             link.flush()
         super().destroy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ def evaluate(
     num_micro_batches: int,
     compute_loss: bool = True,
     return_logits: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Tensor, Any]:
     """Run micro-batches forward through this stage.
 
@@ -27,6 +28,8 @@ def evaluate(
         executor: of this stage.
         module: the `LocalPipelineModule`, in evaluation mode.
         data: micro-batches; read where the first segment is.
+        stop: asked there before each micro-batch; once it says yes this is the last one of the
+            replica, and `executor.last_step` is set on all its ranks.
 
     Returns:
         (sums [2, K] float64: of weighted losses and of weights, zero for other stages' segments;
@@ -35,6 +38,9 @@ def evaluate(
     sums = torch.zeros(2, module.num_segments, dtype=torch.float64, device=executor.device)
     logits = None
     for micro_batch in range(num_micro_batches):
+        if executor.last_step:
+            break
+        executor.last_step = 0 in module.local_segments and stop()
         for segment in module.local_segments:
             at = {"segment": segment, "micro_batch": -1 - micro_batch}  # never one of training
             hidden, labels = executor.forward_only(data, **at)

@@ -9,7 +9,6 @@ stage where it arose is the one that got nothing but finite numbers.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,6 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ds_local.errors import CheckpointError, NonFiniteError
-from ds_local.links.notices import post_notice
 
 LOG = logging.getLogger("ds_local")
 
@@ -132,6 +130,7 @@ class Events:
 
     def __init__(self, limit: int, stage: int, replica: int | None, speaks: bool) -> None:
         self.say: Callable[[str], None] = LOG.warning
+        self.tell: Callable[[dict[str, Any]], None] = lambda event: None  # what ends the run
         self.newest: dict[int, tuple[str, int]] = {}  # segment -> (kind, steps done)
         self._limit, self._stage, self._speaks = limit, stage, speaks
         self._who = f"stage {stage}" + ("" if replica is None else f", replica {replica}")
@@ -165,7 +164,7 @@ class Events:
             if self._speaks:
                 facts = {"step": step, "segment": segment, "stage": self._stage}
                 event = {"nonfinite": kind, "nonfinite_step": step, "skipped": self._skipped}
-                post_notice("nonfinite", json.dumps(facts | event))
+                self.tell(facts | event)
             in_a_row = f", the {_ordinal(count)} time in a row" if count > 1 else ""
             raise NonFiniteError(
                 f"{_WORDS[kind].format(segment)} not finite in step {step} on {self._who}{in_a_row}; "

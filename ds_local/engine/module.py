@@ -35,9 +35,10 @@ from ds_local.engine.deepspeed_checks import checked
 from ds_local.engine.deepspeed_seam import (
     PipelineModuleSeam,
     SafeCheckpointEngine,
-    start_processes,
 )
+from ds_local.engine.process_group import start_processes
 from ds_local.errors import CheckpointError, ConfigError
+from ds_local.links.failures import meeting
 from ds_local.links.trees import map_tensors
 from ds_local.model import blocks, heads
 from ds_local.model.flops import choose_parts
@@ -104,21 +105,23 @@ class LocalPipelineModule(PipelineModuleSeam):
                 f'{SECTION}.loss_weighting is "token", but only the loss of language models counts '
                 "tokens; leave it out, or pass loss_fn=ds_local.model.heads.lm_loss"
             )
-        if not dist.is_initialized():
-            complete_environment()
-            start_processes()
+        complete_environment()
+        start_processes(
+            self.section.layout.start_timeout_seconds, self.section.link.timeout_seconds
+        )
         if topology is None and self.section.layout.stages == "within_node":
             topology = ProcessTopology(
                 axes=["data", "pipe"], dims=[dist.get_world_size() // stages, stages]
             )
-        super().__init__(
-            layers=layers,
-            num_stages=stages,
-            topology=topology,
-            loss_fn=loss_fn,
-            partition_method="parameters",
-            activation_checkpoint_interval=activation_checkpoint_interval,
-        )
+        with meeting("the making of the model"):
+            super().__init__(
+                layers=layers,
+                num_stages=stages,
+                topology=topology,
+                loss_fn=loss_fn,
+                partition_method="parameters",
+                activation_checkpoint_interval=activation_checkpoint_interval,
+            )
         del self._make_head
         self.register_load_state_dict_post_hook(self._loaded)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ds_local.engine.finite import KINDS
-from ds_local.links.notices import Mailbox
+from ds_local.links.mailbox import Mailbox
 from ds_local.links.transport import End, Sender
 
 # columns of the figures each segment reports
@@ -122,6 +122,7 @@ class Reports:
         source: global rank of the last stage of replica 0.
         local_segments: this rank's segments, empty on replicas other than the first.
         links: names of all links; "slowest_link" is a number of one of them.
+        timeout_seconds: longest wait for reports that are on their way.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Reports:
         source: int,
         local_segments: range,
         links: Sequence[str],
+        timeout_seconds: float = 300.0,
     ) -> None:
         self.figures = torch.zeros((num_segments, _COLUMNS), dtype=torch.float64)
         self.listeners: list[Listener] = []  # called on rank 0
@@ -144,7 +146,9 @@ class Reports:
         self._reads, self._writes = rank == 0, rank == source
         group = dist.new_group([0, source], backend="gloo") if source else None
         self._mailbox = (
-            Mailbox(group, 0, (num_segments, _COLUMNS)) if self._reads or self._writes else None
+            Mailbox(group, 0, (num_segments, _COLUMNS), timeout_seconds)
+            if self._reads or self._writes
+            else None
         )
 
     def close_step(self, rows: dict[int, dict[str, Any]]) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +28,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_local.errors import TransportError
-from ds_local.links.notices import first_failure
+from ds_local.errors import LostConnection, TransportError
 from ds_local.links.staging import Departures, Direct, Staging
+from ds_local.links.waiting import Waiter, is_lost
 
 _SPEC_BYTES = 16384  # of the first message, which says what all others look like
 _HEADER = 4  # int64 entries: code, step, micro-batch, flags
@@ -192,7 +191,7 @@ class _Buffer:
         self.tensors = layout.views(data)
 
 
-class _GroupEnd:
+class _GroupEnd(Waiter):
     """What both ends of a link between two stages share.
 
     Args:
@@ -215,12 +214,10 @@ class _GroupEnd:
         staging: Staging,
         direct: Direct | None = None,
     ) -> None:
+        super().__init__(timeout_seconds)
         self.name = name
         self.peer = peer
         self.depth = depth
-        self.timeout_seconds = timeout_seconds
-        self.waited = 0.0  # seconds spent waiting for the other end
-        self.waiting: tuple[float, str] | None = None  # (since when, what for), for the watchdog
         self.num_bytes = 0  # through this end, headers included
         self._group = group
         self._form: _Form | None = None
@@ -236,25 +233,13 @@ class _GroupEnd:
         return self._form.num_bytes if self._form else 0
 
     def _wait(self, work: Any, purpose: str) -> None:
-        started = time.perf_counter()
-        self.waiting = (started, purpose)
-        try:
-            work.wait(timedelta(seconds=self.timeout_seconds))
-        except (RuntimeError, TimeoutError) as error:
-            waited = time.perf_counter() - started
-            cause = (
-                "the connection is gone"
-                if waited < self.timeout_seconds * 0.9
-                else f"nothing came within {waited:.0f} s"
-            )
-            raise TransportError(
-                f"waited for {self.peer} {purpose} on the {self.name}, but {cause}{first_failure()}"
-            ) from error
-        self.waiting = None
-        self.waited += time.perf_counter() - started
+        self.wait_for(work, self.peer.rank, str(self.peer), f"{purpose} on the {self.name}")
 
-    def _unreachable(self) -> TransportError:
-        return TransportError(f"cannot reach {self.peer} on the {self.name}{first_failure()}")
+    def _unreachable(self, error: RuntimeError) -> RuntimeError:
+        """What an operation that could not be started means."""
+        if not is_lost(error):
+            return error
+        return LostConnection(f"cannot reach {self.peer} on the {self.name}")
 
 
 class Sender(_GroupEnd):
@@ -301,7 +286,7 @@ class Sender(_GroupEnd):
             if self._direct is not None:
                 works.append(self._direct.send(self._form.direct, tensors))
         except RuntimeError as error:
-            raise self._unreachable() from error
+            raise self._unreachable(error) from error
         self._under_way.append((works, buffer))
         self.num_bytes += self._form.num_bytes
 
@@ -321,7 +306,7 @@ class Sender(_GroupEnd):
         try:
             return [self._start(data)], data
         except RuntimeError as error:
-            raise self._unreachable() from error
+            raise self._unreachable(error) from error
 
     def flush(self) -> None:
         """Wait until everything sent has been taken."""
@@ -400,7 +385,7 @@ class Receiver(_GroupEnd):
         try:
             work, payload = direct.receive(layout)
         except RuntimeError as error:
-            raise self._unreachable() from error
+            raise self._unreachable(error) from error
         self._wait(work, f"to send the tensors of {tag}")
         return layout.views(payload)
 

@@ -6,11 +6,9 @@ metrics.jsonl (what came of it), checkpoints/ and loss.png.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
-import signal
 import sys
 import time
 from argparse import Namespace
@@ -42,8 +40,9 @@ from ds_local.engine.optimizer_checks import check_client_parts
 from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import SegmentReport
 from ds_local.errors import ConfigError, SaveError
-from ds_local.links.notices import read_notice
-from ds_local.links.watchdog import LOG, Watchdog, say, start_log
+from ds_local.links import notices
+from ds_local.links.failures import meeting
+from ds_local.links.logs import LOG, say, start_log
 from ds_local.model import blocks
 from ds_local.model.flops import auxiliary_shares
 from ds_local.model.pretrained import find_weights
@@ -53,6 +52,7 @@ from ds_local.schedules.schedule import Schedule
 from ds_local.training import diagnostics, profiling
 from ds_local.training.pictures import draw_diagnostics, draw_losses, summary_table
 from ds_local.training.run_folder import RunFolder, opened, tokenizer_test
+from ds_local.training.signals import Signals
 
 # arguments that decide when stages meet: they must be the same on every rank
 _MEETINGS = (
@@ -70,8 +70,12 @@ VOCABULARY_PADDING = (
 )
 
 
-def train(args: Namespace) -> None:
+def train(args: Namespace, signals: Signals | None = None) -> None:
     """Run `scripts/train.py`; see there for the arguments.
+
+    Args:
+        signals: are to end the run from the first step on; None: the caller sees to that, with
+            `LocalPipelineEngine.request_stop`.
 
     Raises:
         ConfigError, DataError, CheckpointError, ...: in a sentence, before any training, with
@@ -80,10 +84,10 @@ def train(args: Namespace) -> None:
     complete_environment()
     is_first = os.environ.get("RANK", "0") == "0"
     with opened(args.output, is_first, _say_first if is_first else _say_nothing) as run:
-        _train(args, run)
+        _train(args, run, signals)
 
 
-def _train(args: Namespace, run: RunFolder) -> None:
+def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:
     asked, tag = dict(vars(args)), run.begins_at(args.resume)
     args.resume = tag is not None  # a supervisor's one command line starts a run and continues it
     if asked["resume"] and not args.resume:
@@ -113,32 +117,27 @@ def _train(args: Namespace, run: RunFolder) -> None:
         )
         run.say(f"resuming at step {engine.global_steps}{afresh and '; ' + afresh}")
     shape = BatchShape(micro_batch_size, num_micro_batches, replicas, engine.replica_id)
-    hosts = cluster.stage_hosts(engine.stage_id)
-    if engine.global_rank == 0:
-        print(cluster.describe_hosts(hosts), flush=True)
-        layout = _layout_of(engine, data, hosts)
-        run.start({**facts, **layout}, engine.global_steps, tag)
-        run.keep_tokenizer(data.tokenizer_folder)
-    dist.barrier()
-    clean(run.checkpoints)
+    with engine.meeting("the start of the run"):
+        hosts = cluster.stage_hosts(engine.stage_id)
+        if engine.global_rank == 0:
+            print(cluster.describe_hosts(hosts), flush=True)
+            layout = _layout_of(engine, data, hosts)
+            run.start({**facts, **layout}, engine.global_steps, tag)
+            run.keep_tokenizer(data.tokenizer_folder)
+        dist.barrier()
+        clean(run.checkpoints)
     start_log(run.path / "logs", engine.stage_id, engine.global_rank)
-    watchdog = Watchdog(
-        engine.stage_id,
-        engine.global_rank,
-        world_size,
-        engine._links,
-        section.link.warn_seconds,
-        say=say,
-    )
+    if signals is not None:
+        signals.stop_with(engine.request_stop)
     loop = _Loop(args, run, engine, data, shape)
     try:
         loop.run()
     except BaseException as error:
-        LOG.error("%s", error)
+        engine.failures.report_error(error, engine.failures.name(engine.global_rank))
         loop.note_last_event()
         raise
     finally:
-        watchdog.stop()
+        loop.bar.close()
 
 
 def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
@@ -253,6 +252,7 @@ class _Loop:
         self.started = time.perf_counter()
         self.earlier_seconds = 0.0
         self.first_step = engine.global_steps
+        self.reported: list[float] = []  # seconds of the steps that tell the run's pace
         if self.is_first:
             self.earlier_seconds, damaged = self.metrics.keep_until(engine.global_steps)
             if damaged:
@@ -273,7 +273,6 @@ class _Loop:
 
     def run(self) -> None:
         engine, args = self.engine, self.args
-        signal.signal(signal.SIGTERM, lambda *_: engine.request_stop())
         batches = None
         if engine.is_first_stage():
             batches = training_batches(
@@ -294,7 +293,7 @@ class _Loop:
                 LOG.info("step %d, loss of segments %s", step, own)
             if step == self.first_step + 1:
                 self.started = time.perf_counter()  # the first step pays for warm-up
-            if args.eval_every and step % args.eval_every == 0:
+            if args.eval_every and step % args.eval_every == 0 and not engine.should_stop:
                 evaluated = self._evaluate()
             if args.save_every and step % args.save_every == 0 and self._saves(step):
                 saved = step
@@ -303,7 +302,7 @@ class _Loop:
         if evaluated != engine.global_steps and not engine.should_stop:
             self._evaluate()
         self.bar.close()
-        if args.profile:
+        if args.profile and not engine.should_stop:
             profiling.write(engine, None if batches is None else next(batches), self.run_folder)
         if self.is_first:
             self._conclude()
@@ -352,33 +351,34 @@ class _Loop:
         ]
         waits += f" | not finite: {'; '.join(events)}" if events else ""
         self.bar.set_postfix_str(
-            f"loss {losses} | {self._tokens_per_second(step):,.0f} tokens/s | {waits}",
+            f"loss {losses} | {self._tokens_per_second(reports):,.0f} tokens/s | {waits}",
             refresh=False,
         )
         self.bar.update(step - self.bar.n)
 
     def note_last_event(self) -> None:
         """What ended the run goes into metrics.jsonl too; its figures could not travel any more."""
-        text = read_notice("nonfinite") if self.is_first else None
-        if text is not None:
-            event = json.loads(text)
+        event = self.engine.last_event if self.is_first else None
+        if event is not None:
             tokens = event["step"] * self.tokens_per_step
             seconds = round(self._seconds(), 3)
             fixed = {"split": "event", "loss": None, "tokens": tokens, "seconds": seconds}
             self.metrics.write([event | fixed])
 
-    def _tokens_per_second(self, step: int) -> float:
-        elapsed = time.perf_counter() - self.started
-        return (
-            max(0, step - self.first_step - 1) * self.tokens_per_step / elapsed
-            if elapsed > 0
-            else 0.0
-        )
+    def _tokens_per_second(self, reports: list[SegmentReport]) -> float:
+        """Of the steps that have been reported, the first left out, which pays for warm-up."""
+        slowest = max(r.seconds for r in reports)  # a stage that runs ahead is not the run's pace
+        if reports[0].step == self.first_step + 1:
+            return self.tokens_per_step / slowest
+        self.reported.append(slowest)
+        return self.tokens_per_step * len(self.reported) / sum(self.reported)
 
     def _evaluate(self) -> int:
         batches = validation_batches(self.data, self.shape, self.args.eval_sequences)
         began = time.perf_counter()
         self.engine.eval_batch(iter(batches), num_micro_batches=len(batches))
+        if self.engine.should_stop:  # not all of it has been seen
+            return -1
         probed = (
             diagnostics.probe(self.engine, batches[0]) if self.engine.section.diagnostics else {}
         )
@@ -492,13 +492,10 @@ def _say_nothing(sentence: str) -> None:
     """On all others."""
 
 
-def running() -> bool:
-    """Have the processes met? Before that all of them find the same mistakes."""
-    return dist.is_initialized()
-
-
 def end_quietly() -> None:
     """Leave together, so that no rank sees a neighbour's connection close while it still works."""
-    if running():
-        dist.barrier()
+    if dist.is_initialized():
+        with meeting("the end of the run"):
+            dist.barrier()
+        notices.end()
         dist.destroy_process_group()
