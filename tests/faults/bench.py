@@ -1,0 +1,177 @@
+"""What all campaigns share: tiny inputs, the command line of a run, what is left in its folder, and how a case is judged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runs import Run, Server
+
+MODEL = {
+    "model_type": "gpt2", "n_layer": 4, "n_embd": 32, "n_head": 4, "n_positions": 16, "bos_token_id": 1, "eos_token_id": 2,
+    "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "tie_word_embeddings": False,
+}  # fmt: skip
+SETTINGS = {
+    "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4, "steps_per_print": 1, "gradient_clipping": 1.0,
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
+    "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 20, "warmup_num_steps": 2}},
+}  # fmt: skip
+LINK = {"timeout_seconds": 20.0}
+LAYOUT = {"start_timeout_seconds": 10.0}
+LAYOUTS = {"2x1": (2, 1), "2x2": (2, 2), "4x1": (4, 1)}  # stages x replicas
+TENSORS = "*.pt"  # files of a checkpoint that must not differ by a bit
+FIGURES = ("split", "step", "segment", "stage", "loss", "grad_norm", "tokens")  # of metrics.jsonl, those without time
+TRACEBACK = "Traceback (most recent call last)"
+_LAST_WORDS = re.compile(r"^((?:\w+\.)*\w*(?:Error|Interrupt|Exception)\b.*)$", re.MULTILINE)
+
+
+@dataclass
+class Outcome:
+    """What came of a case.
+
+    Attributes:
+        wrong: what should have been otherwise, in a few words each; none: the case is right.
+        seconds: that the package took to answer the fault.
+        said: its answer.
+    """
+
+    wrong: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    said: str = ""
+
+    def expect(self, condition: Any, otherwise: str) -> None:
+        if not condition:
+            self.wrong.append(otherwise)
+
+
+class Bench:
+    """A folder with inputs, and the fork server."""
+
+    def __init__(self, server: Server, work: Path) -> None:
+        self.server, self.work = server, work
+        self.data = work / "data"
+        self._count = 0
+        self._references: dict[str, Any] = {}
+        if not (self.data / "prepared.json").exists():
+            self._prepare()
+        self.vocab_size = json.loads((self.data / "prepared.json").read_text())["vocab_size"]
+
+    def _prepare(self) -> None:
+        rng = random.Random(0)
+        words = ("".join(rng.choices("abcde", k=3)) for _ in range(16_000))
+        text = self.work / "text.txt"
+        text.write_text("\n".join(" ".join(next(words) for _ in range(40)) for _ in range(400)))
+        run = self.server.finish(
+            "prepare_data.py",
+            ["--source", str(text), "--tokenizer", "sentencepiece:320", "--seq-len", "16", "--output", str(self.data)],
+        )
+        if run.statuses() != [0]:
+            raise RuntimeError(f"cannot prepare the data: {run.outputs()}")
+
+    def folder(self, name: str = "case") -> Path:
+        """A new empty folder."""
+        self._count += 1
+        folder = self.work / f"{name}-{self._count:05d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
+    def write_json(self, folder: Path, name: str, content: Any) -> Path:
+        path = folder / name
+        path.write_text(json.dumps(content))
+        return path
+
+    def arguments(
+        self, folder: Path, settings: Mapping[str, Any] | None = None, section: Mapping[str, Any] | None = None,
+        model: Mapping[str, Any] | None = None, **options: Any,
+    ) -> list[str]:  # fmt: skip
+        """The command line of train.py, with its config files written to `folder`.
+
+        Args:
+            settings, section, model: what is otherwise in ds_config.json, in its "local_parallel" section, in the model's config.
+            options: of the command line, underscores for dashes; None takes one away, True gives one without a value.
+        """
+        own = {"link": LINK, "layout": LAYOUT, **(section or {})}
+        config = self.write_json(folder, "ds_config.json", {**SETTINGS, "local_parallel": own, **(settings or {})})
+        shape = self.write_json(folder, "model.json", {**MODEL, "vocab_size": self.vocab_size, **(model or {})})
+        given = {
+            "model": shape, "data": self.data, "output": folder / "run", "max_steps": 12, "eval_every": 6, "save_every": 3,
+            "deepspeed": True, "deepspeed_config": config, **options,
+        }  # fmt: skip
+        flat: list[str] = []
+        for key, value in given.items():
+            name = f"--{key}" if key == "deepspeed_config" else f"--{key.replace('_', '-')}"
+            flat += [] if value is None or value is False else [name] if value is True else [name, str(value)]
+        return flat
+
+    def reference(self, name: str, ranks: int, **arguments: Any) -> tuple[Any, float]:
+        """(`left_by` an undisturbed run with these arguments, its seconds), made once."""
+        if name not in self._references:
+            folder = self.folder("reference")
+            began = time.monotonic()
+            run = self.server.finish("train.py", self.arguments(folder, **arguments), ranks=ranks)
+            if any(run.statuses()):
+                raise RuntimeError(f"the undisturbed run {name} failed: {run.outputs()[-3000:]}")
+            self._references[name] = left_by(folder / "run"), time.monotonic() - began
+        return self._references[name]
+
+
+def left_by(run: Path) -> dict[str, Any]:
+    """What a run must have left whatever happened to it: the latest checkpoint's tensors, figures of every step."""
+    latest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
+    return {
+        "latest": latest.name,
+        "tensors": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(latest.glob(TENSORS))},
+        "figures": sorted(json.dumps([row.get(name) for name in FIGURES]) for row in metrics(run)),
+    }
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """In words, between what two runs left."""
+    if found["latest"] != wanted["latest"]:
+        return [f"it ended with {found['latest']}, not {wanted['latest']}"]
+    names = [name for name in wanted["tensors"] if found["tensors"].get(name) != wanted["tensors"][name]]
+    words = [f"other bits in {', '.join(names)}"] if names or len(found["tensors"]) != len(wanted["tensors"]) else []
+    missing, more = (
+        list((_counted(a) - _counted(b))) for a, b in ((wanted["figures"], found["figures"]), (found["figures"], wanted["figures"]))
+    )
+    if missing or more:
+        words.append(f"metrics.jsonl: {len(missing)} rows missing, {len(more)} unexpected, such as {(missing + more)[0]}")
+    return words
+
+
+def _counted(rows: Iterable[str]) -> set[tuple[str, int]]:
+    """Rows with the number of their occurrence, so that a doubled one shows."""
+    seen: dict[str, int] = {}
+    counted = set()
+    for row in rows:
+        seen[row] = seen.get(row, 0) + 1
+        counted.add((row, seen[row]))
+    return counted
+
+
+def last_words(output: str) -> str:
+    """The sentence that a rank ended with."""
+    found = _LAST_WORDS.findall(output)
+    return found[-1] if found else ""
+
+
+def ended(run: Run, seconds: float, ranks: Sequence[int] | None = None) -> list[str]:
+    """Wait for the end of ranks. What is wrong if they do not end: who still runs."""
+    if run.wait(seconds, ranks):
+        return []
+    alive = [rank for rank in run.alive() if ranks is None or rank in ranks]
+    return [f"ranks {', '.join(map(str, alive))} still run after {seconds:.0f} s"]

@@ -1,0 +1,77 @@
+"""SIGKILL of a random rank at a random moment; then the same command again.
+
+Right: the others end in time, name the dead rank and blame no living one, no process stays, and the restarted run ends with
+the weights and the figures of an undisturbed one, bit for bit.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import time
+from typing import Any
+
+from bench import LAYOUTS, Bench, Outcome, differences, ended, last_words, left_by
+from runs import Run
+
+OTHERS_END = 45.0  # seconds, for a rank to notice that another one died: the start's and the links' limits are below it
+SECTION = {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}
+
+
+def cases(seed: int, count: int) -> list[dict[str, Any]]:
+    """Layouts by turns; one case in three is killed twice."""
+    found = []
+    for number in range(count):
+        rng = random.Random(f"{seed} {number}")
+        layout = list(LAYOUTS)[number % len(LAYOUTS)]
+        stages, replicas = LAYOUTS[layout]
+        kills = [(rng.randrange(stages * replicas), rng.random()) for _ in range(1 + (rng.random() < 1 / 3))]
+        found.append({"layout": layout, "kills": [list(kill) for kill in kills]})
+    return found
+
+
+def play(bench: Bench, case: dict[str, Any]) -> Outcome:
+    stages, replicas = LAYOUTS[case["layout"]]
+    ranks = stages * replicas
+    settings = {"section": SECTION, "num_stages": stages}
+    wanted, usual_seconds = bench.reference(f"kills {case['layout']}", ranks, **settings)
+    folder = bench.folder()
+    command = bench.arguments(folder, **settings, resume=True)
+    outcome = Outcome()
+    for rank, moment in case["kills"]:
+        run = bench.server.start("train.py", command, ranks=ranks)
+        time.sleep(max(0.0, run.began + moment * usual_seconds - time.monotonic()))
+        run.signal(signal.SIGKILL, rank)
+        killed = time.monotonic()
+        outcome.wrong += ended(run, OTHERS_END)
+        outcome.seconds = max(outcome.seconds, time.monotonic() - killed)
+        outcome.wrong += blamed(run, rank)
+        outcome.expect(not run.close(), "processes stayed")
+    run = bench.server.finish("train.py", command, ranks=ranks)
+    if any(run.statuses()):
+        outcome.wrong.append(f"not resumed: statuses {run.statuses()}, {last_words(run.outputs())}")
+    else:
+        outcome.wrong += differences(left_by(folder / "run"), wanted)
+    return outcome
+
+
+def blamed(run: Run, dead: int) -> list[str]:
+    """What is wrong with what the survivors of a rank said. Who had finished by then need not say anything."""
+    wrong = []
+    for rank, status in enumerate(run.statuses()):
+        if rank == dead or status == 0:
+            continue
+        said = last_words(run.output(rank))
+        if status != 1:
+            wrong.append(f"rank {rank} ended with status {status}: {said or run.output(rank)[-300:]}")
+        elif f"rank {dead}" not in named(said):
+            wrong.append(f"rank {rank} does not name the dead rank {dead}: {said}")
+        elif living := [other for other in named(said) if other not in (f"rank {dead}", f"rank {rank}")]:
+            wrong.append(f"rank {rank} blames {', '.join(living)}, dead is {dead}: {said}")
+    return wrong
+
+
+def named(sentence: str) -> list[str]:
+    """Ranks whom a sentence calls gone, as "rank 3"."""
+    return list(dict.fromkeys(f"rank {number}" for number in re.findall(r"\brank (\d+)", sentence)))

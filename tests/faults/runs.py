@@ -1,0 +1,193 @@
+"""Real runs of scripts/*.py, started by the fork server and watched from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+_ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+}  # fmt: skip
+_BY_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ERROR = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Failure))\b:? ?(.*)", re.MULTILINE)
+
+
+def environment() -> dict[str, str]:
+    """Of a process that no launcher started."""
+    kept = {name: value for name, value in os.environ.items() if name not in _BY_LAUNCHER}
+    paths = [str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]
+    binaries = f"{Path(sys.executable).parent}:{kept.get('PATH', '')}"
+    return kept | _ENVIRONMENT | {"PYTHONPATH": ":".join(paths), "PATH": binaries}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, interval: float = 0.01) -> Any:
+    """What `condition` gives as soon as it is true, or at last."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < deadline:
+        time.sleep(interval)
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Does the process run? One that ended and that nobody has asked about does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+class Run:
+    """The ranks of one start of a script.
+
+    Attributes:
+        launcher: process that stands for the launcher.
+        pids: of the ranks.
+        began: when it was asked for, `time.monotonic()`.
+    """
+
+    def __init__(self, folder: Path, ranks: int) -> None:
+        self.folder = folder
+        self.began = time.monotonic()
+        self.ended = 0.0
+        if not wait_for((folder / "pids.json").exists, 30):
+            raise RuntimeError("the fork server does not start ranks any more")
+        self.launcher, *self.pids = json.loads((folder / "pids.json").read_text())
+
+    def status(self, rank: int) -> int | None:
+        """Exit code, the negative number of the signal that ended it, or None: it runs, or its launcher was killed."""
+        path = self.folder / f"rank-{rank}.status"
+        return int(path.read_text()) if path.exists() else None
+
+    def statuses(self) -> list[int | None]:
+        return [self.status(rank) for rank in range(len(self.pids))]
+
+    def output(self, rank: int) -> str:
+        return (self.folder / f"rank-{rank}.txt").read_text(errors="replace").replace("\r", "\n")
+
+    def outputs(self) -> str:
+        return "".join(self.output(rank) for rank in range(len(self.pids)))
+
+    def alive(self) -> list[int]:
+        """Ranks that still run."""
+        return [rank for rank, pid in enumerate(self.pids) if self.status(rank) is None and is_alive(pid)]
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """To one rank, or to all of them."""
+        for pid in self.pids if rank is None else [self.pids[rank]]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def wait(self, seconds: float, ranks: Sequence[int] | None = None) -> bool:
+        """Have all these ranks ended within so many seconds?"""
+        wanted = set(range(len(self.pids)) if ranks is None else ranks)
+        done = wait_for(lambda: not wanted & set(self.alive()), seconds)
+        if self.alive() or not is_alive(self.launcher):
+            pass
+        else:  # the launcher notes the last end
+            wait_for(lambda: None not in self.statuses(), 5)
+        self.ended = self.ended or time.monotonic()
+        return done
+
+    def left(self) -> list[int]:
+        """Processes of the run's group that still run: ranks, and whatever they started."""
+        found = []
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+                if int(fields[2]) == self.launcher and fields[0] not in "ZX" and int(entry) != self.launcher:
+                    found.append(int(entry))
+        return found
+
+    def close(self) -> list[int]:
+        """Kill what is left of the run; returns what was."""
+        left = self.left()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.launcher, signal.SIGKILL)
+        return left
+
+
+class Server:
+    """The fork server, as long as the `with` block lasts."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self._count = 0
+        work.mkdir(parents=True, exist_ok=True)
+        self._log = (work / "server.txt").open("a")
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "server.py")], env=environment(), cwd=ROOT, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self._log,
+        )  # fmt: skip
+        self._runs: list[Run] = []
+        self._ready = False
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for run in self._runs:
+            run.close()
+        self._process.communicate(timeout=30)
+        self._log.close()
+
+    def start(
+        self, script: str, argv: Sequence[str], ranks: int = 1, env: Mapping[str, str] | None = None,
+        hooks: Mapping[int, Sequence[tuple[str, Mapping[str, Any]]]] | None = None,
+    ) -> Run:  # fmt: skip
+        """Start scripts/`script` on so many ranks.
+
+        Args:
+            hooks: rank -> functions of hooks.py and their arguments, called before the script.
+        """
+        self._wait_until_ready()
+        self._count += 1
+        folder = self.work / f"job-{self._count:05d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        together = {"MASTER_PORT": str(free_port())} if ranks > 1 else {}
+        job = {
+            "folder": str(folder), "script": script, "argv": list(argv), "ranks": ranks, "env": together | dict(env or {}),
+            "hooks": {str(rank): list(calls) for rank, calls in (hooks or {}).items()},
+        }  # fmt: skip
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        run = Run(folder, ranks)
+        self._runs.append(run)
+        return run
+
+    def finish(self, script: str, argv: Sequence[str], seconds: float = 60, **how: Any) -> Run:
+        """Start, and wait for the end; what has not ended by then is killed, which its statuses show."""
+        run = self.start(script, argv, **how)
+        run.wait(seconds)
+        run.close()
+        run.wait(5)
+        return run
+
+    def _wait_until_ready(self) -> None:
+        if not self._ready:
+            assert self._process.stdout is not None
+            if self._process.stdout.readline() != "ready\n":
+                raise RuntimeError(f"the fork server did not start, see {self._log.name}")
+            self._ready = True
