@@ -1,29 +1,27 @@
-"""ds_local: train each pipeline stage on its own language-model loss, under DeepSpeed, without a pipeline bubble.
+"""ds_local: train each pipeline stage on its own language-model loss, under DeepSpeed, without a
+pipeline bubble.
 
-Reading order
-    routes       which loss trains which segment; every scheme is one table
-    schedule     the compute order of each stage as data; `order` makes it, `peers` holds other pipelines' for comparison
-    simulator    what a schedule costs
-    config       the "local_parallel" section of ds_config.json;  deepspeed_config: the rest of the file
-    corpus, data text -> tokens -> sequences -> micro-batches
-    blocks       a Hugging Face model as pipeline layers;  heads: a loss for an early segment
-    flops        what a segment's work costs;  partition: where to cut;
-    pricing      what a layout of a cluster costs;  planner: which one is fastest
-    transport    links between stages;  tensors: what they carry;  codecs: how small;  staging: between host and device;
-                 notices: words off the step path
-    surroundings what a rank sees alone;  cluster: is everybody here, and the same?
-    copies       weights of other segments in auxiliary heads
-    replicas     replicas that train apart and meet now and then;  subnets: each on a share of the weights
-    pretrained   weights of a Hugging Face model, each rank its own
-    module       layers cut into segments;  seeds: random numbers by purpose
-    engine       runs it all under DeepSpeed;  start: makes one;  instructions, replacements: its DeepSpeed side
-    metrics, watchdog, diagnostics, checkpoint, train
-    hf           checkpoint -> Hugging Face folder;  card: its README
+Reading order, one room after the other; a room imports only from rooms above it
+    errors       every error of ours
+    config       the "local_parallel" section and the rest of ds_config.json that we rely on
+    schedules    routes: which loss trains which segment; the compute order as data; what it costs
+    links        what travels between stages, how it is packed, who is waited for
+    model        a Hugging Face model as pipeline layers, heads, what they cost, where to cut
+    replicas     the data-parallel axis: together, or apart on weights of their own
+    data         text -> tokens -> sequences -> micro-batches
+    cluster      is everybody here, and the same? which layout is fastest?
+    checkpoints  what a run leaves behind: checkpoints, metrics, Hugging Face folders
+    engine       runs it all under DeepSpeed
+    training     the loop around it, profiles, pictures
+    cli          the commands
 
 Words
-    segment: unit trained by one row of the table; K of them · stage: pipeline rank, holds `segments_per_stage` segments ·
-    replica: data-parallel copy of a stage · micro-batch · step: one optimizer step · tick: column of a schedule grid ·
-    action: ours, becomes a DeepSpeed instruction · head: auxiliary head · readout: hidden -> vocabulary matrix ·
+    segment: unit trained by one row of the table; K of them · stage: pipeline rank, holds
+        `segments_per_stage` segments ·
+    replica: data-parallel copy of a stage · micro-batch · step: one optimizer step · tick: column
+        of a schedule grid ·
+    action: ours, becomes a DeepSpeed instruction · head: auxiliary head · readout: hidden ->
+        vocabulary matrix ·
     window: N or k of a row · chunk: segments sharing a loss · block: one decoder layer.
     Sizes: B sequences, T tokens, D hidden, V vocabulary.
 """
@@ -31,19 +29,20 @@ Words
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ds_local.config import ConfigError
-    from ds_local.engine import LocalPipelineEngine
-    from ds_local.module import LocalPipelineModule, causal_lm
-    from ds_local.order import make_schedule
-    from ds_local.routes import make_routes
-    from ds_local.simulator import Costs, simulate
-    from ds_local.start import initialize
+    from ds_local.engine.engine import LocalPipelineEngine
+    from ds_local.engine.initialize import initialize
+    from ds_local.engine.module import LocalPipelineModule, causal_lm
+    from ds_local.errors import ConfigError, DsLocalError
+    from ds_local.schedules.list_scheduler import make_schedule
+    from ds_local.schedules.routes import make_routes
+    from ds_local.schedules.simulator import Costs, simulate
 
 __all__ = [
     "LocalPipelineModule",
     "causal_lm",
     "initialize",
     "LocalPipelineEngine",
+    "DsLocalError",
     "ConfigError",
     "make_routes",
     "make_schedule",
@@ -52,15 +51,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "LocalPipelineModule": "module",
-    "causal_lm": "module",
-    "initialize": "start",
-    "LocalPipelineEngine": "engine",
-    "ConfigError": "config",
-    "make_routes": "routes",
-    "make_schedule": "order",
-    "simulate": "simulator",
-    "Costs": "simulator",
+    "LocalPipelineModule": "engine.module",
+    "causal_lm": "engine.module",
+    "initialize": "engine.initialize",
+    "LocalPipelineEngine": "engine.engine",
+    "DsLocalError": "errors",
+    "ConfigError": "errors",
+    "make_routes": "schedules.routes",
+    "make_schedule": "schedules.list_scheduler",
+    "simulate": "schedules.simulator",
+    "Costs": "schedules.simulator",
 }
 
 

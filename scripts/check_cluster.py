@@ -1,10 +1,14 @@
-"""Are all machines ready for a job? Says what is wrong, on which host and rank, and what to do about it.
+"""Are all machines ready for a job? Says what is wrong, on which host and rank, and what to do
+about it.
 
-    python scripts/check_cluster.py --hostfile configs/hostfile                        # before anything is started
-    deepspeed --hostfile configs/hostfile scripts/check_cluster.py --deepspeed_config ds_config.json   # with the job's launcher
+    python scripts/check_cluster.py --hostfile configs/hostfile                        # before
+                                                                                       anything is
+                                                                                       started
+    deepspeed --hostfile configs/hostfile scripts/check_cluster.py --deepspeed_config ds_config.json
+                                                                                                         # with the job's launcher
 
-With --model and --data as for train.py it also compares these on every rank, and the memory that the planner expects with
-what the devices have. Ends within --limit seconds and a moment.
+With --model and --data as for train.py it also compares these on every rank, and the memory that
+the planner expects with what the devices have. Ends within --limit seconds and a moment.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ from leaving import leave
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--hostfile", help="look at every host of this file by ssh, then end")
     add("--ssh-port", type=int, default=22)
@@ -39,18 +45,35 @@ def check_hosts(path: str, ssh_port: int) -> None:
     Raises:
         ClusterError: naming the host and the remedy.
     """
-    from ds_local.surroundings import ClusterError, read_hostfile
+    from ds_local.cluster.surroundings import read_hostfile
+    from ds_local.errors import ClusterError
 
     for host, slots in read_hostfile(path).items():
         try:
             address = socket.gethostbyname(host)
         except OSError:
-            raise ClusterError(f"the name {host} in {path} has no address; correct it, or add it to /etc/hosts") from None
-        command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-p", str(ssh_port), host, "true"]
+            raise ClusterError(
+                f"the name {host} in {path} has no address; correct it, or add it to /etc/hosts"
+            ) from None
+        command = [
+            "ssh",
+            "-o",
+            "BatchMode=yes",
+            "-o",
+            "ConnectTimeout=5",
+            "-p",
+            str(ssh_port),
+            host,
+            "true",
+        ]
         try:
-            result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+            result = subprocess.run(
+                command, check=False, capture_output=True, text=True, timeout=20
+            )
         except FileNotFoundError:
-            raise ClusterError("there is no ssh on this machine; install it, or start every node with --no_ssh") from None
+            raise ClusterError(
+                "there is no ssh on this machine; install it, or start every node with --no_ssh"
+            ) from None
         except subprocess.TimeoutExpired:
             raise ClusterError(
                 f"{host} ({address}) did not answer ssh within 20 s; look at it, or take it out of {path}"
@@ -67,10 +90,12 @@ def check_hosts(path: str, ssh_port: int) -> None:
 def check_ranks(args: argparse.Namespace) -> None:
     from torch import distributed as dist
 
-    from ds_local import blocks, cluster
-    from ds_local.config import load_config, local_parallel, num_stages_and_replicas
-    from ds_local.deepspeed_config import check_deepspeed
-    from ds_local.replacements import end_processes, start_processes
+    from ds_local.cluster import start_check as cluster
+    from ds_local.config.deepspeed import check_deepspeed
+    from ds_local.config.files import load_config, local_parallel
+    from ds_local.config.placement import num_stages_and_replicas
+    from ds_local.engine.deepspeed_seam import end_processes, start_processes
+    from ds_local.model import blocks
 
     config = load_config(args.deepspeed_config or {})
     check_deepspeed(config)
@@ -79,9 +104,14 @@ def check_ranks(args: argparse.Namespace) -> None:
     stages, replicas = num_stages_and_replicas(section, world_size, args.num_stages)
     model = None if args.model is None else blocks.config_dict(blocks.load_model_config(args.model))
     facts = cluster.own_facts([config, model, stages], args.data)
-    everybody = cluster.check_start(facts, section.layout.neighbours(rank, stages, replicas), args.limit)
+    everybody = cluster.check_start(
+        facts, section.layout.neighbours(rank, stages, replicas), args.limit
+    )
     if rank == 0:
-        print(f"{world_size} ranks are here, with the same versions, code, config and data", flush=True)
+        print(
+            f"{world_size} ranks are here, with the same versions, code, config and data",
+            flush=True,
+        )
     start_processes()
     edges = cluster.measure_edges(section.layout.ranks(stages, replicas), args.limit)
     memory = check_memory(args.model, config, stages, replicas) if args.model else ""
@@ -92,13 +122,19 @@ def check_ranks(args: argparse.Namespace) -> None:
                 f"stage {edge['stages'][0]} -> {edge['stages'][1]}: rank {low} on {a} -> rank {high} on {b}: "
                 f"{edge['latency_seconds'] * 1e3:.2f} ms, {edge['gbps']:.2f} Gb/s"
             )
-        print(*([memory] if memory else []), f"{len(everybody)} ranks, {len(edges)} edges: ready", sep="\n", flush=True)
+        print(
+            *([memory] if memory else []),
+            f"{len(everybody)} ranks, {len(edges)} edges: ready",
+            sep="\n",
+            flush=True,
+        )
     dist.barrier()
     end_processes()
 
 
 def check_memory(model: str, config: dict[str, Any], stages: int, replicas: int) -> str:
-    """What the planner expects a device to hold beside what the smallest device has. A collective call.
+    """What the planner expects a device to hold beside what the smallest device has. A collective
+    call.
 
     Raises:
         ClusterError: when it does not fit.
@@ -106,12 +142,17 @@ def check_memory(model: str, config: dict[str, Any], stages: int, replicas: int)
     import torch
     from torch import distributed as dist
 
-    from ds_local.blocks import load_model_config
-    from ds_local.pricing import GIB, expected_memory
-    from ds_local.surroundings import ClusterError, ranks_here
+    from ds_local.cluster.pricing import GIB, expected_memory
+    from ds_local.errors import ClusterError
+    from ds_local.links.staging import ranks_here
+    from ds_local.model.blocks import load_model_config
 
     cuda = torch.cuda.is_available()
-    total = torch.cuda.mem_get_info()[1] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks_here()
+    total = (
+        torch.cuda.mem_get_info()[1]
+        if cuda
+        else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks_here()
+    )
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (total / GIB, socket.gethostname()))
     smallest, host = min(gathered)
@@ -126,13 +167,15 @@ def check_memory(model: str, config: dict[str, Any], stages: int, replicas: int)
 
 def main() -> int:
     args = parse_arguments()
-    from ds_local.surroundings import ClusterError
+    from ds_local.errors import ClusterError
 
     try:
         if args.hostfile:
             check_hosts(args.hostfile, args.ssh_port)
         elif "WORLD_SIZE" not in os.environ:
-            raise ClusterError("give --hostfile, or start this script with the job's launcher (deepspeed, torchrun, srun)")
+            raise ClusterError(
+                "give --hostfile, or start this script with the job's launcher (deepspeed, torchrun, srun)"
+            )
         else:
             os.environ.setdefault("LOCAL_RANK", str(max(args.local_rank, 0)))
             check_ranks(args)

@@ -2,9 +2,9 @@
 
 python scripts/check_planner.py [--only sleep|real] [--json FILE]
 
-First on stages whose compute is sleep: these show the bubbles of four devices on two cores; engines, processes and messages are
-real. Then on a model's real compute, two ranks pinned to a core each: the first layout is profiled, and all are predicted from
-its profile.
+First on stages whose compute is sleep: these show the bubbles of four devices on two cores;
+engines, processes and messages are real. Then on a model's real compute, two ranks pinned to a core
+each: the first layout is profiled, and all are predicted from its profile.
 """
 
 from __future__ import annotations
@@ -19,23 +19,33 @@ from statistics import median
 from typing import Any
 
 from bench import emulated, network
+from bench.ranks import Pool
 from bench.real import Job, pinned
 from bench.real import config_of as real_config
 
-from ds_local import blocks
-from ds_local.flops import UnitCosts
-from ds_local.pricing import Cluster, Layout, Model, Pricing, measured_model, section_for
-from ds_local.ranks import Pool
+from ds_local.cluster.pricing import Cluster, Layout, Model, Pricing, measured_model, section_for
+from ds_local.model import blocks
+from ds_local.model.flops import UnitCosts
 
 # (row, stages, replicas, micro-batches per step, seconds of a head)
 LAYOUTS = (
-    ("local", 4, 1, 8, 0.0), ("backprop (1F1B)", 4, 1, 8, 0.0), ("interlocking 2", 4, 1, 8, 0.0), ("chunked 2", 4, 1, 8, 0.0),
-    ("mixed 1/4", 4, 1, 8, 0.0), ("local", 4, 1, 8, 0.05), ("local", 2, 2, 8, 0.05), ("backprop (1F1B)", 2, 2, 4, 0.0),
-)  # fmt: skip
+    ("local", 4, 1, 8, 0.0),
+    ("backprop (1F1B)", 4, 1, 8, 0.0),
+    ("interlocking 2", 4, 1, 8, 0.0),
+    ("chunked 2", 4, 1, 8, 0.0),
+    ("mixed 1/4", 4, 1, 8, 0.0),
+    ("local", 4, 1, 8, 0.05),
+    ("local", 2, 2, 8, 0.05),
+    ("backprop (1F1B)", 2, 2, 4, 0.0),
+)
 REAL_LAYOUTS = (
-    Layout(2, 1, "local", "full", 4, 8), Layout(2, 1, "backprop (1F1B)", "", 4, 8), Layout(2, 1, "mixed 1/4", "full", 4, 8),
-    Layout(2, 1, "backprop (1F1B)", "", 4, 2), Layout(2, 1, "local", "full", 8, 4), Layout(1, 2, "data parallel", "", 4, 4),
-)  # fmt: skip
+    Layout(2, 1, "local", "full", 4, 8),
+    Layout(2, 1, "backprop (1F1B)", "", 4, 8),
+    Layout(2, 1, "mixed 1/4", "full", 4, 8),
+    Layout(2, 1, "backprop (1F1B)", "", 4, 2),
+    Layout(2, 1, "local", "full", 8, 4),
+    Layout(1, 2, "data parallel", "", 4, 4),
+)
 MODEL = Path(__file__).resolve().parents[1] / "configs" / "gpt2-nano.json"
 SECONDS = 0.1  # of a stage's forward, of each of its gradients
 
@@ -43,10 +53,20 @@ SECONDS = 0.1  # of a stage's forward, of each of its gradients
 def predicted(layout: Layout, times: emulated.Times) -> float:
     """Seconds of a step."""
     model = Model(
-        depth=layout.stages, hidden=times.floats, seq_len=1, costs=UnitCosts(times.useful, 0.0, [times.head]), config=None,
-        block_params=2, embedding_params=0, readout_params=0, kept=0, itemsize=4,
-    )  # fmt: skip
-    cluster = Cluster(1, layout.stages * layout.replicas, tflops=1, memory_gib=1, link_gbps=1, intra_gbps=1)
+        depth=layout.stages,
+        hidden=times.floats,
+        seq_len=1,
+        costs=UnitCosts(times.useful, 0.0, [times.head]),
+        config=None,
+        block_params=2,
+        embedding_params=0,
+        readout_params=0,
+        kept=0,
+        itemsize=4,
+    )
+    cluster = Cluster(
+        1, layout.stages * layout.replicas, tflops=1, memory_gib=1, link_gbps=1, intra_gbps=1
+    )
     pricing = Pricing(model, cluster, layout.micro_batches * layout.replicas)
     return pricing.simulate(pricing.price(layout)).step_seconds
 
@@ -58,7 +78,9 @@ def measured(pool: Any, layout: Layout, times: emulated.Times, steps: int) -> fl
     return emulated.period(results, warm=2)
 
 
-def compare(pool: Any, layouts: Any = LAYOUTS, seconds: float = SECONDS, steps: int = 6) -> list[dict[str, Any]]:
+def compare(
+    pool: Any, layouts: Any = LAYOUTS, seconds: float = SECONDS, steps: int = 6
+) -> list[dict[str, Any]]:
     rows = []
     for row, stages, replicas, micro_batches, head in layouts:
         times = emulated.Times(seconds, seconds, seconds, head)
@@ -70,23 +92,31 @@ def compare(pool: Any, layouts: Any = LAYOUTS, seconds: float = SECONDS, steps: 
 
 def _row(layout: Layout, expected: float, found: float, **more: Any) -> dict[str, Any]:
     error = expected / found - 1
-    print(f"{expected:>8.3f} s predicted {found:>8.3f} s measured {error:>+7.1%}  {layout}", flush=True)
+    print(
+        f"{expected:>8.3f} s predicted {found:>8.3f} s measured {error:>+7.1%}  {layout}",
+        flush=True,
+    )
     return {"layout": str(layout), "predicted": expected, "measured": found, "error": error, **more}
 
 
-# --- real compute ---------------------------------------------------------------------------------------------------------
+# --- real compute
+# ---------------------------------------------------------------------------------------------------------
 
 
 def profiled(layout: Layout, folder: str, steps: int) -> float:
-    """On a rank, pinned to a core: train with this layout, write its profile.json; seconds of a step.
+    """On a rank, pinned to a core: train with this layout, write its profile.json; seconds of a
+    step.
 
     Measured over all steps together: what one stage loses by chance, another waits for.
     """
     import ds_local as package
-    from ds_local.profiling import Recorder, write
+    from ds_local.engine.recorder import Recorder
+    from ds_local.training.profiling import write
 
     with pinned():
-        job = Job(json.loads(MODEL.read_text()), None, 128, layout.micro_batch, layout.micro_batches)
+        job = Job(
+            json.loads(MODEL.read_text()), None, 128, layout.micro_batch, layout.micro_batches
+        )
         section = {**section_for(layout.row, layout.micro_batches), "num_stages": layout.stages}
         config = real_config(job) | {"local_parallel": section}
         module = package.causal_lm(job.model, layout.stages, config, job.tokens)
@@ -103,7 +133,9 @@ def profiled(layout: Layout, folder: str, steps: int) -> float:
         return seconds
 
 
-def compare_real(pool: Any, layouts: Any = REAL_LAYOUTS, repeats: int = 3, steps: int = 20) -> list[dict[str, Any]]:
+def compare_real(
+    pool: Any, layouts: Any = REAL_LAYOUTS, repeats: int = 3, steps: int = 20
+) -> list[dict[str, Any]]:
     """Layouts take turns, so that a busy moment of the machine meets all of them."""
     found: dict[Layout, list[float]] = {layout: [] for layout in layouts}
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +143,9 @@ def compare_real(pool: Any, layouts: Any = REAL_LAYOUTS, repeats: int = 3, steps
             for layout in layouts:
                 kept = Path(folder, "profile" if layout == layouts[0] else "other")
                 kept.mkdir(exist_ok=True)
-                found[layout].append(max(pool.run(profiled, 2, layout, str(kept), steps, timeout=300)))
+                found[layout].append(
+                    max(pool.run(profiled, 2, layout, str(kept), steps, timeout=300))
+                )
         profile = Path(folder, "profile", "profile.json")
         costs = json.loads(profile.read_text())["costs"]
         rate = 8e-9 * costs["activation_bytes"] / max(costs["link"])
@@ -119,13 +153,27 @@ def compare_real(pool: Any, layouts: Any = REAL_LAYOUTS, repeats: int = 3, steps
         model = measured_model(Model.of(blocks.load_model_config(str(MODEL)), itemsize=4), profile)
     rows = []
     for layout, times in found.items():
-        pricing = Pricing(model, cluster, layout.micro_batch * layout.micro_batches * layout.replicas, zero_stage=0)
-        rows.append(_row(layout, pricing.simulate(pricing.price(layout)).step_seconds, median(times), repetitions=times))
+        pricing = Pricing(
+            model,
+            cluster,
+            layout.micro_batch * layout.micro_batches * layout.replicas,
+            zero_stage=0,
+        )
+        rows.append(
+            _row(
+                layout,
+                pricing.simulate(pricing.price(layout)).step_seconds,
+                median(times),
+                repetitions=times,
+            )
+        )
     return rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--only", choices=["sleep", "real"], help="one of the two")
     args = parser.parse_args()

@@ -14,12 +14,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from ds_local import config
+from ds_local.config import schema as config
+from ds_local.config.files import models_in
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 HEADER = """# Configuration
 
-<!-- written by `python scripts/config_reference.py` from ds_local/config.py; change the docstrings there -->
+<!-- written by `python scripts/config_reference.py` from ds_local/config/schema.py; change the docstrings there -->
 
 How a model is trained is in `ds_config.json`; what is trained, and where to, is on the command line
 ([migrating](migrating.md)). DeepSpeed's own keys mean what they mean in DeepSpeed; what a pipeline of DeepSpeed 0.19 cannot do
@@ -35,7 +36,7 @@ def sections() -> list[tuple[str, type[BaseModel]]]:
     def visit(path: str, model: type[BaseModel]) -> None:
         found.append((path, model))
         for name, info in model.model_fields.items():
-            for inner in config._models_in(info.annotation):
+            for inner in models_in(info.annotation):
                 visit(f"{path}.{name}" + ("[]" if "tuple" in str(info.annotation) else ""), inner)
 
     visit(config.SECTION, config.LocalParallelConfig)
@@ -43,19 +44,34 @@ def sections() -> list[tuple[str, type[BaseModel]]]:
 
 
 def type_name(info: FieldInfo) -> str:
-    text = str(info.annotation) if hasattr(info.annotation, "__args__") else getattr(info.annotation, "__name__", "")
-    for word in ("typing.", "ds_local.config.", "Annotated", "NoneType", "None"):
+    text = (
+        str(info.annotation)
+        if hasattr(info.annotation, "__args__")
+        else getattr(info.annotation, "__name__", "")
+    )
+    for word in ("typing.", "ds_local.config.schema.", "Annotated", "NoneType", "None"):
         text = text.replace(word, "")
     if "Literal" in text:
-        choices = " or ".join(f"`{value!r}`".replace("'", '"') for value in dict.fromkeys(_choices(info.annotation)))
-        also = "" if "tuple" not in text else "list of " if text.startswith("tuple") else ", or a list of these"
+        choices = " or ".join(
+            f"`{value!r}`".replace("'", '"') for value in dict.fromkeys(_choices(info.annotation))
+        )
+        also = (
+            ""
+            if "tuple" not in text
+            else "list of "
+            if text.startswith("tuple")
+            else ", or a list of these"
+        )
         number = (
             "int or "
-            if any(getattr(part, "__origin__", part) is int for part in getattr(info.annotation, "__args__", ()))
+            if any(
+                getattr(part, "__origin__", part) is int
+                for part in getattr(info.annotation, "__args__", ())
+            )
             else ""
         )
         return f"{also}{choices}" if also == "list of " else f"{number}{choices}{also}"
-    if config._models_in(info.annotation):
+    if models_in(info.annotation):
         return "list of objects" if "tuple" in text else "object"
     kinds = [word for word in ("int", "float", "str", "bool") if word in text]
     kind = " or ".join(kinds)
@@ -65,11 +81,17 @@ def type_name(info: FieldInfo) -> str:
 
 def _choices(annotation: Any) -> list[Any]:
     inner = [value for value in getattr(annotation, "__args__", ()) if isinstance(value, str)]
-    return inner or [value for part in getattr(annotation, "__args__", ()) for value in _choices(part)]
+    return inner or [
+        value for part in getattr(annotation, "__args__", ()) for value in _choices(part)
+    ]
 
 
 def default_of(info: FieldInfo) -> str:
-    if info.default is None or info.default is PydanticUndefined or isinstance(info.default, BaseModel):
+    if (
+        info.default is None
+        or info.default is PydanticUndefined
+        or isinstance(info.default, BaseModel)
+    ):
         return ""
     return f"`{json.dumps(info.default)}`"
 
@@ -81,10 +103,20 @@ def reference() -> str:
         if model in seen:
             continue
         # what entries of a mix or of phases share with the section itself is explained once
-        shared = set(config.LocalParallelConfig.model_fields) if issubclass(model, config.Row) and seen else set()
+        shared = (
+            set(config.LocalParallelConfig.model_fields)
+            if issubclass(model, config.Row) and seen
+            else set()
+        )
         seen.add(model)
         also = " It takes `mode`, `window`, `combine` and `weights` as above" if shared else ""
-        also += " or `mix`, and:" if "mix" in model.model_fields and shared else ", and:" if shared else ""
+        also += (
+            " or `mix`, and:"
+            if "mix" in model.model_fields and shared
+            else ", and:"
+            if shared
+            else ""
+        )
         parts.append(f'## `"{path}"`\n\n{(model.__doc__ or "").strip()}{also}\n')
         rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
         for name, info in model.model_fields.items():

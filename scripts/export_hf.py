@@ -11,18 +11,28 @@ import sys
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", help="run folder (its latest checkpoint) or checkpoint folder")
     parser.add_argument("--output", required=True, help="folder to write")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--segment", type=int, help="the prefix up to this segment, with its head, as a smaller model")
-    which.add_argument("--all-segments", action="store_true", help="a model for every exit, as OUTPUT/segment_I")
+    which.add_argument(
+        "--segment",
+        type=int,
+        help="the prefix up to this segment, with its head, as a smaller model",
+    )
+    which.add_argument(
+        "--all-segments", action="store_true", help="a model for every exit, as OUTPUT/segment_I"
+    )
     parser.add_argument(
-        "--heads", action="store_true", help="auxiliary heads into a second file beside the full model, to train on with them"
+        "--heads",
+        action="store_true",
+        help="auxiliary heads into a second file beside the full model, to train on with them",
     )
     args = parser.parse_args()
-    from ds_local.checkpoint import CheckpointError
-    from ds_local.hf import ExportError, export, export_all
+    from ds_local.checkpoints.hf_export import export, export_all
+    from ds_local.errors import CheckpointError, ExportError
 
     try:
         if args.all_segments:

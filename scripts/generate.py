@@ -1,7 +1,9 @@
 """Continue a text with a trained model.
 
 python scripts/generate.py runs/nano --prompt "def main("
-python scripts/generate.py runs/nano --prompt "def main(" --assistant 0        # an early exit drafts, the full model checks
+python scripts/generate.py runs/nano --prompt "def main(" --assistant 0        # an early exit
+                                                                               drafts, the full
+                                                                               model checks
 """
 
 from __future__ import annotations
@@ -16,14 +18,26 @@ from models import exits_of
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a Hugging Face folder or name, a folder of all exits, a run folder or a checkpoint folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model",
+        help="a Hugging Face folder or name, a folder of all exits, a run folder or a checkpoint folder",
+    )
     parser.add_argument("--prompt", default="def main(")
     parser.add_argument("--max-new-tokens", type=int, default=80)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
+    parser.add_argument(
+        "--temperature", type=float, default=0.7, help="0: always the likeliest token"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--assistant", help="segment of the model, or a smaller model's folder: it drafts, the model checks")
-    parser.add_argument("--draft-tokens", type=int, default=4, help="tokens the assistant drafts at a time")
+    parser.add_argument(
+        "--assistant",
+        help="segment of the model, or a smaller model's folder: it drafts, the model checks",
+    )
+    parser.add_argument(
+        "--draft-tokens", type=int, default=4, help="tokens the assistant drafts at a time"
+    )
     args = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -31,7 +45,9 @@ def main() -> int:
             assistant = args.assistant
             if assistant is not None and assistant.isdigit():
                 if int(assistant) not in exits:
-                    raise ValueError(f"{args.model} has no exit {assistant}; it has {', '.join(map(str, exits))}")
+                    raise ValueError(
+                        f"{args.model} has no exit {assistant}; it has {', '.join(map(str, exits))}"
+                    )
                 assistant = exits[int(assistant)]
             print(continue_text(exits[max(exits)], assistant, args))
     except (ValueError, RuntimeError, OSError) as error:
@@ -52,9 +68,11 @@ def continue_text(folder: Any, assistant: Any, args: argparse.Namespace) -> str:
     if args.temperature > 0:
         how = {"do_sample": True, "temperature": args.temperature, "top_k": 50}
     how |= {
-        "input_ids": prompt["input_ids"], "attention_mask": prompt["attention_mask"],
-        "max_new_tokens": min(args.max_new_tokens, room), "pad_token_id": tokenizer.eos_token_id,
-    }  # fmt: skip
+        "input_ids": prompt["input_ids"],
+        "attention_mask": prompt["attention_mask"],
+        "max_new_tokens": min(args.max_new_tokens, room),
+        "pad_token_id": tokenizer.eos_token_id,
+    }
     torch.manual_seed(args.seed)
     if assistant is None:
         return tokenizer.decode(model.generate(**how)[0], skip_special_tokens=True)
@@ -62,8 +80,11 @@ def continue_text(folder: Any, assistant: Any, args: argparse.Namespace) -> str:
     return tokenizer.decode(output[0], skip_special_tokens=True) + f"\n\n{report}"
 
 
-def drafted(model: Any, assistant: Any, how: dict[str, Any], args: argparse.Namespace) -> tuple[Any, str]:
-    """Self-speculative decoding: the output, and what it saved, compared with the model alone on the same prompt."""
+def drafted(
+    model: Any, assistant: Any, how: dict[str, Any], args: argparse.Namespace
+) -> tuple[Any, str]:
+    """Self-speculative decoding: the output, and what it saved, compared with the model alone on
+    the same prompt."""
     import torch
 
     assistant.generation_config.num_assistant_tokens = args.draft_tokens
@@ -73,14 +94,22 @@ def drafted(model: Any, assistant: Any, how: dict[str, Any], args: argparse.Name
     for name, module in (("model", model), ("assistant", assistant)):
         module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
     seconds = {}
-    for kind, extra in (("warm-up", {}), ("alone", {}), ("assisted", {"assistant_model": assistant})):
+    for kind, extra in (
+        ("warm-up", {}),
+        ("alone", {}),
+        ("assisted", {"assistant_model": assistant}),
+    ):
         torch.manual_seed(args.seed)
         calls.update(model=0, assistant=0)
         began = time.perf_counter()
         output = model.generate(**how, **extra)
-        seconds[kind] = (time.perf_counter() - began) / (output.shape[1] - how["input_ids"].shape[1])
+        seconds[kind] = (time.perf_counter() - began) / (
+            output.shape[1] - how["input_ids"].shape[1]
+        )
     new = output.shape[1] - how["input_ids"].shape[1]
-    accepted = new - calls["model"]  # every call of the model adds one token of its own to those it accepts
+    accepted = (
+        new - calls["model"]
+    )  # every call of the model adds one token of its own to those it accepts
     return output, (
         f"{new} tokens in {calls['model']} passes of the model; {accepted} of {calls['assistant']} drafted tokens accepted "
         f"({accepted / max(1, calls['assistant']):.0%}); {1000 * seconds['assisted']:.1f} ms a token, alone "

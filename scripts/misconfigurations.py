@@ -2,7 +2,8 @@
 
 python scripts/misconfigurations.py [NAME...]
 
-Ranks are threads here, each with an environment of its own; the checks are those that train.py and check_cluster.py run.
+Ranks are threads here, each with an environment of its own; the checks are those that train.py and
+check_cluster.py run.
 """
 
 from __future__ import annotations
@@ -19,21 +20,36 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.ranks import free_port
 from check_cluster import check_hosts
 
-from ds_local import cluster
-from ds_local.config import LocalParallelConfig, local_parallel, num_stages_and_replicas
-from ds_local.ranks import free_port
-from ds_local.surroundings import ClusterError, check_surroundings, read_hostfile
+from ds_local.cluster import start_check as cluster
+from ds_local.cluster.surroundings import check_surroundings, read_hostfile
+from ds_local.config.files import local_parallel
+from ds_local.config.placement import num_stages_and_replicas
+from ds_local.config.schema import LocalParallelConfig
+from ds_local.errors import ClusterError
 
-LIMIT_SECONDS = 3.0  # that ranks wait for each other, here; 60 in check_cluster.py, 180 in train.py by default
+LIMIT_SECONDS = (
+    3.0  # that ranks wait for each other, here; 60 in check_cluster.py, 180 in train.py by default
+)
 NOBODY = "192.0.2.1"  # an address for documentation, which no machine has
 
 
-def ranks(world_size: int = 2, here: list[int] | None = None, change: dict[str, Any] | None = None, port: int = 0) -> None:
-    """The start of a job; `change` is what differs on rank 1. Raises what the first of the ranks `here` raises."""
+def ranks(
+    world_size: int = 2,
+    here: list[int] | None = None,
+    change: dict[str, Any] | None = None,
+    port: int = 0,
+) -> None:
+    """The start of a job; `change` is what differs on rank 1. Raises what the first of the ranks
+    `here` raises."""
     facts = cluster.own_facts({"a": 1}) | {"world_size": world_size}
-    shared = {"WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    shared = {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+    }
     shared["MASTER_PORT"] = str(port or free_port())
 
     def run(rank: int) -> Exception | None:
@@ -116,32 +132,60 @@ def section(text: dict[str, Any]) -> LocalParallelConfig:
 
 # what is wrong -> (how it is made, a part of what must be said)
 CASES: dict[str, tuple[Callable[[], Any], str]] = {
-    "hostfile missing": (lambda: read_hostfile("/nowhere/hostfile"), "cannot read the hostfile /nowhere/hostfile"),
+    "hostfile missing": (
+        lambda: read_hostfile("/nowhere/hostfile"),
+        "cannot read the hostfile /nowhere/hostfile",
+    ),
     "hostfile empty": (lambda: hostfile("# nobody\n"), "names no host"),
     "hostfile line without slots": (lambda: hostfile("node-a 8\n"), "line 1"),
-    "host twice in the hostfile": (lambda: hostfile("a slots=2\nb slots=2\na slots=2\n"), "names a again"),
-    "launcher told a hostfile that is missing": (launcher_without_its_hostfile, "it started on this machine alone"),
+    "host twice in the hostfile": (
+        lambda: hostfile("a slots=2\nb slots=2\na slots=2\n"),
+        "names a again",
+    ),
+    "launcher told a hostfile that is missing": (
+        launcher_without_its_hostfile,
+        "it started on this machine alone",
+    ),
     "host name without an address": (lambda: by_ssh("no-such-host.invalid"), "has no address"),
     "no ssh server on a host": (lambda: by_ssh("127.0.0.1", 1), "failed"),
     "host does not answer": (lambda: by_ssh(NOBODY), NOBODY),
-    "network interface that does not exist": (lambda: surroundings(GLOO_SOCKET_IFNAME="eth77"), "the interfaces are"),
-    "master address is the loopback": (
-        lambda: surroundings(MASTER_ADDR="127.0.0.1", WORLD_SIZE="4", LOCAL_SIZE="2"), "pass --master_addr",
+    "network interface that does not exist": (
+        lambda: surroundings(GLOO_SOCKET_IFNAME="eth77"),
+        "the interfaces are",
     ),
-    "host name resolves to the loopback": (lambda: elsewhere("127.0.1.1"), "set GLOO_SOCKET_IFNAME"),
+    "master address is the loopback": (
+        lambda: surroundings(MASTER_ADDR="127.0.0.1", WORLD_SIZE="4", LOCAL_SIZE="2"),
+        "pass --master_addr",
+    ),
+    "host name resolves to the loopback": (
+        lambda: elsewhere("127.0.1.1"),
+        "set GLOO_SOCKET_IFNAME",
+    ),
     "address of the wrong network, or a firewall": (lambda: elsewhere(NOBODY), "does not answer"),
     "port in use": (port_in_use, "is in use"),
     "a rank missing": (lambda: ranks(3, here=[0, 1]), "did not come within"),
     "rank 0 missing": (lambda: ranks(2, here=[1]), "cannot reach rank 0"),
-    "other package versions": (lambda: ranks(change={"versions": {"torch": "2.12.0"}}), "in its versions: torch 2.12.0"),
+    "other package versions": (
+        lambda: ranks(change={"versions": {"torch": "2.12.0"}}),
+        "in its versions: torch 2.12.0",
+    ),
     "other code": (lambda: ranks(change={"code": "0123456789ab"}), "in its code"),
     "other config": (lambda: ranks(change={"config": "0123456789ab"}), "in its config"),
     "other data": (lambda: ranks(change={"data": "0123456789ab"}), "in its data"),
-    "other number of ranks": (lambda: ranks(change={"world_size": 4}), "in its world size: 4 instead of 2"),
+    "other number of ranks": (
+        lambda: ranks(change={"world_size": 4}),
+        "in its world size: 4 instead of 2",
+    ),
     "build lock left behind": (stale_lock, "was left behind"),
-    "stages do not divide the ranks": (lambda: num_stages_and_replicas(section({}), 16, 3), "cannot be divided into 3 stages"),
-    "misspelt layout": (lambda: section({"layout": {"stage": "across_nodes"}}), "did you mean 'stages'?"),
-}  # fmt: skip
+    "stages do not divide the ranks": (
+        lambda: num_stages_and_replicas(section({}), 16, 3),
+        "cannot be divided into 3 stages",
+    ),
+    "misspelt layout": (
+        lambda: section({"layout": {"stage": "across_nodes"}}),
+        "did you mean 'stages'?",
+    ),
+}
 
 
 def make(name: str) -> tuple[str, float]:

@@ -1,7 +1,8 @@
-"""Which layout will be fastest on a cluster, how fast, and why the others lose. Starts nothing, needs no device.
+"""Which layout will be fastest on a cluster, how fast, and why the others lose. Starts nothing,
+needs no device.
 
-python scripts/plan.py --model configs/gpt2-xl.json --nodes 8 --devices-per-node 8 --device-tflops 140 --memory-gib 80 \
-    --link-gbps 10 --intra-gbps 2400 --tokens 10e9
+python scripts/plan.py --model configs/gpt2-xl.json --nodes 8 --devices-per-node 8 --device-tflops
+    140 --memory-gib 80 \ --link-gbps 10 --intra-gbps 2400 --tokens 10e9
 """
 
 from __future__ import annotations
@@ -14,30 +15,62 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ds_local import blocks
-from ds_local.config import ConfigError
-from ds_local.planner import Plan, plan
-from ds_local.pricing import GIB, HEADS, ROWS, Cluster, Model, Price, Pricing, measured_model
+from ds_local.cluster.planner import Plan, plan
+from ds_local.cluster.pricing import (
+    GIB,
+    HEADS,
+    ROWS,
+    Cluster,
+    Model,
+    Price,
+    Pricing,
+    measured_model,
+)
+from ds_local.errors import ConfigError
+from ds_local.model import blocks
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--model", required=True, help="config.json in Hugging Face's form")
     add("--nodes", type=int, required=True)
     add("--devices-per-node", type=int, required=True)
-    add("--device-tflops", type=float, required=True, help="sustained in training: peak times the share that is reached")
+    add(
+        "--device-tflops",
+        type=float,
+        required=True,
+        help="sustained in training: peak times the share that is reached",
+    )
     add("--memory-gib", type=float, required=True, help="of a device")
-    add("--link-gbps", type=float, required=True, help="of a node's network card, each way, shared by its devices")
+    add(
+        "--link-gbps",
+        type=float,
+        required=True,
+        help="of a node's network card, each way, shared by its devices",
+    )
     add("--intra-gbps", type=float, required=True, help="between two devices of a node, each way")
     add("--latency-us", type=float, default=50, help="of a message between nodes")
-    add("--batch-tokens", type=float, default=2**19, help="tokens of an optimizer step over all devices")
+    add(
+        "--batch-tokens",
+        type=float,
+        default=2**19,
+        help="tokens of an optimizer step over all devices",
+    )
     add("--seq-len", type=int, help="default the model's longest")
     add("--tokens", type=float, help="of the whole run, for the hours it takes")
-    add("--heads", nargs="+", choices=HEADS, default=list(HEADS), help="auxiliary heads to consider")
+    add(
+        "--heads", nargs="+", choices=HEADS, default=list(HEADS), help="auxiliary heads to consider"
+    )
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="schemes to consider")
     add("--fp32", action="store_true", help="instead of bf16 with fp32 master weights")
-    add("--profile", type=Path, help="profile.json of a run of this model: measured times instead of --device-tflops")
+    add(
+        "--profile",
+        type=Path,
+        help="profile.json of a run of this model: measured times instead of --device-tflops",
+    )
     add("--best", type=int, default=3, help="layouts to show in full")
     add("--json", help="file for all figures, - for the console instead of the text")
     return parser.parse_args(arguments)
@@ -57,12 +90,17 @@ def report(found: Plan, args: argparse.Namespace) -> str:
         head = head.replace(f"{'hours':>9}  ", "  ")
     if not found.best:
         return "nothing fits\n" + _too_large(found, args.memory_gib)
-    everything = sorted([*found.best, *(p for rest in found.runners_up.values() for p in rest)], key=lambda p: p.step_seconds)
+    everything = sorted(
+        [*found.best, *(p for rest in found.runners_up.values() for p in rest)],
+        key=lambda p: p.step_seconds,
+    )
     best, *others = found.best
     lines = [head, *(line(price, args.tokens) for price in everything[: args.best])]
     lines += ["", "the best of every other row, and what costs it most:"]
     for price in others:
-        lines.append(f"{best.step_seconds / price.step_seconds:>6.0%} of the best  {price.layout}: {price.loss}")
+        lines.append(
+            f"{best.step_seconds / price.step_seconds:>6.0%} of the best  {price.layout}: {price.loss}"
+        )
     lines.append(_too_large(found, args.memory_gib))
     return "\n".join(lines).rstrip()
 
@@ -83,9 +121,14 @@ def main() -> int:
     started = time.perf_counter()
     try:
         cluster = Cluster(
-            args.nodes, args.devices_per_node, args.device_tflops, args.memory_gib, args.link_gbps, args.intra_gbps,
+            args.nodes,
+            args.devices_per_node,
+            args.device_tflops,
+            args.memory_gib,
+            args.link_gbps,
+            args.intra_gbps,
             args.latency_us * 1e-6,
-        )  # fmt: skip
+        )
         model = Model.of(blocks.load_model_config(args.model), args.seq_len, 4 if args.fp32 else 2)
         if args.profile:
             model = measured_model(model, args.profile)
@@ -95,7 +138,10 @@ def main() -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     if args.json:
-        result = {"best": [as_json(p) for p in found.best], "too_large": [as_json(p) for p in found.too_large.values()]}
+        result = {
+            "best": [as_json(p) for p in found.best],
+            "too_large": [as_json(p) for p in found.too_large.values()],
+        }
         text = json.dumps(result, indent=1)
         if args.json == "-":
             print(text)

@@ -3,11 +3,12 @@
     python scripts/study.py run --methods backprop local mixed --segments 4 --seeds 1 --minutes 9
     python scripts/study.py table
 
-`run` trains what is not finished yet, all segments of a model in one process through the real engine, and stops after the given
-minutes; call it again to go on. Several may run at once: each takes runs that nobody else works on. A run that ends in
-backpropagation goes on from where the same scheme without such a tail was, once that is finished: the two are the same until
-then. `table` adds what is finished to docs/quality-runs.jsonl, one line a run, and writes docs/quality.json, docs/quality.png and
-the table in docs/quality.md from all runs in there.
+`run` trains what is not finished yet, all segments of a model in one process through the real
+engine, and stops after the given minutes; call it again to go on. Several may run at once: each
+takes runs that nobody else works on. A run that ends in backpropagation goes on from where the same
+scheme without such a tail was, once that is finished: the two are the same until then. `table` adds
+what is finished to docs/quality-runs.jsonl, one line a run, and writes docs/quality.json,
+docs/quality.png and the table in docs/quality.md from all runs in there.
 """
 
 from __future__ import annotations
@@ -54,35 +55,63 @@ class Preset(NamedTuple):
 def _gpt2(layers: int, width: int, heads: int, vocabulary: int, positions: int) -> dict[str, Any]:
     """GPT-2's shape, its weights drawn as widely as GPT-2 small's 0.02 is for a width of 768.
 
-    With 0.02 at a width of 64 every method learns slowly, and those that add two kinds of gradient suffer most.
+    With 0.02 at a width of 64 every method learns slowly, and those that add two kinds of gradient
+    suffer most.
     """
     return {
-        "model_type": "gpt2", "n_layer": layers, "n_embd": width, "n_head": heads, "vocab_size": vocabulary,
-        "n_positions": positions, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False,
+        "model_type": "gpt2",
+        "n_layer": layers,
+        "n_embd": width,
+        "n_head": heads,
+        "vocab_size": vocabulary,
+        "n_positions": positions,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "tie_word_embeddings": False,
         "initializer_range": round(0.02 * math.sqrt(768 / width), 3),
         "activation_function": "gelu_pytorch_tanh",  # GPT-2's function as one operation of torch's, not eight
-    }  # fmt: skip
+    }
 
 
 BF16 = {"bf16": {"enabled": True}}
 PRESETS = {
-    "cpu": Preset(_gpt2(8, 64, 4, 512, 64), "python-stdlib", "sentencepiece:512", 3000, 32, 4, 4e-3, {}),
-    "cpu-large-batch": Preset(_gpt2(8, 64, 4, 512, 64), "python-stdlib", "sentencepiece:512", 800, 128, 4, 8e-3, {}),
-    "tiny": Preset(_gpt2(4, 32, 4, 512, 32), "python-stdlib", "sentencepiece:512", 20, 8, 4, 4e-3, {}),
-    "gpu-10m": Preset(_gpt2(12, 256, 4, 4096, 256), "python-stdlib", "sentencepiece:4096", 4000, 64, 8, 2e-3, BF16),
-    "gpu-125m": Preset(_gpt2(12, 768, 12, 16384, 512), "python-stdlib", "sentencepiece:16384", 4000, 128, 8, 6e-4, BF16),
+    "cpu": Preset(
+        _gpt2(8, 64, 4, 512, 64), "python-stdlib", "sentencepiece:512", 3000, 32, 4, 4e-3, {}
+    ),
+    "cpu-large-batch": Preset(
+        _gpt2(8, 64, 4, 512, 64), "python-stdlib", "sentencepiece:512", 800, 128, 4, 8e-3, {}
+    ),
+    "tiny": Preset(
+        _gpt2(4, 32, 4, 512, 32), "python-stdlib", "sentencepiece:512", 20, 8, 4, 4e-3, {}
+    ),
+    "gpu-10m": Preset(
+        _gpt2(12, 256, 4, 4096, 256), "python-stdlib", "sentencepiece:4096", 4000, 64, 8, 2e-3, BF16
+    ),
+    "gpu-125m": Preset(
+        _gpt2(12, 768, 12, 16384, 512),
+        "python-stdlib",
+        "sentencepiece:16384",
+        4000,
+        128,
+        8,
+        6e-4,
+        BF16,
+    ),
 }
 
 TRIAL = "tiny"  # to try the script; `table` leaves it out
 
 
 def mixed(share: float, rest: dict[str, Any] = LOCAL, correction: float = 0.0) -> dict[str, Any]:
-    """A share of each step's micro-batches runs backpropagation; `section_of` fills in how many these are."""
+    """A share of each step's micro-batches runs backpropagation; `section_of` fills in how many
+    these are."""
     return {"mix": [{"mode": "backprop", "share": share}, rest], "correction": correction}
 
 
 class Method(NamedTuple):
-    """A scheme, the share of the steps at the end that follow another one, and the options of the heads."""
+    """A scheme, the share of the steps at the end that follow another one, and the options of the
+    heads."""
 
     scheme: dict[str, Any]
     tail: float = 0.0
@@ -119,7 +148,9 @@ METHODS = {
     "local, backprop tail 10 %": Method(LOCAL, 0.1),
     "local, backprop tail 20 %": Method(LOCAL, 0.2),
     "local, backprop tail 40 %": Method(LOCAL, 0.4),
-    "local, one backprop step in 8": Method({"phases": [{**LOCAL, "until_step": 7}, BACKPROP], "cycle_steps": 8}),
+    "local, one backprop step in 8": Method(
+        {"phases": [{**LOCAL, "until_step": 7}, BACKPROP], "cycle_steps": 8}
+    ),
     "mixed 1/8": Method(mixed(1 / 8), 0.0, {}, 8),
     "mixed 1/4": Method(mixed(1 / 4)),
     "mixed 1/2": Method(mixed(1 / 2)),
@@ -131,10 +162,14 @@ METHODS = {
     "mixed 1/2, tail 10 %": Method(mixed(1 / 2), 0.1),
     "mixed 1/2, tail 20 %": Method(mixed(1 / 2), 0.2),
     "mixed 1/4, tail 20 %, 1/8 of the tokens": Method(mixed(1 / 4), 0.2, EIGHTH),
-    "mixed 1/4, tail 20 %, 1/16 of the tokens": Method(mixed(1 / 4), 0.2, {"token_fraction": 0.0625}),
+    "mixed 1/4, tail 20 %, 1/16 of the tokens": Method(
+        mixed(1 / 4), 0.2, {"token_fraction": 0.0625}
+    ),
     "mixed 1/4, tail 20 %, one private block": Method(mixed(1 / 4), 0.2, {"blocks": 1}),
     "mixed 1/4, tail 20 %, shared readout": Method(mixed(1 / 4), 0.2, SHARED),
-    "mixed 1/4, tail 20 %, block, 1/8 of the tokens": Method(mixed(1 / 4), 0.2, {"blocks": 1, **EIGHTH}),
+    "mixed 1/4, tail 20 %, block, 1/8 of the tokens": Method(
+        mixed(1 / 4), 0.2, {"blocks": 1, **EIGHTH}
+    ),
 }
 TAILS = sorted({method.tail for method in METHODS.values() if method.tail})
 NEAR = 1.5  # ratio of two runs' steps up to which a line between them is right to about 1 %
@@ -169,7 +204,11 @@ class Run(NamedTuple):
     def trunk(self) -> Run | None:
         """The same run without a tail, if it is one of the study's."""
         method = METHODS[self.method]
-        plain = [name for name, other in METHODS.items() if method.tail and other == method._replace(tail=0.0, end=BACKPROP)]
+        plain = [
+            name
+            for name, other in METHODS.items()
+            if method.tail and other == method._replace(tail=0.0, end=BACKPROP)
+        ]
         return self._replace(method=plain[0]) if plain else None
 
 
@@ -178,7 +217,9 @@ def switch_step(steps: int, tail: float) -> int:
     return round(steps * (1 - tail))
 
 
-def section_of(method: Method, num_segments: int, num_micro_batches: int, steps: int) -> dict[str, Any]:
+def section_of(
+    method: Method, num_segments: int, num_micro_batches: int, steps: int
+) -> dict[str, Any]:
     """The "local_parallel" section of a method, for one process that holds all segments."""
     scheme, end = json.loads(json.dumps([method.scheme, method.end]))
     for entry in [*scheme.get("mix", ()), *end.get("mix", ())]:
@@ -186,7 +227,12 @@ def section_of(method: Method, num_segments: int, num_micro_batches: int, steps:
             entry["micro_batches"] = max(1, round(entry.pop("share") * num_micro_batches))
     if method.tail:
         scheme = {"phases": [{**scheme, "until_step": switch_step(steps, method.tail)}, end]}
-    return {**scheme, "num_stages": 1, "segments_per_stage": num_segments, "head": dict(method.head)}
+    return {
+        **scheme,
+        "num_stages": 1,
+        "segments_per_stage": num_segments,
+        "head": dict(method.head),
+    }
 
 
 def ds_config(run: Run) -> dict[str, Any]:
@@ -199,17 +245,28 @@ def ds_config(run: Run) -> dict[str, Any]:
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": 1.0,
         "steps_per_print": 10,
-        "optimizer": {"type": "AdamW", "params": {"lr": rate, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": rate, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True},
+        },
         "scheduler": {
             "type": "WarmupCosineLR",
-            "params": {"total_num_steps": run.steps, "warmup_num_steps": warm_up, "cos_min_ratio": 0.1},
+            "params": {
+                "total_num_steps": run.steps,
+                "warmup_num_steps": warm_up,
+                "cos_min_ratio": 0.1,
+            },
         },
-        "local_parallel": {**section_of(method, run.segments, micro_batches, run.steps), "seed": run.seed},
+        "local_parallel": {
+            **section_of(method, run.segments, micro_batches, run.steps),
+            "seed": run.seed,
+        },
         **preset.precision,
     }
 
 
-# --- running --------------------------------------------------------------------------------------------------------------
+# --- running
+# --------------------------------------------------------------------------------------------------------------
 
 
 def work(args: argparse.Namespace) -> int:
@@ -219,14 +276,21 @@ def work(args: argparse.Namespace) -> int:
     data = _prepared(args.preset)
     runs = [
         Run(args.preset, method, segments, seed, factor, steps)
-        for seed in args.seeds for factor in args.lr_factors for steps in args.step_factors for segments in args.segments
+        for seed in args.seeds
+        for factor in args.lr_factors
+        for steps in args.step_factors
+        for segments in args.segments
         for method in args.methods
-    ]  # fmt: skip
+    ]
     for run in runs:
         place = folder / run.name
         place.mkdir(exist_ok=True)
         with _claimed(place / "lock") as mine:
-            if mine and not (place / "result.json").exists() and not _train(run, place, data, deadline):
+            if (
+                mine
+                and not (place / "result.json").exists()
+                and not _train(run, place, data, deadline)
+            ):
                 return 0 if time.monotonic() >= deadline else 1
     print("all of these runs are finished")
     return 0
@@ -251,8 +315,24 @@ def _prepared(preset: str) -> Path:
     with (data.parent / f"{data.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if not (data / "prepared.json").exists():
-            command = ["--source", facts.source, "--tokenizer", facts.tokenizer, "--seq-len", str(facts.model["n_positions"])]
-            subprocess.run([sys.executable, ROOT / "scripts" / "prepare_data.py", *command, "--output", str(data)], check=True)
+            command = [
+                "--source",
+                facts.source,
+                "--tokenizer",
+                facts.tokenizer,
+                "--seq-len",
+                str(facts.model["n_positions"]),
+            ]
+            subprocess.run(
+                [
+                    sys.executable,
+                    ROOT / "scripts" / "prepare_data.py",
+                    *command,
+                    "--output",
+                    str(data),
+                ],
+                check=True,
+            )
     return data
 
 
@@ -279,11 +359,26 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
         "MASTER_PORT": port,
     }
     command = [
-        sys.executable, str(ROOT / "scripts" / "train.py"), "--model", str(place / "model.json"), "--data", str(data),
-        "--output", str(place / "run"), "--max-steps", str(run.steps), "--eval-every", str(max(1, run.steps // 10)),
-        "--save-every", str(max(1, run.steps // CHECKPOINTS)),
-        "--eval-sequences", "1024", "--deepspeed_config", str(place / "ds_config.json"), *resume,
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "scripts" / "train.py"),
+        "--model",
+        str(place / "model.json"),
+        "--data",
+        str(data),
+        "--output",
+        str(place / "run"),
+        "--max-steps",
+        str(run.steps),
+        "--eval-every",
+        str(max(1, run.steps // 10)),
+        "--save-every",
+        str(max(1, run.steps // CHECKPOINTS)),
+        "--eval-sequences",
+        "1024",
+        "--deepspeed_config",
+        str(place / "ds_config.json"),
+        *resume,
+    ]
     with (place / "log.txt").open("a") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT)
         try:
@@ -300,15 +395,31 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
     if rows[-1]["step"] < run.steps:  # somebody else asked it to stop
         print(f"{run.name}: to be continued")
         return False
-    curve = [(row["tokens"], row["loss"]) for row in rows if row["split"] == "validation" and row["segment"] == run.segments - 1]
-    exits = {r["segment"]: r["loss"] for r in rows if r["split"] == "validation" and r["step"] == run.steps}
+    curve = [
+        (row["tokens"], row["loss"])
+        for row in rows
+        if row["split"] == "validation" and row["segment"] == run.segments - 1
+    ]
+    exits = {
+        r["segment"]: r["loss"]
+        for r in rows
+        if r["split"] == "validation" and r["step"] == run.steps
+    }
     facts = json.loads((place / "run" / "run.json").read_text())
     result = {
-        **run._asdict(), "loss": curve[-1][1], "curve": curve, "exits": exits, "tokens": rows[-1]["tokens"],
-        "parts": facts["layout"]["segment_parts"], "versions": facts["versions"], "machine": facts["machine"],
-    }  # fmt: skip
+        **run._asdict(),
+        "loss": curve[-1][1],
+        "curve": curve,
+        "exits": exits,
+        "tokens": rows[-1]["tokens"],
+        "parts": facts["layout"]["segment_parts"],
+        "versions": facts["versions"],
+        "machine": facts["machine"],
+    }
     (place / "result.json").write_text(json.dumps(result, indent=1))
-    needed = {run.steps} | ({run.switch(tail) for tail in TAILS} if not METHODS[run.method].tail else set())
+    needed = {run.steps} | (
+        {run.switch(tail) for tail in TAILS} if not METHODS[run.method].tail else set()
+    )
     for checkpoint in (place / "run" / "checkpoints").glob("global_step*"):
         if int(checkpoint.name.removeprefix("global_step")) not in needed:
             shutil.rmtree(checkpoint)
@@ -320,8 +431,14 @@ def _leave_trunk(run: Run, place: Path) -> None:
     """Begin from the checkpoint of the run without a tail, where there is one."""
     if run.trunk is None:
         return
-    trunk, tag = place.parent / run.trunk.name / "run", f"global_step{run.switch(METHODS[run.method].tail)}"
-    if not (place.parent / run.trunk.name / "result.json").exists() or not (trunk / "checkpoints" / tag).exists():
+    trunk, tag = (
+        place.parent / run.trunk.name / "run",
+        f"global_step{run.switch(METHODS[run.method].tail)}",
+    )
+    if (
+        not (place.parent / run.trunk.name / "result.json").exists()
+        or not (trunk / "checkpoints" / tag).exists()
+    ):
         return
     partial = place / "run.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -333,7 +450,8 @@ def _leave_trunk(run: Run, place: Path) -> None:
     partial.rename(place / "run")
 
 
-# --- the table ------------------------------------------------------------------------------------------------------------
+# --- the table
+# ------------------------------------------------------------------------------------------------------------
 
 
 START, END = "<!-- written by scripts/study.py table, from here -->", "<!-- to here -->"
@@ -341,13 +459,15 @@ START, END = "<!-- written by scripts/study.py table, from here -->", "<!-- to h
 
 class Prediction(NamedTuple):
     aux_share: float  # of the FLOPs of the busiest stage
-    time: dict[tuple[int, int], float]  # (micro-batches, c/F) -> time of the run against balanced 1F1B
+    time: dict[
+        tuple[int, int], float
+    ]  # (micro-batches, c/F) -> time of the run against balanced 1F1B
     split: dict[tuple[int, int], float]  # the same with a split backward
 
 
 def predict(model: dict[str, Any], method: Method, num_segments: int, seq_len: int) -> Prediction:
     """One segment on each of as many stages, each method with boundaries of its own."""
-    from ds_local.blocks import load_model_config
+    from ds_local.model.blocks import load_model_config
 
     config = load_model_config(dict(model))
     prediction = Prediction(0.0, {}, {})
@@ -355,7 +475,9 @@ def predict(model: dict[str, Any], method: Method, num_segments: int, seq_len: i
         yardstick, _ = _forecast(config, METHODS["backprop"], num_segments, count, seq_len, 0)
         for ratios, split_backward in ((prediction.time, 0), (prediction.split, 2)):
             times, shares = _forecast(config, method, num_segments, count, seq_len, split_backward)
-            ratios |= {(count, slow_link): times[slow_link] / yardstick[slow_link] for slow_link in times}
+            ratios |= {
+                (count, slow_link): times[slow_link] / yardstick[slow_link] for slow_link in times
+            }
         if count == 8:
             prediction = prediction._replace(aux_share=max(shares))
     return prediction
@@ -364,22 +486,35 @@ def predict(model: dict[str, Any], method: Method, num_segments: int, seq_len: i
 def _forecast(
     config: Any, method: Method, num_segments: int, count: int, seq_len: int, split_backward: int
 ) -> tuple[dict[int, float], list[float]]:
-    """(c/F -> time of 1,000 steps of `count` micro-batches, auxiliary share of each stage in the first step)."""
-    from ds_local.config import local_parallel
-    from ds_local.flops import auxiliary_shares, choose_parts, segment_times, unit_flops
-    from ds_local.simulator import Costs, simulate
+    """(c/F -> time of 1,000 steps of `count` micro-batches, auxiliary share of each stage in the
+    first step)."""
+    from ds_local.config.files import local_parallel
+    from ds_local.model.flops import auxiliary_shares, choose_parts, segment_times, unit_flops
+    from ds_local.schedules.run_plan import RunPlan
+    from ds_local.schedules.simulator import Costs, simulate
 
     steps = 1000
     layout = {"num_stages": num_segments, "split_backward": split_backward}
     sections = [
-        local_parallel({"local_parallel": {**section_of(method, 1, count, steps), **layout, "link": {"transfer": transfer}}})
+        local_parallel(
+            {
+                "local_parallel": {
+                    **section_of(method, 1, count, steps),
+                    **layout,
+                    "link": {"transfer": transfer},
+                }
+            }
+        )
         for transfer in (0.0, 1.0)
     ]
     section = sections[0]
+    plans = [RunPlan(section, num_segments, count) for section in sections]
     parts = choose_parts(config, section, num_segments, count, seq_len)
     unit = unit_flops(config, section.head, num_segments, seq_len)
     forward, input_grad, weight_grad, head = segment_times(unit, parts)
-    transfer = unit.block / 3 * (parts[-1] - 2) / num_segments  # as long as the forward of a mean stage
+    transfer = (
+        unit.block / 3 * (parts[-1] - 2) / num_segments
+    )  # as long as the forward of a mean stage
     stretches = [(start, scheme.period) for start, scheme in section.schemes()]
     if section.cycle_steps:
         stretches = [(0, section.cycle_steps)]
@@ -388,48 +523,68 @@ def _forecast(
     for slow_link in times:
         costs = Costs(forward, input_grad, weight_grad, head, slow_link * transfer)
         for (start, period), end in zip(stretches, ends, strict=True):
-            schedules = [sections[slow_link].schedule_at(start + i, num_segments, count) for i in range(period)]
+            schedules = [plans[slow_link].schedule_at(start + i) for i in range(period)]
             times[slow_link] += (end - start) * simulate(schedules, costs).steady_period
-    return times, auxiliary_shares(config, section, section.schedule_at(0, num_segments, count), parts, seq_len)
+    return times, auxiliary_shares(config, section, plans[0].schedule_at(0), parts, seq_len)
 
 
 def all_runs(kept: Path, folder: Path) -> list[dict[str, Any]]:
-    """The results kept in a file of one line each, and those finished in a folder, which are added to it but for trials."""
+    """The results kept in a file of one line each, and those finished in a folder, which are added
+    to it but for trials."""
     results = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     results += [json.loads(path.read_text()) for path in sorted(folder.glob("*/*/result.json"))]
-    latest = {tuple(result[field] for field in Run._fields): result for result in results if result["preset"] != TRIAL}
+    latest = {
+        tuple(result[field] for field in Run._fields): result
+        for result in results
+        if result["preset"] != TRIAL
+    }
     runs = [latest[identity] for identity in sorted(latest)]
     kept.write_text("".join(json.dumps(run) + "\n" for run in runs))
     return runs
 
 
 def best_rate(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs at the learning rate with the lowest mean loss over the seeds that were tried at every rate."""
+    """The runs at the learning rate with the lowest mean loss over the seeds that were tried at
+    every rate."""
     rates = sorted({r["lr_factor"] for r in results})
-    common = set.intersection(*({r["seed"] for r in results if r["lr_factor"] == rate} for rate in rates))
+    common = set.intersection(
+        *({r["seed"] for r in results if r["lr_factor"] == rate} for rate in rates)
+    )
     runs_at = [[r for r in results if r["lr_factor"] == rate] for rate in rates]
-    return min(runs_at, key=lambda runs: mean(r["loss"] for r in runs if r["seed"] in common or not common))
+    return min(
+        runs_at, key=lambda runs: mean(r["loss"] for r in runs if r["seed"] in common or not common)
+    )
 
 
-def runs_of(results: list[dict[str, Any]], method: str, segments: int, step_factor: float) -> list[dict[str, Any]]:
+def runs_of(
+    results: list[dict[str, Any]], method: str, segments: int, step_factor: float
+) -> list[dict[str, Any]]:
     """The runs of a row, at its best rate. One of backprop serves for every number of segments."""
-    return best_rate([
-        r for r in results
-        if (r["method"], r["step_factor"]) == (method, step_factor) and (r["segments"] == segments or method == "backprop")
-    ])  # fmt: skip
+    return best_rate(
+        [
+            r
+            for r in results
+            if (r["method"], r["step_factor"]) == (method, step_factor)
+            and (r["segments"] == segments or method == "backprop")
+        ]
+    )
 
 
 def gap_to(yardsticks: Mapping[int, float | None], runs: list[dict[str, Any]]) -> float | None:
-    """Mean difference in loss to a yardstick (seed -> loss), over the seeds that both have; None if there is none."""
+    """Mean difference in loss to a yardstick (seed -> loss), over the seeds that both have; None if
+    there is none."""
     gaps = [run["loss"] - loss for run in runs if (loss := yardsticks.get(run["seed"])) is not None]
     return mean(gaps) if gaps else None
 
 
 def tokens_to(loss: float, runs: list[dict[str, Any]]) -> float | None:
-    """Share of a run's tokens after which its mean validation curve is down at a loss; None if it never is."""
+    """Share of a run's tokens after which its mean validation curve is down at a loss; None if it
+    never is."""
     longest = max(len(run["curve"]) for run in runs)  # of a few runs only the end was kept
     curves = [run["curve"] for run in runs if len(run["curve"]) == longest]
-    points = [(tokens[0][0], mean(value for _, value in tokens)) for tokens in zip(*curves, strict=True)]
+    points = [
+        (tokens[0][0], mean(value for _, value in tokens)) for tokens in zip(*curves, strict=True)
+    ]
     for (before, high), (after, low) in pairwise(points):
         if low <= loss < high:
             return (before + (after - before) * (high - loss) / (high - low)) / points[-1][0]
@@ -437,10 +592,12 @@ def tokens_to(loss: float, runs: list[dict[str, Any]]) -> float | None:
 
 
 def time_for_the_loss(loss: float, yardsticks: Mapping[float, float]) -> float | None:
-    """How many times the preset's steps backprop needs to end with this loss, from its whole runs (step factor -> loss).
+    """How many times the preset's steps backprop needs to end with this loss, from its whole runs
+    (step factor -> loss).
 
-    Between two of them, if they are near enough, the loss is a line over the logarithm of the steps. A whole run has cooled its
-    learning rate down, as the run it is compared with has: a point of a longer run's curve has not.
+    Between two of them, if they are near enough, the loss is a line over the logarithm of the
+    steps. A whole run has cooled its learning rate down, as the run it is compared with has: a
+    point of a longer run's curve has not.
     """
     for (shorter, high), (longer, low) in pairwise(sorted(yardsticks.items())):
         if low <= loss <= high and longer <= NEAR * shorter:
@@ -467,7 +624,9 @@ def table(args: argparse.Namespace) -> int:
     if not rows_of:
         print("no backprop run is finished yet; run it first", file=sys.stderr)
         return 1
-    (docs / "quality.json").write_text(json.dumps([row for rows in rows_of.values() for row in rows], indent=1) + "\n")
+    (docs / "quality.json").write_text(
+        json.dumps([row for rows in rows_of.values() for row in rows], indent=1) + "\n"
+    )
     text = markdown(rows_of)
     page = docs / "quality.md"
     whole = page.read_text() if page.exists() else f"# Quality at equal tokens\n\n{START}\n{END}\n"
@@ -479,8 +638,9 @@ def table(args: argparse.Namespace) -> int:
 
 
 def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each method, number of segments and number of steps; none without a backprop run to compare with."""
-    from ds_local.blocks import load_model_config, skeleton
+    """A row for each method, number of segments and number of steps; none without a backprop run to
+    compare with."""
+    from ds_local.model.blocks import load_model_config, skeleton
 
     facts = PRESETS[preset]
     backprop = [r for r in results if r["method"] == "backprop"]
@@ -493,31 +653,59 @@ def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for method, segments, longer in sorted(
         {(r["method"], r["segments"], r["step_factor"]) for r in results if r["method"] in METHODS}
-        | {("backprop", r["segments"], r["step_factor"]) for r in results if r["step_factor"] in whole_lengths},
+        | {
+            ("backprop", r["segments"], r["step_factor"])
+            for r in results
+            if r["step_factor"] in whole_lengths
+        },
         key=lambda kind: (list(METHODS).index(kind[0]), *kind[1:]),
     ):
         runs = runs_of(results, method, segments, longer)
         loss = mean(r["loss"] for r in runs)
         gap = gap_to({seed: whole.get(longer) for seed, whole in yardsticks.items()}, runs)
         if gap is None:
-            print(f"{method} is left out: backprop has no run of as many steps with a seed that it has", file=sys.stderr)
+            print(
+                f"{method} is left out: backprop has no run of as many steps with a seed that it has",
+                file=sys.stderr,
+            )
             continue
         forecast = predict(facts.model, METHODS[method], segments, facts.model["n_positions"])
         needed = tokens_to(loss - gap, runs)
-        times = [t for run in runs if (t := time_for_the_loss(run["loss"], yardsticks.get(run["seed"], {}))) is not None]
-        rows.append({
-            "preset": preset, "method": method, "segments": segments, "parameters": parameters, "tokens": runs[0]["tokens"],
-            "step_factor": longer, "seeds": len(runs), "perplexity": round(math.exp(loss), 4),
-            "gap_percent": percent(gap), "aux_flops_share": round(forecast.aux_share, 4),
-            "predicted_time_ratio": round(forecast.time[8, 0], 4), "device": runs[0]["machine"]["device"],
-            "processor": runs[0]["machine"]["processor"],
-            "predicted_time_to_backprop_loss": None if needed is None else ratios_of(forecast.time, needed),
-            "learning_rate": facts.learning_rate * runs[0]["lr_factor"], "losses": [round(r["loss"], 4) for r in runs],
-            "predicted_time_ratios": ratios_of(forecast.time),
-            "predicted_time_ratios_split": ratios_of(forecast.split),
-            "time_to_equal_loss": ratios_of(forecast.time, longer / mean(times)) if times else None,
-            "time_to_equal_loss_split": ratios_of(forecast.split, longer / mean(times)) if times else None,
-        })  # fmt: skip
+        times = [
+            t
+            for run in runs
+            if (t := time_for_the_loss(run["loss"], yardsticks.get(run["seed"], {}))) is not None
+        ]
+        rows.append(
+            {
+                "preset": preset,
+                "method": method,
+                "segments": segments,
+                "parameters": parameters,
+                "tokens": runs[0]["tokens"],
+                "step_factor": longer,
+                "seeds": len(runs),
+                "perplexity": round(math.exp(loss), 4),
+                "gap_percent": percent(gap),
+                "aux_flops_share": round(forecast.aux_share, 4),
+                "predicted_time_ratio": round(forecast.time[8, 0], 4),
+                "device": runs[0]["machine"]["device"],
+                "processor": runs[0]["machine"]["processor"],
+                "predicted_time_to_backprop_loss": None
+                if needed is None
+                else ratios_of(forecast.time, needed),
+                "learning_rate": facts.learning_rate * runs[0]["lr_factor"],
+                "losses": [round(r["loss"], 4) for r in runs],
+                "predicted_time_ratios": ratios_of(forecast.time),
+                "predicted_time_ratios_split": ratios_of(forecast.split),
+                "time_to_equal_loss": ratios_of(forecast.time, longer / mean(times))
+                if times
+                else None,
+                "time_to_equal_loss_split": ratios_of(forecast.split, longer / mean(times))
+                if times
+                else None,
+            }
+        )
     return rows
 
 
@@ -568,36 +756,60 @@ def _line(row: dict[str, Any], steps: int) -> str:
         of = row[field]
         if of is None:
             return "-"
-        groups = [[f"{of[f'M={m}, c/F={c}']:.2f}" for m in group] for c, group in enumerate((counts, slow)) if group]
+        groups = [
+            [f"{of[f'M={m}, c/F={c}']:.2f}" for m in group]
+            for c, group in enumerate((counts, slow))
+            if group
+        ]
         return ", ".join(" / ".join(group) for group in groups)
 
     spread = f" ({min(losses):.4f}-{max(losses):.4f})" if len(losses) > 1 else ""
     cells = [
-        row["method"], row["segments"], f"{steps:,}", f"{row['learning_rate']:g}", row["seeds"],
-        f"{mean(losses):.4f}{spread}", f"{row['perplexity']:.3f}", f"{row['gap_percent']:+.1f} %",
+        row["method"],
+        row["segments"],
+        f"{steps:,}",
+        f"{row['learning_rate']:g}",
+        row["seeds"],
+        f"{mean(losses):.4f}{spread}",
+        f"{row['perplexity']:.3f}",
+        f"{row['gap_percent']:+.1f} %",
         f"{row['aux_flops_share']:.1%}",
         *(times(f"predicted_time_ratios{split}", 4, 8, 16) for split in ("", "_split")),
         *(times(f"time_to_equal_loss{split}", 4, 8) for split in ("", "_split")),
         times("predicted_time_to_backprop_loss", 4, 8, slow=()),
-    ]  # fmt: skip
+    ]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
 SHOWN = (
-    "backprop", "local", "mixed 1/4", "mixed 1/4, tail 20 %", "chunked 2", "chunked 2, backprop tail 40 %", "interlocking 2",
+    "backprop",
+    "local",
+    "mixed 1/4",
+    "mixed 1/4, tail 20 %",
+    "chunked 2",
+    "chunked 2, backprop tail 40 %",
+    "interlocking 2",
     "chunked 2, last 40 % half corrected",
-)  # fmt: skip
+)
 
 
-def draw(results: list[dict[str, Any]], rows_of: Mapping[str, list[dict[str, Any]]], picture: Path) -> None:
-    """Validation loss against tokens, and against predicted time: a line of panels for each preset, its most compared length."""
+def draw(
+    results: list[dict[str, Any]], rows_of: Mapping[str, list[dict[str, Any]]], picture: Path
+) -> None:
+    """Validation loss against tokens, and against predicted time: a line of panels for each preset,
+    its most compared length."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(
-        len(rows_of), 2, figsize=(11, 4.2 * len(rows_of)), layout="constrained", sharey="row", squeeze=False
+        len(rows_of),
+        2,
+        figsize=(11, 4.2 * len(rows_of)),
+        layout="constrained",
+        sharey="row",
+        squeeze=False,
     )
     for axes, (preset, rows) in zip(panels, rows_of.items(), strict=True):
         shown = [row for row in rows if row["segments"] == 4 and row["method"] in SHOWN]
@@ -607,13 +819,20 @@ def draw(results: list[dict[str, Any]], rows_of: Mapping[str, list[dict[str, Any
             runs = runs_of([r for r in results if r["preset"] == preset], row["method"], 4, length)
             run = max(runs, key=lambda r: len(r["curve"]))  # of a few runs only the end was kept
             tokens, losses = zip(*run["curve"], strict=True)
-            for axis, scale in zip(axes, (1.0, row["predicted_time_ratios_split"]["M=4, c/F=0"]), strict=True):
+            for axis, scale in zip(
+                axes, (1.0, row["predicted_time_ratios_split"]["M=4, c/F=0"]), strict=True
+            ):
                 axis.plot(
-                    [t * scale / 1e6 for t in tokens], losses, marker=".", color=f"C{SHOWN.index(row['method'])}",
+                    [t * scale / 1e6 for t in tokens],
+                    losses,
+                    marker=".",
+                    color=f"C{SHOWN.index(row['method'])}",
                     label=row["method"],
-                )  # fmt: skip
+                )
         facts = PRESETS[preset]
-        axes[0].set_ylabel(f"validation loss (nats), {facts.sequences * facts.model['n_positions']:,} tokens a step")
+        axes[0].set_ylabel(
+            f"validation loss (nats), {facts.sequences * facts.model['n_positions']:,} tokens a step"
+        )
         for axis in axes:
             axis.grid(alpha=0.3)
             axis.set_ylim(top=min(axis.get_ylim()[1], 3.0))
@@ -625,15 +844,36 @@ def draw(results: list[dict[str, Any]], rows_of: Mapping[str, list[dict[str, Any
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=["run", "table", "methods"])
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
-    parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument(
+        "--methods", nargs="+", choices=sorted(METHODS), default=list(METHODS), metavar="METHOD"
+    )
     parser.add_argument("--segments", nargs="+", type=int, default=[4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
-    parser.add_argument("--lr-factors", nargs="+", type=float, default=[1.0], help="factors on the preset's learning rate")
-    parser.add_argument("--step-factors", nargs="+", type=float, default=[1.0], help="factors on the preset's number of steps")
-    parser.add_argument("--minutes", type=float, default=9.0, help="stop after so long; what is unfinished goes on next time")
+    parser.add_argument(
+        "--lr-factors",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        help="factors on the preset's learning rate",
+    )
+    parser.add_argument(
+        "--step-factors",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        help="factors on the preset's number of steps",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=9.0,
+        help="stop after so long; what is unfinished goes on next time",
+    )
     parser.add_argument("--folder", default="out/study", help="where runs are kept")
     args = parser.parse_args()
     if args.command == "methods":

@@ -1,10 +1,12 @@
-"""What activation compression costs in loss: the same local training with every codec, in one process, at equal tokens.
+"""What activation compression costs in loss: the same local training with every codec, in one
+process, at equal tokens.
 
-python scripts/study_links.py --data data/python-512 --codecs none bf16 int8 int4:group_size=32 lowrank:rank=32 --json links.json
+python scripts/study_links.py --data data/python-512 --codecs none bf16 int8 int4:group_size=32
+lowrank:rank=32 --json links.json
 
-The model is cut into segments with links in memory, which carry what links between stages carry. Every run sees the same weights
-at the start and the same data. The last segment's validation loss is measured twice: over the links as trained, and without the
-codec, as the exported model is used.
+The model is cut into segments with links in memory, which carry what links between stages carry.
+Every run sees the same weights at the start and the same data. The last segment's validation loss
+is measured twice: over the links as trained, and without the codec, as the exported model is used.
 """
 
 from __future__ import annotations
@@ -15,16 +17,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ds_local.config import load_config
-from ds_local.ranks import Pool
+from bench.ranks import Pool
+
+from ds_local.config.files import load_config
+from ds_local.links.messages import activation_message
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--data", required=True, help="folder of scripts/prepare_data.py")
     add("--model", default="configs/gpt2-nano.json", help="its vocabulary is set to the data's")
-    add("--codecs", nargs="+", required=True, help="NAME or NAME:OPTION=VALUE, ... of local_parallel.link")
+    add(
+        "--codecs",
+        nargs="+",
+        required=True,
+        help="NAME or NAME:OPTION=VALUE, ... of local_parallel.link",
+    )
     add("--segments", type=int, default=4)
     add("--mode", default="local")
     add("--steps", type=int, default=600)
@@ -36,7 +47,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=1234)
     add("--bf16", action="store_true")
     add("--timeout", type=float, default=7200, help="seconds for one run")
-    add("--json", type=Path, help="results, one object per codec; runs that are in it already are not repeated")
+    add(
+        "--json",
+        type=Path,
+        help="results, one object per codec; runs that are in it already are not repeated",
+    )
     return parser.parse_args()
 
 
@@ -48,27 +63,44 @@ def link_of(text: str) -> dict[str, Any]:
 
 
 def config_of(args: argparse.Namespace, codec: str) -> dict[str, Any]:
-    return load_config({
-        "train_micro_batch_size_per_gpu": args.micro_batch_size, "gradient_accumulation_steps": args.micro_batches,
-        "gradient_clipping": 1.0, "steps_per_print": 10**9, "bf16": {"enabled": args.bf16},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": args.learning_rate, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True},
-        },
-        "scheduler": {
-            "type": "WarmupCosineLR",
-            "params": {"total_num_steps": args.steps, "warmup_num_steps": max(1, args.steps // 10), "cos_min_ratio": 0.1},
-        },
-        "local_parallel": {
-            "mode": args.mode, "segments_per_stage": args.segments, "link": link_of(codec), "seed": args.seed,
-            "head": {"token_fraction": args.token_fraction},
-        },
-    })  # fmt: skip
+    return load_config(
+        {
+            "train_micro_batch_size_per_gpu": args.micro_batch_size,
+            "gradient_accumulation_steps": args.micro_batches,
+            "gradient_clipping": 1.0,
+            "steps_per_print": 10**9,
+            "bf16": {"enabled": args.bf16},
+            "optimizer": {
+                "type": "AdamW",
+                "params": {
+                    "lr": args.learning_rate,
+                    "betas": [0.9, 0.95],
+                    "weight_decay": 0.1,
+                    "torch_adam": True,
+                },
+            },
+            "scheduler": {
+                "type": "WarmupCosineLR",
+                "params": {
+                    "total_num_steps": args.steps,
+                    "warmup_num_steps": max(1, args.steps // 10),
+                    "cos_min_ratio": 0.1,
+                },
+            },
+            "local_parallel": {
+                "mode": args.mode,
+                "segments_per_stage": args.segments,
+                "link": link_of(codec),
+                "seed": args.seed,
+                "head": {"token_fraction": args.token_fraction},
+            },
+        }
+    )
 
 
 def run(args: argparse.Namespace, codec: str) -> dict[str, Any]:
     import ds_local
-    from ds_local.data import BatchShape, TokenData, training_batches, validation_batches
+    from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
 
     data, config = TokenData(args.data), config_of(args, codec)
     model = {**json.loads(Path(args.model).read_text()), "vocab_size": data.vocab_size}
@@ -81,7 +113,7 @@ def run(args: argparse.Namespace, codec: str) -> dict[str, Any]:
         engine.train_batch(batches)
     seconds = time.perf_counter() - began
     hidden = module.run_segment(0, next(batches)[0])
-    message = engine.message_for_next(0, hidden, None)
+    message = activation_message(hidden, None, engine.reports.figures, engine.section.link, 0)
     num_bytes = sum(t.nbytes for name, t in message.items() if name.startswith("hidden"))
 
     def evaluate() -> dict[int, float]:
@@ -93,11 +125,19 @@ def run(args: argparse.Namespace, codec: str) -> dict[str, Any]:
     engine.section = engine.section.model_copy(update={"link": type(engine.section.link)()})
     exported = evaluate()
     return {
-        "codec": codec, "seed": args.seed, "steps": args.steps, "tokens": args.steps * shape.per_step * data.seq_len,
-        "mode": args.mode, "bf16": args.bf16, "bytes_per_token": num_bytes / hidden[..., 0].numel(),
-        "ratio_to_fp32": hidden.numel() * 4 / num_bytes, "loss": over_links[args.segments - 1],
-        "loss_exported": exported[args.segments - 1], "losses": over_links, "seconds": seconds,
-    }  # fmt: skip
+        "codec": codec,
+        "seed": args.seed,
+        "steps": args.steps,
+        "tokens": args.steps * shape.per_step * data.seq_len,
+        "mode": args.mode,
+        "bf16": args.bf16,
+        "bytes_per_token": num_bytes / hidden[..., 0].numel(),
+        "ratio_to_fp32": hidden.numel() * 4 / num_bytes,
+        "loss": over_links[args.segments - 1],
+        "loss_exported": exported[args.segments - 1],
+        "losses": over_links,
+        "seconds": seconds,
+    }
 
 
 def main() -> None:
@@ -112,9 +152,15 @@ def main() -> None:
                 args.json.write_text(json.dumps(rows, indent=1) + "\n")
     pool.close()
     plain = {row["seed"]: row["loss"] for row in rows if row["codec"] == "none"}
-    print(f"{'codec':<24} {'seed':>5} {'bytes/token':>11} {'of fp32':>8} {'loss':>8} {'change':>8} {'exported':>9}")
+    print(
+        f"{'codec':<24} {'seed':>5} {'bytes/token':>11} {'of fp32':>8} {'loss':>8} {'change':>8} {'exported':>9}"
+    )
     for row in rows:
-        change = f"{row['loss'] / plain[row['seed']] - 1:>+8.2%}" if row["seed"] in plain else f"{'-':>8}"
+        change = (
+            f"{row['loss'] / plain[row['seed']] - 1:>+8.2%}"
+            if row["seed"] in plain
+            else f"{'-':>8}"
+        )
         print(
             f"{row['codec']:<24} {row['seed']:>5} {row['bytes_per_token']:>11.1f} {1 / row['ratio_to_fp32']:>8.1%} "
             f"{row['loss']:>8.4f} {change} {row['loss_exported']:>9.4f}"

@@ -1,10 +1,12 @@
-"""Ways of keeping data-parallel replicas one model: what they cost per replica, and what they learn from the same tokens.
+"""Ways of keeping data-parallel replicas one model: what they cost per replica, and what they learn
+from the same tokens.
 
 python scripts/study_replicas.py costs --json costs.json
 python scripts/study_replicas.py quality --data DIR --replicas 2 --steps 300 --json quality.json
 python scripts/study_replicas.py table quality.json more.json
 
-Real gloo processes on this machine. Times are processor seconds of a replica, so that neighbours on the machine do not count.
+Real gloo processes on this machine. Times are processor seconds of a replica, so that neighbours on
+the machine do not count.
 """
 
 from __future__ import annotations
@@ -30,46 +32,86 @@ SYNCS: dict[str, dict[str, Any]] = {
     "subnets J=15, scale train": {**SUBNETS, "every": 15, "scale": "train"},
     "subnets J=15, scale sqrt": {**SUBNETS, "every": 15, "scale": "sqrt"},
     "subnets J=15, moments reset": {**SUBNETS, "every": 15, "optimizer_state": "reset"},
-    "subnets J=15, second moments kept": {**SUBNETS, "every": 15, "optimizer_state": "keep_second_moment"},
+    "subnets J=15, second moments kept": {
+        **SUBNETS,
+        "every": 15,
+        "optimizer_state": "keep_second_moment",
+    },
     "subnets J=15, MLP alone": {**SUBNETS, "every": 15, "partition": ["mlp"]},
     "periodic J=50": PERIODIC,
     "plain average J=50": {**PERIODIC, "outer_lr": 1.0, "outer_momentum": 0.0},
 }
-ROWS: dict[str, dict[str, Any]] = {"backprop": {"mode": "backprop"}, "local": {"mode": "local", "segments_per_stage": 2}}
+ROWS: dict[str, dict[str, Any]] = {
+    "backprop": {"mode": "backprop"},
+    "local": {"mode": "local", "segments_per_stage": 2},
+}
 
 
 def model_config(width: int, depth: int, vocabulary: int, seq_len: int) -> dict[str, Any]:
     return {
-        "model_type": "gpt2", "vocab_size": vocabulary, "n_positions": seq_len, "n_embd": width, "n_layer": depth, "n_head": 8,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2,
-        "initializer_range": round(0.02 * math.sqrt(768 / width), 3),  # as wide as GPT-2 small's for its width
-    }  # fmt: skip
+        "model_type": "gpt2",
+        "vocab_size": vocabulary,
+        "n_positions": seq_len,
+        "n_embd": width,
+        "n_layer": depth,
+        "n_head": 8,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": round(
+            0.02 * math.sqrt(768 / width), 3
+        ),  # as wide as GPT-2 small's for its width
+    }
 
 
 def build(
-    model: dict[str, Any], row: dict[str, Any], replicas: dict[str, Any], batch: int, steps: int, lr: float, seed: int = 1
+    model: dict[str, Any],
+    row: dict[str, Any],
+    replicas: dict[str, Any],
+    batch: int,
+    steps: int,
+    lr: float,
+    seed: int = 1,
 ) -> Any:
     import ds_local
 
     config = {
-        "train_micro_batch_size_per_gpu": batch, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": lr, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True}},
-        "scheduler": {"type": "WarmupCosineLR", "params": {
-            "total_num_steps": steps, "warmup_num_steps": max(2, steps // 10), "cos_min_ratio": 0.1}},
+        "train_micro_batch_size_per_gpu": batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": lr, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True},
+        },
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {
+                "total_num_steps": steps,
+                "warmup_num_steps": max(2, steps // 10),
+                "cos_min_ratio": 0.1,
+            },
+        },
         "local_parallel": {**row, "replicas": replicas, "seed": seed},
-    }  # fmt: skip
-    return ds_local.initialize(model=ds_local.causal_lm(model, num_stages=1, config=config), config=config)[0]
+    }
+    return ds_local.initialize(
+        model=ds_local.causal_lm(model, num_stages=1, config=config), config=config
+    )[0]
 
 
-# --- costs ----------------------------------------------------------------------------------------------------------------
+# --- costs
+# ----------------------------------------------------------------------------------------------------------------
 
 
-def costs_of(model: dict[str, Any], replicas: dict[str, Any], batch: int, steps: int) -> dict[str, Any]:
+def costs_of(
+    model: dict[str, Any], replicas: dict[str, Any], batch: int, steps: int
+) -> dict[str, Any]:
     """What this replica holds, computes and sends."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ds_local.blocks import Block
+    from ds_local.model.blocks import Block
 
     engine = build(model, ROWS["backprop"], replicas, batch, steps, 1e-3)
     blocks = [layer for layer in engine.module.layers_of(0) if isinstance(layer, Block)]
@@ -82,7 +124,9 @@ def costs_of(model: dict[str, Any], replicas: dict[str, Any], batch: int, steps:
     engine.zero_grad()
     gradients: list[int] = []
     engine.optimizer.register_step_pre_hook(
-        lambda *_: gradients.append(sum(p.grad.numel() for p in engine.module.parameters() if p.grad is not None))
+        lambda *_: gradients.append(
+            sum(p.grad.numel() for p in engine.module.parameters() if p.grad is not None)
+        )
     )
     ids = torch.randint(0, model["vocab_size"], (batch, model["n_positions"]))
     seconds, sent = [], []
@@ -91,19 +135,32 @@ def costs_of(model: dict[str, Any], replicas: dict[str, Any], batch: int, steps:
         engine.train_batch(iter([(ids, ids)]))
         seconds.append(time.process_time() - began)
         sent.append(engine.replicas.num_bytes - before)
-    moments = [v.numel() for state in engine.optimizer.state.values() for key, v in state.items() if key != "step"]
+    moments = [
+        v.numel()
+        for state in engine.optimizer.state.values()
+        for key, v in state.items()
+        if key != "step"
+    ]
     every = replicas.get("every", 1)
     return {
         "parameters": sum(p.numel() for p in engine.module.parameters()),
         "block_parameters": sum(p.numel() for block in blocks for p in block.parameters()),
-        "gradients": gradients[-1], "moments": sum(moments), "block_gflops": counter.get_total_flops() / 1e9,
-        "step_cpu_seconds": statistics.median(seconds[2:]), "exchange_bytes": [amount for amount in sent if amount],
-        "exchange_cpu_seconds": statistics.median(seconds[every - 1 :: every]) if every > 1 else None,
-    }  # fmt: skip
+        "gradients": gradients[-1],
+        "moments": sum(moments),
+        "block_gflops": counter.get_total_flops() / 1e9,
+        "step_cpu_seconds": statistics.median(seconds[2:]),
+        "exchange_bytes": [amount for amount in sent if amount],
+        "exchange_cpu_seconds": statistics.median(seconds[every - 1 :: every])
+        if every > 1
+        else None,
+    }
 
 
-def expected_bytes(one: dict[str, Any], whole: dict[str, Any], num_replicas: int) -> dict[str, float]:
-    """Bytes a replica sends, by the formulas: |W| is what is cut, |S| what is shared; weights and two moments travel."""
+def expected_bytes(
+    one: dict[str, Any], whole: dict[str, Any], num_replicas: int
+) -> dict[str, float]:
+    """Bytes a replica sends, by the formulas: |W| is what is cut, |S| what is shared; weights and
+    two moments travel."""
     cut = (whole["parameters"] - one["parameters"]) * num_replicas / (num_replicas - 1)
     shared = whole["parameters"] - cut
     part = (num_replicas - 1) / num_replicas
@@ -121,24 +178,35 @@ def study_costs(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
         row = {"replicas": count, **results[0]}
         if count > 1:
             row |= expected_bytes(row, rows[0], count)
-            sent = [sum(result["exchange_bytes"]) / len(result["exchange_bytes"]) for result in results]
+            sent = [
+                sum(result["exchange_bytes"]) / len(result["exchange_bytes"]) for result in results
+            ]
             row["sent_an_exchange"] = statistics.mean(sent)
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
 
 
-# --- quality --------------------------------------------------------------------------------------------------------------
+# --- quality
+# --------------------------------------------------------------------------------------------------------------
 
 
 def quality_of(
-    folder: str, row: dict[str, Any], replicas: dict[str, Any], steps: int, batch: int, lr: float, seed: int
+    folder: str,
+    row: dict[str, Any],
+    replicas: dict[str, Any],
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
 ) -> dict[str, Any]:
     """Validation loss of the merged model along the way."""
-    from ds_local.data import BatchShape, TokenData, training_batches, validation_batches
+    from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
 
     data = TokenData(folder)
-    engine = build(model_config(64, 4, data.vocab_size, data.seq_len), row, replicas, batch, steps, lr, seed)
+    engine = build(
+        model_config(64, 4, data.vocab_size, data.seq_len), row, replicas, batch, steps, lr, seed
+    )
     shape = BatchShape(batch, 1, engine.dp_world_size, engine.replica_id)
     batches = training_batches(data, seed, 0, shape)
     validation = validation_batches(data, shape, 256)
@@ -152,14 +220,27 @@ def quality_of(
             engine.eval_batch(iter(validation), num_micro_batches=len(validation))
             losses[step] = engine.eval_losses[engine.num_segments - 1]
     tokens = steps * shape.per_step * data.seq_len
-    return {"losses": losses, "cpu_seconds": seconds, "sent_bytes": None if math.isnan(sent) else sent, "tokens": tokens}
+    return {
+        "losses": losses,
+        "cpu_seconds": seconds,
+        "sent_bytes": None if math.isnan(sent) else sent,
+        "tokens": tokens,
+    }
 
 
 def study_quality(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def result_of(name: str, steps: int) -> dict[str, Any]:
-        settings = args.data, ROWS[args.row], SYNCS[name], steps, args.sequences // args.replicas, args.lr, args.seed
+        settings = (
+            args.data,
+            ROWS[args.row],
+            SYNCS[name],
+            steps,
+            args.sequences // args.replicas,
+            args.lr,
+            args.seed,
+        )
         return pool.run(quality_of, args.replicas, *settings, timeout=1800)[0]
 
     @cache
@@ -168,16 +249,24 @@ def study_quality(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
 
     for name in args.only or SYNCS:
         steps = round(args.steps * (pace("gradients") / pace(name) if args.equal_time else 1.0))
-        rows.append({
-            "sync": name, "row": args.row, "replicas": args.replicas, "seed": args.seed, "steps": steps, **result_of(name, steps)
-        })  # fmt: skip
+        rows.append(
+            {
+                "sync": name,
+                "row": args.row,
+                "replicas": args.replicas,
+                "seed": args.seed,
+                "steps": steps,
+                **result_of(name, steps),
+            }
+        )
         print(json.dumps(rows[-1]), flush=True)
         _write(args.json, rows)
     return rows
 
 
 def quality_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line for each way of keeping replicas one model, seeds taken together; a table for each row and R."""
+    """Markdown: a line for each way of keeping replicas one model, seeds taken together; a table
+    for each row and R."""
     lines = []
     for row, replicas in sorted({(r["row"], r["replicas"]) for r in rows}):
         lines += [
@@ -192,7 +281,13 @@ def quality_table(rows: list[dict[str, Any]]) -> str:
                 spread = f" ({min(last):.3f}-{max(last):.3f})" if len(last) > 1 else ""
                 seconds = statistics.mean(r["cpu_seconds"] for r in runs)
                 sent = runs[0]["sent_bytes"]
-                cells = [sync, steps, len(runs), f"{statistics.mean(last):.3f}{spread}", f"{seconds:.0f}"]
+                cells = [
+                    sync,
+                    steps,
+                    len(runs),
+                    f"{statistics.mean(last):.3f}{spread}",
+                    f"{seconds:.0f}",
+                ]
                 cells.append("-" if sent is None else f"{sent / 1e6:.1f}")
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines.append("")
@@ -205,7 +300,9 @@ def _write(path: Path | None, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("study", choices=["costs", "quality", "table"])
     parser.add_argument("files", type=Path, nargs="*", help="of quality, for the table")
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -214,7 +311,11 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1, help="of weights and data order")
-    parser.add_argument("--equal-time", action="store_true", help="as many steps as take the processor time of --steps averages")
+    parser.add_argument(
+        "--equal-time",
+        action="store_true",
+        help="as many steps as take the processor time of --steps averages",
+    )
     parser.add_argument("--sequences", type=int, default=16, help="in a step, over all replicas")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--only", nargs="*", choices=SYNCS, help="default all")
@@ -224,7 +325,7 @@ def main() -> None:
     if args.study == "table":
         print(quality_table([row for file in args.files for row in json.loads(file.read_text())]))
         return
-    from ds_local.ranks import Pool
+    from bench.ranks import Pool
 
     pool = Pool()
     try:

@@ -11,10 +11,13 @@ from pathlib import Path
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="run folder")
     args = parser.parse_args()
-    from ds_local.metrics import MetricsFile, draw_losses, summary_table
+    from ds_local.checkpoints.metrics_file import MetricsFile
+    from ds_local.training.pictures import draw_losses, summary_table
 
     metrics = MetricsFile(args.run / "metrics.jsonl")
     rows = metrics.read()

@@ -11,7 +11,11 @@ from ranks import close_ranks
 
 
 def pytest_addoption(parser):
-    parser.addoption("--rewrite-golden", action="store_true", help="write the golden files anew from what the code gives now")
+    parser.addoption(
+        "--rewrite-golden",
+        action="store_true",
+        help="write the golden files anew from what the code gives now",
+    )
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,6 @@
-"""A small random model of every supported family, in the variants that differ in the code they run: grouped-query attention,
-sliding windows on all or some layers, rotary variants, biases, tied and untied, parallel and sequential residuals."""
+"""A small random model of every supported family, in the variants that differ in the code they run:
+grouped-query attention, sliding windows on all or some layers, rotary variants, biases, tied and
+untied, parallel and sequential residuals."""
 
 from __future__ import annotations
 
@@ -7,13 +8,24 @@ from typing import Any
 
 _COMMON = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 _GPT2 = _COMMON | {
-    "model_type": "gpt2", "n_layer": 4, "n_embd": 32, "n_head": 4, "n_positions": 16,
-    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-}  # fmt: skip
+    "model_type": "gpt2",
+    "n_layer": 4,
+    "n_embd": 32,
+    "n_head": 4,
+    "n_positions": 16,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 _ROTARY = _COMMON | {
-    "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 48, "max_position_embeddings": 16, "tie_word_embeddings": False,
-}  # fmt: skip
+    "num_hidden_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 16,
+    "tie_word_embeddings": False,
+}
 
 
 def _rope(**parameters) -> dict:
@@ -22,42 +34,69 @@ def _rope(**parameters) -> dict:
 
 VARIANTS: dict[str, dict] = {
     "gpt2": _GPT2 | {"tie_word_embeddings": True},
-    "gpt2 untied, scaled by layer": _GPT2 | {"tie_word_embeddings": False, "scale_attn_by_inverse_layer_idx": True},
+    "gpt2 untied, scaled by layer": _GPT2
+    | {"tie_word_embeddings": False, "scale_attn_by_inverse_layer_idx": True},
     "llama": _ROTARY | {"model_type": "llama"},
     "llama tied, with biases": _ROTARY
-    | {"model_type": "llama", "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    | {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
     "llama 3 rotary": _ROTARY
     | {"model_type": "llama"}
     | _rope(
-        rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8
+        rope_type="llama3",
+        factor=4.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8,
     ),
     "llama yarn rotary": _ROTARY
     | {"model_type": "llama"}
     | _rope(rope_type="yarn", factor=2.0, original_max_position_embeddings=8),
-    "llama linear rotary": _ROTARY | {"model_type": "llama"} | _rope(rope_type="linear", factor=2.0),
+    "llama linear rotary": _ROTARY
+    | {"model_type": "llama"}
+    | _rope(rope_type="linear", factor=2.0),
     "mistral": _ROTARY | {"model_type": "mistral", "sliding_window": None},
     "mistral sliding": _ROTARY | {"model_type": "mistral", "sliding_window": 5},
     "qwen2": _ROTARY | {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2 half sliding": _ROTARY
-    | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    | {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 2,
+    },
     "qwen3": _ROTARY | {"model_type": "qwen3", "head_dim": 16},
     "qwen3 half sliding, tied": _ROTARY
-    | {"model_type": "qwen3", "head_dim": 16, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2,
-       "tie_word_embeddings": True},
+    | {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 2,
+        "tie_word_embeddings": True,
+    },
     "gpt_neox": {**_ROTARY, "model_type": "gpt_neox"},
     "gpt_neox sequential, no biases": _ROTARY
     | {"model_type": "gpt_neox", "use_parallel_residual": False, "attention_bias": False}
     | _rope(rope_type="default", partial_rotary_factor=1.0),
     "olmo": _ROTARY | {"model_type": "olmo", "clip_qkv": 0.5},
     "olmo2": _ROTARY | {"model_type": "olmo2"},
-}  # fmt: skip
+}
 
 
 def layers_of(config: Any, seed: int = 0) -> list[Any]:
-    from ds_local import blocks
+    from ds_local.model import blocks
 
     depth = blocks.num_blocks(config)
-    return [blocks.Embedding(config, seed), *(blocks.Block(config, i, seed) for i in range(depth)), blocks.Readout(config, seed)]
+    return [
+        blocks.Embedding(config, seed),
+        *(blocks.Block(config, i, seed) for i in range(depth)),
+        blocks.Readout(config, seed),
+    ]
 
 
 def run(layers: list[Any], ids: Any) -> Any:

@@ -1,4 +1,5 @@
-"""Two hosts on one machine: network namespaces with a name, an address and an ssh server each, joined by a cable."""
+"""Two hosts on one machine: network namespaces with a name, an address and an ssh server each,
+joined by a cable."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ def why_not() -> str:
     """Why two hosts cannot be had here; "" when they can."""
     if os.geteuid() != 0 or not shutil.which("ip"):
         return "two hosts need root and iproute2"
-    probe = subprocess.run(["ip", "netns", "add", f"probe-{os.getpid()}"], check=False, capture_output=True, text=True)
+    probe = subprocess.run(
+        ["ip", "netns", "add", f"probe-{os.getpid()}"], check=False, capture_output=True, text=True
+    )
     if probe.returncode:
         return f"no network namespaces here: {probe.stderr.strip()}"
     _run("ip", "netns", "del", f"probe-{os.getpid()}")
@@ -27,7 +30,9 @@ def why_not() -> str:
 
 def why_no_ssh() -> str:
     missing = [
-        name for name in ("ssh", "sshd", "pdsh", "ssh-keygen") if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
+        name
+        for name in ("ssh", "sshd", "pdsh", "ssh-keygen")
+        if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
     ]
     return f"the launcher's own way to other hosts needs {', '.join(missing)}" if missing else ""
 
@@ -48,12 +53,28 @@ class TwoHosts:
         for namespace in self.namespaces:
             _run("ip", "netns", "add", namespace)
         a, b = self.namespaces
-        _run("ip", "-n", a, "link", "add", INTERFACE, "type", "veth", "peer", "name", INTERFACE, "netns", b)
+        _run(
+            "ip",
+            "-n",
+            a,
+            "link",
+            "add",
+            INTERFACE,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            INTERFACE,
+            "netns",
+            b,
+        )
         for namespace, address in zip(self.namespaces, ADDRESSES, strict=True):
             _run("ip", "-n", namespace, "addr", "add", f"{address}/24", "dev", INTERFACE)
             for device in ("lo", INTERFACE):
                 _run("ip", "-n", namespace, "link", "set", device, "up")
-        (self.folder / "hostfile").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+        (self.folder / "hostfile").write_text(
+            "".join(f"{address} slots=1\n" for address in ADDRESSES)
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,9 +90,24 @@ class TwoHosts:
         """A command on a host; its output goes to a file of the folder."""
         name = f'hostname {NAMES[host]} && exec "$@"'
         process = subprocess.Popen(
-            ["ip", "netns", "exec", self.namespaces[host], "unshare", "--uts", "sh", "-c", name, "sh", *words],
-            env=os.environ | environment, cwd=self.folder, stdout=self.log(host).open("w"), stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [
+                "ip",
+                "netns",
+                "exec",
+                self.namespaces[host],
+                "unshare",
+                "--uts",
+                "sh",
+                "-c",
+                name,
+                "sh",
+                *words,
+            ],
+            env=os.environ | environment,
+            cwd=self.folder,
+            stdout=self.log(host).open("w"),
+            stderr=subprocess.STDOUT,
+        )
         self._processes.append(process)
         return process
 
@@ -82,7 +118,11 @@ class TwoHosts:
         return [self.log(host).read_text() for host in range(2)]
 
     def processes_left(self) -> list[str]:
-        return [pid for namespace in self.namespaces for pid in _run("ip", "netns", "pids", namespace).split()]
+        return [
+            pid
+            for namespace in self.namespaces
+            for pid in _run("ip", "netns", "pids", namespace).split()
+        ]
 
     def cut(self) -> None:
         """Unplug the cable: nothing arrives any more, nobody is told."""
@@ -91,8 +131,23 @@ class TwoHosts:
     def limit(self, megabits: float) -> None:
         """Both directions."""
         for namespace in self.namespaces:
-            _run("tc", "-n", namespace, "qdisc", "replace", "dev", INTERFACE, "root", "tbf", "rate", f"{megabits}mbit",
-                 "burst", "64kb", "latency", "400ms")  # fmt: skip
+            _run(
+                "tc",
+                "-n",
+                namespace,
+                "qdisc",
+                "replace",
+                "dev",
+                INTERFACE,
+                "root",
+                "tbf",
+                "rate",
+                f"{megabits}mbit",
+                "burst",
+                "64kb",
+                "latency",
+                "400ms",
+            )
 
     def serve_ssh(self, environment: dict[str, str]) -> dict[str, str]:
         """An ssh server on each host, and what a client's environment needs to log in."""

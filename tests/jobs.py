@@ -1,4 +1,5 @@
-"""Functions that run on the ranks of a test; imports are inside, since the ranks import this file."""
+"""Functions that run on the ranks of a test; imports are inside, since the ranks import this
+file."""
 
 from __future__ import annotations
 
@@ -13,18 +14,30 @@ def ds_config(section: dict[str, Any], gas: int = 4, **extra: Any) -> dict[str, 
         "gradient_accumulation_steps": gas,
         "gradient_clipping": 1.0,
         "steps_per_print": 1,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "eps": EPSILON, "weight_decay": 0.0, "torch_adam": True}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 1e-2, "eps": EPSILON, "weight_decay": 0.0, "torch_adam": True},
+        },
         "local_parallel": section,
         **extra,
     }
 
 
-def build(section: dict[str, Any], stages: int, family: str = "gpt2", gas: int = 4, model: Any = None, **extra: Any) -> Any:
+def build(
+    section: dict[str, Any],
+    stages: int,
+    family: str = "gpt2",
+    gas: int = 4,
+    model: Any = None,
+    **extra: Any,
+) -> Any:
     """An engine on this rank."""
     import ds_local
 
     config = ds_config(section, gas, **extra)
-    module = ds_local.causal_lm({**MODELS[family], **(model or {})}, num_stages=stages, config=config)
+    module = ds_local.causal_lm(
+        {**MODELS[family], **(model or {})}, num_stages=stages, config=config
+    )
     return ds_local.initialize(model=module, config=config)[0]
 
 
@@ -52,7 +65,8 @@ def state_of(engine: Any) -> dict[str, Any]:
 
 
 def train(section: dict[str, Any], stages: int, steps: int, **settings: Any) -> dict[str, Any]:
-    """Train and report: losses of every step as rank 0 sees them, own losses, evaluation, parameters."""
+    """Train and report: losses of every step as rank 0 sees them, own losses, evaluation,
+    parameters."""
     engine = build(section, stages, **settings)
     reports: list[Any] = []
     engine.reports.listeners.append(lambda rows: reports.append({r.segment: r.loss for r in rows}))
@@ -63,6 +77,11 @@ def train(section: dict[str, Any], stages: int, steps: int, **settings: Any) -> 
         own.append(None if loss is None else loss.item())
     engine.eval_batch(batches(engine, start=10_000))
     return {
-        "reports": reports, "own": own, "eval": engine.eval_losses, "state": state_of(engine),
-        "parts": engine.module.segment_parts, "stage": engine.stage_id, "live": len(engine._live),
-    }  # fmt: skip
+        "reports": reports,
+        "own": own,
+        "eval": engine.eval_losses,
+        "state": state_of(engine),
+        "parts": engine.module.segment_parts,
+        "stage": engine.stage_id,
+        "live": len(engine.executor.live),
+    }

@@ -19,20 +19,27 @@ def write_inputs(folder: Path, **config) -> dict[str, str]:
     """Model config, DeepSpeed config and data in `folder`; the arguments that name them."""
     import numpy as np
 
-    from ds_local.corpus import prepare
+    from ds_local.data.corpus import prepare
 
     rng = np.random.default_rng(0)
     lines = [" ".join("".join(rng.choice(list("abcde"), 3)) for _ in range(40)) for _ in range(400)]
     (folder / "text.txt").write_text("\n".join(lines))
-    facts = prepare([str(folder / "text.txt")], "sentencepiece:320", 16, folder / "data", progress=False)
+    facts = prepare(
+        [str(folder / "text.txt")], "sentencepiece:320", 16, folder / "data", progress=False
+    )
     (folder / "model.json").write_text(json.dumps({**GPT2, "vocab_size": facts["vocab_size"]}))
     settings = {
-        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4, "steps_per_print": 1,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4,
+        "steps_per_print": 1,
         "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
-        "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 20, "warmup_num_steps": 2}},
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {"total_num_steps": 20, "warmup_num_steps": 2},
+        },
         "local_parallel": {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]},
         **config,
-    }  # fmt: skip
+    }
     (folder / "ds_config.json").write_text(json.dumps(settings))
     return {
         "--model": str(folder / "model.json"),
@@ -41,34 +48,80 @@ def write_inputs(folder: Path, **config) -> dict[str, str]:
     }
 
 
-def command(arguments: dict[str, str], *more: str, ranks: int = 2, launcher: str = "deepspeed") -> list[str]:
+def command(
+    arguments: dict[str, str], *more: str, ranks: int = 2, launcher: str = "deepspeed"
+) -> list[str]:
     start = {
-        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())],
-        "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", str(free_port())],
-        # "--cpu" would start one process only; "--multi_gpu" starts them through torchrun and asks for no GPU
-        "accelerate": [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", str(ranks), "--num_machines", "1",
-                       "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())],
-    }[launcher]  # fmt: skip
+        "deepspeed": [
+            str(BIN / "deepspeed"),
+            "--num_gpus",
+            str(ranks),
+            "--master_port",
+            str(free_port()),
+        ],
+        "torchrun": [
+            str(BIN / "torchrun"),
+            "--nproc_per_node",
+            str(ranks),
+            "--master_port",
+            str(free_port()),
+        ],
+        # "--cpu" would start one process only; "--multi_gpu" starts them through torchrun and asks
+        # for no GPU
+        "accelerate": [
+            str(BIN / "accelerate"),
+            "launch",
+            "--multi_gpu",
+            "--num_processes",
+            str(ranks),
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            str(free_port()),
+        ],
+    }[launcher]
     flat = [part for pair in arguments.items() for part in pair]
     return [*start, str(ROOT / "scripts" / "train.py"), *flat, "--deepspeed", *more]
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    return os.environ | {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
 
 
-def launch(arguments: dict[str, str], *more: str, timeout: float = 180, **how) -> subprocess.CompletedProcess:
+def launch(
+    arguments: dict[str, str], *more: str, timeout: float = 180, **how
+) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(arguments, *more, **how), check=False, env=environment(), cwd=ROOT, timeout=timeout,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        command(arguments, *more, **how),
+        check=False,
+        env=environment(),
+        cwd=ROOT,
+        timeout=timeout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def script(name: str, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / name), *arguments], check=False, env=environment(), cwd=ROOT, timeout=timeout,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [sys.executable, str(ROOT / "scripts" / name), *arguments],
+        check=False,
+        env=environment(),
+        cwd=ROOT,
+        timeout=timeout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def metrics(run: Path) -> list[dict]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ds_local.ranks import Pool, RankError, free_port
+from bench.ranks import Pool, RankError, free_port
 
 __all__ = ["RankError", "close_ranks", "free_port", "run_ranks"]
 
 _pool = Pool()
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any
+) -> list[Any]:
     """What a module-level function returned on each of `world_size` ranks."""
     return _pool.run(function, world_size, *args, **kwargs)
 

@@ -1,5 +1,6 @@
-"""What training should do, written down a second time without routes, schedules, stages or DeepSpeed: one process, one autograd
-graph over the whole model per micro-batch, and a table of which loss trains which segment."""
+"""What training should do, written down a second time without routes, schedules, stages or
+DeepSpeed: one process, one autograd graph over the whole model per micro-batch, and a table of
+which loss trains which segment."""
 
 from __future__ import annotations
 
@@ -7,24 +8,44 @@ from itertools import pairwise
 
 import torch
 
-from ds_local import blocks
-from ds_local.config import HeadConfig
+from ds_local.config.schema import HeadConfig
+from ds_local.model import blocks
 
 GPT2 = {
-    "model_type": "gpt2", "n_layer": 4, "n_embd": 32, "n_head": 4, "vocab_size": 64, "n_positions": 16,
-    "bos_token_id": 0, "eos_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-}  # fmt: skip
+    "model_type": "gpt2",
+    "n_layer": 4,
+    "n_embd": 32,
+    "n_head": 4,
+    "vocab_size": 64,
+    "n_positions": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 LLAMA = {
-    "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 48, "vocab_size": 64, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+    "max_position_embeddings": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 MODELS = {"gpt2": GPT2, "llama": LLAMA}
 SEED = 1234
-# well above rounding: the gradient of an attention key bias is 0 in exact arithmetic, and Adam would blow up its noise
+# well above rounding: the gradient of an attention key bias is 0 in exact arithmetic, and Adam
+# would blow up its noise
 EPSILON = 1e-4
 
 
-def table_of(mode: str, num_segments: int, window: int = 2, combine: str = "sum", weights=None, step: int = 0) -> dict:
+def table_of(
+    mode: str, num_segments: int, window: int = 2, combine: str = "sum", weights=None, step: int = 0
+) -> dict:
     """loss -> segment -> weight, from the definitions in the papers."""
     last = num_segments - 1
     table: dict[int, dict[int, float]] = {}
@@ -50,7 +71,9 @@ def table_of(mode: str, num_segments: int, window: int = 2, combine: str = "sum"
                     add(loss, s, factor)
         else:
             shift = step % window if mode == "shifted_chunked" else 0
-            tops = [top for top in range(num_segments) if (top + 1 - shift) % window == 0 or top == last]
+            tops = [
+                top for top in range(num_segments) if (top + 1 - shift) % window == 0 or top == last
+            ]
             add(min(top for top in tops if top >= s), s)
     return table
 
@@ -59,7 +82,13 @@ class Reference:
     """All segments of a model in one process."""
 
     def __init__(
-        self, family: str, parts: list[int], lr: float = 1e-2, clip: float = 1.0, seed: int = SEED, head: HeadConfig | None = None
+        self,
+        family: str,
+        parts: list[int],
+        lr: float = 1e-2,
+        clip: float = 1.0,
+        seed: int = SEED,
+        head: HeadConfig | None = None,
     ) -> None:
         config = blocks.load_model_config(MODELS[family])
         depth = blocks.num_blocks(config)
@@ -71,14 +100,19 @@ class Reference:
         self.layers = layers
         self.num_segments = len(parts) - 1
         self.segments = [layers[a:b] for a, b in pairwise(parts)]
-        self.heads = [blocks.make_head(config, s, seed, head or HeadConfig(), parts) for s in range(self.num_segments - 1)]
+        self.heads = [
+            blocks.make_head(config, s, seed, head or HeadConfig(), parts)
+            for s in range(self.num_segments - 1)
+        ]
         self.parameters = [
             [p for layer in segment for p in layer.parameters()]
             + [p for head in self.heads[s : s + 1] for p in head.parameters()]
             for s, segment in enumerate(self.segments)
         ]
         self.clip = clip
-        self.optimizers = [torch.optim.AdamW(p, lr=lr, eps=EPSILON, weight_decay=0.0) for p in self.parameters]
+        self.optimizers = [
+            torch.optim.AdamW(p, lr=lr, eps=EPSILON, weight_decay=0.0) for p in self.parameters
+        ]
 
     def losses(self, ids: torch.Tensor, wanted) -> dict[int, torch.Tensor]:
         hidden, losses = ids, {}
@@ -90,7 +124,9 @@ class Reference:
                 losses[s] = segment[-1].loss(hidden, ids) if last else self.heads[s](hidden, ids)
         return losses
 
-    def step(self, micro_batches: list[torch.Tensor], tables: list[dict], head_weights=None) -> dict[int, float]:
+    def step(
+        self, micro_batches: list[torch.Tensor], tables: list[dict], head_weights=None
+    ) -> dict[int, float]:
         """One optimizer step.
 
         Args:
@@ -110,7 +146,9 @@ class Reference:
                 self._add(head, torch.autograd.grad(value, head, retain_graph=True), scale * factor)
                 for segment, weight in table[loss].items():
                     trunk = self._trunk_parameters(segment)
-                    self._add(trunk, torch.autograd.grad(value, trunk, retain_graph=True), scale * weight)
+                    self._add(
+                        trunk, torch.autograd.grad(value, trunk, retain_graph=True), scale * weight
+                    )
         for parameters, optimizer in zip(self.parameters, self.optimizers, strict=True):
             if self.clip:
                 torch.nn.utils.clip_grad_norm_(parameters, self.clip)
@@ -119,7 +157,11 @@ class Reference:
         return {loss: sum(values) / len(values) for loss, values in seen.items()}
 
     def _head_parameters(self, loss: int):
-        return self.segments[-1][-1].parameters() if loss == self.num_segments - 1 else self.heads[loss].parameters()
+        return (
+            self.segments[-1][-1].parameters()
+            if loss == self.num_segments - 1
+            else self.heads[loss].parameters()
+        )
 
     def _trunk_parameters(self, segment: int):
         """Parameters of the segment's layers; the readout counts as the last segment's head."""
@@ -129,17 +171,28 @@ class Reference:
     @staticmethod
     def _add(parameters, gradients, scale: float) -> None:
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient * scale if parameter.grad is None else parameter.grad + gradient * scale
+            parameter.grad = (
+                gradient * scale if parameter.grad is None else parameter.grad + gradient * scale
+            )
 
     def state(self) -> dict[str, torch.Tensor]:
-        state = {f"{i}.{name}": p.detach().clone() for i, layer in enumerate(self.layers) for name, p in layer.named_parameters()}
+        state = {
+            f"{i}.{name}": p.detach().clone()
+            for i, layer in enumerate(self.layers)
+            for name, p in layer.named_parameters()
+        }
         return state | {
-            f"heads.{s}.{n}": p.detach().clone() for s, head in enumerate(self.heads) for n, p in head.named_parameters()
+            f"heads.{s}.{n}": p.detach().clone()
+            for s, head in enumerate(self.heads)
+            for n, p in head.named_parameters()
         }
 
 
-def batch(step: int, micro_batch: int, replica: int, size: int = 2, length: int = 16, vocabulary: int = 64) -> torch.Tensor:
-    """Token ids [size, length] with something to learn: every second token repeats the one before."""
+def batch(
+    step: int, micro_batch: int, replica: int, size: int = 2, length: int = 16, vocabulary: int = 64
+) -> torch.Tensor:
+    """Token ids [size, length] with something to learn: every second token repeats the one
+    before."""
     generator = torch.Generator().manual_seed(step * 1000 + micro_batch * 10 + replica)
     ids = torch.randint(0, vocabulary, (size, length), generator=generator)
     ids[:, 1::2] = ids[:, ::2]

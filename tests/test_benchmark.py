@@ -14,11 +14,20 @@ from bench.sweep import Setting, sweep
 from bench.systems import SYSTEMS, choose, from_torch
 from ranks import run_ranks
 
-from ds_local.simulator import Costs, simulate
+from ds_local.schedules.simulator import Costs, simulate
 
 POOL = SimpleNamespace(run=run_ranks)
 QUICK = emulated.Times(0.001, 0.001, 0.001)
-CONTRACT = {"system", "schedule", "stages", "micro_batches", "link", "efficiency", "step_seconds", "peak_live_micro_batches"}
+CONTRACT = {
+    "system",
+    "schedule",
+    "stages",
+    "micro_batches",
+    "link",
+    "efficiency",
+    "step_seconds",
+    "peak_live_micro_batches",
+}
 
 
 def command(monkeypatch, capsys, *arguments):
@@ -27,7 +36,8 @@ def command(monkeypatch, capsys, *arguments):
     return code, capsys.readouterr()
 
 
-# --- counting -------------------------------------------------------------------------------------------------------------
+# --- counting
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_saved_tensors_are_counted_once_and_weights_never():
@@ -54,7 +64,10 @@ def test_a_stage_splits_its_backward_pass():
 
 def test_torch_actions_become_a_schedule():
     # two ranks, V: stages 0 and 3 on rank 0, 1 and 2 on rank 1; one micro-batch
-    order = {0: ["0F0", "3F0", "3I0", "3W0", None, "(0B0;)OVERLAP_F_B"], 1: ["1F0", "2F0", "2B0", "1B0", "1SEND_F0"]}
+    order = {
+        0: ["0F0", "3F0", "3I0", "3W0", None, "(0B0;)OVERLAP_F_B"],
+        1: ["1F0", "2F0", "2B0", "1B0", "1SEND_F0"],
+    }
     schedule = from_torch("V", {rank: list(map(str, actions)) for rank, actions in order.items()})
     assert schedule.stage_of == (0, 1, 1, 0)
     assert schedule.peak_live == (2, 2)
@@ -74,18 +87,29 @@ def test_tables_take_repetitions_of_several_runs_together():
         "stages": 2,
         "micro_batches": 4,
     }
-    row |= {"link": {}, "efficiency": 0.5, "step_seconds": 2.0, "repetitions": [2.0], "simulated_efficiency": 1.0}
+    row |= {
+        "link": {},
+        "efficiency": 0.5,
+        "step_seconds": 2.0,
+        "repetitions": [2.0],
+        "simulated_efficiency": 1.0,
+    }
     row |= {"efficiency_lowest": 0.5, "efficiency_highest": 0.5}
     faster = row | {"repetitions": [1.25, 1.0], "efficiency": 0.8, "step_seconds": 1.25}
     assert "| a b | 80.0 (50-100) / 100 |" in report.markdown([row, faster])
 
 
-# --- runs -----------------------------------------------------------------------------------------------------------------
+# --- runs
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def rows_of(names, times=QUICK, stages=2, micro_batches=4):
     setting = Setting(stages, micro_batches, times, network.Shape())
-    return {f"{r['system']}:{r['schedule']}": r for batch in sweep([setting], choose(names), 1, POOL) for r in batch}
+    return {
+        f"{r['system']}:{r['schedule']}": r
+        for batch in sweep([setting], choose(names), 1, POOL)
+        for r in batch
+    }
 
 
 @pytest.mark.dist
@@ -93,23 +117,34 @@ def test_the_planner_is_held_against_real_engines():
     layouts = [("local", 2, 1, 4, 0.0), ("mixed 1/4", 2, 1, 4, 0.01)]
     rows = check_planner.compare(POOL, layouts, seconds=0.02, steps=5)
     assert [row["predicted"] for row in rows] == pytest.approx([4 * 0.06, 4 * 0.06 + 3 * 0.01])
-    assert all(row["measured"] > 0.98 * row["predicted"] for row in rows)  # nothing is faster than its sleep
+    assert all(
+        row["measured"] > 0.98 * row["predicted"] for row in rows
+    )  # nothing is faster than its sleep
 
 
 @pytest.mark.dist
 def test_every_system_runs_and_gives_the_row_of_the_contract(tmp_path):
     traced, systems = [], [system for system in SYSTEMS if system.head in (0, 0.05)]
     setting = Setting(2, 8, QUICK, network.Shape())
-    (rows,) = sweep([setting], systems, 1, POOL, lambda system, setting, results: traced.append(results))
+    (rows,) = sweep(
+        [setting], systems, 1, POOL, lambda system, setting, results: traced.append(results)
+    )
     assert [f"{r['system']}:{r['schedule']}" for r in rows] == [system.name for system in systems]
     assert all(row.keys() >= CONTRACT and 0 < row["efficiency"] <= 1.05 for row in rows)
-    live = {r["schedule"]: r["peak_live_micro_batches"] for r in rows if r["system"] in ("ds_local", "torch")}
+    live = {
+        r["schedule"]: r["peak_live_micro_batches"]
+        for r in rows
+        if r["system"] in ("ds_local", "torch")
+    }
     assert live["local"] == [1, 1]
     assert live["backprop"] == live["1F1B"] == [2, 1]
     assert live["GPipe"] == [8, 8]
     # the lanes of a trace hold all the sleeping there is
     for system, ranks in zip(systems, traced, strict=True):
-        assert all(sum(what == "forward" for what, *_ in rank["events"]) >= 8 * system.pieces for rank in ranks)
+        assert all(
+            sum(what == "forward" for what, *_ in rank["events"]) >= 8 * system.pieces
+            for rank in ranks
+        )
     report.save(rows, tmp_path / "rows.json", "schedules")
     loaded = report.load([tmp_path / "rows.json"])
     assert "| ds_local local |" in report.markdown(loaded)
@@ -120,12 +155,21 @@ def test_every_system_runs_and_gives_the_row_of_the_contract(tmp_path):
 @pytest.mark.dist
 def test_what_is_alive_is_what_the_schedule_says():
     times = emulated.Times(0.001, 0.001, 0.001, 0.0, floats=64 * 64, layers=8, width=64)
-    rows = rows_of(["ds_local:local", "ds_local:backprop", "deepspeed:1F1B", "torch:GPipe", "async"], times)
-    live = {name: [int(count) for count in row["peak_live_micro_batches"]] for name, row in rows.items() if "head" not in name}
+    rows = rows_of(
+        ["ds_local:local", "ds_local:backprop", "deepspeed:1F1B", "torch:GPipe", "async"], times
+    )
+    live = {
+        name: [int(count) for count in row["peak_live_micro_batches"]]
+        for name, row in rows.items()
+        if "head" not in name
+    }
     assert live == {
-        "ds_local:local": [1, 1], "ds_local:backprop": [2, 1], "deepspeed:1F1B": [2, 1], "torch:GPipe": [4, 4],
+        "ds_local:local": [1, 1],
+        "ds_local:backprop": [2, 1],
+        "deepspeed:1F1B": [2, 1],
+        "torch:GPipe": [4, 4],
         "async:1F1B, no flush": [2, 1],
-    }  # fmt: skip
+    }
     # four receives posted ahead, of an activation each, and nothing else waits in buffers
     posted = rows["ds_local:local"]["posted_receive_bytes"]
     assert posted[0] == 0
@@ -142,11 +186,24 @@ def test_a_target_loss_is_reached_between_two_looks():
 @pytest.mark.dist
 def test_real_systems_train_the_same_model():
     model = {
-        "model_type": "gpt2", "vocab_size": 32, "n_positions": 8, "n_embd": 16, "n_layer": 3, "n_head": 2, "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "model_type": "gpt2",
+        "vocab_size": 32,
+        "n_positions": 8,
+        "n_embd": 16,
+        "n_layer": 3,
+        "n_head": 2,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
     job = real.Job(model, None, 8, 2, 4)
-    losses = {key: run_ranks(real.until_loss, 2, key, job, 0.0, real.EVAL_EVERY)[0][-1][2] for key in real.SYSTEMS}
+    losses = {
+        key: run_ranks(real.until_loss, 2, key, job, 0.0, real.EVAL_EVERY)[0][-1][2]
+        for key in real.SYSTEMS
+    }
     assert losses["ds_local", "backprop"] == pytest.approx(losses["deepspeed", "1F1B"], rel=1e-5)
     # every replica sees the same repeated batch here, so the mean gradient is that of one
     assert losses["torch", "data parallel"] == pytest.approx(losses["deepspeed", "1F1B"], rel=1e-5)
@@ -154,18 +211,26 @@ def test_real_systems_train_the_same_model():
     assert min(run_ranks(real.speed, 2, ("ds_local", "local"), job, 1)) > 0
 
 
-# --- commands -------------------------------------------------------------------------------------------------------------
+# --- commands
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_gpu_dry_run_on_the_cpu(tmp_path, monkeypatch, capsys):
     file = tmp_path / "gpu.json"
-    code, said = command(monkeypatch, capsys, "gpu", "--dry-run", "--no-compile", "--stages", 4, "--json", file)
+    code, said = command(
+        monkeypatch, capsys, "gpu", "--dry-run", "--no-compile", "--stages", 4, "--json", file
+    )
     assert code == 0, said.err
     rows = json.loads(file.read_text())
     assert [r["stage"] for r in rows if r["what"] == "stage"] == [0, 1, 2, 3]
     assert sum(r["blocks"] for r in rows if r["what"] == "stage") == 8
     predictions = [r for r in rows if r["what"] == "prediction"]
-    assert {r["link"]["name"] for r in predictions} == {"NVLink 450 GB/s", "100 Gb/s", "10 Gb/s", "1 Gb/s"}
+    assert {r["link"]["name"] for r in predictions} == {
+        "NVLink 450 GB/s",
+        "100 Gb/s",
+        "10 Gb/s",
+        "1 Gb/s",
+    }
     assert all(0 < r["efficiency"] <= 1 for r in predictions)
     assert "predicted efficiency" in said.out
 
@@ -173,7 +238,19 @@ def test_gpu_dry_run_on_the_cpu(tmp_path, monkeypatch, capsys):
 def test_heads_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     file = tmp_path / "heads.json"
     code, said = command(
-        monkeypatch, capsys, "heads", "--width", 64, "--vocabulary", 300, "--tokens", 32, "--repeats", 1, "--json", file
+        monkeypatch,
+        capsys,
+        "heads",
+        "--width",
+        64,
+        "--vocabulary",
+        300,
+        "--tokens",
+        32,
+        "--repeats",
+        1,
+        "--json",
+        file,
     )
     assert code == 0, said.err
     parameters = {row["head"]: row["parameters"] for row in json.loads(file.read_text())}
@@ -185,7 +262,10 @@ def test_heads_on_a_tiny_model(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["schedules", "--systems", "megatron"], "no system is called 'megatron'; there are ds_local:local"),
+        (
+            ["schedules", "--systems", "megatron"],
+            "no system is called 'megatron'; there are ds_local:local",
+        ),
         (["gpu"], "needs a CUDA device; --dry-run"),
         (["real", "--target-loss", 3], "--target-loss needs --data"),
         (["table", "/nowhere.json"], "/nowhere.json was not written by --json"),
@@ -215,7 +295,11 @@ def test_systems_that_cannot_run_say_why():
 
 def test_documents_name_commands_that_parse():
     text = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
-    named = [line.strip() for line in text.splitlines() if line.strip().startswith("python scripts/benchmark.py")]
+    named = [
+        line.strip()
+        for line in text.splitlines()
+        if line.strip().startswith("python scripts/benchmark.py")
+    ]
     assert len(named) >= 6
     for line in named:
         benchmark.parse_arguments(line.split("#")[0].split()[2:])

@@ -1,4 +1,5 @@
-"""The launch scripts: what they would start is read by the launchers' own parsers, and by train.py's."""
+"""The launch scripts: what they would start is read by the launchers' own parsers, and by
+train.py's."""
 
 import os
 import subprocess
@@ -14,7 +15,8 @@ SAY = '#!/bin/sh\n[ "$(basename "$0")" = python ] && exit 0\nprintf "%s\\n" "$(b
 
 
 def started(tmp_path, script, **environment):
-    """The words of the command that `script` ends in; the launchers are replaced by scripts that write them down."""
+    """The words of the command that `script` ends in; the launchers are replaced by scripts that
+    write them down."""
     for name in ("deepspeed", "torchrun", "accelerate", "srun", "python"):
         (tmp_path / name).write_text(SAY)
         (tmp_path / name).chmod(0o755)
@@ -22,9 +24,13 @@ def started(tmp_path, script, **environment):
     (tmp_path / "scontrol").chmod(0o755)
     said = tmp_path / "said"
     result = subprocess.run(
-        ["bash", str(SCRIPTS / script), "--mode", "interlocking"], check=False, capture_output=True, text=True, timeout=30,
+        ["bash", str(SCRIPTS / script), "--mode", "interlocking"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
         env={"PATH": f"{tmp_path}:/usr/bin:/bin", "SAID": str(said), **environment},
-    )  # fmt: skip
+    )
     return said.read_text().splitlines() if result.returncode == 0 else result.stderr
 
 
@@ -48,17 +54,35 @@ def test_deepspeed(tmp_path):
 
     words = started(tmp_path, "deepspeed.sh")
     parsed = parse_args(words[1:])
-    assert (words[0], parsed.hostfile, parsed.user_script) == ("deepspeed", "configs/hostfile", "scripts/train.py")
+    assert (words[0], parsed.hostfile, parsed.user_script) == (
+        "deepspeed",
+        "configs/hostfile",
+        "scripts/train.py",
+    )
     assert job_of(parsed.user_args).num_stages == 8
-    words = started(tmp_path, "deepspeed_no_ssh.sh", NODE_RANK="1", MASTER_ADDR="10.0.0.1", PORT="29501", STAGES="4")
+    words = started(
+        tmp_path,
+        "deepspeed_no_ssh.sh",
+        NODE_RANK="1",
+        MASTER_ADDR="10.0.0.1",
+        PORT="29501",
+        STAGES="4",
+    )
     parsed = parse_args(words[1:])
-    assert (parsed.no_ssh, parsed.node_rank, parsed.master_addr, parsed.master_port) == (True, 1, "10.0.0.1", 29501)
+    assert (parsed.no_ssh, parsed.node_rank, parsed.master_addr, parsed.master_port) == (
+        True,
+        1,
+        "10.0.0.1",
+        29501,
+    )
     assert job_of(parsed.user_args).num_stages == 4
 
 
 def test_deepspeed_without_ssh_asks_for_what_it_needs(tmp_path):
     assert "which line of the hostfile is this machine?" in started(tmp_path, "deepspeed_no_ssh.sh")
-    assert "there is no hostfile /nowhere" in started(tmp_path, "deepspeed_no_ssh.sh", HOSTFILE="/nowhere")
+    assert "there is no hostfile /nowhere" in started(
+        tmp_path, "deepspeed_no_ssh.sh", HOSTFILE="/nowhere"
+    )
 
 
 def test_torchrun(tmp_path):
@@ -66,23 +90,39 @@ def test_torchrun(tmp_path):
 
     words = started(tmp_path, "torchrun.sh", NODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
     parsed = parse_args(words[1:])
-    assert (parsed.nnodes, parsed.nproc_per_node, parsed.node_rank, parsed.master_addr) == ("2", "8", 1, "10.0.0.1")
+    assert (parsed.nnodes, parsed.nproc_per_node, parsed.node_rank, parsed.master_addr) == (
+        "2",
+        "8",
+        1,
+        "10.0.0.1",
+    )
     job_of(parsed.training_script_args)
 
 
 def test_accelerate(tmp_path):
     from accelerate.commands.launch import launch_command_parser
 
-    words = started(tmp_path, "accelerate.sh", NODES="2", DEVICES="4", MODEL="configs/llama-1b.json")
+    words = started(
+        tmp_path, "accelerate.sh", NODES="2", DEVICES="4", MODEL="configs/llama-1b.json"
+    )
     parsed = launch_command_parser().parse_args(words[2:])
-    assert (words[:2], parsed.num_machines, parsed.num_processes) == (["accelerate", "launch"], 2, 8)
+    assert (words[:2], parsed.num_machines, parsed.num_processes) == (
+        ["accelerate", "launch"],
+        2,
+        8,
+    )
     assert job_of(parsed.training_script_args).deepspeed_config == "configs/deepspeed/llama-1b.json"
 
 
 def test_slurm(tmp_path):
     from torch.distributed.run import parse_args
 
-    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
+    job = {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "7",
+    }
     words = started(tmp_path, "slurm.sbatch", **job)
     assert words[:3] == ["srun", "--kill-on-bad-exit=1", "torchrun"]
     parsed = parse_args(words[3:])

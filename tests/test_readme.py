@@ -1,4 +1,5 @@
-"""What README and docs say is so: the script in them runs, their files exist, the configuration page is up to date."""
+"""What README and docs say is so: the script in them runs, their files exist, the configuration
+page is up to date."""
 
 import json
 import re
@@ -22,16 +23,33 @@ def test_the_script_runs_as_it_stands(tmp_path):
     """Under two ranks, in a folder with the configs it names."""
     (tmp_path / "script.py").write_text(blocks("python")[0])
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "gpt2-nano.json").write_text((ROOT / "configs" / "gpt2-nano.json").read_text())
+    (tmp_path / "configs" / "gpt2-nano.json").write_text(
+        (ROOT / "configs" / "gpt2-nano.json").read_text()
+    )
     (tmp_path / "ds_config.json").write_text((ROOT / "ds_config.json").read_text())
-    command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), "script.py"]
-    result = subprocess.run(command, check=False, cwd=tmp_path, env=environment(), timeout=300, capture_output=True, text=True)
+    command = [
+        str(BIN / "deepspeed"),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "script.py",
+    ]
+    result = subprocess.run(
+        command,
+        check=False,
+        cwd=tmp_path,
+        env=environment(),
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert (tmp_path / "checkpoints" / "global_step10" / "ds_local.json").is_file()
 
 
 def test_json_in_the_readme_is_valid():
-    from ds_local.config import local_parallel
+    from ds_local.config.files import local_parallel
 
     for text in blocks("json"):
         local_parallel(json.loads("{" + text + "}"))
@@ -59,11 +77,17 @@ def test_options_in_commands_exist(page):
 @lru_cache
 def help_of(script):
     command = [sys.executable, ROOT / script, "--help"]
-    return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run(
+        command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120
+    ).stdout
 
 
 def test_the_configuration_page_is_up_to_date():
     code = "import sys; sys.path.insert(0, 'scripts'); import config_reference as c; print(c.reference(), end='')"
     command = [sys.executable, "-c", code]
-    text = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
-    assert text == (ROOT / "docs" / "configuration.md").read_text(), "run python scripts/config_reference.py"
+    text = subprocess.run(
+        command, check=True, cwd=ROOT, capture_output=True, text=True, timeout=120
+    ).stdout
+    assert text == (ROOT / "docs" / "configuration.md").read_text(), (
+        "run python scripts/config_reference.py"
+    )

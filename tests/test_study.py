@@ -1,4 +1,5 @@
-"""The quality study's book-keeping: which runs share a beginning, which learning rate counts, what equal time means."""
+"""The quality study's book-keeping: which runs share a beginning, which learning rate counts, what
+equal time means."""
 
 import json
 import math
@@ -16,7 +17,9 @@ def test_a_tail_leaves_the_run_without_one():
     assert tail.trunk == run_of("mixed 1/4", seed=3)
     assert tail.switch(0.2) == 2400
     assert run_of("mixed 1/4").trunk is None
-    assert run_of("mixed 1/4, tail 20 %, 1/8 of the tokens").trunk is None  # nobody runs it without a tail
+    assert (
+        run_of("mixed 1/4, tail 20 %, 1/8 of the tokens").trunk is None
+    )  # nobody runs it without a tail
 
 
 @pytest.mark.parametrize("preset", [name for name in study.PRESETS if name != "tiny"])
@@ -40,13 +43,21 @@ def test_the_tail_takes_over_what_the_trunk_had(tmp_path):
     (trunk / "result.json").write_text("{}")
     study._leave_trunk(run, place)
     assert (place / "run" / "checkpoints" / "latest").read_text() == "global_step1800"
-    assert sorted(path.name for path in (place / "run" / "checkpoints").iterdir()) == ["global_step1800", "latest", "tokenizer"]
+    assert sorted(path.name for path in (place / "run" / "checkpoints").iterdir()) == [
+        "global_step1800",
+        "latest",
+        "tokenizer",
+    ]
 
 
 def test_rates_are_compared_on_the_seeds_they_share():
     results = [
         {"lr_factor": rate, "seed": seed, "loss": loss}
-        for rate, seed, loss in ((1.0, 1, 2.0), (1.0, 2, 1.0), (2.0, 1, 1.9))  # the mean of rate 1 is lower, but not on seed 1
+        for rate, seed, loss in (
+            (1.0, 1, 2.0),
+            (1.0, 2, 1.0),
+            (2.0, 1, 1.9),
+        )  # the mean of rate 1 is lower, but not on seed 1
     ]
     assert [r["lr_factor"] for r in study.best_rate(results)] == [2.0]
 
@@ -58,7 +69,9 @@ def test_backprop_to_the_same_loss():
     assert study.time_for_the_loss(1.75, whole_runs) == pytest.approx(1.2)
     assert study.time_for_the_loss(1.2, whole_runs) is None  # too far from either
     assert study.time_for_the_loss(3.1, whole_runs) is None
-    assert study.time_for_the_loss(2.0, {1.0: 2.0}) is None  # nothing to tell how fast the loss falls
+    assert (
+        study.time_for_the_loss(2.0, {1.0: 2.0}) is None
+    )  # nothing to tell how fast the loss falls
 
 
 def test_the_gap_is_between_runs_of_the_same_seeds():
@@ -82,7 +95,9 @@ def test_finished_runs_are_kept_beside_those_of_other_machines(tmp_path):
     (folder / "cpu" / "local").mkdir(parents=True)
     (folder / "cpu" / "local" / "result.json").write_text(json.dumps(here))
     (folder / study.TRIAL / "local").mkdir(parents=True)
-    (folder / study.TRIAL / "local" / "result.json").write_text(json.dumps(here | {"preset": study.TRIAL}))
+    (folder / study.TRIAL / "local" / "result.json").write_text(
+        json.dumps(here | {"preset": study.TRIAL})
+    )
     assert study.all_runs(kept, folder) == [there, here]
     assert study.all_runs(kept, tmp_path / "nothing") == [there, here]
 
@@ -97,15 +112,28 @@ def test_a_split_backward_takes_the_bubble_out_of_the_forecast():
 
 
 def test_a_row_without_a_yardstick_is_left_out(capsys):
-    """A method run for longer than backprop was, and a preset in which backprop was not run at all."""
+    """A method run for longer than backprop was, and a preset in which backprop was not run at
+    all."""
     machine = {"device": "cpu", "processor": "x"}
-    backprop = run_of("backprop", lr_factor=1.0)._asdict() | {"loss": 2.0, "tokens": 10, "curve": [(10, 2.0)], "machine": machine}
-    eight = run_of("local", segments=8)._asdict() | {"loss": 2.1, "tokens": 10, "curve": [(10, 2.1)], "machine": machine}
+    backprop = run_of("backprop", lr_factor=1.0)._asdict() | {
+        "loss": 2.0,
+        "tokens": 10,
+        "curve": [(10, 2.0)],
+        "machine": machine,
+    }
+    eight = run_of("local", segments=8)._asdict() | {
+        "loss": 2.1,
+        "tokens": 10,
+        "curve": [(10, 2.1)],
+        "machine": machine,
+    }
     longer = {**eight, "step_factor": 2.0}
     rows = study.summary("cpu", [backprop, eight, longer])
     assert [(row["method"], row["segments"], row["step_factor"]) for row in rows] == [
-        ("backprop", 4, 1.0), ("backprop", 8, 1.0), ("local", 8, 1.0),
-    ]  # fmt: skip
+        ("backprop", 4, 1.0),
+        ("backprop", 8, 1.0),
+        ("local", 8, 1.0),
+    ]
     assert "local is left out" in capsys.readouterr().err
     assert rows[1]["perplexity"] == rows[0]["perplexity"]  # where it is cut changes nothing
     assert study.summary("cpu", [eight]) == []

@@ -1,4 +1,5 @@
-"""What a head of an early segment costs: one forward and backward of each variant, beside one block of the model."""
+"""What a head of an early segment costs: one forward and backward of each variant, beside one block
+of the model."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.live import LiveTensors
-from ds_local import blocks
-from ds_local.config import HeadConfig
+from ds_local.config.schema import HeadConfig
+from ds_local.model import blocks
 
 SEED = 1234
 PARTS = [0, 2, 4, 6]  # an embedding, a block | two blocks | a block, a readout
@@ -44,11 +45,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def model_config(width: int, vocabulary: int, tokens: int, depth: int = 4) -> Any:
-    return blocks.load_model_config({
-        "model_type": "gpt2", "vocab_size": vocabulary, "n_positions": tokens, "n_embd": width, "n_layer": depth,
-        "n_head": max(1, width // 64), "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False,
-        "bos_token_id": 1, "eos_token_id": 2,
-    })  # fmt: skip
+    return blocks.load_model_config(
+        {
+            "model_type": "gpt2",
+            "vocab_size": vocabulary,
+            "n_positions": tokens,
+            "n_embd": width,
+            "n_layer": depth,
+            "n_head": max(1, width // 64),
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+    )
 
 
 class _Naive(nn.Module):
@@ -70,9 +82,14 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     hidden = torch.randn(1, args.tokens, args.width)
     labels = torch.randint(args.vocabulary, (1, args.tokens))
     made: dict[str, Callable[[], nn.Module]] = {
-        name: partial(blocks.make_head, config, 0, SEED, HeadConfig(**given), PARTS) for name, given in VARIANTS.items()
-    }  # fmt: skip
-    made = {"naive, all logits at once": lambda: _Naive(blocks.make_head(config, 0, SEED, HeadConfig(), PARTS))} | made
+        name: partial(blocks.make_head, config, 0, SEED, HeadConfig(**given), PARTS)
+        for name, given in VARIANTS.items()
+    }
+    made = {
+        "naive, all logits at once": lambda: _Naive(
+            blocks.make_head(config, 0, SEED, HeadConfig(), PARTS)
+        )
+    } | made
     block = blocks.Block(config, 0, SEED)
     seconds: dict[str, list[float]] = {name: [] for name in made}
     block_seconds: list[float] = []
@@ -86,20 +103,29 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             taken, live = _timed(partial(_loss, head, labels), hidden)
             seconds[name].append(taken)
             facts[name] = {
-                "live_bytes": live.peak, "rss_growth_bytes": live.process_growth,
+                "live_bytes": live.peak,
+                "rss_growth_bytes": live.process_growth,
                 "parameters": sum(p.numel() for p in head.parameters() if p.requires_grad),
-            }  # fmt: skip
+            }
             print(f"{name}, repetition {repeat + 1}: {taken:.3f} s", file=sys.stderr)
             del head
             gc.collect()
     return [
         {
-            "head": name, "section": VARIANTS.get(name), "seconds": median(times), "seconds_lowest": min(times),
-            "seconds_highest": max(times), "block_seconds": median(block_seconds), "width": args.width,
-            "vocabulary": args.vocabulary, "tokens": args.tokens, "load_before": load, **facts[name],
+            "head": name,
+            "section": VARIANTS.get(name),
+            "seconds": median(times),
+            "seconds_lowest": min(times),
+            "seconds_highest": max(times),
+            "block_seconds": median(block_seconds),
+            "width": args.width,
+            "vocabulary": args.vocabulary,
+            "tokens": args.tokens,
+            "load_before": load,
+            **facts[name],
         }
         for name, times in seconds.items()
-    ]  # fmt: skip
+    ]
 
 
 def _loss(head: nn.Module, labels: Tensor, hidden: Tensor) -> Tensor:
@@ -107,9 +133,11 @@ def _loss(head: nn.Module, labels: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _timed(loss_of: Callable[[Tensor], Tensor], hidden: Tensor) -> tuple[float, LiveTensors]:
-    """Forward and backward, twice: processor seconds of the second time, and what the first one needed (gradients included).
+    """Forward and backward, twice: processor seconds of the second time, and what the first one
+    needed (gradients included).
 
-    Processor time of one thread, not wall-clock: others on this machine then cost the figure little.
+    Processor time of one thread, not wall-clock: others on this machine then cost the figure
+    little.
     """
     with LiveTensors(watch_process=True) as live:
         loss_of(hidden.clone().requires_grad_()).backward()

@@ -1,4 +1,5 @@
-"""How much autograd keeps alive for the backward passes, counted exactly, and how far the process grew meanwhile."""
+"""How much autograd keeps alive for the backward passes, counted exactly, and how far the process
+grew meanwhile."""
 
 from __future__ import annotations
 
@@ -26,11 +27,12 @@ class _Saved:
 class LiveTensors:
     """A context in which saved tensors are counted, each storage once, parameters not at all.
 
-    `peak` is in bytes. It depends on the model and the order of the work alone, not on device or allocator.
+    `peak` is in bytes. It depends on the model and the order of the work alone, not on device or
+    allocator.
 
     Args:
-        watch_process: also measure `process_growth`, the highest resident memory less that at the start (bytes; None where
-            the system does not let a process ask).
+        watch_process: also measure `process_growth`, the highest resident memory less that at the
+            start (bytes; None where the system does not let a process ask).
     """
 
     def __init__(self, watch_process: bool = False) -> None:
@@ -44,7 +46,9 @@ class LiveTensors:
     def __enter__(self) -> LiveTensors:
         if self._watch_process:
             self._before = _forget_highest()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: getattr(saved, "tensor", saved))
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(
+            self._pack, lambda saved: getattr(saved, "tensor", saved)
+        )
         self._hooks.__enter__()
         return self
 
@@ -54,7 +58,11 @@ class LiveTensors:
             self.process_growth = _status("VmHWM") - self._before
 
     def _pack(self, tensor: Tensor) -> Any:
-        return tensor if isinstance(tensor, torch.nn.Parameter) or _is_weight(tensor) else _Saved(self, tensor)
+        return (
+            tensor
+            if isinstance(tensor, torch.nn.Parameter) or _is_weight(tensor)
+            else _Saved(self, tensor)
+        )
 
     def _count_in(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -82,7 +90,9 @@ def _is_weight(tensor: Tensor) -> bool:
 def _forget_highest() -> int | None:
     """Resident bytes now, after resetting the highest so far; None where that is not allowed."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # free memory that the process still holds would hide what comes
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # free memory that the process still holds would hide what comes
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
     except (OSError, AttributeError):
@@ -90,5 +100,7 @@ def _forget_highest() -> int | None:
 
 
 def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+    )
     return int(line.split()[1]) * 1024

@@ -1,7 +1,8 @@
 """A network namespace for each rank, and links of a chosen speed between them.
 
-A rank that calls `enter` gets a network of its own with one interface, joined to the others by a bridge in the namespace of the
-process that started it. `shape_this_rank` limits what leaves through that interface. All of it disappears with the processes.
+A rank that calls `enter` gets a network of its own with one interface, joined to the others by a
+bridge in the namespace of the process that started it. `shape_this_rank` limits what leaves through
+that interface. All of it disappears with the processes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 
-from ds_local.ranks import Pool
+from bench.ranks import Pool
 
 INSIDE = "DS_LOCAL_BENCH_NAMESPACE"
 MTU = 9000
@@ -48,7 +49,9 @@ def refusal() -> str | None:
         "tc qdisc add dev veth0 root tbf rate 1mbit burst 64kb latency 1s"
     )
     try:
-        done = subprocess.run(["unshare", "-Urnm", "sh", "-c", probe], check=False, capture_output=True, text=True)
+        done = subprocess.run(
+            ["unshare", "-Urnm", "sh", "-c", probe], check=False, capture_output=True, text=True
+        )
     except OSError as error:
         return f"the command unshare cannot be run ({error.strerror})"
     return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
@@ -69,12 +72,14 @@ def pool(bridge: bool = True) -> Pool:
 
 
 def interfaces(bridge: bool) -> str:
-    """Stem of the names at the parent's end. The two kinds differ: networks of ranks that ended may linger for a while."""
+    """Stem of the names at the parent's end. The two kinds differ: networks of ranks that ended may
+    linger for a while."""
     return "bridged" if bridge else "relayed"
 
 
 def enter(rank: int, outer: str, bridge: bool) -> None:
-    """Give this process a network of its own with an interface eth0, whose other end is `outer` and the rank at the parent's.
+    """Give this process a network of its own with an interface eth0, whose other end is `outer` and
+    the rank at the parent's.
 
     Call it before any socket is opened.
     """
@@ -90,7 +95,8 @@ def enter(rank: int, outer: str, bridge: bool) -> None:
 
 
 def _compute_checksums(interface: str) -> None:
-    """Between virtual interfaces the kernel leaves checksums out; what a relay reads must have them."""
+    """Between virtual interfaces the kernel leaves checksums out; what a relay reads must have
+    them."""
     value = ctypes.create_string_buffer(struct.pack("II", _SET_TX_CHECKSUM, 0))
     request = struct.pack("16sP", interface.encode(), ctypes.addressof(value))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:

@@ -1,7 +1,9 @@
-"""Real compute on two ranks, each pinned to a core of its own: a GPT-2-shaped model in every system, tokens/s and time to a loss.
+"""Real compute on two ranks, each pinned to a core of its own: a GPT-2-shaped model in every
+system, tokens/s and time to a loss.
 
-All systems train the same model from the same weights on the same sequences in the same order with the same optimizer; stages are
-balanced for every system (readout and heads counted), and plain data parallelism runs beside them.
+All systems train the same model from the same weights on the same sequences in the same order with
+the same optimizer; stages are balanced for every system (readout and heads counted), and plain data
+parallelism runs beside them.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_local.config import local_parallel
-from ds_local.data import BatchShape, TokenData, training_batches, validation_batches
-from ds_local.flops import choose_parts
-from ds_local.ranks import Pool
+from bench.ranks import Pool
+from ds_local.config.files import local_parallel
+from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
+from ds_local.model.flops import choose_parts
 
 RANKS = 2
 SEED = 1234
@@ -44,7 +46,9 @@ class Job:
     sequences: int  # in a micro-batch
     micro_batches: int
 
-    def batches(self, sequences: int, micro_batches: int, replicas: int = 1, replica: int = 0) -> Iterator[Any]:
+    def batches(
+        self, sequences: int, micro_batches: int, replicas: int = 1, replica: int = 0
+    ) -> Iterator[Any]:
         """Micro-batches (ids, labels) for ever."""
         shape = BatchShape(sequences, micro_batches, replicas, replica)
         if self.data is not None:
@@ -56,7 +60,9 @@ class Job:
     def validation(self) -> list[Any]:
         if self.data is None:
             return [next(self.batches(self.sequences, 1))]
-        return validation_batches(TokenData(self.data), BatchShape(self.sequences, 1, 1, 0), EVAL_SEQUENCES)
+        return validation_batches(
+            TokenData(self.data), BatchShape(self.sequences, 1, 1, 0), EVAL_SEQUENCES
+        )
 
 
 Built = tuple[Callable[[], Any], Callable[[], float]]  # take a step; validation loss
@@ -82,7 +88,7 @@ def deepspeed(job: Job) -> Built:
     import deepspeed as package
     from deepspeed.pipe import PipelineModule
 
-    from ds_local import blocks, heads
+    from ds_local.model import blocks, heads
 
     hf_config = blocks.load_model_config(job.model)
     section = local_parallel({"local_parallel": {"mode": "backprop"}})
@@ -118,7 +124,8 @@ class _Whole(nn.Module):
 
 
 def data_parallel(job: Job) -> Built:
-    """The whole model on each rank, gradients averaged by torch's DistributedDataParallel: the same sequences a step."""
+    """The whole model on each rank, gradients averaged by torch's DistributedDataParallel: the same
+    sequences a step."""
     from torch import distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
@@ -152,14 +159,16 @@ OPTIMIZER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0
 
 def config_of(job: Job) -> dict[str, Any]:
     return {
-        "train_micro_batch_size_per_gpu": job.sequences, "gradient_accumulation_steps": job.micro_batches,
-        "gradient_clipping": 0.0, "steps_per_print": 1_000_000,
+        "train_micro_batch_size_per_gpu": job.sequences,
+        "gradient_accumulation_steps": job.micro_batches,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 1_000_000,
         "optimizer": {"type": "AdamW", "params": OPTIMIZER | {"torch_adam": True}},
-    }  # fmt: skip
+    }
 
 
 def _layers(model: dict[str, Any]) -> list[nn.Module]:
-    from ds_local import blocks
+    from ds_local.model import blocks
 
     config = blocks.load_model_config(model)
     middle = [blocks.Block(config, index, SEED) for index in range(blocks.num_blocks(config))]
@@ -176,13 +185,17 @@ SYSTEMS: dict[tuple[str, str], tuple[int, Callable[[Job], Built]]] = {
     ("ds_local", "local"): (1, lambda job: ds_local(job, {"mode": "local", "head": CHEAP_HEAD})),
     ("ds_local", "mixed 1/4"): (4, lambda job: ds_local(job, _mixed(job.micro_batches))),
     ("ds_local", "backprop"): (1, lambda job: ds_local(job, {"mode": "backprop"})),
-    ("ds_local", "backprop, split 2"): (1, lambda job: ds_local(job, {"mode": "backprop", "split_backward": 2})),
+    ("ds_local", "backprop, split 2"): (
+        1,
+        lambda job: ds_local(job, {"mode": "backprop", "split_backward": 2}),
+    ),
     ("deepspeed", "1F1B"): (1, deepspeed),
     ("torch", "data parallel"): (1, data_parallel),
 }
 
 
-# --- on a rank ------------------------------------------------------------------------------------------------------------
+# --- on a rank
+# ------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -198,7 +211,9 @@ def pinned() -> Iterator[None]:
         os.sched_setaffinity(0, cores)
 
 
-def _pinned(system: tuple[str, str], job: Job, work: Callable[[Callable[[], Any], Callable[[], float]], Any]) -> Any:
+def _pinned(
+    system: tuple[str, str], job: Job, work: Callable[[Callable[[], Any], Callable[[], float]], Any]
+) -> Any:
     with pinned():
         torch.manual_seed(SEED)
         return work(*SYSTEMS[system][1](job))
@@ -218,11 +233,16 @@ def speed(system: tuple[str, str], job: Job, steps: int) -> float:
     return _pinned(system, job, work)
 
 
-def until_loss(system: tuple[str, str], job: Job, target: float, max_steps: int) -> list[tuple[int, float, float]]:
-    """(step, seconds of training so far, validation loss), until the loss is reached or the steps are used up."""
+def until_loss(
+    system: tuple[str, str], job: Job, target: float, max_steps: int
+) -> list[tuple[int, float, float]]:
+    """(step, seconds of training so far, validation loss), until the loss is reached or the steps
+    are used up."""
     from torch import distributed as dist
 
-    def work(step: Callable[[], Any], evaluate: Callable[[], float]) -> list[tuple[int, float, float]]:
+    def work(
+        step: Callable[[], Any], evaluate: Callable[[], float]
+    ) -> list[tuple[int, float, float]]:
         seconds, curve = 0.0, []
         for done in range(EVAL_EVERY, max_steps + 1, EVAL_EVERY):
             dist.barrier()
@@ -239,7 +259,8 @@ def until_loss(system: tuple[str, str], job: Job, target: float, max_steps: int)
     return _pinned(system, job, work)
 
 
-# --- the command ----------------------------------------------------------------------------------------------------------
+# --- the command
+# ----------------------------------------------------------------------------------------------------------
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -250,10 +271,18 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """
     if args.target_loss is not None and args.data is None:
         raise ValueError("--target-loss needs --data DIR, a folder of scripts/prepare_data.py")
-    systems = [key for key in SYSTEMS if not args.systems or any(name in ":".join(key) for name in args.systems)]
+    systems = [
+        key
+        for key in SYSTEMS
+        if not args.systems or any(name in ":".join(key) for name in args.systems)
+    ]
     pool = Pool()
     try:
-        rows = [row for m in args.micro_batches for row in _speed_rows(args, systems, _job(args, m), pool)]
+        rows = [
+            row
+            for m in args.micro_batches
+            for row in _speed_rows(args, systems, _job(args, m), pool)
+        ]
         if args.target_loss is not None:
             job = _job(args, max(args.micro_batches, default=4))
             rows += [_loss_row(args, system, job, pool) for system in systems]
@@ -268,48 +297,85 @@ def _job(args: argparse.Namespace, micro_batches: int) -> Job:
         data = TokenData(args.data)
         tokens, vocabulary = data.seq_len, data.vocab_size
     model = {
-        "model_type": "gpt2", "vocab_size": vocabulary, "n_positions": tokens, "n_embd": args.width, "n_layer": args.blocks,
-        "n_head": max(1, args.width // 64), "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1,
-        "eos_token_id": 2, "tie_word_embeddings": False,
-    }  # fmt: skip
-    return Job(model, None if args.data is None else str(Path(args.data).resolve()), tokens, args.sequences, micro_batches)
+        "model_type": "gpt2",
+        "vocab_size": vocabulary,
+        "n_positions": tokens,
+        "n_embd": args.width,
+        "n_layer": args.blocks,
+        "n_head": max(1, args.width // 64),
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    return Job(
+        model,
+        None if args.data is None else str(Path(args.data).resolve()),
+        tokens,
+        args.sequences,
+        micro_batches,
+    )
 
 
-def _speed_rows(args: argparse.Namespace, systems: list[tuple[str, str]], job: Job, pool: Pool) -> list[dict[str, Any]]:
+def _speed_rows(
+    args: argparse.Namespace, systems: list[tuple[str, str]], job: Job, pool: Pool
+) -> list[dict[str, Any]]:
     able = [system for system in systems if job.micro_batches >= SYSTEMS[system][0]]
     periods: dict[tuple[str, str], list[float]] = {system: [] for system in able}
     load = os.getloadavg()[0]
     for repeat in range(args.repeats):
         for system in able:
-            periods[system].append(max(pool.run(speed, RANKS, system, job, args.steps, timeout=3600)))
+            periods[system].append(
+                max(pool.run(speed, RANKS, system, job, args.steps, timeout=3600))
+            )
             print(
                 f"M={job.micro_batches} {':'.join(system)}, repetition {repeat + 1}: {periods[system][-1]:.3f} s a step",
                 file=sys.stderr,
             )
     tokens = job.tokens * job.sequences * job.micro_batches
     return [
-        _facts(job, system) | {
-            "what": "speed", "step_seconds": median(times), "repetitions": times, "load_before": load,
-            "tokens_per_second": tokens / median(times), "tokens_per_second_lowest": tokens / max(times),
+        _facts(job, system)
+        | {
+            "what": "speed",
+            "step_seconds": median(times),
+            "repetitions": times,
+            "load_before": load,
+            "tokens_per_second": tokens / median(times),
+            "tokens_per_second_lowest": tokens / max(times),
             "tokens_per_second_highest": tokens / min(times),
         }
         for system, times in periods.items()
-    ]  # fmt: skip
+    ]
 
 
-def _loss_row(args: argparse.Namespace, system: tuple[str, str], job: Job, pool: Pool) -> dict[str, Any]:
+def _loss_row(
+    args: argparse.Namespace, system: tuple[str, str], job: Job, pool: Pool
+) -> dict[str, Any]:
     load = os.getloadavg()[0]
-    curve = pool.run(until_loss, RANKS, system, job, args.target_loss, args.max_steps, timeout=24 * 3600)[0]
+    curve = pool.run(
+        until_loss, RANKS, system, job, args.target_loss, args.max_steps, timeout=24 * 3600
+    )[0]
     steps, seconds = reached(curve, args.target_loss) or (None, None)
-    print(f"{':'.join(system)}: loss {curve[-1][2]:.3f} after {curve[-1][0]} steps and {curve[-1][1]:.0f} s", file=sys.stderr)
+    print(
+        f"{':'.join(system)}: loss {curve[-1][2]:.3f} after {curve[-1][0]} steps and {curve[-1][1]:.0f} s",
+        file=sys.stderr,
+    )
     return _facts(job, system) | {
-        "what": "time to loss", "target_loss": args.target_loss, "seconds": seconds, "steps": steps, "last_loss": curve[-1][2],
-        "curve": curve, "load_before": load,
-    }  # fmt: skip
+        "what": "time to loss",
+        "target_loss": args.target_loss,
+        "seconds": seconds,
+        "steps": steps,
+        "last_loss": curve[-1][2],
+        "curve": curve,
+        "load_before": load,
+    }
 
 
 def reached(curve: list[tuple[int, float, float]], target: float) -> tuple[float, float] | None:
-    """(steps, seconds) at which a curve of (step, seconds, loss) is down at the target, between its two looks at the loss."""
+    """(steps, seconds) at which a curve of (step, seconds, loss) is down at the target, between its
+    two looks at the loss."""
     if curve[-1][2] > target:
         return None
     if len(curve) == 1:
@@ -321,6 +387,12 @@ def reached(curve: list[tuple[int, float, float]], target: float) -> tuple[float
 
 def _facts(job: Job, system: tuple[str, str]) -> dict[str, Any]:
     return {
-        "system": system[0], "schedule": system[1], "stages": RANKS, "micro_batches": job.micro_batches, "link": None,
-        "model": job.model, "sequences": job.sequences, "tokens": job.tokens,
-    }  # fmt: skip
+        "system": system[0],
+        "schedule": system[1],
+        "stages": RANKS,
+        "micro_batches": job.micro_batches,
+        "link": None,
+        "model": job.model,
+        "sequences": job.sequences,
+        "tokens": job.tokens,
+    }

@@ -1,7 +1,8 @@
 """Distance between ranks: an Ethernet switch in user space that holds every frame back for a while.
 
-The kernel's own delay (netem) is not compiled into every system. Frames of the ranks' virtual interfaces are read and written
-through packet sockets, so any protocol passes unchanged. Meant for small messages: how far, not how fast.
+The kernel's own delay (netem) is not compiled into every system. Frames of the ranks' virtual
+interfaces are read and written through packet sockets, so any protocol passes unchanged. Meant for
+small messages: how far, not how fast.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class Relay:
     def _serve(self) -> None:
         ports = self._attach()
         home: dict[bytes, socket.socket] = {}  # hardware address -> port
-        waiting: list[tuple[float, int, socket.socket, bytes]] = []  # (due, order of arrival, port, frame)
+        waiting: list[
+            tuple[float, int, socket.socket, bytes]
+        ] = []  # (due, order of arrival, port, frame)
         order = itertools.count()
         while not self._closed.is_set():
             patience = max(0.0, waiting[0][0] - time.monotonic()) if waiting else 0.2
@@ -69,10 +72,15 @@ class Relay:
                 everyone = target[0] & _BROADCAST_BIT or target not in home
                 for other in ports if everyone else [home[target]]:
                     if other is not port:
-                        heapq.heappush(waiting, (time.monotonic() + self.delay_seconds, next(order), other, frame))
+                        heapq.heappush(
+                            waiting,
+                            (time.monotonic() + self.delay_seconds, next(order), other, frame),
+                        )
             while waiting and waiting[0][0] <= time.monotonic():
                 _, _, other, frame = heapq.heappop(waiting)
-                with suppress(OSError):  # a frame to a rank that has ended is lost, as on any network
+                with suppress(
+                    OSError
+                ):  # a frame to a rank that has ended is lost, as on any network
                     other.send(frame)
         for port in ports:
             port.close()

@@ -29,7 +29,8 @@ def command() -> str:
 
 
 def save(rows: Sequence[Row], path: Path | None, benchmark: str) -> None:
-    """The JSON of the contract: a list of rows, each with the benchmark, command and machine it comes from."""
+    """The JSON of the contract: a list of rows, each with the benchmark, command and machine it
+    comes from."""
     if path is not None:
         facts = {"benchmark": benchmark, "command": command(), "machine": machine()}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,13 +59,18 @@ def _merged(rows: Sequence[Row]) -> list[Row]:
     """Repetitions of the same thing from several files, taken together; sorted by size."""
     same: dict[str, Row] = {}
     for row in rows:
-        key = json.dumps([row[name] for name in ("system", "schedule", "stages", "micro_batches", "link")])
+        key = json.dumps(
+            [row[name] for name in ("system", "schedule", "stages", "micro_batches", "link")]
+        )
         times = same.get(key, {"repetitions": []})["repetitions"] + row["repetitions"]
         ideal, middle = row["efficiency"] * row["step_seconds"], median(times)
         same[key] = row | {
-            "repetitions": times, "step_seconds": middle, "efficiency": ideal / middle, "efficiency_lowest": ideal / max(times),
+            "repetitions": times,
+            "step_seconds": middle,
+            "efficiency": ideal / middle,
+            "efficiency_lowest": ideal / max(times),
             "efficiency_highest": ideal / min(times),
-        }  # fmt: skip
+        }
     return sorted(same.values(), key=lambda row: (row["stages"], row["micro_batches"]))
 
 
@@ -89,13 +95,21 @@ def grid(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
 
 
 def pivot(
-    rows: Sequence[Row], line: Callable[[Row], str], column: Callable[[Row], str], cell: Callable[[Row], str], title: str
+    rows: Sequence[Row],
+    line: Callable[[Row], str],
+    column: Callable[[Row], str],
+    cell: Callable[[Row], str],
+    title: str,
 ) -> str:
-    """A table with a line for each value of `line` and a column for each value of `column`, in order of appearance."""
+    """A table with a line for each value of `line` and a column for each value of `column`, in
+    order of appearance."""
     columns = list(dict.fromkeys(map(column, rows)))
     cells = {(line(row), column(row)): cell(row) for row in rows}
     lines = dict.fromkeys(map(line, rows))
-    return grid([title, *columns], [[one, *(cells.get((one, c), MISSING) for c in columns)] for one in lines])
+    return grid(
+        [title, *columns],
+        [[one, *(cells.get((one, c), MISSING) for c in columns)] for one in lines],
+    )
 
 
 def name_of(row: Row) -> str:
@@ -110,7 +124,11 @@ def _efficiency(row: Row) -> str:
     """Median, in brackets lowest and highest, then the simulator's figure."""
     spread = f" ({percent(row['efficiency_lowest'], 0)}-{percent(row['efficiency_highest'], 0)})"
     simulated = row["simulated_efficiency"]
-    return percent(row["efficiency"]) + spread + ("" if simulated is None else f" / {percent(simulated, 0)}")
+    return (
+        percent(row["efficiency"])
+        + spread
+        + ("" if simulated is None else f" / {percent(simulated, 0)}")
+    )
 
 
 def schedule_tables(rows: Sequence[Row]) -> list[str]:
@@ -122,7 +140,10 @@ def schedule_tables(rows: Sequence[Row]) -> list[str]:
         columns = list(dict.fromkeys(row["micro_batches"] for row in own))
         own.sort(key=lambda row: place.index(name_of(row)))
         cells = {(name_of(row), row["micro_batches"]): _efficiency(row) for row in own}
-        lines = [[name, *(cells.get((name, m), MISSING) for m in columns)] for name in dict.fromkeys(map(name_of, own))]
+        lines = [
+            [name, *(cells.get((name, m), MISSING) for m in columns)]
+            for name in dict.fromkeys(map(name_of, own))
+        ]
         tables.append(grid([f"P = {stages}", *(f"M = {m}" for m in columns)], lines))
     return tables
 
@@ -162,7 +183,10 @@ def memory_tables(rows: Sequence[Row]) -> list[str]:
     ]
     settings = dict.fromkeys((r["stages"], r["micro_batches"]) for r in rows)
     return [
-        grid([f"P = {p}, M = {m}", *head], [cells(r) for r in rows if (r["stages"], r["micro_batches"]) == (p, m)])
+        grid(
+            [f"P = {p}, M = {m}", *head],
+            [cells(r) for r in rows if (r["stages"], r["micro_batches"]) == (p, m)],
+        )
         for p, m in settings
     ]
 
@@ -189,71 +213,115 @@ def real_tables(rows: Sequence[Row]) -> list[str]:
     quality = [r for r in rows if r["what"] == "time to loss"]
     tables = []
     if speed:
-        tables.append(pivot(speed, name_of, lambda r: f"M = {r['micro_batches']}", _tokens, "tokens/s, median (lowest-highest)"))
+        tables.append(
+            pivot(
+                speed,
+                name_of,
+                lambda r: f"M = {r['micro_batches']}",
+                _tokens,
+                "tokens/s, median (lowest-highest)",
+            )
+        )
     if quality:
-        tables.append(_columns(quality, {
-            "system": name_of,
-            "target loss": lambda r: f"{r['target_loss']:g}",
-            "seconds to it": lambda r: number(r["seconds"], ".0f"),
-            "steps": lambda r: number(r["steps"], ".0f"),
-            "loss at the end": lambda r: number(r["last_loss"], ".3f"),
-        }))  # fmt: skip
+        tables.append(
+            _columns(
+                quality,
+                {
+                    "system": name_of,
+                    "target loss": lambda r: f"{r['target_loss']:g}",
+                    "seconds to it": lambda r: number(r["seconds"], ".0f"),
+                    "steps": lambda r: number(r["steps"], ".0f"),
+                    "loss at the end": lambda r: number(r["last_loss"], ".3f"),
+                },
+            )
+        )
     return tables
 
 
 def head_tables(rows: Sequence[Row]) -> list[str]:
-    return [_columns(rows, {
-        "head": lambda r: r["head"],
-        "forward + backward, processor ms": lambda r: number(1000 * r["seconds"], ".0f"),
-        "lowest-highest": lambda r: f"{1000 * r['seconds_lowest']:.0f}-{1000 * r['seconds_highest']:.0f}",
-        "in blocks": lambda r: number(r["seconds"] / r["block_seconds"], ".2f"),
-        "saved for backward, MiB": lambda r: _mebibytes(r["live_bytes"]),
-        "growth of the process, MiB": lambda r: _mebibytes(r["rss_growth_bytes"]),
-        "trainable parameters, M": lambda r: number(r["parameters"] / 1e6, ".1f"),
-    })]  # fmt: skip
+    return [
+        _columns(
+            rows,
+            {
+                "head": lambda r: r["head"],
+                "forward + backward, processor ms": lambda r: number(1000 * r["seconds"], ".0f"),
+                "lowest-highest": lambda r: (
+                    f"{1000 * r['seconds_lowest']:.0f}-{1000 * r['seconds_highest']:.0f}"
+                ),
+                "in blocks": lambda r: number(r["seconds"] / r["block_seconds"], ".2f"),
+                "saved for backward, MiB": lambda r: _mebibytes(r["live_bytes"]),
+                "growth of the process, MiB": lambda r: _mebibytes(r["rss_growth_bytes"]),
+                "trainable parameters, M": lambda r: number(r["parameters"] / 1e6, ".1f"),
+            },
+        )
+    ]
 
 
 def gpu_tables(rows: Sequence[Row]) -> list[str]:
     stages = [r for r in rows if r["what"] == "stage"]
     whole = [r for r in rows if r["what"] == "whole model"]
     predicted = [r for r in rows if r["what"] == "prediction"]
-    tables = [_columns(stages, {
-        "model": lambda r: r["model"],
-        "stages": lambda r: str(r["stages"]),
-        "stage": lambda r: str(r["stage"]),
-        "compiled": lambda r: "yes" if r["compiled"] else "no",
-        "forward ms": lambda r: number(1000 * r["forward"], ".2f"),
-        "backward ms": lambda r: number(1000 * (r["input_grad"] + r["weight_grad"]), ".2f"),
-        "head ms": lambda r: number(1000 * r["head"], ".2f"),
-        "useful MFU %": lambda r: percent(r["useful_mfu"]),
-        "peak GiB": lambda r: MISSING if r["peak_bytes"] is None else number(r["peak_bytes"] / 2**30, ".2f"),
-    })]  # fmt: skip
+    tables = [
+        _columns(
+            stages,
+            {
+                "model": lambda r: r["model"],
+                "stages": lambda r: str(r["stages"]),
+                "stage": lambda r: str(r["stage"]),
+                "compiled": lambda r: "yes" if r["compiled"] else "no",
+                "forward ms": lambda r: number(1000 * r["forward"], ".2f"),
+                "backward ms": lambda r: number(1000 * (r["input_grad"] + r["weight_grad"]), ".2f"),
+                "head ms": lambda r: number(1000 * r["head"], ".2f"),
+                "useful MFU %": lambda r: percent(r["useful_mfu"]),
+                "peak GiB": lambda r: (
+                    MISSING if r["peak_bytes"] is None else number(r["peak_bytes"] / 2**30, ".2f")
+                ),
+            },
+        )
+    ]
     if whole:
-        tables.append(_columns(whole, {
-            "model, one process": lambda r: r["model"],
-            "compiled": lambda r: "yes" if r["compiled"] else "no",
-            "tokens/s": lambda r: f"{r['tokens_per_second']:,.0f}",
-            "MFU %": lambda r: percent(r["useful_mfu"]),
-            "peak GiB": lambda r: MISSING if r["peak_bytes"] is None else number(r["peak_bytes"] / 2**30, ".2f"),
-        }))  # fmt: skip
+        tables.append(
+            _columns(
+                whole,
+                {
+                    "model, one process": lambda r: r["model"],
+                    "compiled": lambda r: "yes" if r["compiled"] else "no",
+                    "tokens/s": lambda r: f"{r['tokens_per_second']:,.0f}",
+                    "MFU %": lambda r: percent(r["useful_mfu"]),
+                    "peak GiB": lambda r: (
+                        MISSING
+                        if r["peak_bytes"] is None
+                        else number(r["peak_bytes"] / 2**30, ".2f")
+                    ),
+                },
+            )
+        )
     if predicted:
         line = lambda r: f"{r['model']}, P = {r['stages']}, {r['schedule']}"  # noqa: E731
         cell = lambda r: f"{percent(r['efficiency'], 0)} ({r['tokens_per_second']:,.0f} tokens/s)"  # noqa: E731
-        tables.append(pivot(predicted, line, lambda r: r["link"]["name"], cell, "predicted efficiency %"))
+        tables.append(
+            pivot(predicted, line, lambda r: r["link"]["name"], cell, "predicted efficiency %")
+        )
     return tables
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
-    "schedules": schedule_tables, "links": link_tables, "memory": memory_tables, "real": real_tables, "heads": head_tables,
+    "schedules": schedule_tables,
+    "links": link_tables,
+    "memory": memory_tables,
+    "real": real_tables,
+    "heads": head_tables,
     "gpu": gpu_tables,
-}  # fmt: skip
+}
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------------
+# --- pictures
+# -------------------------------------------------------------------------------------------------------------
 
 
 def draw_bars(rows: Sequence[Row], path: Path) -> None:
-    """Efficiency of each system, one panel for each number of stages and micro-batches; a mark shows the simulator's figure."""
+    """Efficiency of each system, one panel for each number of stages and micro-batches; a mark
+    shows the simulator's figure."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -262,15 +330,37 @@ def draw_bars(rows: Sequence[Row], path: Path) -> None:
     names = list(dict.fromkeys(map(name_of, rows)))
     rows = _merged(rows)
     panels = list(dict.fromkeys((r["stages"], r["micro_batches"]) for r in rows))
-    colors = dict(zip(dict.fromkeys(r["system"] for r in rows), ["#4c78a8", "#f2a541", "#72b7b2", "#e45756"], strict=False))
+    colors = dict(
+        zip(
+            dict.fromkeys(r["system"] for r in rows),
+            ["#4c78a8", "#f2a541", "#72b7b2", "#e45756"],
+            strict=False,
+        )
+    )
     figure, axes = plt.subplots(
-        1, len(panels), squeeze=False, sharey=True, figsize=(2.5 + 2.6 * len(panels), 1 + 0.3 * len(names)), layout="constrained"
+        1,
+        len(panels),
+        squeeze=False,
+        sharey=True,
+        figsize=(2.5 + 2.6 * len(panels), 1 + 0.3 * len(names)),
+        layout="constrained",
     )
     for axis, (stages, micro_batches) in zip(axes[0], panels, strict=True):
-        for row in (r for r in rows if (r["stages"], r["micro_batches"]) == (stages, micro_batches)):
+        for row in (
+            r for r in rows if (r["stages"], r["micro_batches"]) == (stages, micro_batches)
+        ):
             y, middle = names.index(name_of(row)), 100 * row["efficiency"]
-            spread = [[middle - 100 * row["efficiency_lowest"]], [100 * row["efficiency_highest"] - middle]]
-            axis.barh(y, middle, xerr=spread, color=colors.get(row["system"], "#999999"), error_kw={"linewidth": 0.8})
+            spread = [
+                [middle - 100 * row["efficiency_lowest"]],
+                [100 * row["efficiency_highest"] - middle],
+            ]
+            axis.barh(
+                y,
+                middle,
+                xerr=spread,
+                color=colors.get(row["system"], "#999999"),
+                error_kw={"linewidth": 0.8},
+            )
             if row["simulated_efficiency"] is not None:
                 axis.plot(100 * row["simulated_efficiency"], y, "k|", markersize=9)
         axis.set_title(f"P = {stages}, M = {micro_batches}", fontsize=9)
@@ -278,7 +368,10 @@ def draw_bars(rows: Sequence[Row], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_yticks(range(len(names)), names, fontsize=8)
     axes[0, 0].invert_yaxis()
-    figure.supxlabel("% of ideal; bar: median of the repetitions, line: their spread, mark: simulated", fontsize=8)
+    figure.supxlabel(
+        "% of ideal; bar: median of the repetitions, line: their spread, mark: simulated",
+        fontsize=8,
+    )
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -287,9 +380,24 @@ def write_trace(events_of_ranks: Sequence[Sequence[tuple[str, float, float]]], p
     """A Chrome/Perfetto trace with a lane for each stage."""
     rows: list[Row] = []
     for stage, events in enumerate(events_of_ranks):
-        rows.append({"name": "thread_name", "ph": "M", "pid": 0, "tid": stage, "args": {"name": f"stage {stage}"}})
+        rows.append(
+            {
+                "name": "thread_name",
+                "ph": "M",
+                "pid": 0,
+                "tid": stage,
+                "args": {"name": f"stage {stage}"},
+            }
+        )
         rows += [
-            {"name": what, "ph": "X", "pid": 0, "tid": stage, "ts": start * 1e6, "dur": (end - start) * 1e6}
+            {
+                "name": what,
+                "ph": "X",
+                "pid": 0,
+                "tid": stage,
+                "ts": start * 1e6,
+                "dur": (end - start) * 1e6,
+            }
             for what, start, end in events
         ]
     path.write_text(json.dumps({"traceEvents": rows}))

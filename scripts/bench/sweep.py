@@ -1,4 +1,5 @@
-"""Runs systems against each other: every repetition takes each system once, so that whatever else the machine does hits all."""
+"""Runs systems against each other: every repetition takes each system once, so that whatever else
+the machine does hits all."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from typing import Any
 
 from bench import emulated
 from bench.network import Shape
+from bench.ranks import Pool
 from bench.systems import System, with_head
-from ds_local.ranks import Pool
 
 Row = dict[str, Any]
 
@@ -31,7 +32,9 @@ class Setting:
     @property
     def link_seconds(self) -> float:
         """That a message keeps a link busy."""
-        return self.times.floats * 32 / self.link.bits_per_second if self.link.bits_per_second else 0.0
+        return (
+            self.times.floats * 32 / self.link.bits_per_second if self.link.bits_per_second else 0.0
+        )
 
     @property
     def ideal_seconds(self) -> float:
@@ -40,11 +43,17 @@ class Setting:
 
     def steps(self) -> tuple[int, int]:
         """(steps until the pipeline has filled, steps that count)."""
-        return math.ceil(self.stages / self.micro_batches) + 1, max(2, math.ceil(12 / self.micro_batches))
+        return math.ceil(self.stages / self.micro_batches) + 1, max(
+            2, math.ceil(12 / self.micro_batches)
+        )
 
 
 def sweep(
-    settings: Sequence[Setting], systems: Sequence[System], repeats: int, pool: Pool, trace: Callable[..., None] | None = None
+    settings: Sequence[Setting],
+    systems: Sequence[System],
+    repeats: int,
+    pool: Pool,
+    trace: Callable[..., None] | None = None,
 ) -> Iterator[list[Row]]:
     """The rows of one setting after another."""
     pool.run(ready, max(setting.stages for setting in settings), timeout=600)
@@ -62,10 +71,16 @@ def sweep(
                 share = setting.ideal_seconds / periods[system.name][-1]
                 where = f"P={setting.stages} M={setting.micro_batches} {_link_words(setting)}{system.name}"
                 took = time.monotonic() - started
-                print(f"{where}, repetition {repeat + 1}: {share:.1%} of ideal ({took:.0f} s)", file=sys.stderr, flush=True)
+                print(
+                    f"{where}, repetition {repeat + 1}: {share:.1%} of ideal ({took:.0f} s)",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 if trace is not None and not repeat:
                     trace(system, setting, results)
-        yield [_row(system, setting, seen[system.name], periods[system.name], load) for system in able]
+        yield [
+            _row(system, setting, seen[system.name], periods[system.name], load) for system in able
+        ]
 
 
 def ready() -> None:
@@ -83,7 +98,9 @@ def run_once(system: System, setting: Setting, pool: Pool) -> list[Row]:
     """What each rank saw."""
     warm, counted = setting.steps()
     # nothing is slower than one micro-batch after the other over these links
-    slowest = setting.stages * (setting.times.useful * 1.5 + 2 * setting.link_seconds + 2 * setting.link.delay_seconds)
+    slowest = setting.stages * (
+        setting.times.useful * 1.5 + 2 * setting.link_seconds + 2 * setting.link.delay_seconds
+    )
     limit = 300 + 3 * (warm + counted) * setting.micro_batches * slowest
     arguments = setting.stages, setting.micro_batches, warm + counted, setting.link
     times = with_head(setting.times, system)
@@ -91,9 +108,13 @@ def run_once(system: System, setting: Setting, pool: Pool) -> list[Row]:
     return pool.run(system.run, setting.stages, times, *arguments, *extra, timeout=limit)
 
 
-def _row(system: System, setting: Setting, seen: list[list[Row]], periods: list[float], load: float) -> Row:
+def _row(
+    system: System, setting: Setting, seen: list[list[Row]], periods: list[float], load: float
+) -> Row:
     """The contract: efficiency is the useful time of the busiest stage over the time of a step."""
-    timeline = system.predicted(setting.times, setting.stages, setting.micro_batches, setting.link_seconds, seen[0][0])
+    timeline = system.predicted(
+        setting.times, setting.stages, setting.micro_batches, setting.link_seconds, seen[0][0]
+    )
     seconds = median(periods)
     efficiencies = [setting.ideal_seconds / period for period in periods]
     row = {
@@ -102,8 +123,11 @@ def _row(system: System, setting: Setting, seen: list[list[Row]], periods: list[
         "stages": setting.stages,
         "micro_batches": setting.micro_batches,
         "link": {
-            "c_over_f": round(setting.link_seconds / setting.times.forward, 3) if setting.times.forward else 0.0,
-            "bits_per_second": setting.link.bits_per_second, "delay_seconds": setting.link.delay_seconds,
+            "c_over_f": round(setting.link_seconds / setting.times.forward, 3)
+            if setting.times.forward
+            else 0.0,
+            "bits_per_second": setting.link.bits_per_second,
+            "delay_seconds": setting.link.delay_seconds,
         },
         "head_share": system.head,
         "efficiency": setting.ideal_seconds / seconds,
@@ -114,7 +138,7 @@ def _row(system: System, setting: Setting, seen: list[list[Row]], periods: list[
         "simulated_efficiency": _simulated(system, setting, timeline),
         "peak_live_micro_batches": _live(system, setting, timeline),
         "load_before": load,
-    }  # fmt: skip
+    }
     if setting.times.layers:
         row |= _memory(seen)
     return row
@@ -143,11 +167,16 @@ def _memory(seen: list[list[Row]]) -> Row:
 
     unit = seen[0][0]["unit_bytes"]
     return {
-        "live_bytes": over("live_bytes"), "micro_batch_bytes": unit, "rss_growth_bytes": over("rss_bytes"),
-        "posted_receive_bytes": over("posted_bytes"), "peak_live_micro_batches": [n / unit for n in over("live_bytes")],
-    }  # fmt: skip
+        "live_bytes": over("live_bytes"),
+        "micro_batch_bytes": unit,
+        "rss_growth_bytes": over("rss_bytes"),
+        "posted_receive_bytes": over("posted_bytes"),
+        "peak_live_micro_batches": [n / unit for n in over("live_bytes")],
+    }
 
 
 def _link_words(setting: Setting) -> str:
     ratio = f"c/F={setting.link_seconds / setting.times.forward:g} " if setting.link_seconds else ""
-    return ratio + (f"delay {setting.link.delay_seconds * 1000:g} ms " if setting.link.delay_seconds else "")
+    return ratio + (
+        f"delay {setting.link.delay_seconds * 1000:g} ms " if setting.link.delay_seconds else ""
+    )

@@ -1,4 +1,5 @@
-"""The pipelines that are compared: how to run each, when it cannot run, and what the simulator says about it."""
+"""The pipelines that are compared: how to run each, when it cannot run, and what the simulator says
+about it."""
 
 from __future__ import annotations
 
@@ -7,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench import emulated
-from ds_local.config import local_parallel
-from ds_local.peers import gpipe, one_f_one_b
-from ds_local.routes import make_routes
-from ds_local.schedule import Action, Schedule
-from ds_local.simulator import Costs, simulate
+from ds_local.config.files import local_parallel
+from ds_local.schedules.peers import gpipe, one_f_one_b
+from ds_local.schedules.routes import make_routes
+from ds_local.schedules.run_plan import RunPlan
+from ds_local.schedules.schedule import Action, Schedule
+from ds_local.schedules.simulator import Costs, simulate
 
 LINK_DEPTH = 4  # the default of local_parallel.link.depth
 
@@ -23,8 +25,12 @@ class System:
     owner: str  # whose pipeline
     schedule: str
     run: Callable[..., dict[str, Any]]  # a function of `emulated`
-    arguments: Callable[[int, int], tuple]  # of (stages, micro-batches): what `run` takes besides the common ones
-    theory: Callable[[int, int, Any], Schedule | list[Schedule] | None]  # of (stages, micro-batches, what rank 0 returned)
+    arguments: Callable[
+        [int, int], tuple
+    ]  # of (stages, micro-batches): what `run` takes besides the common ones
+    theory: Callable[
+        [int, int, Any], Schedule | list[Schedule] | None
+    ]  # of (stages, micro-batches, what rank 0 returned)
     least: Callable[[int], int] = lambda stages: 1  # of stages: fewest micro-batches
     pieces: int = 1  # of a stage
     head: float = 0.0  # cost of an auxiliary head, as a share of a stage's useful time
@@ -36,23 +42,40 @@ class System:
 
     def refuses(self, stages: int, micro_batches: int) -> str | None:
         least = self.least(stages)
-        return None if micro_batches >= least else f"{self.name} needs at least {least} micro-batches at {stages} stages"
+        return (
+            None
+            if micro_batches >= least
+            else f"{self.name} needs at least {least} micro-batches at {stages} stages"
+        )
 
-    def predicted(self, times: emulated.Times, stages: int, micro_batches: int, link_seconds: float, seen: Any) -> Any:
+    def predicted(
+        self, times: emulated.Times, stages: int, micro_batches: int, link_seconds: float, seen: Any
+    ) -> Any:
         """The simulator's `Timeline`, or None where it knows no such schedule."""
         schedule = self.theory(stages, micro_batches, seen)
         if schedule is None:
             return None
-        forward, input_grad, weight_grad = (t / self.pieces for t in (times.forward, times.input_grad, times.weight_grad))
+        forward, input_grad, weight_grad = (
+            t / self.pieces for t in (times.forward, times.input_grad, times.weight_grad)
+        )
         depth = LINK_DEPTH if self.owner == "ds_local" else None
-        return simulate(schedule, Costs(forward, input_grad, weight_grad, times.useful * self.head, link_seconds), depth)
+        return simulate(
+            schedule,
+            Costs(forward, input_grad, weight_grad, times.useful * self.head, link_seconds),
+            depth,
+        )
 
 
-def _mixed(share: int | None, link: dict[str, Any] | None = None) -> Callable[[int, int], dict[str, Any]]:
+def _mixed(
+    share: int | None, link: dict[str, Any] | None = None
+) -> Callable[[int, int], dict[str, Any]]:
     """One in `share` micro-batches runs backpropagation; None: as many as the pipeline hides."""
 
     def section(stages: int, micro_batches: int) -> dict[str, Any]:
-        true = {"mode": "backprop", "micro_batches": "auto" if share is None else max(1, micro_batches // share)}
+        true = {
+            "mode": "backprop",
+            "micro_batches": "auto" if share is None else max(1, micro_batches // share),
+        }
         return {"mix": [true, {"mode": "local"}], "link": link or {}}
 
     return section
@@ -60,9 +83,15 @@ def _mixed(share: int | None, link: dict[str, Any] | None = None) -> Callable[[i
 
 def _ours(schedule: str, section: Callable[[int, int], dict[str, Any]], **settings: Any) -> System:
     def theory(stages: int, micro_batches: int, seen: Any) -> list[Schedule]:
-        return local_parallel({"local_parallel": section(stages, micro_batches)}).distinct_schedules(stages, micro_batches)
+        return RunPlan(
+            local_parallel({"local_parallel": section(stages, micro_batches)}),
+            stages,
+            micro_batches,
+        ).schedules
 
-    return System("ds_local", schedule, emulated.ds_local, lambda s, m: (section(s, m),), theory, **settings)
+    return System(
+        "ds_local", schedule, emulated.ds_local, lambda s, m: (section(s, m),), theory, **settings
+    )
 
 
 def _row(mode: str, **more: Any) -> Callable[[int, int], dict[str, Any]]:
@@ -76,12 +105,19 @@ def _torch(schedule: str, placement: str, **settings: Any) -> System:
 
     pieces = 1 if placement == "one" else 2
     return System(
-        "torch", schedule, emulated.torch_pipelining, lambda s, m: (schedule, placement), theory, pieces=pieces, **settings
+        "torch",
+        schedule,
+        emulated.torch_pipelining,
+        lambda s, m: (schedule, placement),
+        theory,
+        pieces=pieces,
+        **settings,
     )
 
 
 def from_torch(name: str, order: dict[int, Sequence[str]]) -> Schedule:
-    """The schedule that torch executes, from its own list of actions for each rank, such as 3F0, 2I1, 2W1, 0B4."""
+    """The schedule that torch executes, from its own list of actions for each rank, such as 3F0,
+    2I1, 2W1, 0B4."""
     stages: list[tuple[Action, ...]] = []
     stage_of: dict[int, int] = {}
     for rank in sorted(order):
@@ -90,7 +126,9 @@ def from_torch(name: str, order: dict[int, Sequence[str]]) -> Schedule:
             for part in text.removesuffix("OVERLAP_F_B").strip("()").split(";"):
                 kind = next((letter for letter in "FIWB" if letter in part), "")
                 segment, _, micro_batch = part.partition(kind) if kind else ("", "", "")
-                if segment.isdigit() and micro_batch.isdigit():  # anything else is communication or an empty slot
+                if (
+                    segment.isdigit() and micro_batch.isdigit()
+                ):  # anything else is communication or an empty slot
                     actions.append(Action(kind, int(segment), int(micro_batch)))
                     stage_of[int(segment)] = rank
         stages.append(tuple(actions))
@@ -104,7 +142,8 @@ def _flushed(stages: int, micro_batches: int, seen: Any) -> Schedule:
 
 
 def _endless(stages: int, micro_batches: int, seen: Any) -> Schedule | None:
-    """Without a flush the period is that of the busiest stage; the simulator flushes, so it cannot say."""
+    """Without a flush the period is that of the busiest stage; the simulator flushes, so it cannot
+    say."""
     return None
 
 
@@ -117,7 +156,9 @@ SYSTEMS: tuple[System, ...] = (
     _ours("mixed 1/4", _mixed(4), least=lambda stages: 4),
     _ours("mixed 1/4, transfer 1", _mixed(4, {"transfer": 1.0}), least=lambda stages: 4),
     _ours("mixed auto", _mixed(None), least=lambda stages: stages),
-    _ours("mixed auto, transfer 1", _mixed(None, {"transfer": 1.0}), least=lambda stages: 2 * stages),
+    _ours(
+        "mixed auto, transfer 1", _mixed(None, {"transfer": 1.0}), least=lambda stages: 2 * stages
+    ),
     _ours("chunked 2", _row("chunked", window=2)),
     _ours("chunked 2, split 1", _row("chunked", window=2, split_backward=1)),
     _ours("chunked 2, split 2", _row("chunked", window=2, split_backward=2)),
@@ -130,8 +171,13 @@ SYSTEMS: tuple[System, ...] = (
     _ours("backprop, split 2", _row("backprop", split_backward=2)),
     System("deepspeed", "1F1B", emulated.deepspeed, lambda s, m: (False,), _flushed),
     System(
-        "deepspeed", "DualPipeV", emulated.deepspeed, lambda s, m: (True,), lambda s, m, seen: None,
-        least=lambda stages: 2 * stages, pieces=2,
+        "deepspeed",
+        "DualPipeV",
+        emulated.deepspeed,
+        lambda s, m: (True,),
+        lambda s, m, seen: None,
+        least=lambda stages: 2 * stages,
+        pieces=2,
     ),
     _torch("GPipe", "one"),
     _torch("1F1B", "one", least=lambda stages: stages),
@@ -139,8 +185,10 @@ SYSTEMS: tuple[System, ...] = (
     _torch("InterleavedZeroBubble", "loop"),
     _torch("ZBVZeroBubble", "v"),
     _torch("DualPipeV", "v", least=lambda stages: 2 * stages),
-    System("async", "1F1B, no flush", emulated.asynchronous, lambda s, m: (), _endless, flushes=False),
-)  # fmt: skip
+    System(
+        "async", "1F1B, no flush", emulated.asynchronous, lambda s, m: (), _endless, flushes=False
+    ),
+)
 
 
 def choose(names: Sequence[str] | None) -> list[System]:

@@ -111,7 +111,7 @@ def test_files_of_a_checkpoint(checkpoint):
     assert files(checkpoint) == [
         "ds_local.json", "head_00-model_states.pt", *(f"layer_{i:02d}-model_states.pt" for i in range(6)),
         "mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt",
-    ]  # fmt: skip
+    ]
     facts = json.loads((checkpoint / "global_step1" / "ds_local.json").read_text())
     assert facts["step"] == 1
     assert sorted(facts["files"]) == files(checkpoint)[1:]
@@ -198,7 +198,7 @@ def test_reading_runs_no_code(copy, tmp_path, name):
 
 def _seal(folder, name):
     """Make a forged file pass the checksums."""
-    from ds_local.checkpoint import _checksum
+    from ds_local.checkpoints.folder import _checksum
 
     facts = json.loads((folder / "ds_local.json").read_text())
     facts["files"][name] = _checksum(folder / name)
@@ -209,7 +209,7 @@ def save_and_die(folder, point):
     """Save a second checkpoint and stop at one of the points where a kill could strike."""
     from pathlib import Path
 
-    from ds_local import checkpoint
+    from ds_local.checkpoints import folder as checkpoint
 
     engine = jobs.build(ALONE, 1)
     data = jobs.batches(engine)

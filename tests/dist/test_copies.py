@@ -1,4 +1,5 @@
-"""Heads that copy weights of other segments: at the promised step, by the formula, the same on any number of ranks."""
+"""Heads that copy weights of other segments: at the promised step, by the formula, the same on any
+number of ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def follow(section: dict[str, Any], stages: int, steps: int) -> Any:
         seen.append({
             str(copy): tuple([t.detach().clone() for t in engine.module.copied_tensors(copy, end)] for end in ("source", "target"))
             for copy in engine.module.copies
-        })  # fmt: skip
+        })
     return engine.copies.delay, seen
 
 
@@ -135,7 +136,7 @@ def diagnose(section: dict[str, Any], stages: int) -> Any:
     """Figures of one probe, and the losses of steps before and after it."""
     from reference import batch
 
-    from ds_local import diagnostics
+    from ds_local.training import diagnostics
 
     engine = jobs.build({**section, "diagnostics": True}, stages)
     data = jobs.batches(engine)
@@ -170,7 +171,7 @@ def test_diagnostics_are_the_cosines_of_one_process_autograd_and_change_nothing(
         flat = [torch.cat([g.flatten() for g in gradients]) for gradients in (local[s], true[s])]
         assert figures[s]["gradient_cosine"] == pytest.approx(torch.cosine_similarity(*flat, dim=0).item(), abs=1e-3)
     assert figures[3]["gradient_cosine"] == pytest.approx(1.0, abs=1e-5)
-    assert all(0 < f["activation_norm"] and 1 <= f["activation_rank"] <= 30 for f in figures.values())
+    assert all(f["activation_norm"] > 0 and 1 <= f["activation_rank"] <= 30 for f in figures.values())
 
     plain = run_ranks(jobs.train, 1, section, 1, 4)[0]["own"]
     assert losses == plain

@@ -1,4 +1,5 @@
-"""What the engine promises besides right gradients: no waiting, right labels, little memory, DeepSpeed's habits."""
+"""What the engine promises besides right gradients: no waiting, right labels, little memory,
+DeepSpeed's habits."""
 
 import time
 
@@ -14,7 +15,7 @@ PRECISIONS = {
     "bf16 ZeRO-1, fp32 sums": {
         "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"},
     },
-}  # fmt: skip
+}
 MIX = {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}
 
 
@@ -44,7 +45,8 @@ def test_a_split_backward_changes_no_bit(precision, replicas):
         assert a["own"] == b["own"]
 
 
-# --- no waiting -------------------------------------------------------------------------------------------------------------
+# --- no waiting
+# -------------------------------------------------------------------------------------------------------------
 
 
 def collectives_of_a_step(section, stages, **extra):
@@ -59,7 +61,7 @@ def collectives_of_a_step(section, stages, **extra):
         "all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor", "barrier",
         "reduce", "gather", "scatter", "all_to_all", "all_to_all_single", "all_gather_object", "broadcast_object_list",
         "gather_object", "monitored_barrier", "all_gather_coalesced", "all_reduce_coalesced",
-    ]  # fmt: skip
+    ]
 
     def counted(name, function):
         def call(*args, **kwargs):
@@ -91,7 +93,8 @@ def test_no_collective_over_stages_on_the_step_path(section, precision):
 
 
 def sleepy(stages, slow, nap, steps, depth):
-    """Seconds that each of the first steps took on this stage; stage `slow` sleeps in every forward."""
+    """Seconds that each of the first steps took on this stage; stage `slow` sleeps in every
+    forward."""
     import time
 
     from torch import nn
@@ -131,7 +134,8 @@ def test_a_slow_last_stage_does_not_slow_the_first_until_the_link_is_full():
     nap, depth = 0.4, 2
     first, last = run_ranks(sleepy, 2, 2, 1, nap, 12, depth)
     assert min(last) >= nap
-    # two messages under way and two received ahead: the first steps do not notice the nap, later ones wait for it
+    # two messages under way and two received ahead: the first steps do not notice the nap, later
+    # ones wait for it
     assert sum(first[1:depth]) < nap / 2
     assert sum(first[-3:]) > 2 * nap
 
@@ -141,11 +145,13 @@ def test_a_slow_first_stage_keeps_nobody_from_finishing():
     assert all(len(steps) == 4 for steps in seconds)
 
 
-# --- labels -----------------------------------------------------------------------------------------------------------------
+# --- labels
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def mismatch(section, stages, replicas_differ, gas=4):
-    """The loss of segment s is the distance between its input, which carries the batch's number, and its labels."""
+    """The loss of segment s is the distance between its input, which carries the batch's number,
+    and its labels."""
     from torch import nn
 
     import ds_local
@@ -167,7 +173,7 @@ def mismatch(section, stages, replicas_differ, gas=4):
     module = ds_local.LocalPipelineModule(
         [Keep() for _ in range(num_segments)], stages, loss_fn=lambda h, y: (h - y).abs().mean(), head=lambda s: Distance(),
         config=config,
-    )  # fmt: skip
+    )
     engine = ds_local.initialize(model=module, config=config)[0]
     generator = torch.Generator().manual_seed(engine.replica_id)
 
@@ -193,11 +199,13 @@ def test_labels_belong_to_their_inputs(section, ranks, stages):
     assert run_ranks(mismatch, ranks, section, stages, True) == [0.0] * ranks
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------------
+# --- memory
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def live_bytes(section, stages, gas):
-    """Largest number of bytes that autograd keeps for backward during a step, and how many one micro-batch needs."""
+    """Largest number of bytes that autograd keeps for backward during a step, and how many one
+    micro-batch needs."""
     engine = jobs.build(section, stages, gas=gas)
     data = jobs.batches(engine)
     engine.train_batch(data)
@@ -238,7 +246,8 @@ def live_bytes(section, stages, gas):
 @pytest.mark.parametrize("gas", [2, 8])
 def test_local_training_keeps_one_micro_batch_alive_whatever_the_depth(stages, gas):
     for step, one, stage in run_ranks(live_bytes, stages, {"mode": "local"}, stages, gas):
-        # the head's logits come and go while the segment's activations wait: they are not a second micro-batch
+        # the head's logits come and go while the segment's activations wait: they are not a second
+        # micro-batch
         head = 2 * 16 * 64 * 4 * 4 + 2 * 16 * 32 * 4 * 4
         assert one <= step <= one + head, stage
 
@@ -250,7 +259,8 @@ def test_backprop_keeps_one_micro_batch_for_each_stage_above():
     assert ratios[1] == pytest.approx(3, rel=0.1)
 
 
-# --- DeepSpeed's habits -----------------------------------------------------------------------------------------------------
+# --- DeepSpeed's habits
+# -----------------------------------------------------------------------------------------------------
 
 
 def tuples(stages, section):

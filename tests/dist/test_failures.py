@@ -1,4 +1,5 @@
-"""A rank dies, hangs or is told to stop: everybody else ends in time, with a sentence that names it."""
+"""A rank dies, hangs or is told to stop: everybody else ends in time, with a sentence that names
+it."""
 
 import os
 import signal
@@ -41,7 +42,7 @@ def start(tmp_path, fate, doom, stages=3, step=5, section=None, ranks=None):
         environment = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks or stages), "LOCAL_SIZE": str(ranks or stages),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
+        }
         processes.append(
             subprocess.Popen(
                 [sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -1,4 +1,5 @@
-"""Runs as Hugging Face models and back: every exit has the loss the run reports, and training goes on where it was."""
+"""Runs as Hugging Face models and back: every exit has the loss the run reports, and training goes
+on where it was."""
 
 from __future__ import annotations
 
@@ -17,12 +18,11 @@ from ranks import run_ranks
 from reference import batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_local import blocks, hf
-from ds_local.checkpoint import CheckpointError
-from ds_local.config import ConfigError
-from ds_local.corpus import check_same_tokenizer
-from ds_local.data import DataError
-from ds_local.pretrained import HEADS_FILE
+from ds_local.checkpoints import hf_export as hf
+from ds_local.data.corpus import check_same_tokenizer
+from ds_local.errors import CheckpointError, ConfigError, DataError
+from ds_local.model import blocks
+from ds_local.model.pretrained import HEADS_FILE
 
 PLAIN = {"mode": "local"}
 RICH = {"mode": "local", "head": {"blocks": [1, 0, 1], "rank": 8, "temperature": True}}
@@ -74,7 +74,7 @@ def loss_of(folder: Path) -> float:
     [
         ("gpt2", RICH, 2), ("qwen3 half sliding, tied", RICH, 2), ("llama", SHARED, 1), ("gpt_neox", PLAIN, 4), ("olmo", PLAIN, 1),
     ],
-)  # fmt: skip
+)
 def test_every_exit_has_the_losses_of_the_run_and_training_goes_on(tmp_path, variant, section, stages):
     section = {**section, "segments_per_stage": 4 // stages}
     ours = run_ranks(train_and_save, stages, VARIANTS[variant], section, stages, str(tmp_path / "run"))[0]
@@ -143,7 +143,7 @@ def test_damaged_checkpoints_leave_nothing_behind(tmp_path):
 
     def reseal(path: Path, state: Any) -> None:
         """What a program that keeps the checksums right could have done."""
-        from ds_local.checkpoint import _checksum
+        from ds_local.checkpoints.folder import _checksum
 
         torch.save(state, path)
         told = json.loads(facts.read_text())
@@ -222,7 +222,8 @@ def test_each_ranks_memory_stays_near_its_share(tmp_path):
 
 @pytest.fixture(scope="module")
 def fine_tuned(tmp_path_factory):
-    """A pretrained folder, and a run of two steps from it under accelerate with a learning rate of zero."""
+    """A pretrained folder, and a run of two steps from it under accelerate with a learning rate of
+    zero."""
     folder = tmp_path_factory.mktemp("fine-tuned")
     still = {"optimizer": {"type": "AdamW", "params": {"lr": 0.0, "weight_decay": 0.0, "torch_adam": True}}}
     inputs = write_inputs(folder, **still, scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": 0.0}})
@@ -271,7 +272,7 @@ def test_every_exit_evaluates_to_the_runs_losses_without_deepspeed(fine_tuned):
     drafted = alone(
         "scripts/generate.py", str(folder / "exits"), "--assistant", "0", "--temperature", "0", "--prompt", "abc",
         "--max-new-tokens", "6",
-    )  # fmt: skip
+    )
     plain = alone("scripts/generate.py", str(folder / "exits"), "--temperature", "0", "--prompt", "abc", "--max-new-tokens", "6")
     assert drafted.startswith(plain.rstrip("\n"))
     assert "drafted tokens accepted" in drafted
@@ -289,7 +290,7 @@ def test_a_pretrained_model_needs_its_own_tokenizer(fine_tuned):
 
 def test_accelerates_single_process_is_refused():
     started = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
-    from ds_local.train import check_launcher
+    from ds_local.training.loop import check_launcher
 
     with pytest.raises(ConfigError, match="replace --cpu by --multi_gpu"):
         check_launcher(started)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from ds_local.config import ConfigError
-from ds_local.staging import Direct
+from ds_local.errors import ConfigError
+from ds_local.links.staging import Direct
 
 LINKS = [
     {"codec": "bf16"},
@@ -45,8 +45,9 @@ def failing(past_host):
     """What stage 1 hears when stage 0 fails after a message."""
     import torch.distributed as dist
 
-    from ds_local.replacements import start_processes
-    from ds_local.transport import Tag, TransportError, make_end
+    from ds_local.engine.deepspeed_seam import start_processes
+    from ds_local.errors import TransportError
+    from ds_local.links.transport import Tag, make_end
 
     start_processes()
     end = make_end("link", dist.get_rank(), 0, 1, [[0, 1]], 2, 60.0, torch.device("cpu"), past_host)
@@ -74,8 +75,8 @@ def crossing():
     """Both ranks send before they receive, over links that hold one message."""
     import torch.distributed as dist
 
-    from ds_local.replacements import start_processes
-    from ds_local.transport import Tag, make_end
+    from ds_local.engine.deepspeed_seam import start_processes
+    from ds_local.links.transport import Tag, make_end
 
     start_processes()
     rank = dist.get_rank()
@@ -102,7 +103,8 @@ def test_ranks_that_share_a_gpu_cannot_go_past_the_host(monkeypatch):
 
 
 def traffic(section, steps=2, **extra):
-    """(bytes per step that segment 0 reports, types of what arrives at segment 1, size of a message)"""
+    """(bytes per step that segment 0 reports, types of what arrives at segment 1, size of a
+    message)"""
     engine = jobs.build(section, 2, **extra)
     sent, seen = [], {}
     engine.reports.listeners.append(lambda rows: sent.append(rows[0].sent_bytes))
@@ -145,11 +147,13 @@ def test_links_carry_bf16_when_training_in_bf16():
     assert second["message_bytes"] == HEADER + HIDDEN["bf16"] + LABELS + FIGURES
 
 
-# --- when things travel -----------------------------------------------------------------------------------------------------
+# --- when things travel
+# -----------------------------------------------------------------------------------------------------
 
 
 def on_time(which, stages=2):
-    """Two stages; each waits, where it computes, for what must have happened at the other by then."""
+    """Two stages; each waits, where it computes, for what must have happened at the other by
+    then."""
     import pathlib
     import time
 
@@ -214,14 +218,16 @@ def test_activations_leave_before_the_head_and_land_while_the_next_stage_compute
 
 
 def staged(fail=False):
-    """Messages whose copies off the device take a while, as on a GPU: they leave later, in order, and whole."""
+    """Messages whose copies off the device take a while, as on a GPU: they leave later, in order,
+    and whole."""
     import threading
 
     import torch.distributed as dist
 
-    from ds_local.replacements import start_processes
-    from ds_local.staging import Staging
-    from ds_local.transport import Peer, Receiver, Sender, Tag, TransportError
+    from ds_local.engine.deepspeed_seam import start_processes
+    from ds_local.errors import TransportError
+    from ds_local.links.staging import Staging
+    from ds_local.links.transport import Peer, Receiver, Sender, Tag
 
     start_processes()
     group, depth, count = dist.new_group([0, 1], backend="gloo"), 2, 7

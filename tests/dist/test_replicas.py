@@ -1,4 +1,5 @@
-"""Replicas that train apart: equality with plain training and with a one-process emulation, exact resumption, failures."""
+"""Replicas that train apart: equality with plain training and with a one-process emulation, exact
+resumption, failures."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from ranks import run_ranks
 from reference import MODELS, Reference, batch, table_of
 from test_failures import finish, start
 
-from ds_local.subnets import deal
+from ds_local.replicas.subnets import deal
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 PLAIN_AVERAGE = {"sync": "periodic", "every": 2, "outer_lr": 1.0, "outer_momentum": 0.0}
@@ -32,11 +33,13 @@ def test_one_replica_is_plain_training_bit_for_bit(replicas):
     assert all(torch.equal(tensor, apart["state"][name]) for name, tensor in plain["state"].items())
 
 
-# --- against one process ----------------------------------------------------------------------------------------------------
+# --- against one process
+# ----------------------------------------------------------------------------------------------------
 
 
 def merged_training(section, stages, steps, **settings):
-    """Train; the model of all replicas afterwards, this replica's own numbers of elements, evaluation, bytes by step."""
+    """Train; the model of all replicas afterwards, this replica's own numbers of elements,
+    evaluation, bytes by step."""
     engine = jobs.build(section, stages, **settings)
     data = jobs.batches(engine)
     sent = []
@@ -67,15 +70,15 @@ WHERE = {
         "self_attn.v_proj.weight": ("attention_heads", 0, 1), "self_attn.o_proj.weight": ("attention_heads", 1, 1),
         "mlp.gate_proj.weight": ("mlp", 0, 1), "mlp.up_proj.weight": ("mlp", 0, 1), "mlp.down_proj.weight": ("mlp", 1, 1),
     },
-}  # fmt: skip
+}
 UNITS = {"gpt2": {"attention_heads": 4, "mlp": 128}, "llama": {"attention_heads": 2, "mlp": 48}}
 OUTPUTS = {"gpt2": {"attn.c_proj": "attention_heads", "mlp.c_proj": "mlp"},
-           "llama": {"self_attn.o_proj": "attention_heads", "mlp.down_proj": "mlp"}}  # fmt: skip
+           "llama": {"self_attn.o_proj": "attention_heads", "mlp.down_proj": "mlp"}}
 
 
 class Emulation:
-    """Replicas in one process on weights of full size: what a replica does not hold is masked out of its forward pass, and is
-    put back, moments too, after its optimizer's step."""
+    """Replicas in one process on weights of full size: what a replica does not hold is masked out
+    of its forward pass, and is put back, moments too, after its optimizer's step."""
 
     def __init__(self, family, parts, replicas, every, factors=(1.0, 1.0), rule="carry", partition=("attention_heads", "mlp")):
         self.family, self.every, self.factors, self.rule, self.partition = family, every, factors, rule, partition
@@ -114,7 +117,8 @@ class Emulation:
         return line.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape).bool()
 
     def entries(self):
-        """(parameter and optimizer state of every replica, mask of every replica or None), for each parameter."""
+        """(parameter and optimizer state of every replica, mask of every replica or None), for each
+        parameter."""
         models = self.models
         for i, layer in enumerate(models[0].layers):
             for name, parameter in layer.named_parameters():
@@ -181,7 +185,7 @@ CASES = {
     ),
     "gpt2, moments forgotten, eval": ("gpt2", {"every": 2, "optimizer_state": "reset"}, (1.0, 0.5), 1, 2),
     "gpt2 on four replicas, MLP alone, train": ("gpt2", {"every": 3, "partition": ["mlp"], "scale": "train"}, (4.0, 1.0), 1, 4),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -219,7 +223,8 @@ def check_sizes(results, family, replicas, partition):
 
 
 def check_bytes(results, family, replicas, every, partition):
-    """Nothing between exchanges; then weights and two moments of what changes hands, and 2 (R - 1) / R of what is averaged."""
+    """Nothing between exchanges; then weights and two moments of what changes hands, and 2 (R - 1)
+    / R of what is averaged."""
     assert all(sent == 0 for result in results for number, sent in enumerate(result["sent"]) if (number + 1) % every)
     sent = sum(sum(result["sent"]) for result in results)
     expected = 0.0
@@ -259,7 +264,8 @@ def test_periodic_averaging_is_an_outer_nesterov_step():
         torch.testing.assert_close(tensor, expected[name], **CLOSE)
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------------------------
+# --- checkpoints
+# --------------------------------------------------------------------------------------------------------------
 
 
 def train_save_and_go_on(section, stages, folder, before, after, **settings):
@@ -304,7 +310,8 @@ def test_resume_in_the_middle_of_a_round_continues_with_the_same_bits(tmp_path, 
     assert again[0][1] == pytest.approx(whole[0][1], rel=1e-6)
 
 
-# --- waiting and failing --------------------------------------------------------------------------------------------------
+# --- waiting and failing
+# --------------------------------------------------------------------------------------------------
 
 
 def collectives_between_exchanges(section, steps):
@@ -353,7 +360,8 @@ def test_a_stop_request_ends_replicas_at_the_same_step(tmp_path):
     assert int(steps.pop().split()[1]) < 60
 
 
-# --- end to end ---------------------------------------------------------------------------------------------------------------
+# --- end to end
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_two_stages_of_two_replicas_train_resume_and_export(tmp_path):

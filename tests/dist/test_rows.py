@@ -100,7 +100,8 @@ def check_row(row, stages, steps=8):
 def test_mixed_micro_batches_add_up_like_one_process(backprop):
     section = {"mix": [{"mode": "backprop", "micro_batches": backprop}, {"mode": "local"}]}
     results = run_ranks(jobs.train, 4, section, 4, 8)
-    # the backprop micro-batches are the first ones read as long as there are no more of them than stages
+    # the backprop micro-batches are the first ones read as long as there are no more of them than
+    # stages
     tables = [table_of("backprop", 4)] * backprop + [table_of("local", 4)] * (4 - backprop)
     compare(results, *reference_run("gpt2", results[0]["parts"], 4, 1, 8, lambda step: tables))
 
@@ -173,13 +174,15 @@ def test_dropout_gives_the_same_bits_on_1_and_4_ranks():
 
 @pytest.mark.parametrize("seed", [*range(20), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(20, 30))])
 def test_random_rows_run_on_real_ranks_as_on_one(seed):
-    """Modes, windows, mixes, stages, segments per stage and link depths at random: no hang, and the bits of one rank."""
+    """Modes, windows, mixes, stages, segments per stage and link depths at random: no hang, and the
+    bits of one rank."""
     import random
 
     from test_schedule import random_case
 
-    from ds_local.order import make_schedule
-    from ds_local.schedule import ScheduleError, validate
+    from ds_local.errors import ScheduleError
+    from ds_local.schedules.list_scheduler import make_schedule
+    from ds_local.schedules.replay import validate
 
     rng = random.Random(seed)
     parts, stages = random_case(rng)

@@ -1,4 +1,5 @@
-"""The backprop row against DeepSpeed's own pipeline engines, layer by layer, and layer files in both directions."""
+"""The backprop row against DeepSpeed's own pipeline engines, layer by layer, and layer files in
+both directions."""
 
 import jobs
 import pytest
@@ -13,13 +14,13 @@ def stock(kind, stages, steps, gas, folder=None, save=False, **extra):
     from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
     from reference import GPT2, SEED, batch
 
-    from ds_local import blocks, heads
+    from ds_local.model import blocks, heads
 
     model = blocks.load_model_config(GPT2)
     layers = [
         LayerSpec(blocks.Embedding, model, SEED), *(LayerSpec(blocks.Block, model, i, SEED) for i in range(4)),
         LayerSpec(blocks.Readout, model, SEED),
-    ]  # fmt: skip
+    ]
     module_class = DualPipeVModule if kind == "dualpipev" else PipelineModule
     module = module_class(layers, num_stages=stages, loss_fn=heads.lm_loss, partition_method="uniform")
     config = jobs.ds_config({}, gas, **extra)
@@ -99,7 +100,7 @@ def evaluate_stock(folder, tag):
     from deepspeed.pipe import LayerSpec, PipelineModule
     from reference import GPT2, SEED, batch
 
-    from ds_local import blocks, heads
+    from ds_local.model import blocks, heads
 
     model = blocks.load_model_config(GPT2)
     layers = [LayerSpec(blocks.Embedding, model, SEED + 1), *(LayerSpec(blocks.Block, model, i, SEED + 1) for i in range(4))]

@@ -14,8 +14,8 @@ import pytest
 from launch import ROOT, command, environment, launch, losses, metrics, script, write_inputs
 from train import parse_arguments
 
-from ds_local.config import ConfigError
-from ds_local.train import read_inputs
+from ds_local.errors import ConfigError
+from ds_local.training.loop import read_inputs
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_a_profile_predicts_and_a_trace_shows_every_stage(inputs, tmp_path):
     assert {event["tid"] for event in events} == {0, 1}
     assert {"ForwardPass", "GradientPass", "OptimizerStep", "SendActivation"} <= {event["name"] for event in events}
     shown = script("simulate.py", "--stages", "2", "--micro-batches", "4", "--mode", "local", "--json", "-",
-                   "--profile", str(folder / "profile.json"))  # fmt: skip
+                   "--profile", str(folder / "profile.json"))
     assert shown.returncode == 0, shown.stdout
     assert json.loads(shown.stdout)["steady_period"] > 0
 
@@ -135,7 +135,7 @@ def test_sigterm_saves_and_leaves_in_time(inputs, tmp_path, target):
     process = subprocess.Popen(
         command(arguments), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) > 10, 60)
         told = time.monotonic()

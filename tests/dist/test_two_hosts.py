@@ -28,7 +28,7 @@ def hosts(tmp_path):
 
 def words(hosts, script, *arguments, no_ssh=True, rank=0):
     start = [str(BIN / "deepspeed"), "--hostfile", str(hosts.folder / "hostfile"), "--master_addr", ADDRESSES[0],
-             "--master_port", "29777"]  # fmt: skip
+             "--master_port", "29777"]
     start += ["--no_ssh", "--node_rank", str(rank)] if no_ssh else []
     return [*start, str(ROOT / "scripts" / script), *arguments]
 
@@ -66,10 +66,11 @@ def test_two_hosts_train_as_one_does(hosts, inputs, tmp_path):
 
 @pytest.mark.skipif(bool(why_no_ssh()), reason=why_no_ssh() or "-")
 def test_one_command_starts_both_hosts_by_ssh(hosts, inputs, tmp_path):
-    """The last two of the five commands in docs/multi-node.md: the launch script looks at the machines before it starts them."""
+    """The last two of the five commands in docs/multi-node.md: the launch script looks at the
+    machines before it starts them."""
     client = hosts.serve_ssh(ON_HOSTS | {"PATH": environment()["PATH"]})
     job = {"MODEL": inputs["--model"], "CONFIG": inputs["--deepspeed_config"], "DATA": inputs["--data"], "STAGES": "2",
-           "RUN": str(tmp_path / "run"), "STEPS": "4", "HOSTFILE": str(hosts.folder / "hostfile")}  # fmt: skip
+           "RUN": str(tmp_path / "run"), "STEPS": "4", "HOSTFILE": str(hosts.folder / "hostfile")}
     here = environment() | ON_HOSTS | {"PYTHONPATH": str(ROOT)} | job
     here["PATH"] = client["PATH"].replace(os.environ["PATH"], environment()["PATH"])
     process = hosts.start(0, ["bash", str(ROOT / "scripts" / "launch" / "deepspeed.sh")], **here)

@@ -1,0 +1,1 @@
+"""What a run leaves behind: checkpoint folders, metrics, Hugging Face folders. No DeepSpeed."""

@@ -1,0 +1,125 @@
+"""Which layout of a cluster is fastest, before it is bought: every legal layout priced, the best
+simulated.
+
+The lower bound on a layout's step is cheap and rules out most of them; those that could still win
+go through the simulator, best bound first, until none is left whose bound beats what was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ds_local.cluster.pricing import (
+    GIB,
+    ONE_IN,
+    ROWS,
+    Cluster,
+    Layout,
+    Model,
+    Price,
+    Pricing,
+    has_heads,
+)
+from ds_local.errors import ConfigError
+
+# --- legal layouts
+# -----------------------------------------------------------------------------------------------------------
+
+
+def layouts(
+    model: Model, cluster: Cluster, sequences: int, heads: Sequence[str], rows: Sequence[str]
+) -> Iterator[Layout]:
+    """Every layout that divides `sequences` per step over the whole cluster."""
+    for stages in (
+        n for n in range(1, min(model.depth, cluster.devices) + 1) if cluster.devices % n == 0
+    ):
+        replicas = cluster.devices // stages
+        if sequences % replicas:
+            continue
+        one_place = stages == 1 or replicas == 1 or cluster.nodes == 1
+        for micro_batch in (2**n for n in range(7)):
+            if sequences // replicas % micro_batch:
+                break
+            micro_batches = sequences // replicas // micro_batch
+            for place in ("across_nodes",) if one_place else ("across_nodes", "within_node"):
+                for row in rows:
+                    for head in heads if has_heads(row) else ("",):
+                        layout = Layout(
+                            stages, replicas, row, head, micro_batch, micro_batches, place
+                        )
+                        if is_legal(layout):
+                            yield layout
+
+
+def is_legal(layout: Layout) -> bool:
+    if (layout.row == "data parallel") != (layout.stages == 1):
+        return False
+    if layout.row == "data parallel":
+        return True
+    if layout.row in ONE_IN:
+        return layout.micro_batches >= ONE_IN[layout.row]
+    return ROWS[layout.row].get("window", 1) < layout.stages
+
+
+# --- search
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plan:
+    """The outcome: the best layout of every row, fastest first, and what was left out."""
+
+    best: list[Price]
+    runners_up: dict[str, list[Price]]  # of each row, further layouts, simulated
+    too_large: dict[str, Price]  # rows none of whose layouts fit, with the smallest
+    considered: int
+    simulated: int
+
+
+def plan(
+    pricing: Pricing, heads: Sequence[str], rows: Sequence[str] = tuple(ROWS), keep: int = 2
+) -> Plan:
+    """Price every legal layout, simulate what could be the best of its row.
+
+    Raises:
+        ConfigError: when no layout divides the batch.
+    """
+    candidates: dict[str, list[Price]] = {}
+    for layout in layouts(pricing.model, pricing.cluster, pricing.sequences, heads, rows):
+        candidates.setdefault(layout.row, []).append(pricing.price(layout))
+    if not candidates:
+        raise ConfigError(
+            f"{pricing.sequences} sequences per step cannot be divided over {pricing.cluster.devices} devices; "
+            "choose --batch-tokens so that it is a multiple of devices x sequence length, or of fewer replicas with more stages"
+        )
+    limit = pricing.cluster.memory_gib * GIB
+    found: dict[str, list[Price]] = {}
+    too_large = {}
+    for row, prices in candidates.items():
+        fitting = sorted((p for p in prices if p.memory <= limit), key=lambda p: p.step_seconds)
+        if not fitting:
+            too_large[row] = min(prices, key=lambda p: p.memory)
+            continue
+        found[row] = _best_of(pricing, fitting, keep)
+    best = sorted((prices[0] for prices in found.values()), key=lambda p: p.step_seconds)
+    return Plan(
+        best,
+        {row: prices[1:] for row, prices in found.items()},
+        too_large,
+        sum(map(len, candidates.values())),
+        sum(map(len, found.values())),
+    )
+
+
+def _best_of(pricing: Pricing, prices: list[Price], keep: int) -> list[Price]:
+    """The simulated ones, fastest first; `prices` come with their bounds, lowest first."""
+    done: list[Price] = []
+    for price in prices:
+        ranked = sorted(p.step_seconds for p in done)
+        if (len(ranked) >= keep and price.step_seconds >= ranked[keep - 1]) or (
+            ranked and price.step_seconds >= 1.5 * ranked[0]
+        ):
+            break
+        done.append(pricing.simulate(price))
+    return sorted(done, key=lambda p: (p.step_seconds, p.memory))

@@ -1,0 +1,30 @@
+"""How the processes of a run divide into pipeline stages and replicas."""
+
+from __future__ import annotations
+
+from ds_local.config.schema import SECTION, LocalParallelConfig
+from ds_local.errors import ConfigError
+
+
+def num_stages_and_replicas(
+    section: LocalParallelConfig, world_size: int, num_stages: int | None = None
+) -> tuple[int, int]:
+    """How the processes divide into pipeline stages and data-parallel replicas.
+
+    Args:
+        num_stages: what the caller asks for; default the section's `num_stages`, or one stage per
+            process.
+
+    Raises:
+        ConfigError: when the stages do not divide the processes.
+    """
+    stages = num_stages or section.num_stages or world_size
+    if num_stages and section.num_stages and num_stages != section.num_stages:
+        raise ConfigError(
+            f"num_stages is {num_stages} but {SECTION}.num_stages is {section.num_stages}; make them agree"
+        )
+    if world_size % stages:
+        raise ConfigError(
+            f"{world_size} processes cannot be divided into {stages} stages; start a multiple of {stages} processes"
+        )
+    return stages, world_size // stages

@@ -1,0 +1,1 @@
+"""Runs a stage under DeepSpeed. The only room that imports it."""

@@ -1,0 +1,58 @@
+"""Every error of ours. The message is one sentence: what is wrong, the values, the remedy.
+
+Whatever is not a `DsLocalError` is a fault of the program or of a user's layer, and keeps its
+traceback. Each class is also the built-in one that callers would expect.
+"""
+
+from __future__ import annotations
+
+
+class DsLocalError(Exception):
+    """Base of all errors of ours."""
+
+
+class ConfigError(DsLocalError, ValueError):
+    """A configuration that cannot work; the message names the key, the values and the remedy."""
+
+
+class RouteError(DsLocalError, ValueError):
+    """A row that makes no sense for this number of segments."""
+
+
+class ScheduleError(DsLocalError, ValueError):
+    """A schedule that is incomplete or would deadlock; the message carries the grid."""
+
+
+class DataError(DsLocalError, ValueError):
+    """Data that cannot be used; the message names the file and the remedy."""
+
+
+class UnsupportedModel(DsLocalError, ValueError):
+    """A model that cannot be cut into pipeline layers."""
+
+
+class WeightsError(DsLocalError, ValueError):
+    """Pretrained weights that cannot be used; the message names the file and the tensor."""
+
+
+class ExportError(DsLocalError, ValueError):
+    """A checkpoint that cannot be turned into a model; the message names the file or tensor."""
+
+
+class CheckpointError(DsLocalError, RuntimeError):
+    """A checkpoint that is missing, incomplete or damaged; the message names file and remedy."""
+
+
+class ClusterError(DsLocalError, RuntimeError):
+    """The machines cannot run the job together; the message names host, rank and remedy."""
+
+
+class TransportError(DsLocalError, RuntimeError):
+    """A neighbour is gone, silent, or sent something else than expected; the message names it.
+
+    `reason` is what the stage that failed first said, if this rank has been told.
+    """
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason

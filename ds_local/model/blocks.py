@@ -1,0 +1,395 @@
+"""A Hugging Face causal language model as a list of pipeline layers: embedding, blocks, readout.
+
+The layers wrap Hugging Face's own modules and call them by keyword, with the mask and the positions
+computed on the spot from the hidden state alone, so that one tensor is all that travels between
+stages. Every module is taken from a real `PreTrainedModel`: a block built from a bare config has no
+attention implementation and silently sees the future.
+
+A family of models is one entry of `FAMILIES`. Shapes: B sequences, T tokens, D hidden, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.pytorch_utils import Conv1D
+
+from ds_local.config.schema import HeadConfig
+from ds_local.errors import UnsupportedModel
+from ds_local.model.heads import AuxiliaryHead, count_targets, linear_cross_entropy
+from ds_local.model.seeds import seeded
+from ds_local.model.split_linear import SPLITTABLE, casts, linear
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family of Hugging Face models keeps its parts (dotted names below the causal LM)."""
+
+    tokens: str
+    blocks: str
+    norm: str
+    readout: str = "lm_head"
+    positions: str | None = None  # learned position embedding
+    dropout: str | None = None  # after the embeddings
+    rotary: str | None = None
+
+
+_LLAMA = Family("model.embed_tokens", "model.layers", "model.norm", rotary="model.rotary_emb")
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(
+        "transformer.wte",
+        "transformer.h",
+        "transformer.ln_f",
+        positions="transformer.wpe",
+        dropout="transformer.drop",
+    ),
+    "gpt_neox": Family(  # Pythia too
+        "gpt_neox.embed_in",
+        "gpt_neox.layers",
+        "gpt_neox.final_layer_norm",
+        dropout="gpt_neox.emb_dropout",
+        rotary="gpt_neox.rotary_emb",
+    ),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2"), _LLAMA),
+}
+
+
+def load_model_config(source: str | Path | dict[str, Any] | PretrainedConfig) -> PretrainedConfig:
+    """A Hugging Face config from a JSON file, a model folder, a hub name, a dict or a config.
+
+    Raises:
+        UnsupportedModel: when it cannot be read or its family is not supported; the message lists
+            the families.
+    """
+    if isinstance(source, PretrainedConfig):
+        config = copy.deepcopy(source)
+    elif isinstance(source, dict):
+        config = AutoConfig.for_model(**source)
+    else:
+        config = _read_config(source)
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModel(
+            f"model_type {config.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+        )
+    config.dtype = None  # that of the saved weights; in training the DeepSpeed config decides
+    return config
+
+
+def _read_config(source: str | Path) -> PretrainedConfig:
+    path = Path(source)
+    if path.is_file():
+        try:
+            fields = json.loads(path.read_text())
+            return AutoConfig.for_model(**fields)
+        except (json.JSONDecodeError, TypeError, KeyError, ValueError) as error:
+            raise UnsupportedModel(
+                f"{path} is not a Hugging Face model config with a model_type: {error}"
+            ) from error
+    if not path.is_dir() and (
+        path.is_absolute() or path.suffix == ".json" or str(source).count("/") > 1
+    ):
+        raise UnsupportedModel(
+            f"no model config at {path}; give a config.json, a model folder or a hub name"
+        )
+    try:
+        return AutoConfig.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"cannot read a model config from {source!r}: {error}") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _skeleton_of(config_json: str) -> PreTrainedModel:
+    config = AutoConfig.for_model(**json.loads(config_json))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def config_dict(config: PretrainedConfig) -> dict[str, Any]:
+    """The config as plain JSON values, without private fields, which must never be taken from a
+    file."""
+    return {
+        k: v
+        for k, v in json.loads(config.to_json_string(use_diff=False)).items()
+        if not k.startswith("_") and k != "loss_type"
+    }
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The whole model without storage, for its structure; shared, so never changed."""
+    return _skeleton_of(json.dumps(config_dict(config), sort_keys=True))
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    return FAMILIES[config.model_type]
+
+
+def _materialize(config: PretrainedConfig, name: str, *key: int | str) -> nn.Module:
+    """A copy of one part of the model with freshly initialized weights that depend on `key`
+    alone."""
+    model = skeleton(config)
+    part = copy.deepcopy(model.get_submodule(name)).to_empty(device="cpu")
+    with seeded(*key):
+        part.apply(model._init_weights)
+    return part
+
+
+class _Conv1D(Conv1D):
+    """GPT-2's linear layer, whose weight is transposed, with a weight gradient that can wait."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            super().forward(x) if casts(x) else linear(x, self.weight, self.bias, transposed=True)
+        )
+
+
+SPLITTABLE[Conv1D] = _Conv1D
+
+
+class _Context:
+    """What every block of a stage shares besides weights: causal mask and rotary embedding, kept
+    per sequence length."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = skeleton(
+            config
+        ).config  # names the attention implementation, without which there is no mask
+        rotary = family_of(config).rotary
+        # built anew, not copied: its frequencies are computed, and computed ones are not in the
+        # skeleton
+        self.rotary = (
+            None
+            if rotary is None
+            else type(skeleton(config).get_submodule(rotary))(config=self.config)
+        )
+        self._kept: dict[tuple, dict[str, Any]] = {}
+
+    def kwargs(self, hidden_BTD: Tensor, attention: str) -> dict[str, Any]:
+        key = (
+            attention,
+            hidden_BTD.shape[0],
+            hidden_BTD.shape[1],
+            hidden_BTD.dtype,
+            hidden_BTD.device,
+        )
+        if key not in self._kept:
+            with torch.no_grad():
+                self._kept[key] = self._build(hidden_BTD.detach(), attention)
+        return self._kept[key]
+
+    def _build(self, hidden_BTD: Tensor, attention: str) -> dict[str, Any]:
+        position_ids = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device).unsqueeze(0)
+        make_mask = (
+            create_sliding_window_causal_mask
+            if attention == "sliding_attention"
+            else create_causal_mask
+        )
+        mask = make_mask(
+            config=self.config,
+            inputs_embeds=hidden_BTD,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=position_ids,
+        )
+        kwargs: dict[str, Any] = {
+            "attention_mask": mask,
+            "position_ids": position_ids,
+            "use_cache": False,
+        }
+        if self.rotary is not None:
+            self.rotary.to(hidden_BTD.device)
+            kwargs["position_embeddings"] = self.rotary(hidden_BTD, position_ids)
+        return kwargs
+
+
+@functools.lru_cache(maxsize=4)
+def _context_of(config_json: str) -> _Context:
+    return _Context(AutoConfig.for_model(**json.loads(config_json)))
+
+
+class Embedding(nn.Module):
+    """Token ids [B, T] -> hidden [B, T, D]."""
+
+    def __init__(self, config: PretrainedConfig, seed: int) -> None:
+        super().__init__()
+        family = family_of(config)
+        self.tokens = _materialize(config, family.tokens, seed, "tokens")
+        self.positions = None
+        if family.positions:
+            self.positions = _materialize(config, family.positions, seed, "positions")
+        self.dropout = (
+            copy.deepcopy(skeleton(config).get_submodule(family.dropout))
+            if family.dropout
+            else None
+        )
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: a lookup gains nothing, and compiled for a GPU its gradient would be summed in
+        any order."""
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        hidden_BTD = self.tokens(ids_BT)
+        if self.positions is not None:
+            hidden_BTD = hidden_BTD + self.positions(
+                torch.arange(ids_BT.shape[1], device=ids_BT.device)
+            )
+        return hidden_BTD if self.dropout is None else self.dropout(hidden_BTD)
+
+
+class Block(nn.Module):
+    """One decoder layer: hidden [B, T, D] -> hidden [B, T, D]."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        index: int,
+        seed: int,
+        key: tuple[int | str, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.block = _materialize(
+            config, f"{family_of(config).blocks}.{index}", seed, *(key or ("block", index))
+        )
+        self.attention = attention_of(config, index)
+        self.context = _context_of(json.dumps(config_dict(config), sort_keys=True))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """`torch.compile` the layer; the mask is made once, outside. Blocks of one shape share the
+        compiled code."""
+        self.block.compile(*args, **kwargs)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return self.block(hidden_BTD, **self.context.kwargs(hidden_BTD, self.attention))
+
+
+class Readout(nn.Module):
+    """Final norm and unembedding: hidden [B, T, D] -> logits [B, T, V]."""
+
+    def __init__(self, config: PretrainedConfig, seed: int, kernel: str = "torch") -> None:
+        super().__init__()
+        family = family_of(config)
+        self.kernel = kernel
+        self.norm = _materialize(config, family.norm, seed, "norm")
+        self.readout = _materialize(config, family.readout, seed, "readout")
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return self.readout(self.norm(hidden_BTD))
+
+    def loss(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """The scalar loss of `heads.lm_loss`; the engine calls this instead of `forward` followed
+        by a loss function."""
+        hidden_ND, targets_N = hidden_BTD[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
+        weight_VD: Tensor = self.readout.weight  # type: ignore[assignment]
+        loss = linear_cross_entropy(self.norm(hidden_ND), weight_VD, targets_N, self.kernel)
+        return loss / count_targets(labels_BT).clamp(min=1)
+
+
+def hf_names(config: PretrainedConfig, layer: int) -> dict[str, str]:
+    """Where the parts of pipeline layer `layer` are in the Hugging Face model: name in the layer ->
+    name in the model."""
+    family = family_of(config)
+    if layer == 0:
+        return {"tokens": family.tokens} | (
+            {"positions": family.positions} if family.positions else {}
+        )
+    if layer <= num_blocks(config):
+        return {"block": f"{family.blocks}.{layer - 1}"}
+    return {"norm": family.norm, "readout": family.readout}
+
+
+def tensor_names(config: PretrainedConfig, layer: int) -> dict[str, str]:
+    """Every saved tensor of pipeline layer `layer`: name in the layer -> name in the Hugging Face
+    model."""
+    whole = skeleton(config).state_dict()
+    return {
+        part + name.removeprefix(prefix): name
+        for part, prefix in hf_names(config, layer).items()
+        for name in whole
+        if name.startswith(prefix + ".")
+    }
+
+
+def attention_of(config: PretrainedConfig, index: int) -> str:
+    """ "full_attention" or "sliding_attention" of block `index`."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        return layer_types[index]
+    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+
+
+def make_head(
+    config: PretrainedConfig, segment: int, seed: int, head: HeadConfig, parts: Sequence[int]
+) -> AuxiliaryHead:
+    """The auxiliary head of a segment: the family's own blocks and norm, and a linear readout.
+
+    Args:
+        parts: layer boundaries of the segments; layer 0 is the embedding.
+    """
+    family = family_of(config)
+    first = parts[segment + 1] - 1  # block that follows the segment
+    private = []
+    for number in range(head_blocks(config, segment, head, parts)):
+        key = (
+            ("head block", segment, number)
+            if head.blocks_from == "new"
+            else ("block", first + number)
+        )
+        private.append(Block(config, first + number, seed, key))
+        private[-1].requires_grad_(head.blocks_from != "next_tracked")
+    norm = _materialize(
+        config, family.norm, seed, "norm" if head.init == "model" else "head norm", segment
+    )
+    down = None
+    if head.readout == "shared" or head.init == "model":
+        readout = _materialize(config, family.readout, seed, "readout").requires_grad_(
+            head.readout == "private"
+        )
+    else:
+        with seeded(seed, "head readout", segment):
+            readout = nn.Linear(head.rank or config.hidden_size, config.vocab_size, bias=False)
+            skeleton(config)._init_weights(readout)
+            if head.rank:
+                down = nn.Linear(config.hidden_size, head.rank, bias=False)
+                skeleton(config)._init_weights(down)
+    return AuxiliaryHead(
+        norm, readout, private, down, head.temperature, head.token_fraction, head.kernel
+    )
+
+
+def head_blocks(
+    config: PretrainedConfig, segment: int, head: HeadConfig, parts: Sequence[int]
+) -> int:
+    """Private blocks in the head of `segment`: as many as asked for, and as there are to be copied
+    or above it."""
+    last = parts[segment + 2] if head.blocks_from == "next_tracked" else parts[-1]
+    return head.blocks_of(segment, min(last - 1, num_blocks(config)) - (parts[segment + 1] - 1))
+
+
+def num_blocks(config: PretrainedConfig) -> int:
+    return len(skeleton(config).get_submodule(family_of(config).blocks))
+
+
+def num_positions(config: PretrainedConfig) -> int:
+    """Longest sequence the model takes."""
+    return config.max_position_embeddings
+
+
+def forward_flops(config: PretrainedConfig, seq_len: int) -> tuple[float, float]:
+    """(one block, readout): floating-point operations of a forward pass per token, matrix products
+    only."""
+    model = skeleton(config)
+    block = model.get_submodule(f"{family_of(config).blocks}.0")
+    matrices = sum(p.numel() for p in block.parameters() if p.dim() == 2)
+    attention = 4 * seq_len * config.hidden_size  # scores and their product with the values
+    return 2.0 * matrices + attention, 2.0 * config.vocab_size * config.hidden_size

@@ -1,0 +1,226 @@
+"""Losses of language models, and the auxiliary head that gives an early segment a loss.
+
+A head is: private blocks (or none) -> norm -> bottleneck (or none) -> readout -> next-token
+cross-entropy. What makes it cheap is set in the config's "head" section: a sample of the positions
+instead of all, a readout that is a read-only copy of the last stage's, a bottleneck. Logits of a
+whole micro-batch never exist where they would be large.
+
+Shapes: B sequences, T tokens, N positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100  # label of a position that does not count, as in Hugging Face models
+
+# below this many logits the plain loss is faster, and there is little memory to save
+_PLAIN_LOGITS = 1 << 20
+_CHUNK = (
+    512  # positions; on CPU much smaller chunks, torch's own choice, cost several times the time
+)
+
+
+def lm_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Mean cross-entropy of predicting each next token; the loss that Hugging Face's causal models
+    compute.
+
+    Args:
+        labels_BT: the token ids themselves (int64); the shift by one happens here. `IGNORE` marks
+            positions to leave out.
+
+    Returns:
+        A float32 scalar; 0 when no position counts.
+    """
+    logits_NV = logits_BTV[:, :-1].flatten(0, 1).float()
+    targets_N = labels_BT[:, 1:].flatten()
+    return F.cross_entropy(
+        logits_NV, targets_N, ignore_index=IGNORE, reduction="sum"
+    ) / count_targets(labels_BT).clamp(min=1)
+
+
+def count_targets(labels_BT: Tensor) -> Tensor:
+    """How many positions of `labels_BT` count in `lm_loss` (int64 scalar)."""
+    return (labels_BT[:, 1:] != IGNORE).sum()
+
+
+# --- cross-entropy of a linear readout
+# ------------------------------------------------------------------------------------
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, kernel: str = "torch"
+) -> Tensor:
+    """Summed cross-entropy of `hidden @ weight.T`, by chunks of positions where the logits would be
+    large.
+
+    Args:
+        targets_N: int64; `IGNORE` leaves a position out.
+        kernel: an entry of `KERNELS`.
+
+    Returns:
+        A float32 scalar, equal to the plain computation up to rounding.
+    """
+    if hidden_ND.shape[0] * weight_VD.shape[0] <= _PLAIN_LOGITS:
+        return F.cross_entropy(
+            F.linear(hidden_ND, weight_VD).float(), targets_N, ignore_index=IGNORE, reduction="sum"
+        )
+    return KERNELS[kernel](hidden_ND, weight_VD, targets_N)
+
+
+def _torch_kernel(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """torch's chunked operation (2.13 and later), which computes its gradients in the forward
+    pass."""
+    if not hasattr(F, "linear_cross_entropy"):
+        return _checkpointed_kernel(hidden_ND, weight_VD, targets_N)
+    options = _torch_options(hidden_ND.device.type)
+    loss = F.linear_cross_entropy(
+        hidden_ND, weight_VD, targets_N, ignore_index=IGNORE, reduction="sum", options=options
+    )
+    return loss.float()
+
+
+@lru_cache
+def _torch_options(device: str) -> Any:
+    if device == "cpu":
+        return nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=_CHUNK)
+    return nn.LinearCrossEntropyOptions()
+
+
+def _checkpointed_kernel(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """For older torch: the logits of each chunk are computed twice."""
+
+    def chunk_loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(
+            F.linear(hidden, weight_VD).float(), targets, ignore_index=IGNORE, reduction="sum"
+        )
+
+    losses = [
+        checkpoint(chunk_loss, hidden, targets, use_reentrant=False)
+        for hidden, targets in zip(hidden_ND.split(_CHUNK), targets_N.split(_CHUNK), strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
+def _liger_kernel(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    function = _optional(
+        "liger_kernel.transformers.functional", "liger_kernel"
+    ).liger_fused_linear_cross_entropy
+    return function(hidden_ND, weight_VD, targets_N, ignore_index=IGNORE, reduction="sum").float()
+
+
+def _cce_kernel(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Apple's cut cross-entropy, in the variant without gradient filtering that its authors give
+    for pretraining."""
+    function = _optional("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
+    return function(
+        hidden_ND,
+        weight_VD,
+        targets_N,
+        ignore_index=IGNORE,
+        reduction="sum",
+        impl="cce_kahan_full_c",
+    ).float()
+
+
+def _optional(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise RuntimeError(
+            f"head.kernel needs the package {package}: pip install {package}, or use kernel 'torch'"
+        ) from error
+
+
+KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "torch": _torch_kernel,
+    "checkpointed": _checkpointed_kernel,
+    "liger": _liger_kernel,
+    "cce": _cce_kernel,
+}
+
+
+# --- the auxiliary head
+# ---------------------------------------------------------------------------------------------------
+
+
+class AuxiliaryHead(nn.Module):
+    """Hidden state of a segment -> its own language-model loss.
+
+    Args:
+        norm: [.., D] -> [.., D].
+        readout: D (or the bottleneck's width) -> V, linear, no bias. Weights without gradients are
+            somebody's copy.
+        blocks: private blocks before the norm, [B, T, D] -> [B, T, D].
+        down: a bottleneck, D -> rank.
+        temperature: learn a factor on the logits.
+        token_fraction: share of the positions whose loss is computed in training, drawn anew each
+            time from torch's CPU generator; the loss is an unbiased estimate of that over all
+            positions.
+        kernel: see `linear_cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        readout: nn.Module,
+        blocks: Sequence[nn.Module] = (),
+        down: nn.Linear | None = None,
+        temperature: bool = False,
+        token_fraction: float = 1.0,
+        kernel: str = "torch",
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.down = down
+        self.readout = readout
+        self.log_temperature = nn.Parameter(torch.zeros(1)) if temperature else None
+        self.token_fraction = token_fraction
+        self.kernel = kernel
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """`torch.compile` the private blocks; the loss has kernels of its own."""
+        for block in self.blocks:
+            block.compile(*args, **kwargs)
+
+    def forward(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """The scalar loss of `lm_loss`, or in training an unbiased estimate of it."""
+        for block in self.blocks:
+            hidden_BTD = block(hidden_BTD)
+        hidden_ND, targets_N, factor = (
+            hidden_BTD[:, :-1].flatten(0, 1),
+            labels_BT[:, 1:].flatten(),
+            1.0,
+        )
+        if self.training and self.token_fraction < 1.0:
+            total = len(targets_N)
+            count = max(1, round(self.token_fraction * total))
+            # drawn on the CPU: the same positions on any device
+            chosen = torch.randperm(total)[:count].to(targets_N.device)
+            hidden_ND, targets_N, factor = hidden_ND[chosen], targets_N[chosen], total / count
+        weight_VD: Tensor = self.readout.weight  # type: ignore[assignment]
+        loss = linear_cross_entropy(
+            self._before_readout(hidden_ND), weight_VD, targets_N, self.kernel
+        )
+        return loss * factor / count_targets(labels_BT).clamp(min=1)
+
+    def _before_readout(self, hidden: Tensor) -> Tensor:
+        hidden = self.norm(hidden)
+        if self.down is not None:
+            hidden = self.down(hidden)
+        return hidden if self.log_temperature is None else hidden * self.log_temperature.exp()
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Next-token logits, shape [B, T, V]."""
+        for block in self.blocks:
+            hidden_BTD = block(hidden_BTD)
+        return self.readout(self._before_readout(hidden_BTD))

@@ -1,0 +1,229 @@
+"""Pretrained weights -> pipeline layers. Each rank reads the tensors of its own layers and heads
+from safetensors, a piece at a time, so its memory stays near its share of the model.
+
+Pickled weights are never read. Tensor names are Hugging Face's; names without the base model's
+prefix, and a few that older versions wrote, are found too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ds_local.config.schema import HeadConfig
+from ds_local.errors import WeightsError
+from ds_local.model import blocks
+
+HEADS_FILE = "auxiliary_heads.safetensors"  # beside an exported model, with its heads as they are
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_PIECE = (
+    4 << 20
+)  # bytes read at a time: a mapped file's pages count as memory of the process until it is closed
+_OLD_NAMES = {"lm_head.weight": ("embed_out.weight",)}  # GPT-NeoX before transformers 5
+
+
+def find_weights(model: str | Path) -> Path | None:
+    """The folder with the safetensors of a model folder or hub name; None for a config file or a
+    folder with a config alone.
+
+    Raises:
+        WeightsError: when there are weights, but only pickled ones, or a hub name has none.
+    """
+    folder = Path(model)
+    if folder.is_file():
+        return None
+    local = folder.is_dir()
+    if not local:
+        folder = _downloaded(str(model))
+    if (folder / _INDEX).is_file() or (folder / _SINGLE).is_file():
+        return folder
+    if local and not any(folder.glob("*.bin")):
+        return None
+    raise WeightsError(
+        f"{model} has no safetensors; pickled weights can run code when they are read. If you trust them, rewrite them with "
+        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...); for fresh weights use --from-scratch"
+    )
+
+
+def _downloaded(name: str) -> Path:
+    """The folder of a hub name in Hugging Face's cache, without what nobody here reads."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["model.safetensors", "model-*.safetensors", HEADS_FILE, "*.json", "tokenizer*"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (OSError, ValueError) as error:  # among them all errors of the hub's
+        raise WeightsError(
+            f"cannot fetch the weights of {name}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+class Weights:
+    """The tensors of a folder of safetensors, by Hugging Face's names.
+
+    Raises:
+        WeightsError: when the index or a file is missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path, config: Any) -> None:
+        self.folder = Path(folder)
+        self.config = config
+        self._files: dict[str, str] = (
+            self._index() if (self.folder / _INDEX).is_file() else self._names_in(_SINGLE)
+        )
+
+    def _index(self) -> dict[str, str]:
+        try:
+            files = json.loads((self.folder / _INDEX).read_text())["weight_map"]
+        except (OSError, ValueError, KeyError) as error:
+            raise WeightsError(
+                f"{self.folder / _INDEX} is no index of safetensors: {error}"
+            ) from error
+        missing = sorted(name for name in set(files.values()) if not (self.folder / name).is_file())
+        if missing:
+            raise WeightsError(f"{self.folder / missing[0]} is missing; {_INDEX} names it")
+        return files
+
+    def _names_in(self, file: str) -> dict[str, str]:
+        with self._opened(file) as tensors:
+            return dict.fromkeys(tensors.keys(), file)
+
+    def _opened(self, file: str) -> Any:
+        try:
+            return safe_open(self.folder / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"cannot read {self.folder / file}: {error}") from error
+
+    def name_of(self, wanted: str) -> str:
+        """The name under which the folder has a tensor of the model.
+
+        Raises:
+            WeightsError: when it has none.
+        """
+        family = blocks.family_of(self.config)
+        names = [
+            wanted,
+            wanted.removeprefix(family.tokens.partition(".")[0] + "."),
+            *_OLD_NAMES.get(wanted, ()),
+        ]
+        if wanted == f"{family.readout}.weight" and not any(name in self._files for name in names):
+            if not self.config.tie_word_embeddings:
+                raise WeightsError(
+                    f"{self.folder} has no tensor {wanted}, and its config does not tie it to the embedding"
+                )
+            return self.name_of(f"{family.tokens}.weight")
+        found = next((name for name in names if name in self._files), None)
+        if found is None:
+            raise WeightsError(
+                f"{self.folder} has no tensor {wanted}, which a model of its config has; is it of another model?"
+            )
+        return found
+
+    @torch.no_grad()
+    def read_into(self, target: Tensor, wanted: str) -> None:
+        """Copy one tensor of the model into `target`, a piece at a time.
+
+        Raises:
+            WeightsError: when it is missing, damaged or of another shape.
+        """
+        name = self.name_of(wanted)
+        file = self._files[name]
+        with self._opened(file) as tensors:
+            if name not in tensors.keys():  # noqa: SIM118 - not a dict
+                raise WeightsError(
+                    f"{self.folder / file} has no tensor {name}; {_INDEX} says it has"
+                )
+            shape = tensors.get_slice(name).get_shape()
+        if list(shape) != list(target.shape):
+            raise WeightsError(
+                f"{self.folder / file}: tensor {name} has shape {shape}, the model needs {list(target.shape)}"
+            )
+        rows = max(1, _PIECE // max(1, target[:1].numel() * 4))
+        for start in range(0, target.shape[0], rows):
+            with self._opened(file) as tensors:
+                target[start : start + rows].copy_(tensors.get_slice(name)[start : start + rows])
+
+
+def load_layer(layer: nn.Module, number: int, weights: Weights) -> None:
+    """Fill pipeline layer `number`. Raises WeightsError."""
+    names = blocks.tensor_names(weights.config, number)
+    for own, tensor in layer.state_dict().items():
+        weights.read_into(tensor, names[own])
+
+
+def load_head(
+    head: nn.Module, segment: int, how: HeadConfig, parts: Sequence[int], weights: Weights
+) -> None:
+    """Fill what an auxiliary head has of the model's own: copied blocks, a shared readout, norm and
+    readout with init "model".
+
+    Heads that were exported with the model, cut at the same layers and made in the same way, are
+    taken whole instead.
+
+    Raises:
+        WeightsError: when a tensor is missing, damaged or of another shape.
+    """
+    state = head.state_dict()
+    if _exported_with(weights.folder, parts):
+        _read_exported(state, segment, weights.folder)
+        return
+    for name, wanted in _of_the_model(weights.config, state, segment, how, parts).items():
+        weights.read_into(state[name], wanted)
+
+
+def _of_the_model(
+    config: Any, state: Mapping[str, Tensor], segment: int, how: HeadConfig, parts: Sequence[int]
+) -> dict[str, str]:
+    """name in a head -> name in the model, of what the head starts from."""
+    family = blocks.family_of(config)
+    names = {}
+    for name in state:
+        part, _, rest = name.partition(".")
+        if part == "blocks" and how.blocks_from != "new":
+            index, _, rest = rest.partition(".block.")
+            names[name] = f"{family.blocks}.{parts[segment + 1] - 1 + int(index)}.{rest}"
+        elif part == "norm" and how.init == "model":
+            names[name] = f"{family.norm}.{rest}"
+        elif part == "readout" and (how.init == "model" or how.readout == "shared"):
+            names[name] = f"{family.readout}.{rest}"
+    return names
+
+
+def _exported_with(folder: Path, parts: Sequence[int]) -> bool:
+    """Are there heads of a model cut at the same layers?"""
+    if not (folder / HEADS_FILE).is_file():
+        return False
+    with _open_heads(folder) as tensors:
+        return json.loads((tensors.metadata() or {}).get("segment_parts", "null")) == list(parts)
+
+
+def _read_exported(state: Mapping[str, Tensor], segment: int, folder: Path) -> None:
+    prefix = f"segment_{segment}."
+    with _open_heads(folder) as tensors, torch.no_grad():
+        found = {name.removeprefix(prefix) for name in tensors.keys() if name.startswith(prefix)}  # noqa: SIM118
+        if found != set(state):
+            raise WeightsError(
+                f"{folder / HEADS_FILE}: the head of segment {segment} has {sorted(found - set(state))} too much and lacks "
+                f"{sorted(set(state) - found)}; use the head options it was trained with, or remove the file"
+            )
+        for name, target in state.items():
+            tensor = tensors.get_tensor(prefix + name)
+            if tensor.shape != target.shape:
+                raise WeightsError(
+                    f"{folder / HEADS_FILE}: tensor {prefix}{name} has shape {list(tensor.shape)}, this run needs "
+                    f"{list(target.shape)}; use the head options it was trained with, or remove the file"
+                )
+            target.copy_(tensor)
+
+
+def _open_heads(folder: Path) -> Any:
+    try:
+        return safe_open(folder / HEADS_FILE, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"cannot read {folder / HEADS_FILE}: {error}") from error

@@ -1,0 +1,1 @@
+"""The data-parallel axis: replicas together or apart, subnets, weights copied into heads."""

@@ -1,0 +1,454 @@
+"""Independent subnet training on the data-parallel axis (Yuan et al. 2019, arXiv 1910.02120), for
+transformer blocks.
+
+Every `every` steps each block's attention heads and MLP hidden units are dealt out among the R
+replicas of a stage. Until the next deal a replica trains its share alone, on physically smaller
+matrices and on its own data: no gradient is averaged. The residual stream stays whole, so each
+matrix is cut in one dimension, and all R shares together are all of it in every round. What is not
+dealt out (embeddings, norms, biases on the residual side, heads, readout) each replica holds whole;
+an exchange averages it.
+
+A deal is a pure function of (seed, round, layer): every replica knows all of them, so no indices
+travel. An exchange moves each weight from the replica that had it to the one that gets it, layer by
+layer; with it go the optimizer's moments.
+
+A family of models is one entry of `CUTS`. No DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_local.config.schema import SECTION, ReplicasConfig
+from ds_local.errors import ConfigError
+from ds_local.model import blocks
+from ds_local.model.seeds import seed_for
+from ds_local.replicas.sync import WEIGHTS, Apart, Parcels, Periodic, Slot, Together
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where one kind of unit lies in a block.
+
+    A dimension of size n that is cut is laid out as (repeats, units, n / repeats / units).
+    """
+
+    units: Callable[[Any], int]  # model config -> how many there are in a block
+    parameters: Mapping[str, tuple[int, int]]  # name in the block -> (dimension, repeats)
+    output: str  # the projection back to the residual stream; its input is what `scale` multiplies
+    sizes: Sequence[str] = field(
+        default=()
+    )  # attributes of Hugging Face's modules that grow with the units
+
+
+_LLAMA = {
+    "attention_heads": Cut(
+        lambda config: config.num_key_value_heads,  # one with the query heads that use it is a unit
+        {f"self_attn.{p}_proj.{kind}": (0, 1) for p in "qkv" for kind in ("weight", "bias")}
+        | {"self_attn.o_proj.weight": (1, 1)},
+        "self_attn.o_proj",
+    ),
+    "mlp": Cut(
+        lambda config: config.intermediate_size,
+        {f"mlp.{p}_proj.{kind}": (0, 1) for p in ("gate", "up") for kind in ("weight", "bias")}
+        | {"mlp.down_proj.weight": (1, 1)},
+        "mlp.down_proj",
+    ),
+}
+
+# GPT-2's Conv1D keeps its weight as [in, out]; its fused projection is laid out as (query, key,
+# value) x heads
+CUTS: dict[str, dict[str, Cut]] = {
+    "gpt2": {
+        "attention_heads": Cut(
+            lambda config: config.n_head,
+            {
+                "attn.c_attn.weight": (1, 3),
+                "attn.c_attn.bias": (0, 3),
+                "attn.c_proj.weight": (0, 1),
+            },
+            "attn.c_proj",
+            ("attn.num_heads", "attn.split_size", "attn.c_attn.nf", "attn.c_proj.nx"),
+        ),
+        "mlp": Cut(
+            lambda config: config.n_inner or 4 * config.n_embd,
+            {"mlp.c_fc.weight": (1, 1), "mlp.c_fc.bias": (0, 1), "mlp.c_proj.weight": (0, 1)},
+            "mlp.c_proj",
+            ("mlp.c_fc.nf", "mlp.c_proj.nx"),
+        ),
+    },
+    "llama": _LLAMA,
+    # fused as heads x (query, key, value), so a head is one stretch
+    "gpt_neox": {
+        "attention_heads": Cut(
+            lambda config: config.num_attention_heads,
+            {
+                "attention.query_key_value.weight": (0, 1),
+                "attention.query_key_value.bias": (0, 1),
+                "attention.dense.weight": (1, 1),
+            },
+            "attention.dense",
+        ),
+        "mlp": Cut(
+            lambda config: config.intermediate_size,
+            {
+                "mlp.dense_h_to_4h.weight": (0, 1),
+                "mlp.dense_h_to_4h.bias": (0, 1),
+                "mlp.dense_4h_to_h.weight": (1, 1),
+            },
+            "mlp.dense_4h_to_h",
+        ),
+    },
+}
+
+# factor in training on the outputs of what is dealt out, for so many replicas
+TRAINING_FACTORS: dict[str, Callable[[int], float]] = {
+    "none": lambda replicas: 1.0,
+    "train": float,
+    "eval": lambda replicas: 1.0,
+    "sqrt": math.sqrt,
+}
+
+
+def merged_factor(scale: str, num_replicas: int) -> float:
+    """Factor on the outputs of what is dealt out, in the merged model."""
+    return 1.0 / num_replicas if scale == "eval" else 1.0
+
+
+def saved_scaling(section: Mapping[str, Any], num_replicas: int) -> tuple[float, tuple[str, ...]]:
+    """(factor on the outputs of the merged model, what it is on), from the "local_parallel" section
+    of a checkpoint or a run."""
+    settings = section.get("replicas", {})
+    factor = (
+        merged_factor(settings.get("scale", "none"), num_replicas)
+        if settings.get("sync") == "subnets"
+        else 1.0
+    )
+    return factor, tuple(sorted(settings["partition"])) if factor != 1.0 else ()
+
+
+def scale_outputs(
+    config: Any, layers: Mapping[int, dict[str, Tensor]], facts: Mapping[str, Any]
+) -> None:
+    """Put the merged model's factor into its weights, where an exported model must have it.
+
+    Args:
+        layers: layer number -> state dict, of a checkpoint; changed in place.
+        facts: of the checkpoint.
+    """
+    factor, kinds = saved_scaling(facts["local_parallel"], facts["num_replicas"])
+    outputs = [f"block.{CUTS[config.model_type][kind].output}.weight" for kind in kinds]
+    for state in layers.values():
+        for name in set(outputs) & state.keys():
+            state[name] = state[name] * factor
+
+
+def check_cut(
+    config: Any, settings: ReplicasConfig, num_replicas: int, pretrained: bool = False
+) -> None:
+    """Raises ConfigError when a model cannot be dealt out among so many replicas."""
+    if settings.sync != "subnets":
+        return
+    if pretrained and settings.scale == "eval":
+        raise ConfigError(
+            f"{SECTION}.replicas.scale 'eval' makes the merged model's parts weaker by the number of replicas, which pretrained "
+            "weights do not expect; use scale 'train', or --from-scratch"
+        )
+    if getattr(config, "model_type", None) not in CUTS:
+        raise ConfigError(
+            f"{SECTION}.replicas.sync 'subnets' knows the models {', '.join(sorted(CUTS))}, made by causal_lm; "
+            "use one of these, or sync 'periodic'"
+        )
+    for kind in settings.partition:
+        units = CUTS[config.model_type][kind].units(config)
+        if units % num_replicas:
+            what = (
+                "attention heads (key-value groups)"
+                if kind == "attention_heads"
+                else "MLP hidden units"
+            )
+            raise ConfigError(
+                f"{num_replicas} replicas cannot share the {units} {what} of a block equally; change the number of replicas, "
+                f"or leave {kind!r} out of {SECTION}.replicas.partition"
+            )
+
+
+def deal(
+    seed: int, round_: int, layer: int, kind: str, units: int, num_replicas: int
+) -> list[Tensor]:
+    """The units of each replica (int64, ascending): a random permutation cut into equal pieces, the
+    same wherever computed."""
+    generator = torch.Generator().manual_seed(seed_for(seed, "deal", round_, layer, kind))
+    order = torch.randperm(units, generator=generator)
+    return [piece.sort().values for piece in order.view(num_replicas, -1)]
+
+
+# --- moving slices
+# --------------------------------------------------------------------------------------------------------
+
+
+def take(tensor: Tensor, dim: int, repeats: int, held: Tensor, units: Tensor) -> Tensor:
+    """Of a tensor with the units `held`, the slice with `units`."""
+    positions = torch.searchsorted(held, units).to(tensor.device)
+    laid_out = tensor.unflatten(dim, (repeats, len(held), -1))
+    return laid_out.index_select(dim + 1, positions).flatten(dim, dim + 2)
+
+
+def put(tensor: Tensor, dim: int, repeats: int, held: Tensor, units: Tensor, piece: Tensor) -> None:
+    """The inverse: write the slice with `units` into a tensor with the units `held`."""
+    positions = torch.searchsorted(held, units).to(tensor.device)
+    laid_out = tensor.unflatten(dim, (repeats, len(held), -1))
+    shape = list(laid_out.shape)
+    shape[dim + 1] = len(units)
+    laid_out.index_copy_(dim + 1, positions, piece.view(shape).to(tensor.device))
+
+
+def common(a: Tensor, b: Tensor) -> Tensor:
+    """Units in both."""
+    return a[torch.isin(a, b, assume_unique=True)]
+
+
+Deal = dict[str, list[Tensor]]  # kind -> units of each replica
+
+
+# --- the feature
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Subnets(Apart):
+    """Cuts the blocks of an engine and exchanges their parts. Made from outside, after the engine;
+    see `make_sync`."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.config = engine.module.hf_config
+        self.cuts = {kind: CUTS[self.config.model_type][kind] for kind in self.settings.partition}
+        self.units = {kind: cut.units(self.config) for kind, cut in self.cuts.items()}
+        self.blocks: dict[str, nn.Module] = {
+            part: engine.module.get_submodule(part).block
+            for part in self.parts
+            if isinstance(engine.module.get_submodule(part), blocks.Block)
+        }
+        self._full_sizes = {
+            (part, path): _attribute(block, path)
+            for part, block in self.blocks.items()
+            for cut in self.cuts.values()
+            for path in cut.sizes
+        }
+        self.round: int | None = None  # None: the whole model
+        for block in self.blocks.values():
+            for cut in self.cuts.values():
+                block.get_submodule(cut.output).register_forward_pre_hook(self._scaled)
+        self.start_from_whole()
+
+    def _scaled(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What enters a projection back to the residual stream, times the factor of the moment."""
+        scale, replicas = self.settings.scale, self.group.size
+        factor = (
+            merged_factor(scale, replicas)
+            if self.round is None
+            else TRAINING_FACTORS[scale](replicas)
+        )
+        return args if factor == 1.0 else (args[0] * factor, *args[1:])
+
+    # --- who holds what
+    # ---------------------------------------------------------------------------------------------------
+
+    def deal_of(self, part: str, round_: int) -> Deal:
+        seed, replicas = self.engine.section.seed, self.group.size
+        return {
+            kind: deal(seed, round_, int(part), kind, units, replicas)
+            for kind, units in self.units.items()
+        }
+
+    def everything(self) -> Deal:
+        return {kind: [torch.arange(units)] * self.group.size for kind, units in self.units.items()}
+
+    def layout(self, part: str, name: str) -> tuple[str, int, int] | None:
+        """(kind, dimension, repeats) of a parameter that is cut, None for one that is shared."""
+        if part in self.blocks:
+            for kind, cut in self.cuts.items():
+                found = cut.parameters.get(name.removeprefix(f"{part}.block."))
+                if found:
+                    return kind, *found
+        return None
+
+    def split(
+        self, part: str, slots: Iterable[Slot]
+    ) -> tuple[list[tuple[Slot, str, int, int]], list[Slot]]:
+        """(what is cut, with its layout; what is shared)."""
+        cut, shared = [], []
+        for slot in slots:
+            layout = self.layout(part, slot.name)
+            if layout is None:
+                shared.append(slot)
+            else:
+                cut.append((slot, *layout))
+        return cut, shared
+
+    # --- exchanges
+    # --------------------------------------------------------------------------------------------------------
+
+    def meet(self) -> None:
+        rule = self.settings.optimizer_state
+        old, new = self._round_in_force(), self.engine.global_steps // self.settings.every
+        travels = [
+            (
+                part,
+                [
+                    slot
+                    for slot in self.slots(part, rule != "reset")
+                    if rule == "carry" or slot.key in _WITHOUT_FIRST
+                ],
+            )
+            for part in self.parts
+        ]
+        self._exchange(travels, old, new)
+        self._resize(new)
+        self._forget(rule)
+
+    def merge(self, moments: bool) -> None:
+        old = self._round_in_force()
+        self._exchange([(part, self.slots(part, moments)) for part in self.parts], old, None)
+        self._resize(None)
+
+    def _round_in_force(self) -> int:
+        assert self.round is not None, "the model is whole at this moment"
+        return self.round
+
+    def _exchange(
+        self, travels: Iterable[tuple[str, list[Slot]]], old_round: int, new_round: int | None
+    ) -> None:
+        """From one deal to the next, or to the whole model. While a part's shares travel, what it
+        shares is averaged, the part before is put in place, and the next one is cut and sent:
+        shares of two parts are under way at most."""
+        before: Callable[[], None] | None = None
+        for part, slots in travels:
+            cut, shared = self.split(part, slots)
+            receive = None
+            if cut:
+                held = self.deal_of(part, old_round)
+                wanted = self.everything() if new_round is None else self.deal_of(part, new_round)
+                receive = partial(self._receive, cut, held, wanted, self._send(cut, held, wanted))
+            if before is not None:
+                before()
+            self.share(shared)
+            before = receive
+        if before is not None:
+            before()
+
+    def _send(self, cut: list[tuple[Slot, str, int, int]], held: Deal, wanted: Deal) -> Parcels:
+        me = self.group.index
+        parcels, sizes = [], []
+        for other in range(self.group.size):
+            pieces = []
+            size = 0
+            for slot, kind, dim, repeats in cut:
+                mine, theirs = held[kind][me], held[kind][other]
+                tensor = slot.read()
+                pieces.append(
+                    take(tensor, dim, repeats, mine, common(mine, wanted[kind][other]))
+                    .flatten()
+                    .cpu()
+                )
+                size += len(common(theirs, wanted[kind][me])) * tensor.numel() // len(mine)
+            parcels.append(torch.cat(pieces))
+            sizes.append(size)
+        return self.group.exchange(parcels, sizes)
+
+    def _receive(
+        self, cut: list[tuple[Slot, str, int, int]], held: Deal, wanted: Deal, under_way: Parcels
+    ) -> None:
+        me = self.group.index
+        received = under_way.wait()
+        offsets = [0] * self.group.size
+        for slot, kind, dim, repeats in cut:
+            old = slot.read()
+            shape = list(old.shape)
+            shape[dim] = shape[dim] // len(held[kind][me]) * len(wanted[kind][me])
+            new = old.new_empty(shape)
+            for other in range(self.group.size):
+                units = common(held[kind][other], wanted[kind][me])
+                size = len(units) * old.numel() // len(held[kind][me])
+                piece = received[other][offsets[other] : offsets[other] + size]
+                put(new, dim, repeats, wanted[kind][me], units, piece)
+                offsets[other] += size
+            slot.write(new)
+
+    def _forget(self, rule: str) -> None:
+        """Moments that do not travel."""
+        state = self.engine.optimizer.state
+        if rule == "reset":
+            state.clear()
+        elif rule == "keep_second_moment":
+            for parameter, moments in state.items():
+                for key, value in moments.items():
+                    if key not in _WITHOUT_FIRST and key != "step" and isinstance(value, Tensor):
+                        moments[key] = torch.zeros_like(parameter)
+
+    # --- whole and cut
+    # ----------------------------------------------------------------------------------------------------
+
+    def _resize(self, round_: int | None) -> None:
+        """Tell Hugging Face's modules how many units they have."""
+        self.round = round_
+        share = 1 if round_ is None else self.group.size
+        for (part, path), size in self._full_sizes.items():
+            owner, _, name = path.rpartition(".")
+            setattr(self.blocks[part].get_submodule(owner), name, size // share)
+
+    def part_again(self) -> None:
+        self._resize(self._round_now())
+
+    def _round_now(self) -> int:
+        return self.engine.global_steps // self.settings.every
+
+    def before_load(self) -> None:
+        super().before_load()
+        if self.round is None:
+            return
+        for part in self.blocks:
+            for slot, _, dim, _ in self.split(part, self.slots(part, moments=False))[0]:
+                old = slot.read()
+                shape = list(old.shape)
+                shape[dim] = shape[dim] * self.group.size
+                slot.write(old.new_empty(shape))
+        self._resize(None)
+
+    def start_from_whole(self) -> None:
+        """Keep this replica's share of the full model that all replicas hold at this moment."""
+        me, now = self.group.index, self._round_now()
+        for part in self.blocks:
+            dealt = self.deal_of(part, now)
+            for slot, kind, dim, repeats in self.split(part, self.slots(part, moments=True))[0]:
+                slot.write(
+                    take(slot.read(), dim, repeats, torch.arange(self.units[kind]), dealt[kind][me])
+                )
+        self._resize(now)
+
+
+_WITHOUT_FIRST = (WEIGHTS, "exp_avg_sq", "max_exp_avg_sq")  # what travels when first moments do not
+
+
+def _attribute(block: nn.Module, path: str) -> int:
+    owner, _, name = path.rpartition(".")
+    return getattr(block.get_submodule(owner), name)
+
+
+_SYNCS: dict[str, Any] = {
+    "gradients": lambda engine: Together(),
+    "subnets": Subnets,
+    "periodic": Periodic,
+}
+
+
+def make_sync(engine: Any) -> Together:
+    """What the config's "replicas" section asks for. A collective call."""
+    return _SYNCS[engine.section.replicas.sync](engine)

@@ -1,0 +1,376 @@
+"""How the replicas of a stage stay one model: `Together`, by averaging gradients in every step, or
+`Apart`, each training by itself and meeting the others every so many steps.
+
+`Periodic` keeps full replicas and averages their weights, with an outer Nesterov step (DiLoCo,
+Douillard et al. 2023, arXiv 2311.08105). `subnets.Subnets` deals the weights out instead. The
+engine holds one of these objects and asks it at a few places; a `Together` asks for nothing. Stages
+never meet here: each stage's replicas talk among themselves.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ds_local.errors import CheckpointError, TransportError
+from ds_local.links.notices import first_failure
+
+WEIGHTS = "weights"
+
+
+class Together:
+    """Gradients are averaged in every step, by DeepSpeed: nothing else to do."""
+
+    reduces_gradients = True
+    waited = 0.0
+    num_bytes = math.nan  # DeepSpeed's, not counted here
+
+    def next_meeting(self, step: int) -> int:
+        """The first step that no replica can have begun while another is in `step`."""
+        return step + 1
+
+    def after_step(self) -> None:
+        """Called after every optimizer step."""
+
+    def whole(self, moments: bool = False) -> AbstractContextManager[None]:
+        """Inside, every replica holds the one full model that all of them make up, with its
+        optimizer's moments if asked for."""
+        return nullcontext()
+
+    def save(self, folder: str) -> None:
+        """Add to a checkpoint what this replica alone knows."""
+
+    def before_load(self) -> None:
+        """Make room for the full model."""
+
+    def load(self, folder: str | None, facts: Mapping[str, Any]) -> None:
+        """Go on from the full model that has just been loaded, and from this replica's own file in
+        `folder` if it fits."""
+
+
+# --- talking
+# --------------------------------------------------------------------------------------------------------------
+
+
+class Parcels:
+    """Tensors on their way between the replicas of a stage."""
+
+    def __init__(self, group: ReplicaGroup, sent: Sequence[Tensor], sizes: Sequence[int]) -> None:
+        self._group = group
+        self._received = [torch.empty(size, dtype=sent[0].dtype) for size in sizes]
+        self._received[group.index] = sent[group.index]
+        self._sent = [tensor.contiguous() for tensor in sent]  # alive until they have gone
+        self._works: list[tuple[int, Any]] = []
+        for other in group.others:
+            if sizes[other]:
+                self._works.append((other, group.start(other, dist.irecv, self._received[other])))
+        for other in group.others:
+            if self._sent[other].numel():
+                self._works.append((other, group.start(other, dist.isend, self._sent[other])))
+                group.num_bytes += self._sent[other].nbytes
+
+    def wait(self) -> list[Tensor]:
+        """What each replica sent. Raises TransportError naming the replica that is gone or late."""
+        for other, work in self._works:
+            self._group.wait(other, work)
+        return self._received
+
+
+class ReplicaGroup:
+    """The replicas of one stage. Each talks to each directly, so whoever is missing is named. Bytes
+    travel over gloo.
+
+    Args:
+        stage: for messages.
+        ranks: global ranks of the replicas.
+        group: a process group of these ranks that nothing else uses.
+        timeout_seconds: longest wait for another replica.
+    """
+
+    def __init__(
+        self, stage: int, ranks: Sequence[int], group: Any, timeout_seconds: float
+    ) -> None:
+        self.stage, self.ranks, self.timeout_seconds = stage, list(ranks), timeout_seconds
+        self.size = len(self.ranks)
+        self.index = self.ranks.index(dist.get_rank())
+        self.others = [replica for replica in range(self.size) if replica != self.index]
+        self.waited = 0.0  # seconds
+        self.num_bytes = 0  # sent to others
+        self._group = group
+
+    def exchange(self, sent: Sequence[Tensor], sizes: Sequence[int]) -> Parcels:
+        """Start sending `sent[r]` (one dimension, on the CPU) to each replica r, which sends
+        `sizes[r]` elements back."""
+        return Parcels(self, sent, sizes)
+
+    def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Means over the replicas, with the same bits on all of them: each replica adds up one
+        share, in replica order.
+
+        Sends 2 (R - 1) / R times the tensors' bytes, as the best all-reduce does.
+        """
+        if not tensors:
+            return []
+        flat = torch.cat([tensor.detach().flatten().cpu() for tensor in tensors])
+        size = -(-flat.numel() // self.size)
+        shares = F.pad(flat, (0, size * self.size - flat.numel())).split(size)
+        received = self.exchange(shares, [size] * self.size).wait()
+        total = received[0].clone()
+        for share in received[1:]:
+            total += share
+        means = self.exchange([total / self.size] * self.size, [size] * self.size).wait()
+        pieces = torch.cat(means)[: flat.numel()].split([tensor.numel() for tensor in tensors])
+        return [
+            piece.view_as(tensor).to(tensor.device)
+            for piece, tensor in zip(pieces, tensors, strict=True)
+        ]
+
+    def start(self, other: int, operation: Any, buffer: Tensor) -> Any:
+        try:
+            return operation(buffer, self.ranks[other], self._group)
+        except RuntimeError as error:
+            raise TransportError(f"cannot reach {self._name(other)}{first_failure()}") from error
+
+    def wait(self, other: int, work: Any) -> None:
+        started = time.perf_counter()
+        try:
+            work.wait(timedelta(seconds=self.timeout_seconds))
+        except RuntimeError as error:
+            waited = time.perf_counter() - started
+            gone = waited < self.timeout_seconds * 0.9
+            cause = "the connection is gone" if gone else f"nothing came within {waited:.0f} s"
+            raise TransportError(
+                f"waited for {self._name(other)}, but {cause}{first_failure()}"
+            ) from error
+        self.waited += time.perf_counter() - started
+
+    def _name(self, other: int) -> str:
+        return f"replica {other} of stage {self.stage} (rank {self.ranks[other]}) at the exchange between replicas"
+
+
+def replica_group(engine: Any) -> ReplicaGroup:
+    """A group of this rank's own, for every stage of the engine. A collective call."""
+    seconds = engine.section.link.timeout_seconds
+    mine = None
+    for stage in range(engine.num_stages):
+        ranks = [
+            engine.grid._topo.get_rank(pipe=stage, data=replica)
+            for replica in range(engine.dp_world_size)
+        ]
+        group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=seconds))
+        if stage == engine.stage_id:
+            mine = ReplicaGroup(stage, ranks, group, seconds)
+    assert mine is not None, "every rank has a stage"
+    return mine
+
+
+# --- training apart
+# -------------------------------------------------------------------------------------------------------
+
+
+class Slot(NamedTuple):
+    """A tensor in the shape of a parameter: its weights, or one of the optimizer's moments."""
+
+    name: str  # of the parameter
+    parameter: nn.Parameter
+    key: str  # WEIGHTS, or the optimizer's word
+    state: dict[str, Any]  # the optimizer's
+
+    def read(self) -> Tensor:
+        return self.parameter.data if self.key == WEIGHTS else self.state[self.key]
+
+    def write(self, tensor: Tensor) -> None:
+        if self.key == WEIGHTS:
+            self.parameter.data = tensor
+        else:
+            self.state[self.key] = tensor
+
+
+class Apart(Together, ABC):
+    """Replicas that train apart for `every` steps and then meet. A part is a layer or a head; parts
+    travel one by one."""
+
+    reduces_gradients = False
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.settings = engine.section.replicas
+        self.group = replica_group(engine)
+        self.parts = parts_of(engine.module)
+
+    @property
+    def waited(self) -> float:  # type: ignore[override]
+        return self.group.waited
+
+    @property
+    def num_bytes(self) -> float:  # type: ignore[override]
+        return self.group.num_bytes
+
+    def next_meeting(self, step: int) -> int:
+        every = self.settings.every if self.group.size > 1 else 1
+        return (step // every + 1) * every
+
+    def after_step(self) -> None:
+        if self.engine.global_steps % self.settings.every == 0:
+            self.meet()
+
+    @abstractmethod
+    def meet(self) -> None:
+        """Exchange what has been learnt."""
+
+    def slots(self, part: str, moments: bool) -> list[Slot]:
+        """The tensors of a part, in the same order on all replicas."""
+        found = []
+        for name, parameter in self.parts[part].items():
+            state = self.engine.optimizer.state.get(parameter, {})
+            keys = (
+                [
+                    key
+                    for key, value in state.items()
+                    if key != "step"
+                    and isinstance(value, Tensor)
+                    and value.shape == parameter.shape
+                ]
+                if moments
+                else []
+            )
+            found += [Slot(name, parameter, key, state) for key in (WEIGHTS, *sorted(keys))]
+        return found
+
+    def share(self, slots: Sequence[Slot]) -> None:
+        """Average what all replicas hold."""
+        for slot, mean in zip(
+            slots, self.group.average([slot.read() for slot in slots]), strict=True
+        ):
+            slot.write(mean.clone())  # of its own, not a view of all
+
+    @contextmanager
+    def whole(self, moments: bool = False) -> Iterator[None]:
+        own = [(slot, slot.read()) for part in self.parts for slot in self.slots(part, moments)]
+        try:
+            self.merge(moments)
+            yield
+        finally:
+            for slot, tensor in own:
+                slot.write(tensor)
+            self.part_again()
+
+    def merge(self, moments: bool) -> None:
+        """Make this replica the whole model."""
+        for part in self.parts:
+            self.share(self.slots(part, moments))
+
+    def part_again(self) -> None:
+        """Called when this replica's own weights are back in their places."""
+
+    # --- checkpoints
+    # ----------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str) -> None:
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for part in self.parts:
+            for slot in self.slots(part, moments=True):
+                tensors.setdefault(slot.name, {})[slot.key] = slot.read().clone()
+        os.makedirs(folder, exist_ok=True)
+        torch.save({"tensors": tensors, **self.extra_state()}, os.path.join(folder, self._file()))
+
+    def _file(self) -> str:
+        return f"replica_{self.group.index:02d}-stage_{self.group.stage:02d}-model_states.pt"
+
+    def before_load(self) -> None:
+        self.engine.optimizer.state.clear()
+
+    def load(self, folder: str | None, facts: Mapping[str, Any]) -> None:
+        self.start_from_whole()
+        if folder is None or facts["local_parallel"].get("replicas") != self.settings.model_dump(
+            mode="json"
+        ):
+            return
+        path = os.path.join(folder, self._file())
+        try:
+            state = torch.load(path, map_location=self.engine.device, weights_only=True)
+        except Exception as error:  # a damaged file can fail in many ways
+            raise CheckpointError(
+                f"cannot read {path}: {str(error).splitlines()[0]}; use another checkpoint"
+            ) from error
+        for part in self.parts:
+            for slot in self.slots(part, moments=True):
+                slot.write(state["tensors"][slot.name][slot.key])
+        self.load_extra_state(state)
+
+    def start_from_whole(self) -> None:
+        """Go on from the full model that all replicas hold at this moment."""
+
+    def extra_state(self) -> dict[str, Any]:
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `extra_state`."""
+
+
+class Periodic(Apart):
+    """Full replicas whose weights are averaged every `every` steps; the optimizer's moments stay
+    with each replica.
+
+    With an outer step, the difference between the last common weights and the mean is taken for a
+    gradient, and a Nesterov step of `outer_lr` and `outer_momentum` from the last common weights
+    gives the next ones. It costs two more copies of the weights; plain averaging (rate 1, no
+    momentum) costs none.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.has_outer_step = (self.settings.outer_lr, self.settings.outer_momentum) != (1.0, 0.0)
+        self.common: dict[str, Tensor] = {}
+        self.velocity: dict[str, Tensor] = {}
+        self.start_from_whole()
+
+    def meet(self) -> None:
+        rate, momentum = self.settings.outer_lr, self.settings.outer_momentum
+        for part in self.parts:
+            slots = self.slots(part, moments=False)
+            self.share(slots)
+            for name, parameter, *_ in slots:
+                if name in self.common:
+                    common, velocity = self.common[name], self.velocity[name]
+                    gradient = common - parameter.data
+                    velocity.mul_(momentum).add_(gradient)
+                    common.sub_(gradient.add_(velocity, alpha=momentum), alpha=rate)
+                    parameter.data.copy_(common)
+
+    def start_from_whole(self) -> None:
+        learning = {
+            n: p
+            for part in self.parts.values()
+            for n, p in part.items()
+            if p.requires_grad and self.has_outer_step
+        }
+        self.common = {name: parameter.detach().clone() for name, parameter in learning.items()}
+        self.velocity = {name: torch.zeros_like(parameter) for name, parameter in learning.items()}
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"common": self.common, "velocity": self.velocity}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        self.common, self.velocity = state["common"], state["velocity"]
+
+
+def parts_of(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """The parameters of a stage by layer or head: part -> name in the stage -> parameter."""
+    parts: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        words = name.split(".")
+        part = ".".join(words[: 2 if words[0] in ("heads", "tied_modules") else 1])
+        parts.setdefault(part, {})[name] = parameter
+    return parts

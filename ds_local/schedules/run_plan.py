@@ -1,0 +1,173 @@
+"""`RunPlan`: what a "local_parallel" section comes to for a number of stages and micro-batches.
+
+The section says what a user wants; the plan says what every stage does in every step: the rows of
+the step's micro-batches, their schedule, the heads, the gradient links. Made once per rank
+(`RunPlan.of` keeps them) and handed on.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache, cached_property
+
+from ds_local.config.schema import SECTION, LocalParallelConfig, Row, Scheme
+from ds_local.errors import ConfigError
+from ds_local.schedules.list_scheduler import make_schedule
+from ds_local.schedules.routes import Routes, corrected, make_routes
+from ds_local.schedules.schedule import Link, Schedule
+from ds_local.schedules.simulator import most_without_idling
+
+Rows = list[tuple[Routes, int]]  # (table, micro-batches that follow it)
+
+
+class RunPlan:
+    """The schedules of a run.
+
+    Args:
+        section: the "local_parallel" section.
+        num_stages: pipeline stages; each holds `section.segments_per_stage` segments.
+        num_micro_batches: of a step.
+    """
+
+    def __init__(
+        self, section: LocalParallelConfig, num_stages: int, num_micro_batches: int
+    ) -> None:
+        self.section = section
+        self.num_stages = num_stages
+        self.num_segments = num_stages * section.segments_per_stage
+        self.num_micro_batches = num_micro_batches
+        self._schedules: dict[tuple[int, int], Schedule] = {}
+
+    @staticmethod
+    @cache
+    def of(section: LocalParallelConfig, num_stages: int, num_micro_batches: int) -> RunPlan:
+        """The plan of these three, made once in a process."""
+        return RunPlan(section, num_stages, num_micro_batches)
+
+    def rows_at(self, step: int) -> Rows:
+        """The tables of one step's micro-batches.
+
+        Raises:
+            ConfigError: when a mix does not add up to the step's micro-batches, or its "auto" can
+                hide none; RouteError when a row does not fit the number of segments.
+        """
+        rows = self._rows(self.section.scheme_at(step), step)
+        return [part for row in rows for part in _thinned(*row, self.section.head.every)]
+
+    def key_at(self, step: int) -> tuple[int, int]:
+        """Steps with equal keys have equal schedules: the phase, and where shifted chunks are."""
+        section = self.section
+        scheme = section.scheme_at(step)
+        phases = enumerate(section.phases or ())
+        return next((i for i, phase in phases if phase is scheme), -1), step % scheme.period
+
+    def schedule_at(self, step: int) -> Schedule:
+        """The schedule of one step, for all stages. Raises as `rows_at` does."""
+        key = self.key_at(step)
+        if key not in self._schedules:
+            transfer, split_backward = self.section.link.transfer, self.section.split_backward
+            self._schedules[key] = make_schedule(
+                self.rows_at(step), self.num_stages, transfer, split_backward
+            )
+        return self._schedules[key]
+
+    @property
+    def schedules(self) -> list[Schedule]:
+        """Every schedule of the run, in the order in which they first come."""
+        return [self.schedule_at(step) for step in self.section.distinct_steps()]
+
+    @cached_property
+    def probe_schedules(self) -> list[Schedule]:
+        """Of one micro-batch, for diagnostics: the first row that is not backprop, and backprop."""
+        true = make_routes("backprop", self.num_segments)
+        rows = (row for _, scheme in self.section.schemes() for row in scheme.mix or [scheme])
+        tables = (routes_of(row, self.num_segments) for row in rows)
+        local = next((routes for routes in tables if routes.weights != true.weights), true)
+        return [make_schedule([(routes, 1)], self.num_stages) for routes in (local, true)]
+
+    @cached_property
+    def gradient_links(self) -> list[Link]:
+        """The links that carry gradients in some step, probes included."""
+        schedules = self.schedules + (self.probe_schedules if self.section.diagnostics else [])
+        sent = {schedule.sends(action) for schedule in schedules for action in schedule.actions()}
+        return sorted(link for link in sent if link is not None and link.kind == "gradient")
+
+    def _rows(self, scheme: Scheme, step: int) -> Rows:
+        if scheme.mix is None:
+            return [(routes_of(scheme, self.num_segments, step), self.num_micro_batches)]
+        tables = [routes_of(entry, self.num_segments, step) for entry in scheme.mix]
+        counts = [
+            self._hidden(scheme.mix[0], scheme.mix[1])
+            if entry.micro_batches == "auto"
+            else entry.micro_batches
+            for entry in scheme.mix
+        ]
+        given = sum(count or 0 for count in counts)
+        rest = self.num_micro_batches - given
+        if rest < 0 or (rest > 0 and None not in counts):
+            raise ConfigError(
+                f"{SECTION}.mix names {given} micro-batches but gradient_accumulation_steps is "
+                f"{self.num_micro_batches}; make them agree, or leave micro_batches out of one entry"
+            )
+        followers = [rest if count is None else count for count in counts]
+        if scheme.correction and followers[0]:
+            share = self.num_micro_batches / followers[0]
+            tables[0] = corrected(tables[0], tables[1], share, scheme.correction)
+        return list(zip(tables, followers, strict=True))
+
+    def _hidden(self, first: Row, second: Row) -> int:
+        """How many micro-batches may follow the first row without idling."""
+        link, split_backward = self.section.link, self.section.split_backward
+        return _most_hidden(
+            first, second, self.num_segments, self.num_micro_batches, link.transfer, split_backward
+        )
+
+
+@cache
+def _most_hidden(
+    first: Row,
+    second: Row,
+    num_segments: int,
+    num_micro_batches: int,
+    transfer: float,
+    split_backward: int,
+) -> int:
+    tables = routes_of(first, num_segments), routes_of(second, num_segments)
+    count = most_without_idling(*tables, num_micro_batches, transfer, split_backward)
+    if not count:
+        raise ConfigError(
+            f"{SECTION}.mix: with {num_segments} segments and {num_micro_batches} micro-batches "
+            'not one can be hidden; name a number instead of "auto", or raise '
+            "gradient_accumulation_steps"
+        )
+    return count
+
+
+def routes_of(row: Row, num_segments: int, step: int = 0) -> Routes:
+    """The table of a config's row. Raises RouteError when it does not fit the segments."""
+    return make_routes(row.mode, num_segments, row.window, row.combine, row.weights, step)
+
+
+def head_segments(section: LocalParallelConfig, num_segments: int) -> set[int]:
+    """Segments with an auxiliary head: before the last, with a loss that trains in any phase.
+
+    Raises:
+        RouteError: when a row does not fit the number of segments.
+    """
+    losses: set[int] = set()
+    for step in section.distinct_steps():
+        scheme = section.scheme_at(step)
+        for row in scheme.mix or [scheme]:
+            losses.update(routes_of(row, num_segments, step).losses)
+    return losses - {num_segments - 1}
+
+
+def _thinned(routes: Routes, count: int, every: int) -> Rows:
+    """`count` micro-batches of which one in `every` has auxiliary losses."""
+    kept = math.ceil(count / every)
+    if kept == count or not set(routes.losses) - {routes.num_segments - 1}:
+        return [(routes, count)]
+    return [
+        (routes.scaled_auxiliary(count / kept), kept),
+        (routes.scaled_auxiliary(0), count - kept),
+    ]

@@ -1,0 +1,205 @@
+"""The compute order of every stage as plain data, and all that follows from it.
+
+A `Schedule` lists, stage by stage, the forwards and gradient passes of one optimizer step. It is
+the only description of a schedule in this package: the engine executes it, `print` shows it as a
+grid, `validate` proves that it cannot deadlock, the simulator gives it times. Transfers are not
+listed, they are derived: an action that needs the result of another segment receives it, an action
+whose result another segment needs sends it (`Schedule.requires`, `Schedule.sends`).
+
+Pure Python: no torch, no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from ds_local.schedules.routes import Pass, Routes
+
+FORWARD = "F"  # the segment's layers
+BACKWARD = "B"  # a pass with parameter gradients; sends an input gradient where the route says so
+INPUT_GRADIENT = (
+    "I"  # a pass that only hands a gradient through, or the first half of a backward that is split
+)
+WEIGHT_GRADIENT = "W"  # the other half of a backward that is split
+
+
+class Action(NamedTuple):
+    """One piece of compute of one segment on one micro-batch."""
+
+    kind: str
+    segment: int
+    micro_batch: int
+    which: int = 0  # of the segment's passes; 0 for a forward
+
+    @classmethod
+    def of_pass(
+        cls, one: Pass, segment: int, micro_batch: int, which: int, split: bool
+    ) -> list[Action]:
+        """What a pass is made of: one action, or two where it trains weights, sends a gradient and
+        may be split."""
+        if split and one.weights and one.sends is not None:
+            kinds = [INPUT_GRADIENT, WEIGHT_GRADIENT]
+        else:
+            kinds = [BACKWARD if one.weights else INPUT_GRADIENT]
+        return [cls(kind, segment, micro_batch, which) for kind in kinds]
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.micro_batch}"
+
+
+class Link(NamedTuple):
+    """A one-way channel between two neighbouring segments."""
+
+    kind: str  # "activation" (up) or "gradient" (down)
+    lower: int  # the lower of the two segments
+    distance: int = 0  # of a gradient: how far above the lower segment its loss is; each distance has its own link
+
+    def __str__(self) -> str:
+        arrow = "->" if self.kind == "activation" else "<-"
+        return f"{self.kind} link {self.lower} {arrow} {self.lower + 1}" + (
+            f" (loss distance {self.distance})" if self.distance else ""
+        )
+
+
+class Event(NamedTuple):
+    """An executed action of a replay, in time units of its costs."""
+
+    stage: int
+    step: int
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every stage computes in one optimizer step, in order. Build it with
+    `order.make_schedule`."""
+
+    name: str
+    stages: tuple[tuple[Action, ...], ...]
+    stage_of: tuple[int, ...]  # segment -> stage
+    rows: tuple[Routes, ...]  # the table of each micro-batch
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.stages)
+
+    @property
+    def num_micro_batches(self) -> int:
+        return len(self.rows)
+
+    def route(self, action: Action) -> Pass:
+        """The pass an action other than a forward belongs to."""
+        return self.rows[action.micro_batch].passes[action.segment][action.which]
+
+    def requires(self, action: Action) -> list[tuple[Action, Link | None]]:
+        """The actions that must have run before `action`, with the link their result comes over
+        (None: same segment).
+
+        A message that several passes of a segment read is received once, for the first of them.
+        """
+        kind, segment, micro_batch, which = action
+        if kind == FORWARD:
+            below = segment - 1
+            return (
+                [(Action(FORWARD, below, micro_batch), Link("activation", below))]
+                if segment
+                else []
+            )
+        if kind == WEIGHT_GRADIENT:
+            return [(Action(INPUT_GRADIENT, segment, micro_batch, which), None)]
+        required: list[tuple[Action, Link | None]] = [(Action(FORWARD, segment, micro_batch), None)]
+        for loss in self.received(action):
+            sender = self._senders[segment + 1, micro_batch, loss]
+            required.append((sender, Link("gradient", segment, loss - segment)))
+        return required
+
+    def received(self, action: Action) -> list[int]:
+        """The losses whose gradients `action`, a pass, receives from the segment above."""
+        _, segment, micro_batch, _ = action
+        losses = [loss for loss, _ in self.route(action).reads if loss != segment]
+        return [loss for loss in losses if self._receivers[segment, micro_batch, loss] == action]
+
+    def sends(self, action: Action) -> Link | None:
+        """The link on which the result of `action` leaves its segment, if any."""
+        kind, segment, _, _ = action
+        if kind == FORWARD:
+            return Link("activation", segment) if segment + 1 < len(self.stage_of) else None
+        loss = None if kind == WEIGHT_GRADIENT else self.route(action).sends
+        return None if loss is None else Link("gradient", segment - 1, loss - (segment - 1))
+
+    def crosses_stages(self, link: Link) -> bool:
+        return self.stage_of[link.lower] != self.stage_of[link.lower + 1]
+
+    @cached_property
+    def _senders(self) -> dict[tuple[int, int, int], Action]:
+        """(segment, micro-batch, loss) -> the action that sends this loss's gradient down from
+        there."""
+        return {
+            (a.segment, a.micro_batch, loss): a
+            for a in self.actions()
+            if a.kind in (BACKWARD, INPUT_GRADIENT) and (loss := self.route(a).sends) is not None
+        }
+
+    @cached_property
+    def _receivers(self) -> dict[tuple[int, int, int], Action]:
+        """(segment, micro-batch, loss) -> the first action there that reads this loss's
+        gradient."""
+        receivers: dict[tuple[int, int, int], Action] = {}
+        for action in self.actions():
+            if action.kind in (BACKWARD, INPUT_GRADIENT):
+                for loss, _ in self.route(action).reads:
+                    receivers.setdefault((action.segment, action.micro_batch, loss), action)
+        return receivers
+
+    def actions(self) -> Iterator[Action]:
+        for stage in self.stages:
+            yield from stage
+
+    @cached_property
+    def last_use(self) -> frozenset[Action]:
+        """The actions after which nothing of their micro-batch is alive in their segment any
+        more."""
+        return frozenset({(a.segment, a.micro_batch): a for a in self.actions()}.values())
+
+    @cached_property
+    def peak_live(self) -> tuple[int, ...]:
+        """Per stage the largest number of micro-batches (of one segment each) whose activations are
+        alive at once."""
+        peaks = []
+        for stage in self.stages:
+            live = peak = 0
+            for action in stage:
+                live += action.kind == FORWARD
+                peak = max(peak, live)
+                live -= action in self.last_use
+            peaks.append(peak)
+        return tuple(peaks)
+
+    @cached_property
+    def peak_put_off(self) -> tuple[int, ...]:
+        """Per stage the largest number of split passes whose weight gradients wait at once."""
+        peaks = []
+        for stage in self.stages:
+            halves = {action[1:] for action in stage if action.kind == WEIGHT_GRADIENT}
+            waiting = peak = 0
+            for action in stage:
+                waiting += (action.kind == INPUT_GRADIENT and action[1:] in halves) - (
+                    action.kind == WEIGHT_GRADIENT
+                )
+                peak = max(peak, waiting)
+            peaks.append(peak)
+        return tuple(peaks)
+
+    def message_counts(self) -> dict[str, int]:
+        """Messages between stages in one step."""
+        counts = {"activations": 0, "gradients": 0}
+        for action in self.actions():
+            link = self.sends(action)
+            if link is not None and self.crosses_stages(link):
+                counts[link.kind + "s"] += 1
+        return counts

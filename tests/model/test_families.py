@@ -1,0 +1,81 @@
+"""Every supported family, in its variants: Hugging Face's logits to the last bit, no look into the
+future, weights that survive the way there and back."""
+
+import pytest
+import torch
+from families import VARIANTS, check_no_look_into_the_future, layers_of, run
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ds_local.checkpoints.hf_export import from_hf, to_hf
+from ds_local.model import blocks
+
+
+@pytest.fixture(params=sorted(VARIANTS))
+def config(request):
+    return blocks.load_model_config(VARIANTS[request.param])
+
+
+def tokens(*shape):
+    return torch.randint(0, 64, shape, generator=torch.Generator().manual_seed(0))
+
+
+def random_model(config):
+    """Weights far from their initial values, biases and norms too."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def test_every_family_has_a_variant():
+    assert {fields["model_type"] for fields in VARIANTS.values()} == set(blocks.FAMILIES)
+
+
+def test_the_table_agrees_with_the_pipeline_plan_of_the_config():
+    for model_type, family in blocks.FAMILIES.items():
+        plan = getattr(AutoConfig.for_model(model_type), "base_model_pp_plan", None)
+        if plan is None:
+            continue
+        parts = [
+            family.tokens,
+            *([family.dropout] if family.dropout else []),
+            family.blocks,
+            family.norm,
+        ]
+        assert [part.rpartition(".")[2] for part in parts] == list(plan), model_type
+
+
+def test_logits_equal_hugging_faces_and_weights_survive(config):
+    model = random_model(config)
+    state = model.state_dict()
+    layers = layers_of(config)
+    for layer, tensors in zip(layers, from_hf(config, state).values(), strict=True):
+        layer.load_state_dict(tensors)
+    ids = tokens(3, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(run(layers, ids), model(input_ids=ids).logits, rtol=0, atol=0)
+    back = to_hf(config, {i: layer.state_dict() for i, layer in enumerate(layers)})
+    assert back.keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in back.items())
+
+
+def test_changing_a_token_changes_no_earlier_logits(config):
+    check_no_look_into_the_future(config, tokens(1, 16))
+
+
+def test_layers_hold_no_tensors_that_are_not_saved(config):
+    """What is computed instead of saved would be garbage in a layer made from the skeleton."""
+    for layer in layers_of(config):
+        assert not list(layer.buffers())
+
+
+def test_initial_weights_are_spread_like_hugging_faces(config):
+    torch.manual_seed(0)
+    theirs = from_hf(config, AutoModelForCausalLM.from_config(config).state_dict())
+    for number, layer in enumerate(layers_of(config)[:-1]):
+        for name, tensor in layer.state_dict().items():
+            assert tensor.std().item() == pytest.approx(
+                theirs[number][name].std().item(), rel=0.2, abs=1e-6
+            ), (number, name)

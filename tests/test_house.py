@@ -1,0 +1,137 @@
+"""The house rules: who may import whom, what stays pure Python, and how long things may get."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "ds_local"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# from the ground up; a room may import what stands before it, never what comes after
+ROOMS = [
+    "errors",
+    "config",
+    "schedules",
+    "links",
+    "model",
+    "replicas",
+    "data",
+    "cluster",
+    "checkpoints",
+    "engine",
+    "training",
+    "cli",
+]
+PURE = ["errors", "config", "schedules"]  # neither torch nor DeepSpeed
+DEEPSPEED = {"engine"}
+TRANSFORMERS = {"model", "data", "checkpoints"}
+
+
+def name(path):
+    return str(path.relative_to(PACKAGE).with_suffix(""))
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """(top-level packages, own modules as (room, file or None)) that a file imports anywhere."""
+    packages, own = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.split(".")[0] for alias in node.names}
+            named = [alias.name for alias in node.names if alias.name.startswith("ds_local.")]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            packages.add(node.module.split(".")[0])
+            of_room = node.module.startswith("ds_local.") and node.module.count(".") == 1
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            named = whole if of_room else [node.module]
+            named = [one for one in named if one.startswith("ds_local.")]
+        else:
+            continue
+        own |= {tuple(one.split(".")[1:3]) for one in named}
+    return packages, own
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent != PACKAGE], ids=name)
+def test_imports_go_downwards(path):
+    room = room_of(path)
+    packages, own = imports(path)
+    for other, *_ in own:
+        assert ROOMS.index(other) <= ROOMS.index(room), f"{name(path)} imports {other}"
+    assert room in DEEPSPEED or "deepspeed" not in packages
+    assert room in TRANSFORMERS or "transformers" not in packages
+
+
+@pytest.mark.parametrize("room", ROOMS[1:])
+def test_no_circles_within_a_room(room):
+    arrows = {
+        path.stem: {file[0] for other, *file in imports(path)[1] if other == room and file}
+        for path in (PACKAGE / room).glob("*.py")
+    }
+    while leaves := {file for file, needs in arrows.items() if not needs & arrows.keys()}:
+        arrows = {file: needs for file, needs in arrows.items() if file not in leaves}
+    assert not arrows, f"these import each other: {arrows}"
+
+
+def test_every_room_has_its_place():
+    folders = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    assert folders | {"errors"} == set(ROOMS)
+
+
+def test_tests_of_several_processes_are_collected(pytestconfig):
+    assert "dist" not in pytestconfig.getini("norecursedirs")
+
+
+def test_schedules_can_be_looked_at_without_torch():
+    modules = [name(p).replace("/", ".") for p in FILES if room_of(p) in PURE]
+    lines = "; ".join(f"import ds_local.{module.removesuffix('.__init__')}" for module in modules)
+    heavy = "{'torch', 'deepspeed', 'transformers'}"
+    code = f"import sys; {lines}; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_export_needs_no_deepspeed():
+    code = "import sys; sys.modules['deepspeed'] = None; import ds_local.checkpoints.hf_export"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_files_and_functions_stay_readable(path):
+    text = path.read_text()
+    assert text.count("\n") <= 600
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno <= 100, f"{node.name} in {name(path)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_user_mistakes_are_no_asserts_and_nothing_is_swallowed(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Assert):
+            assert node.msg is not None, f"{name(path)}:{node.lineno}"
+        if isinstance(node, ast.ExceptHandler):
+            assert not (len(node.body) == 1 and isinstance(node.body[0], ast.Pass)), (
+                f"{name(path)}:{node.lineno}"
+            )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]],
+    ids=["lint", "format", "types"],
+)
+def test_tools(command):
+    result = subprocess.run(
+        [sys.executable, "-m", *command],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
