@@ -12,8 +12,8 @@ import signal
 import time
 from typing import Any
 
-from bench import LAYOUTS, Bench, Outcome, differences, ended, last_words, left_by
-from runs import Run
+from fork_client import Run
+from judging import LAYOUTS, Bench, Outcome, differences, ended, last_words, left_by
 
 OTHERS_END = 45.0  # seconds, for a rank to notice that another one died: the start's and the links' limits are below it
 SECTION = {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}
@@ -26,7 +26,10 @@ def cases(seed: int, count: int) -> list[dict[str, Any]]:
         rng = random.Random(f"{seed} {number}")
         layout = list(LAYOUTS)[number % len(LAYOUTS)]
         stages, replicas = LAYOUTS[layout]
-        kills = [(rng.randrange(stages * replicas), rng.random()) for _ in range(1 + (rng.random() < 1 / 3))]
+        kills = [
+            (rng.randrange(stages * replicas), rng.random())
+            for _ in range(1 + (rng.random() < 1 / 3))
+        ]
         found.append({"layout": layout, "kills": [list(kill) for kill in kills]})
     return found
 
@@ -37,9 +40,9 @@ def play(bench: Bench, case: dict[str, Any]) -> Outcome:
     settings = {"section": SECTION, "num_stages": stages}
     wanted, usual_seconds = bench.reference(f"kills {case['layout']}", ranks, **settings)
     folder = bench.folder()
-    command = bench.arguments(folder, **settings, resume=True)
     outcome = Outcome()
     for rank, moment in case["kills"]:
+        command = bench.arguments(folder, **settings, **bench.resuming(folder))
         run = bench.server.start("train.py", command, ranks=ranks)
         time.sleep(max(0.0, run.began + moment * usual_seconds - time.monotonic()))
         run.signal(signal.SIGKILL, rank)
@@ -48,6 +51,7 @@ def play(bench: Bench, case: dict[str, Any]) -> Outcome:
         outcome.seconds = max(outcome.seconds, time.monotonic() - killed)
         outcome.wrong += blamed(run, rank)
         outcome.expect(not run.close(), "processes stayed")
+    command = bench.arguments(folder, **settings, **bench.resuming(folder))
     run = bench.server.finish("train.py", command, ranks=ranks)
     if any(run.statuses()):
         outcome.wrong.append(f"not resumed: statuses {run.statuses()}, {last_words(run.outputs())}")
@@ -64,10 +68,14 @@ def blamed(run: Run, dead: int) -> list[str]:
             continue
         said = last_words(run.output(rank))
         if status != 1:
-            wrong.append(f"rank {rank} ended with status {status}: {said or run.output(rank)[-300:]}")
+            wrong.append(
+                f"rank {rank} ended with status {status}: {said or run.output(rank)[-300:]}"
+            )
         elif f"rank {dead}" not in named(said):
             wrong.append(f"rank {rank} does not name the dead rank {dead}: {said}")
-        elif living := [other for other in named(said) if other not in (f"rank {dead}", f"rank {rank}")]:
+        elif living := [
+            other for other in named(said) if other not in (f"rank {dead}", f"rank {rank}")
+        ]:
             wrong.append(f"rank {rank} blames {', '.join(living)}, dead is {dead}: {said}")
     return wrong
 

@@ -22,8 +22,18 @@ _ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
     "MPLBACKEND": "Agg",
 }  # fmt: skip
-_BY_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-ERROR = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Failure))\b:? ?(.*)", re.MULTILINE)
+_BY_LAUNCHER = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+ERROR = re.compile(
+    r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Failure))\b:? ?(.*)", re.MULTILINE
+)
 
 
 def environment() -> dict[str, str]:
@@ -90,7 +100,11 @@ class Run:
 
     def alive(self) -> list[int]:
         """Ranks that still run."""
-        return [rank for rank, pid in enumerate(self.pids) if self.status(rank) is None and is_alive(pid)]
+        return [
+            rank
+            for rank, pid in enumerate(self.pids)
+            if self.status(rank) is None and is_alive(pid)
+        ]
 
     def signal(self, number: int, rank: int | None = None) -> None:
         """To one rank, or to all of them."""
@@ -115,7 +129,11 @@ class Run:
         for entry in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
                 fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-                if int(fields[2]) == self.launcher and fields[0] not in "ZX" and int(entry) != self.launcher:
+                if (
+                    int(fields[2]) == self.launcher
+                    and fields[0] not in "ZX"
+                    and int(entry) != self.launcher
+                ):
                     found.append(int(entry))
         return found
 
@@ -136,7 +154,7 @@ class Server:
         work.mkdir(parents=True, exist_ok=True)
         self._log = (work / "server.txt").open("a")
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "server.py")], env=environment(), cwd=ROOT, text=True, stdin=subprocess.PIPE,
+            [sys.executable, str(HERE / "fork_server.py")], env=environment(), cwd=ROOT, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self._log,
         )  # fmt: skip
         self._runs: list[Run] = []

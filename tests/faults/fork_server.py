@@ -1,6 +1,6 @@
 """A process that has imported everything and forks ranks of real runs: a start costs a fraction of a second.
 
-    python tests/faults/server.py        (started by `runs.Server`, which speaks to it)
+    python tests/faults/fork_server.py        (started by `fork_client.Server`, which speaks to it)
 
 A job is a line of JSON on standard input: {"folder", "script", "argv", "ranks", "env", "hooks"}. For each job a process is
 forked that stands for the launcher; it forks the ranks and notes their ends:
@@ -14,6 +14,7 @@ signal that ended it). Nothing here may start a thread before a fork.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -48,7 +49,10 @@ def import_everything() -> None:
 
 def threads() -> list[str]:
     """Names of this process's threads but the first; the allocator's own is used to forks."""
-    names = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+    names = [
+        Path(f"/proc/self/task/{task}/comm").read_text().strip()
+        for task in os.listdir("/proc/self/task")
+    ]
     return [name for name in names[1:] if name != "jemalloc_bg_thd"]
 
 
@@ -68,10 +72,8 @@ def main() -> None:
             return launch(job)
         launchers.append(pid)
     for pid in launchers:  # whoever asked for them is gone
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def launch(job: dict[str, Any]) -> None:

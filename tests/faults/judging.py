@@ -8,12 +8,13 @@ import random
 import re
 import shutil
 import time
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runs import Run, Server
+from fork_client import Run, Server
 
 MODEL = {
     "model_type": "gpt2", "n_layer": 4, "n_embd": 32, "n_head": 4, "n_positions": 16, "bos_token_id": 1, "eos_token_id": 2,
@@ -28,7 +29,15 @@ LINK = {"timeout_seconds": 20.0}
 LAYOUT = {"start_timeout_seconds": 10.0}
 LAYOUTS = {"2x1": (2, 1), "2x2": (2, 2), "4x1": (4, 1)}  # stages x replicas
 TENSORS = "*.pt"  # files of a checkpoint that must not differ by a bit
-FIGURES = ("split", "step", "segment", "stage", "loss", "grad_norm", "tokens")  # of metrics.jsonl, those without time
+FIGURES = (
+    "split",
+    "step",
+    "segment",
+    "stage",
+    "loss",
+    "grad_norm",
+    "tokens",
+)  # of metrics.jsonl, those without time
 TRACEBACK = "Traceback (most recent call last)"
 _LAST_WORDS = re.compile(r"^((?:\w+\.)*\w*(?:Error|Interrupt|Exception)\b.*)$", re.MULTILINE)
 
@@ -59,6 +68,8 @@ class Bench:
         self.server, self.work = server, work
         self.data = work / "data"
         self._count = 0
+        self._case = "case"
+        self._resumes_fresh_folders: bool | None = None
         self._references: dict[str, Any] = {}
         if not (self.data / "prepared.json").exists():
             self._prepare()
@@ -71,18 +82,39 @@ class Bench:
         text.write_text("\n".join(" ".join(next(words) for _ in range(40)) for _ in range(400)))
         run = self.server.finish(
             "prepare_data.py",
-            ["--source", str(text), "--tokenizer", "sentencepiece:320", "--seq-len", "16", "--output", str(self.data)],
+            [
+                "--source",
+                str(text),
+                "--tokenizer",
+                "sentencepiece:320",
+                "--seq-len",
+                "16",
+                "--output",
+                str(self.data),
+            ],
         )
         if run.statuses() != [0]:
             raise RuntimeError(f"cannot prepare the data: {run.outputs()}")
 
-    def folder(self, name: str = "case") -> Path:
-        """A new empty folder."""
+    def folder(self, name: str = "") -> Path:
+        """A new empty folder, of the case that is being played or of another name."""
         self._count += 1
-        folder = self.work / f"{name}-{self._count:05d}"
+        folder = self.work / f"{name or self._case}-{self._count}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return folder
+
+    def play(self, play: Any, case: dict[str, Any], number: int = 0, keep: bool = False) -> Outcome:
+        """Play a case; its folders, case-NUMBER*, go afterwards unless it came out wrong."""
+        self._case = f"case-{number:04d}"
+        try:
+            outcome = play(self, case)
+        except Exception:  # the harness's own: the campaign goes on, the row says it
+            outcome = Outcome([f"the harness failed: {traceback.format_exc()[-1500:]}"])
+        if not keep and not outcome.wrong:
+            for folder in self.work.glob(f"{self._case}-*"):
+                shutil.rmtree(folder)
+        return outcome
 
     def write_json(self, folder: Path, name: str, content: Any) -> Path:
         path = folder / name
@@ -100,8 +132,12 @@ class Bench:
             options: of the command line, underscores for dashes; None takes one away, True gives one without a value.
         """
         own = {"link": LINK, "layout": LAYOUT, **(section or {})}
-        config = self.write_json(folder, "ds_config.json", {**SETTINGS, "local_parallel": own, **(settings or {})})
-        shape = self.write_json(folder, "model.json", {**MODEL, "vocab_size": self.vocab_size, **(model or {})})
+        config = self.write_json(
+            folder, "ds_config.json", {**SETTINGS, "local_parallel": own, **(settings or {})}
+        )
+        shape = self.write_json(
+            folder, "model.json", {**MODEL, "vocab_size": self.vocab_size, **(model or {})}
+        )
         given = {
             "model": shape, "data": self.data, "output": folder / "run", "max_steps": 12, "eval_every": 6, "save_every": 3,
             "deepspeed": True, "deepspeed_config": config, **options,
@@ -109,8 +145,25 @@ class Bench:
         flat: list[str] = []
         for key, value in given.items():
             name = f"--{key}" if key == "deepspeed_config" else f"--{key.replace('_', '-')}"
-            flat += [] if value is None or value is False else [name] if value is True else [name, str(value)]
+            flat += (
+                []
+                if value is None or value is False
+                else [name]
+                if value is True
+                else [name, str(value)]
+            )
         return flat
+
+    def resuming(self, folder: Path) -> dict[str, bool]:
+        """The option that makes one command line start a run and continue it, however far it got."""
+        if self._resumes_fresh_folders is None:
+            fresh = self.folder("fresh")
+            probe = self.server.finish(
+                "train.py", self.arguments(fresh, max_steps=1, resume=True), ranks=2
+            )
+            self._resumes_fresh_folders = probe.statuses() == [0, 0]
+        started = (folder / "run" / "checkpoints" / "latest").exists()
+        return {"resume": self._resumes_fresh_folders or started}
 
     def reference(self, name: str, ranks: int, **arguments: Any) -> tuple[Any, float]:
         """(`left_by` an undisturbed run with these arguments, its seconds), made once."""
@@ -129,7 +182,10 @@ def left_by(run: Path) -> dict[str, Any]:
     latest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
     return {
         "latest": latest.name,
-        "tensors": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(latest.glob(TENSORS))},
+        "tensors": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(latest.glob(TENSORS))
+        },
         "figures": sorted(json.dumps([row.get(name) for name in FIGURES]) for row in metrics(run)),
     }
 
@@ -143,13 +199,22 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     """In words, between what two runs left."""
     if found["latest"] != wanted["latest"]:
         return [f"it ended with {found['latest']}, not {wanted['latest']}"]
-    names = [name for name in wanted["tensors"] if found["tensors"].get(name) != wanted["tensors"][name]]
-    words = [f"other bits in {', '.join(names)}"] if names or len(found["tensors"]) != len(wanted["tensors"]) else []
+    names = [
+        name for name in wanted["tensors"] if found["tensors"].get(name) != wanted["tensors"][name]
+    ]
+    words = (
+        [f"other bits in {', '.join(names)}"]
+        if names or len(found["tensors"]) != len(wanted["tensors"])
+        else []
+    )
     missing, more = (
-        list((_counted(a) - _counted(b))) for a, b in ((wanted["figures"], found["figures"]), (found["figures"], wanted["figures"]))
+        list(_counted(a) - _counted(b))
+        for a, b in ((wanted["figures"], found["figures"]), (found["figures"], wanted["figures"]))
     )
     if missing or more:
-        words.append(f"metrics.jsonl: {len(missing)} rows missing, {len(more)} unexpected, such as {(missing + more)[0]}")
+        words.append(
+            f"metrics.jsonl: {len(missing)} rows missing, {len(more)} unexpected, such as {(missing + more)[0]}"
+        )
     return words
 
 
