@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -30,9 +29,6 @@ _BY_LAUNCHER = (
     "LOCAL_WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
-)
-ERROR = re.compile(
-    r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Failure))\b:? ?(.*)", re.MULTILINE
 )
 
 
@@ -116,12 +112,23 @@ class Run:
         """Have all these ranks ended within so many seconds?"""
         wanted = set(range(len(self.pids)) if ranks is None else ranks)
         done = wait_for(lambda: not wanted & set(self.alive()), seconds)
-        if self.alive() or not is_alive(self.launcher):
-            pass
-        else:  # the launcher notes the last end
+        if not self.alive() and is_alive(self.launcher):  # it notes the last end
             wait_for(lambda: None not in self.statuses(), 5)
         self.ended = self.ended or time.monotonic()
         return done
+
+    def wait_as_launchers_do(self, seconds: float) -> bool:
+        """Wait until all have ended, or one has failed: then the others are told to end, and killed at last.
+
+        `ended` is when the first one failed. Has everything ended by itself or been told to, in time?
+        """
+        ranks = range(len(self.pids))
+        wait_for(lambda: any(map(self.status, ranks)) or not self.alive(), seconds)
+        self.ended = time.monotonic()
+        if not any(map(self.status, ranks)):
+            return self.wait(5)
+        self.signal(signal.SIGTERM)
+        return self.wait(30)
 
     def left(self) -> list[int]:
         """Processes of the run's group that still run: ranks, and whatever they started."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
@@ -24,9 +25,8 @@ SETTINGS = {
     "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4, "steps_per_print": 1, "gradient_clipping": 1.0,
     "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
     "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 20, "warmup_num_steps": 2}},
+    "local_parallel": {"link": {"timeout_seconds": 20.0}, "layout": {"start_timeout_seconds": 10.0}},
 }  # fmt: skip
-LINK = {"timeout_seconds": 20.0}
-LAYOUT = {"start_timeout_seconds": 10.0}
 LAYOUTS = {"2x1": (2, 1), "2x2": (2, 2), "4x1": (4, 1)}  # stages x replicas
 TENSORS = "*.pt"  # files of a checkpoint that must not differ by a bit
 FIGURES = (
@@ -39,7 +39,11 @@ FIGURES = (
     "tokens",
 )  # of metrics.jsonl, those without time
 TRACEBACK = "Traceback (most recent call last)"
-_LAST_WORDS = re.compile(r"^((?:\w+\.)*\w*(?:Error|Interrupt|Exception)\b.*)$", re.MULTILINE)
+_ERROR = re.compile(
+    r"^(?:\[rank\d+\]: *)?((?:\w+\.)*\w*(?:Error|Interrupt|Exception|Stop)\b:? .*)$", re.MULTILINE
+)
+_USAGE = re.compile(r"^\S+: error: (.*)$", re.MULTILINE)  # argparse's
+REFUSAL_SECONDS = 10.0
 
 
 @dataclass
@@ -122,36 +126,34 @@ class Bench:
         return path
 
     def arguments(
-        self, folder: Path, settings: Mapping[str, Any] | None = None, section: Mapping[str, Any] | None = None,
-        model: Mapping[str, Any] | None = None, **options: Any,
+        self, folder: Path, settings: Mapping[str, Any] | None = None, model: Mapping[str, Any] | None = None, **options: Any,
     ) -> list[str]:  # fmt: skip
         """The command line of train.py, with its config files written to `folder`.
 
         Args:
-            settings, section, model: what is otherwise in ds_config.json, in its "local_parallel" section, in the model's config.
+            settings: what is otherwise in ds_config.json, by path ("local_parallel.link.depth").
+            model: what is otherwise in the model's config; None takes a key away, here and in settings.
             options: of the command line, underscores for dashes; None takes one away, True gives one without a value.
         """
-        own = {"link": LINK, "layout": LAYOUT, **(section or {})}
-        config = self.write_json(
-            folder, "ds_config.json", {**SETTINGS, "local_parallel": own, **(settings or {})}
-        )
-        shape = self.write_json(
-            folder, "model.json", {**MODEL, "vocab_size": self.vocab_size, **(model or {})}
-        )
+        shape = with_changes({**MODEL, "vocab_size": self.vocab_size}, model or {})
         given = {
-            "model": shape, "data": self.data, "output": folder / "run", "max_steps": 12, "eval_every": 6, "save_every": 3,
-            "deepspeed": True, "deepspeed_config": config, **options,
-        }  # fmt: skip
+            "model": self.write_json(folder, "model.json", shape),
+            "data": self.data,
+            "output": folder / "run",
+            "max_steps": 12,
+            "eval_every": 6,
+            "save_every": 3,
+            "deepspeed": True,
+            "deepspeed_config": self.write_json(
+                folder, "ds_config.json", with_changes(SETTINGS, settings or {})
+            ),
+            **options,
+        }
         flat: list[str] = []
         for key, value in given.items():
             name = f"--{key}" if key == "deepspeed_config" else f"--{key.replace('_', '-')}"
-            flat += (
-                []
-                if value is None or value is False
-                else [name]
-                if value is True
-                else [name, str(value)]
-            )
+            if value is not None and value is not False:
+                flat += [name] if value is True else [name, str(value)]
         return flat
 
     def resuming(self, folder: Path) -> dict[str, bool]:
@@ -175,6 +177,21 @@ class Bench:
                 raise RuntimeError(f"the undisturbed run {name} failed: {run.outputs()[-3000:]}")
             self._references[name] = left_by(folder / "run"), time.monotonic() - began
         return self._references[name]
+
+
+def with_changes(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON content with other values at some paths; None takes a key away, a number is a position in a list."""
+    changed = copy.deepcopy(dict(content))
+    for path, value in changes.items():
+        *above, last = path.split(".")
+        at: Any = changed
+        for key in above:
+            at = at[int(key)] if isinstance(at, list) else at.setdefault(key, {})
+        if value is None:
+            at.pop(last, None)
+        else:
+            at[int(last) if isinstance(at, list) else last] = copy.deepcopy(value)
+    return changed
 
 
 def left_by(run: Path) -> dict[str, Any]:
@@ -230,8 +247,38 @@ def _counted(rows: Iterable[str]) -> set[tuple[str, int]]:
 
 def last_words(output: str) -> str:
     """The sentence that a rank ended with."""
-    found = _LAST_WORDS.findall(output)
+    found = _ERROR.findall(output) or _USAGE.findall(output)
     return found[-1] if found else ""
+
+
+def refused(run: Run, names: Sequence[str]) -> Outcome:
+    """Judge a run that has to be refused: in one sentence with one of the names, in time, with nothing left running."""
+    outcome = Outcome()
+    if not run.wait_as_launchers_do(6 * REFUSAL_SECONDS):
+        outcome.wrong.append(f"no end within {6 * REFUSAL_SECONDS:.0f} s")
+    outcome.seconds = run.ended - run.began
+    outcome.expect(not run.close(), "processes stayed")
+    output, status = run.outputs(), run.status(0)
+    sentences = _ERROR.findall(output) or list(dict.fromkeys(_USAGE.findall(output)))
+    outcome.said = sentences[0][:400] if sentences else ""
+    if not any(run.statuses()):
+        return Outcome(["accepted"], outcome.seconds)
+    outcome.expect(outcome.seconds <= REFUSAL_SECONDS, f"took {outcome.seconds:.1f} s")
+    outcome.expect(TRACEBACK not in output, f"a traceback: {last_words(output)[:300]}")
+    outcome.expect(status != 0, "rank 0 ended with status 0")
+    if TRACEBACK in output:
+        return outcome
+    if len(sentences) != 1:
+        outcome.wrong.append(
+            f"{len(sentences)} sentences: {' | '.join(sentences)[:400] or output[-400:]}"
+        )
+    elif after := output.rpartition(sentences[0])[2].strip():
+        outcome.wrong.append(f"more than a sentence: {sentences[0][:200]} ... {after[:200]}")
+    outcome.expect(
+        any(name in " ".join(sentences) for name in names),
+        f"names none of {', '.join(names)}: {outcome.said}",
+    )
+    return outcome
 
 
 def ended(run: Run, seconds: float, ranks: Sequence[int] | None = None) -> list[str]:

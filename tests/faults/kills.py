@@ -16,7 +16,7 @@ from fork_client import Run
 from judging import LAYOUTS, Bench, Outcome, differences, ended, last_words, left_by
 
 OTHERS_END = 45.0  # seconds, for a rank to notice that another one died: the start's and the links' limits are below it
-SECTION = {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}
+SETTINGS = {"local_parallel.mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}
 
 
 def cases(seed: int, count: int) -> list[dict[str, Any]]:
@@ -37,12 +37,12 @@ def cases(seed: int, count: int) -> list[dict[str, Any]]:
 def play(bench: Bench, case: dict[str, Any]) -> Outcome:
     stages, replicas = LAYOUTS[case["layout"]]
     ranks = stages * replicas
-    settings = {"section": SECTION, "num_stages": stages}
-    wanted, usual_seconds = bench.reference(f"kills {case['layout']}", ranks, **settings)
+    arguments = {"settings": SETTINGS, "num_stages": stages}
+    wanted, usual_seconds = bench.reference(f"kills {case['layout']}", ranks, **arguments)
     folder = bench.folder()
     outcome = Outcome()
     for rank, moment in case["kills"]:
-        command = bench.arguments(folder, **settings, **bench.resuming(folder))
+        command = bench.arguments(folder, **arguments, **bench.resuming(folder))
         run = bench.server.start("train.py", command, ranks=ranks)
         time.sleep(max(0.0, run.began + moment * usual_seconds - time.monotonic()))
         run.signal(signal.SIGKILL, rank)
@@ -51,7 +51,7 @@ def play(bench: Bench, case: dict[str, Any]) -> Outcome:
         outcome.seconds = max(outcome.seconds, time.monotonic() - killed)
         outcome.wrong += blamed(run, rank)
         outcome.expect(not run.close(), "processes stayed")
-    command = bench.arguments(folder, **settings, **bench.resuming(folder))
+    command = bench.arguments(folder, **arguments, **bench.resuming(folder))
     run = bench.server.finish("train.py", command, ranks=ranks)
     if any(run.statuses()):
         outcome.wrong.append(f"not resumed: statuses {run.statuses()}, {last_words(run.outputs())}")
