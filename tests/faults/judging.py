@@ -207,6 +207,12 @@ def left_by(run: Path) -> dict[str, Any]:
     }
 
 
+def tree_of(folder: Path) -> dict[str, bytes]:
+    """Relative name -> content of all files below a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -259,7 +265,8 @@ def refused(run: Run, names: Sequence[str]) -> Outcome:
     outcome.seconds = run.ended - run.began
     outcome.expect(not run.close(), "processes stayed")
     output, status = run.outputs(), run.status(0)
-    sentences = _ERROR.findall(output) or list(dict.fromkeys(_USAGE.findall(output)))
+    # ranks may say the same
+    sentences = list(dict.fromkeys(_ERROR.findall(output) or _USAGE.findall(output)))
     outcome.said = sentences[0][:400] if sentences else ""
     if not any(run.statuses()):
         return Outcome(["accepted"], outcome.seconds)

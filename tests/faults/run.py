@@ -26,7 +26,7 @@ from fork_client import ROOT, Server
 from judging import Bench
 
 # campaign -> cases of a full one
-CAMPAIGNS = {"kills": 200, "settings": 200}
+CAMPAIGNS = {"kills": 200, "settings": 200, "corruptions": 300}
 RESULTS = ROOT / "docs" / "results"
 
 
