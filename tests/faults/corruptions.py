@@ -17,10 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from hooks import TOUCHED
-from judging import Bench, Outcome, ended, last_words, refused, tree_of
-
-STEPS, SAVE_EVERY = 6, 3
-SETTINGS = {"local_parallel.mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}
+from judging import (
+    FINISHED_STEPS,
+    MIX,
+    SAVED_EVERY,
+    Bench,
+    Outcome,
+    ended,
+    finished_run,
+    last_words,
+    refused,
+    tree_of,
+)
 
 # how many of a hundred cases damage what
 SHARES = {"tensors": 40, "facts": 24, "latest": 9, "prepared": 12, "run": 6, "metrics": 9}
@@ -156,13 +164,13 @@ def cases(seed: int, count: int) -> list[dict[str, Any]]:
 def play(bench: Bench, case: dict[str, Any]) -> Outcome:
     folder = bench.folder()
     run, data = folder / "run", folder / "data"
-    shutil.copytree(_finished_run(bench), run)
+    shutil.copytree(finished_run(bench), run)
     shutil.copytree(bench.data, data)
     canary = folder / "canary"
     names = damage(case, run, data, canary)
     before = tree_of(run)
     command = bench.arguments(
-        folder, SETTINGS, data=data, max_steps=STEPS + 2, save_every=SAVE_EVERY, resume=True
+        folder, MIX, data=data, max_steps=FINISHED_STEPS + 2, save_every=SAVED_EVERY, resume=True
     )
     hooks = {rank: [("watch_loading", {})] for rank in range(2)}
     started = bench.server.start("train.py", command, ranks=2, hooks=hooks)
@@ -182,22 +190,9 @@ def play(bench: Bench, case: dict[str, Any]) -> Outcome:
     return outcome
 
 
-def _finished_run(bench: Bench) -> Path:
-    """The folder of a run with two checkpoints, made once."""
-    folder = bench.work / "finished"
-    if not (folder / "run" / "loss.png").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        command = bench.arguments(folder, SETTINGS, max_steps=STEPS, save_every=SAVE_EVERY)
-        run = bench.server.finish("train.py", command, ranks=2)
-        if any(run.statuses()):
-            raise RuntimeError(f"the run to be damaged failed: {run.outputs()[-3000:]}")
-    return folder / "run"
-
-
 def damage(case: dict[str, Any], run: Path, data: Path, canary: Path) -> list[str]:
     """Do it. Returns names of which the refusal must have one."""
-    latest = run / "checkpoints" / f"global_step{STEPS}"
+    latest = run / "checkpoints" / f"global_step{FINISHED_STEPS}"
     tensors = sorted(latest.glob("*.pt"))
     which = tensors[int(case["which"] * len(tensors))]
     path = {
@@ -249,7 +244,7 @@ def _replace(path: Path, kind: str, folder: Path, canary: Path) -> None:
         others = [other for other in sorted(folder.glob("*.pt")) if other.read_bytes() != old]
         path.write_bytes(others[0].read_bytes())
     elif kind == "of an older step":
-        path.write_bytes((folder.with_name(f"global_step{SAVE_EVERY}") / path.name).read_bytes())
+        path.write_bytes((folder.with_name(f"global_step{SAVED_EVERY}") / path.name).read_bytes())
     elif kind == "a folder":
         path.unlink()
         path.mkdir()

@@ -27,6 +27,8 @@ SETTINGS = {
     "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 20, "warmup_num_steps": 2}},
     "local_parallel": {"link": {"timeout_seconds": 20.0}, "layout": {"start_timeout_seconds": 10.0}},
 }  # fmt: skip
+MIX = {"local_parallel.mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}
+FINISHED_STEPS, SAVED_EVERY = 6, 3  # of `finished_run`
 LAYOUTS = {"2x1": (2, 1), "2x2": (2, 2), "4x1": (4, 1)}  # stages x replicas
 TENSORS = "*.pt"  # files of a checkpoint that must not differ by a bit
 FIGURES = (
@@ -40,7 +42,7 @@ FIGURES = (
 )  # of metrics.jsonl, those without time
 TRACEBACK = "Traceback (most recent call last)"
 _ERROR = re.compile(
-    r"^(?:\[rank\d+\]: *)?((?:\w+\.)*\w*(?:Error|Interrupt|Exception|Stop)\b:? .*)$", re.MULTILINE
+    r"^(?:\[rank\d+\]: *)?((?:\w+\.)*\w*(?:Error|Interrupt|Exception|Stop|UnsupportedModel)\b:? .*)$", re.MULTILINE
 )
 _USAGE = re.compile(r"^\S+: error: (.*)$", re.MULTILINE)  # argparse's
 REFUSAL_SECONDS = 10.0
@@ -126,18 +128,19 @@ class Bench:
         return path
 
     def arguments(
-        self, folder: Path, settings: Mapping[str, Any] | None = None, model: Mapping[str, Any] | None = None, **options: Any,
+        self, folder: Path, settings: Mapping[str, Any] | None = None, shape: Mapping[str, Any] | None = None, **options: Any,
     ) -> list[str]:  # fmt: skip
         """The command line of train.py, with its config files written to `folder`.
 
         Args:
             settings: what is otherwise in ds_config.json, by path ("local_parallel.link.depth").
-            model: what is otherwise in the model's config; None takes a key away, here and in settings.
-            options: of the command line, underscores for dashes; None takes one away, True gives one without a value.
+            shape: what is otherwise in the model's config; None takes a key away, here and in settings.
+            options: of the command line, underscores for dashes; None takes one away, True gives one
+                without a value.
         """
-        shape = with_changes({**MODEL, "vocab_size": self.vocab_size}, model or {})
+        model = with_changes({**MODEL, "vocab_size": self.vocab_size}, shape or {})
         given = {
-            "model": self.write_json(folder, "model.json", shape),
+            "model": self.write_json(folder, "model.json", model),
             "data": self.data,
             "output": folder / "run",
             "max_steps": 12,
@@ -177,6 +180,19 @@ class Bench:
                 raise RuntimeError(f"the undisturbed run {name} failed: {run.outputs()[-3000:]}")
             self._references[name] = left_by(folder / "run"), time.monotonic() - began
         return self._references[name]
+
+
+def finished_run(bench: Bench) -> Path:
+    """The folder of a run of two stages with `MIX` that has two checkpoints, made once."""
+    folder = bench.work / "finished"
+    if not (folder / "run" / "loss.png").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        command = bench.arguments(folder, MIX, max_steps=FINISHED_STEPS, save_every=SAVED_EVERY)
+        run = bench.server.finish("train.py", command, ranks=2)
+        if any(run.statuses()):
+            raise RuntimeError(f"the run to be continued failed: {run.outputs()[-3000:]}")
+    return folder / "run"
 
 
 def with_changes(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,6 +283,8 @@ def refused(run: Run, names: Sequence[str]) -> Outcome:
     output, status = run.outputs(), run.status(0)
     # ranks may say the same
     sentences = list(dict.fromkeys(_ERROR.findall(output) or _USAGE.findall(output)))
+    if not sentences and len(lines := output.strip().splitlines()) == 1:
+        sentences = lines
     outcome.said = sentences[0][:400] if sentences else ""
     if not any(run.statuses()):
         return Outcome(["accepted"], outcome.seconds)

@@ -13,10 +13,9 @@ import time
 from typing import Any
 
 from fork_client import Run
-from judging import LAYOUTS, Bench, Outcome, differences, ended, last_words, left_by
+from judging import LAYOUTS, MIX, Bench, Outcome, differences, ended, last_words, left_by
 
 OTHERS_END = 45.0  # seconds, for a rank to notice that another one died: the start's and the links' limits are below it
-SETTINGS = {"local_parallel.mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}
 
 
 def cases(seed: int, count: int) -> list[dict[str, Any]]:
@@ -37,7 +36,7 @@ def cases(seed: int, count: int) -> list[dict[str, Any]]:
 def play(bench: Bench, case: dict[str, Any]) -> Outcome:
     stages, replicas = LAYOUTS[case["layout"]]
     ranks = stages * replicas
-    arguments = {"settings": SETTINGS, "num_stages": stages}
+    arguments = {"settings": MIX, "num_stages": stages}
     wanted, usual_seconds = bench.reference(f"kills {case['layout']}", ranks, **arguments)
     folder = bench.folder()
     outcome = Outcome()

@@ -26,7 +26,7 @@ from fork_client import ROOT, Server
 from judging import Bench
 
 # campaign -> cases of a full one
-CAMPAIGNS = {"kills": 200, "settings": 200, "corruptions": 300}
+CAMPAIGNS = {"kills": 200, "settings": 200, "inputs": 60, "corruptions": 300}
 RESULTS = ROOT / "docs" / "results"
 
 
@@ -88,9 +88,9 @@ def campaign(name: str, args: argparse.Namespace) -> int:
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             wrong += bool(outcome.wrong)
+            said = " ".join("; ".join(outcome.wrong).split())
             print(
-                f"{name} {number}: {'; '.join(outcome.wrong) or 'right'}  {json.dumps(cases[number])}",
-                flush=True,
+                f"{name} {number} {json.dumps(cases[number])}: {said[-400:] or 'right'}", flush=True
             )
     return wrong
 
