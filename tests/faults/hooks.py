@@ -58,3 +58,64 @@ def _subclasses(kind: type) -> Iterator[type]:
     for one in kind.__subclasses__():
         yield one
         yield from _subclasses(one)
+
+
+def poison(
+    what: str, value: str, first_step: int, last_step: int, block: int, micro_batch: int
+) -> None:
+    """Put a number that is not finite into one micro-batch of some optimizer steps.
+
+    Args:
+        what: "activation" or "gradient" at a block's output, or "loss".
+        value: "nan", "inf" or "-inf".
+        first_step, last_step: counted from 1, as in metrics.jsonl.
+        block: among the transformer blocks of this rank; of losses it is the stage's any.
+        micro_batch: how many forward passes of that block (losses of that stage) pass unharmed first.
+    """
+    import torch
+
+    blocks: list[Any] = []
+    bad = False  # within one of the steps
+    passed = 0  # forward passes or losses of the step
+
+    def step(train_batch: Callable[..., Any], engine: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal bad, passed
+        blocks[:] = [m for m in engine.module.modules() if type(m).__name__ == "GPT2Block"]
+        bad, passed = first_step <= engine.global_steps + 1 <= last_step, 0
+        try:
+            return train_batch(engine, *args, **kwargs)
+        finally:
+            bad = False
+
+    def hit() -> bool:
+        nonlocal passed
+        passed += 1
+        return bad and passed == micro_batch + 1
+
+    def spoiled(tensor: torch.Tensor) -> torch.Tensor:
+        stain = torch.zeros_like(tensor)
+        stain.view(-1)[0] = float(value)
+        return tensor + stain
+
+    def after_block(module: Any, _: Any, output: Any) -> Any:
+        if not bad or block >= len(blocks) or module is not blocks[block] or not hit():
+            return None
+        first = output[0] if isinstance(output, tuple) else output
+        if what == "gradient":
+            first.register_hook(spoiled)
+            return None
+        return (spoiled(first), *output[1:]) if isinstance(output, tuple) else spoiled(first)
+
+    _wrap_method("train_batch", step)
+    if what == "loss":
+        for name in ("cross_entropy", "linear_cross_entropy"):
+            loss = getattr(torch.nn.functional, name, None)
+            if loss is not None:
+
+                def poisoned(*args: Any, _loss: Any = loss, **kwargs: Any) -> Any:
+                    found = _loss(*args, **kwargs)
+                    return found + float(value) if hit() else found
+
+                setattr(torch.nn.functional, name, poisoned)
+    else:
+        torch.nn.modules.module.register_module_forward_hook(after_block)

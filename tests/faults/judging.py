@@ -42,7 +42,8 @@ FIGURES = (
 )  # of metrics.jsonl, those without time
 TRACEBACK = "Traceback (most recent call last)"
 _ERROR = re.compile(
-    r"^(?:\[rank\d+\]: *)?((?:\w+\.)*\w*(?:Error|Interrupt|Exception|Stop|UnsupportedModel)\b:? .*)$", re.MULTILINE
+    r"^(?:\[rank\d+\]: *)?((?:\w+\.)*\w*(?:Error|Interrupt|Exception|Stop|UnsupportedModel)\b:? .*)$",
+    re.MULTILINE,
 )
 _USAGE = re.compile(r"^\S+: error: (.*)$", re.MULTILINE)  # argparse's
 REFUSAL_SECONDS = 10.0

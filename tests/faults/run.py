@@ -26,7 +26,7 @@ from fork_client import ROOT, Server
 from judging import Bench
 
 # campaign -> cases of a full one
-CAMPAIGNS = {"kills": 200, "settings": 200, "inputs": 60, "corruptions": 300}
+CAMPAIGNS = {"kills": 200, "settings": 200, "inputs": 60, "corruptions": 300, "nonfinite": 216}
 RESULTS = ROOT / "docs" / "results"
 
 
