@@ -28,6 +28,8 @@ Words
 
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.2.0"
+
 if TYPE_CHECKING:
     from ds_local.engine.engine import LocalPipelineEngine
     from ds_local.engine.initialize import initialize

@@ -1,11 +1,10 @@
 """Are all machines ready for a job? Says what is wrong, on which host and rank, and what to do
 about it.
 
-    python scripts/check_cluster.py --hostfile configs/hostfile                        # before
-                                                                                       anything is
-                                                                                       started
+    # before anything is started
+    python scripts/check_cluster.py --hostfile configs/hostfile
+    # with the job's launcher
     deepspeed --hostfile configs/hostfile scripts/check_cluster.py --deepspeed_config ds_config.json
-                                                                                                         # with the job's launcher
 
 With --model and --data as for train.py it also compares these on every rank, and the memory that
 the planner expects with what the devices have. Ends within --limit seconds and a moment.
@@ -142,7 +141,8 @@ def check_memory(model: str, config: dict[str, Any], stages: int, replicas: int)
     import torch
     from torch import distributed as dist
 
-    from ds_local.cluster.pricing import GIB, expected_memory
+    from ds_local.cluster.candidates import GIB
+    from ds_local.cluster.pricing import expected_memory
     from ds_local.errors import ClusterError
     from ds_local.links.staging import ranks_here
     from ds_local.model.blocks import load_model_config

@@ -23,7 +23,9 @@ from bench.ranks import Pool
 from bench.real import Job, pinned
 from bench.real import config_of as real_config
 
-from ds_local.cluster.pricing import Cluster, Layout, Model, Pricing, measured_model, section_for
+from ds_local.cluster.candidate_cost import section_for
+from ds_local.cluster.candidates import Candidate, Cluster, Model, measured_model
+from ds_local.cluster.pricing import Pricing
 from ds_local.model import blocks
 from ds_local.model.flops import UnitCosts
 
@@ -39,18 +41,18 @@ LAYOUTS = (
     ("backprop (1F1B)", 2, 2, 4, 0.0),
 )
 REAL_LAYOUTS = (
-    Layout(2, 1, "local", "full", 4, 8),
-    Layout(2, 1, "backprop (1F1B)", "", 4, 8),
-    Layout(2, 1, "mixed 1/4", "full", 4, 8),
-    Layout(2, 1, "backprop (1F1B)", "", 4, 2),
-    Layout(2, 1, "local", "full", 8, 4),
-    Layout(1, 2, "data parallel", "", 4, 4),
+    Candidate(2, 1, "local", "full", 4, 8),
+    Candidate(2, 1, "backprop (1F1B)", "", 4, 8),
+    Candidate(2, 1, "mixed 1/4", "full", 4, 8),
+    Candidate(2, 1, "backprop (1F1B)", "", 4, 2),
+    Candidate(2, 1, "local", "full", 8, 4),
+    Candidate(1, 2, "data parallel", "", 4, 4),
 )
 MODEL = Path(__file__).resolve().parents[1] / "configs" / "gpt2-nano.json"
 SECONDS = 0.1  # of a stage's forward, of each of its gradients
 
 
-def predicted(layout: Layout, times: emulated.Times) -> float:
+def predicted(layout: Candidate, times: emulated.Times) -> float:
     """Seconds of a step."""
     model = Model(
         depth=layout.stages,
@@ -71,7 +73,7 @@ def predicted(layout: Layout, times: emulated.Times) -> float:
     return pricing.simulate(pricing.price(layout)).step_seconds
 
 
-def measured(pool: Any, layout: Layout, times: emulated.Times, steps: int) -> float:
+def measured(pool: Any, layout: Candidate, times: emulated.Times, steps: int) -> float:
     section = section_for(layout.row, layout.micro_batches)
     settings = times, layout.stages, layout.micro_batches, steps, network.Shape(), section
     results = pool.run(emulated.ds_local, layout.stages * layout.replicas, *settings, timeout=300)
@@ -84,13 +86,13 @@ def compare(
     rows = []
     for row, stages, replicas, micro_batches, head in layouts:
         times = emulated.Times(seconds, seconds, seconds, head)
-        layout = Layout(stages, replicas, row, "full" if head else "", 1, micro_batches)
+        layout = Candidate(stages, replicas, row, "full" if head else "", 1, micro_batches)
         expected, found = predicted(layout, times), measured(pool, layout, times, steps)
         rows.append(_row(layout, expected, found, head=head))
     return rows
 
 
-def _row(layout: Layout, expected: float, found: float, **more: Any) -> dict[str, Any]:
+def _row(layout: Candidate, expected: float, found: float, **more: Any) -> dict[str, Any]:
     error = expected / found - 1
     print(
         f"{expected:>8.3f} s predicted {found:>8.3f} s measured {error:>+7.1%}  {layout}",
@@ -103,7 +105,7 @@ def _row(layout: Layout, expected: float, found: float, **more: Any) -> dict[str
 # ---------------------------------------------------------------------------------------------------------
 
 
-def profiled(layout: Layout, folder: str, steps: int) -> float:
+def profiled(layout: Candidate, folder: str, steps: int) -> float:
     """On a rank, pinned to a core: train with this layout, write its profile.json; seconds of a
     step.
 
@@ -137,7 +139,7 @@ def compare_real(
     pool: Any, layouts: Any = REAL_LAYOUTS, repeats: int = 3, steps: int = 20
 ) -> list[dict[str, Any]]:
     """Layouts take turns, so that a busy moment of the machine meets all of them."""
-    found: dict[Layout, list[float]] = {layout: [] for layout in layouts}
+    found: dict[Candidate, list[float]] = {layout: [] for layout in layouts}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(repeats):
             for layout in layouts:

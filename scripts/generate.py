@@ -1,9 +1,8 @@
 """Continue a text with a trained model.
 
 python scripts/generate.py runs/nano --prompt "def main("
-python scripts/generate.py runs/nano --prompt "def main(" --assistant 0        # an early exit
-                                                                               drafts, the full
-                                                                               model checks
+# an early exit drafts, the full model checks
+python scripts/generate.py runs/nano --prompt "def main(" --assistant 0
 """
 
 from __future__ import annotations

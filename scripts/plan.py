@@ -1,8 +1,8 @@
 """Which layout will be fastest on a cluster, how fast, and why the others lose. Starts nothing,
 needs no device.
 
-python scripts/plan.py --model configs/gpt2-xl.json --nodes 8 --devices-per-node 8 --device-tflops
-    140 --memory-gib 80 \ --link-gbps 10 --intra-gbps 2400 --tokens 10e9
+    python scripts/plan.py --model configs/gpt2-xl.json --nodes 8 --devices-per-node 8 \\
+        --device-tflops 140 --memory-gib 80 --link-gbps 10 --intra-gbps 2400 --tokens 10e9
 """
 
 from __future__ import annotations
@@ -15,17 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ds_local.cluster.candidates import GIB, HEADS, ROWS, Cluster, Model, Price, measured_model
 from ds_local.cluster.planner import Plan, plan
-from ds_local.cluster.pricing import (
-    GIB,
-    HEADS,
-    ROWS,
-    Cluster,
-    Model,
-    Price,
-    Pricing,
-    measured_model,
-)
+from ds_local.cluster.pricing import Pricing
 from ds_local.errors import ConfigError
 from ds_local.model import blocks
 
@@ -80,7 +72,7 @@ def line(price: Price, tokens: float | None) -> str:
     hours = f"{tokens / price.tokens_per_second / 3600:>9,.1f}" if tokens else ""
     return (
         f"{price.tokens_per_second:>12,.0f}  {price.idle_share:>5.0%}  {price.memory / GIB:>7.1f}  "
-        f"{price.bytes_per_edge / 1e9:>7.2f}  {price.bytes_reduced / 1e9:>7.2f}  {hours}  {price.layout}"
+        f"{price.bytes_per_edge / 1e9:>7.2f}  {price.bytes_reduced / 1e9:>7.2f}  {hours}  {price.candidate}"
     )
 
 
@@ -99,7 +91,7 @@ def report(found: Plan, args: argparse.Namespace) -> str:
     lines += ["", "the best of every other row, and what costs it most:"]
     for price in others:
         lines.append(
-            f"{best.step_seconds / price.step_seconds:>6.0%} of the best  {price.layout}: {price.loss}"
+            f"{best.step_seconds / price.step_seconds:>6.0%} of the best  {price.candidate}: {price.loss}"
         )
     lines.append(_too_large(found, args.memory_gib))
     return "\n".join(lines).rstrip()
@@ -107,7 +99,7 @@ def report(found: Plan, args: argparse.Namespace) -> str:
 
 def _too_large(found: Plan, memory_gib: float) -> str:
     return "\n".join(
-        f"does not fit    {price.layout}: {price.memory / GIB:,.0f} GiB on a device of {memory_gib:g}"
+        f"does not fit    {price.candidate}: {price.memory / GIB:,.0f} GiB on a device of {memory_gib:g}"
         for price in found.too_large.values()
     )
 

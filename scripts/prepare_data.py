@@ -1,7 +1,7 @@
 """Make a data folder: text -> tokens -> fixed-length sequences, with a tokenizer.
 
-python scripts/prepare_data.py --source python-stdlib --tokenizer sentencepiece:4096 --seq-len 128
---output data/python
+    python scripts/prepare_data.py --source python-stdlib --tokenizer sentencepiece:4096 \\
+        --seq-len 128 --output data/python
 """
 
 from __future__ import annotations

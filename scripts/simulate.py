@@ -1,10 +1,11 @@
 """Show what a schedule will do before running it: time line, idle share, live micro-batches,
 messages.
 
-python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --backprop-micro-batches 2
-python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --compare 1f1b zero_bubble
---png schedules.png python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --compare
-1f1b --model configs/gpt2-nano.json
+    python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --backprop-micro-batches 2
+    python scripts/simulate.py --stages 4 --micro-batches 8 --mode local \\
+        --compare 1f1b zero_bubble --png schedules.png
+    python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --compare 1f1b \\
+        --model configs/gpt2-nano.json
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from typing import Any
 from ds_local.cli.arguments import number_or_auto
 from ds_local.config.files import local_parallel
 from ds_local.config.schema import SECTION, LocalParallelConfig
+from ds_local.schedules.drawing import chrome_trace, draw
 from ds_local.schedules.peers import PEERS
 from ds_local.schedules.replay import grid_of
 from ds_local.schedules.routes import MODES
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Schedule
-from ds_local.schedules.simulator import Costs, Timeline, chrome_trace, draw, simulate
+from ds_local.schedules.simulator import Costs, Timeline, simulate
 
 WIDEST = 24  # stages and micro-batches of a grid that still fits on a screen
 

@@ -1,8 +1,8 @@
 """What activation compression costs in loss: the same local training with every codec, in one
 process, at equal tokens.
 
-python scripts/study_links.py --data data/python-512 --codecs none bf16 int8 int4:group_size=32
-lowrank:rank=32 --json links.json
+    python scripts/study_links.py --data data/python-512 --json links.json \\
+        --codecs none bf16 int8 int4:group_size=32 lowrank:rank=32
 
 The model is cut into segments with links in memory, which carry what links between stages carry.
 Every run sees the same weights at the start and the same data. The last segment's validation loss

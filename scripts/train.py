@@ -1,7 +1,7 @@
 """Pretrain a causal language model over pipeline stages that learn from their own losses.
 
-deepspeed scripts/train.py --model configs/gpt2-nano.json --data data/python --output runs/nano
-    --max-steps 300 \ --deepspeed --deepspeed_config ds_config.json
+    deepspeed scripts/train.py --model configs/gpt2-nano.json --data data/python \\
+        --output runs/nano --max-steps 300 --deepspeed --deepspeed_config ds_config.json
 """
 
 from __future__ import annotations

@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ds_local.cluster.pricing import (
+from ds_local.cluster.candidates import (
     GIB,
     ONE_IN,
     ROWS,
+    Candidate,
     Cluster,
-    Layout,
     Model,
     Price,
-    Pricing,
     has_heads,
 )
+from ds_local.cluster.pricing import Pricing
 from ds_local.errors import ConfigError
 
 # --- legal layouts
@@ -29,7 +29,7 @@ from ds_local.errors import ConfigError
 
 def layouts(
     model: Model, cluster: Cluster, sequences: int, heads: Sequence[str], rows: Sequence[str]
-) -> Iterator[Layout]:
+) -> Iterator[Candidate]:
     """Every layout that divides `sequences` per step over the whole cluster."""
     for stages in (
         n for n in range(1, min(model.depth, cluster.devices) + 1) if cluster.devices % n == 0
@@ -45,14 +45,14 @@ def layouts(
             for place in ("across_nodes",) if one_place else ("across_nodes", "within_node"):
                 for row in rows:
                     for head in heads if has_heads(row) else ("",):
-                        layout = Layout(
+                        layout = Candidate(
                             stages, replicas, row, head, micro_batch, micro_batches, place
                         )
                         if is_legal(layout):
                             yield layout
 
 
-def is_legal(layout: Layout) -> bool:
+def is_legal(layout: Candidate) -> bool:
     if (layout.row == "data parallel") != (layout.stages == 1):
         return False
     if layout.row == "data parallel":

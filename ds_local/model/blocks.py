@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -112,7 +113,7 @@ def _read_config(source: str | Path) -> PretrainedConfig:
 @functools.lru_cache(maxsize=4)
 def _skeleton_of(config_json: str) -> PreTrainedModel:
     config = AutoConfig.for_model(**json.loads(config_json))
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=True):
         return AutoModelForCausalLM.from_config(config)
 
 

@@ -4,7 +4,8 @@ here."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from ds_local.errors import ScheduleError
@@ -43,131 +44,162 @@ def replay(
         steps: optimizer steps to run one after another. No stage waits for another between them.
 
     Returns:
-        The events in the order they were found, and None, or a sentence naming what each stage
-        waits for when nothing can go on.
+        The events in an order in which they can happen, and None, or a sentence naming what each
+        stage waits for when nothing can go on.
     """
     schedules = [schedules] if isinstance(schedules, Schedule) else schedules
-    run = _Replay(
-        [schedules[step % len(schedules)] for step in range(steps)], cost, link_time, link_depth
+    program = Program([schedules[step % len(schedules)] for step in range(steps)], link_depth)
+    seconds = [cost(program.schedules[work.step], work.action) for work in program.work]
+    spans = program.spans(
+        seconds, [link_time(link) for link in program.links], program.clocks_at_rest()
     )
-    run.run()
-    return run.events, run.stuck()
+    return [
+        Event(work.stage, work.step, work.action, *span)
+        for work, span in zip(program.work, spans, strict=True)
+    ], program.stuck
 
 
-class _Replay:
-    """The state of one `replay`: for each stage its clock and its next piece of work, for each link
-    what is on it."""
+class Work(NamedTuple):
+    """An action of one step, and what it needs as positions in `Program.work`."""
 
-    def __init__(
-        self,
-        schedules: Sequence[Schedule],
-        cost: Callable[[Schedule, Action], float],
-        link_time: Callable[[Link], float],
-        depth: int | None,
-    ) -> None:
-        self.schedules, self.cost, self.link_time, self.depth = schedules, cost, link_time, depth
-        self.events: list[Event] = []
-        self.done: dict[
-            tuple[int, Action], float
-        ] = {}  # (step, action) -> when its result is there, on its own segment
-        self.arrived: dict[tuple[int, Action], float] = {}  # ... at the other end of its link
-        self.consumed: dict[Link, list[float]] = defaultdict(
-            list
-        )  # when each message was taken off its link
-        self.sent: dict[Link, int] = defaultdict(int)
-        self.link_free: dict[Link, float] = defaultdict(float)
-        num_stages = schedules[0].num_stages
-        self.crosses_stages = schedules[0].crosses_stages  # the same in all steps
-        self.clock = [0.0] * num_stages
-        self.programs = [_program(schedules, stage) for stage in range(num_stages)]
-        self.next = [next(program, None) for program in self.programs]
-        self.waiting: dict[tuple, list[int]] = defaultdict(list)  # what a stage waits for -> stages
-        self.runnable = list(range(num_stages))
-
-    def run(self) -> None:
-        while self.runnable:
-            stage = self.runnable.pop()
-            while (work := self.next[stage]) is not None:
-                missing = self._missing_for(work)
-                if missing is not None:
-                    self.waiting[missing].append(stage)
-                    break
-                self._send(stage, work) if work.link is not None else self._compute(stage, work)
-                self.next[stage] = next(self.programs[stage], None)
-
-    def _missing_for(self, work: _Work) -> tuple | None:
-        """What must happen before this piece of work, as a key of `waiting`."""
-        step, action, link = work
-        if link is not None:
-            full = self.depth is not None and self.crosses_stages(link)
-            number = self.sent[link] - (self.depth or 0)
-            return ("taken", link, number) if full and number >= len(self.consumed[link]) else None
-        for required, via in self.schedules[step].requires(action):
-            if (step, required) not in (self.arrived if via else self.done):
-                return step, required
-        return None
-
-    def _send(self, stage: int, work: _Work) -> None:
-        step, action, link = work
-        assert link is not None, "told apart by the caller"
-        crosses = self.crosses_stages(link)
-        start = max(self.done[step, action], self.link_free[link])
-        self.link_free[link] = self.arrived[step, action] = start + (
-            self.link_time(link) if crosses else 0.0
-        )
-        number = self.sent[link] - (self.depth or 0)
-        if crosses and self.depth is not None and number >= 0:
-            self.clock[stage] = max(self.clock[stage], self.consumed[link][number])
-        self.sent[link] += 1
-        self._wake((step, action))
-
-    def _compute(self, stage: int, work: _Work) -> None:
-        step, action, _ = work
-        required = self.schedules[step].requires(action)
-        start = max(
-            [
-                self.clock[stage],
-                *((self.arrived if via else self.done)[step, r] for r, via in required),
-            ]
-        )
-        for _, via in required:
-            if via is not None:
-                self.consumed[via].append(start)
-                self._wake(("taken", via, len(self.consumed[via]) - 1))
-        self.clock[stage] = self.done[step, action] = start + self.cost(
-            self.schedules[step], action
-        )
-        self.events.append(Event(stage, step, action, start, self.clock[stage]))
-        self._wake((step, action))
-
-    def _wake(self, key: tuple) -> None:
-        self.runnable.extend(self.waiting.pop(key, ()))
-
-    def stuck(self) -> str | None:
-        blocked = [
-            f"stage {stage} waits {'for the inputs of' if work.link is None else 'to send the result of'} "
-            f"{work.action} (segment {work.action.segment}, step {work.step})"
-            for stage, work in enumerate(self.next)
-            if work is not None
-        ]
-        return "deadlock: " + "; ".join(blocked) if blocked else None
-
-
-class _Work(NamedTuple):
-    """A piece of a stage's program: compute an action, or (with a link) send its result."""
-
+    stage: int
     step: int
     action: Action
-    link: Link | None
+    own: tuple[int, ...]  # results of its own segment
+    received: tuple[int, ...]  # results of neighbouring segments
+    gate: int  # who must have taken a message before the result before this one fits on its link
+    link: int = -1  # position in `Program.links` of where its result goes; -1: nowhere
 
 
-def _program(schedules: Sequence[Schedule], stage: int) -> Iterator[_Work]:
-    for step, schedule in enumerate(schedules):
-        for action in schedule.stages[stage]:
-            yield _Work(step, action, None)
-            link = schedule.sends(action)
-            if link is not None:
-                yield _Work(step, action, link)
+class Clocks(NamedTuple):
+    """When stages and links are free."""
+
+    stages: list[float]
+    links: list[float]
+
+
+class Program:
+    """Successive steps as one list of work, in an order in which it can run whatever it takes.
+
+    The order of each stage is fixed, so what waits for what does not depend on times: the list is
+    made once, and `spans` walks it for any costs. `stuck` says what each stage waits for when not
+    all work can run, else it is None.
+
+    Args:
+        schedules: of the steps, one each.
+        link_depth: messages a link between stages holds before its sender has to wait; None: no
+            limit.
+    """
+
+    def __init__(self, schedules: Sequence[Schedule], link_depth: int | None = None) -> None:
+        self.schedules = schedules
+        self.work: list[Work] = []
+        self.links: list[Link] = []  # between stages, in the order in which they are first used
+        self._depth = link_depth
+        # actions of all steps are numbered through
+        starts = [0, *accumulate(len(schedule.wiring) for schedule in schedules)]
+        self._wires = [
+            (step, start, wire)
+            for step, (start, schedule) in enumerate(zip(starts, schedules, strict=False))
+            for wire in schedule.wiring
+        ]
+        self._queues: list[list[int]] = [[] for _ in range(schedules[0].num_stages)]
+        self._takers: dict[Link, list[int]] = defaultdict(list)  # of messages, in their order
+        for number, (_, _, wire) in enumerate(self._wires):
+            self._queues[wire.stage].append(number)
+            for link in wire.taken:
+                self._takers[link].append(number)
+        self.stuck = self._arrange()
+
+    def clocks_at_rest(self) -> Clocks:
+        return Clocks([0.0] * len(self._queues), [0.0] * len(self.links))
+
+    def spans(
+        self, seconds: Sequence[float], link_seconds: Sequence[float], clocks: Clocks
+    ) -> list[tuple[float, float]]:
+        """(start, end) of every piece of work.
+
+        Args:
+            seconds: of each piece of work.
+            link_seconds: time a message keeps each link busy.
+            clocks: from when on stages and links are free; moved on, so that another round may
+                follow.
+        """
+        stages, links = clocks
+        spans: list[tuple[float, float]] = []
+        there: list[float] = []  # when each result is at its receiver
+        for work, length in zip(self.work, seconds, strict=True):
+            start = stages[work.stage]
+            if work.gate >= 0:
+                start = max(start, spans[work.gate][0])
+            for other in work.own:
+                start = max(start, spans[other][1])
+            for other in work.received:
+                start = max(start, there[other])
+            end = arrival = start + length
+            if work.link >= 0:
+                arrival = links[work.link] = max(end, links[work.link]) + link_seconds[work.link]
+            spans.append((start, end))
+            there.append(arrival)
+            stages[work.stage] = end
+        return spans
+
+    def _arrange(self) -> str | None:
+        """Let every stage go as far as it gets; who has to wait is woken by what it waits for."""
+        place = [-1] * len(self._wires)  # in `work`, of what has run
+        left = bytearray(len(self._wires))  # has its result gone out, too?
+        sent: dict[Link, int] = {}
+        on: dict[Link, int] = {}  # position in `links`
+        until_run: dict[int, list[int]] = {}  # what is waited for -> stages
+        until_left: dict[int, list[int]] = {}
+        position, gate = [0] * len(self._queues), [-1] * len(self._queues)
+        runnable = list(range(len(self._queues)))
+        while runnable:
+            stage = runnable.pop()
+            queue = self._queues[stage]
+            while position[stage] < len(queue):
+                number = queue[position[stage]]
+                step, start, wire = self._wires[number]
+                if place[number] < 0:
+                    missing = [start + n for n in wire.own if place[start + n] < 0]
+                    missing += [start + n for n in wire.received if not left[start + n]]
+                    if missing:
+                        until_left.setdefault(missing[0], []).append(stage)
+                        break
+                    place[number] = len(self.work)
+                    own = tuple([place[start + n] for n in wire.own])
+                    received = tuple([place[start + n] for n in wire.received])
+                    link = -1
+                    if wire.link is not None:
+                        link = on.setdefault(wire.link, len(on))
+                    self.work.append(
+                        Work(stage, step, wire.action, own, received, gate[stage], link)
+                    )
+                    gate[stage] = -1
+                    runnable += until_run.pop(number, ())
+                if wire.link is not None:
+                    count = sent.get(wire.link, 0)
+                    if self._depth is not None and count >= self._depth:
+                        taker = self._takers[wire.link][count - self._depth]
+                        if place[taker] < 0:
+                            until_run.setdefault(taker, []).append(stage)
+                            break
+                        gate[stage] = place[taker]
+                    sent[wire.link] = count + 1
+                left[number] = True
+                runnable += until_left.pop(number, ())
+                position[stage] += 1
+        self.links = list(on)
+        blocked = []
+        for stage, (queue, at) in enumerate(zip(self._queues, position, strict=True)):
+            if at < len(queue):
+                step, _, wire = self._wires[queue[at]]
+                what = "for the inputs" if place[queue[at]] < 0 else "to send the result"
+                blocked.append(
+                    f"stage {stage} waits {what} of {wire.action} (segment {wire.action.segment}, "
+                    f"step {step})"
+                )
+        return "deadlock: " + "; ".join(blocked) if blocked else None
 
 
 def validate(schedules: Schedule | Sequence[Schedule], link_depth: int) -> None:
@@ -186,7 +218,7 @@ def validate(schedules: Schedule | Sequence[Schedule], link_depth: int) -> None:
     # every schedule after itself and after the one before it: a step meets links that the step
     # before has left full
     twice = [schedule for schedule in schedules for _ in range(2)]
-    _, stuck = replay(twice, link_depth=link_depth, steps=len(twice) + 1)
+    stuck = Program([*twice, twice[0]], link_depth).stuck
     if stuck is not None:
         grids = "\n".join(map(grid_of, schedules))
         raise ScheduleError(

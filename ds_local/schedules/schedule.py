@@ -64,6 +64,17 @@ class Link(NamedTuple):
         )
 
 
+class Wire(NamedTuple):
+    """What an action needs and gives; others by their number in `Schedule.wiring`."""
+
+    stage: int
+    action: Action
+    own: tuple[int, ...]  # needed from its own stage
+    received: tuple[int, ...]  # needed from neighbouring stages
+    taken: tuple[Link, ...]  # whose messages these are
+    link: Link | None  # where its result leaves the stage
+
+
 class Event(NamedTuple):
     """An executed action of a replay, in time units of its costs."""
 
@@ -131,6 +142,30 @@ class Schedule:
             return Link("activation", segment) if segment + 1 < len(self.stage_of) else None
         loss = None if kind == WEIGHT_GRADIENT else self.route(action).sends
         return None if loss is None else Link("gradient", segment - 1, loss - (segment - 1))
+
+    @cached_property
+    def wiring(self) -> list[Wire]:
+        """Every action, stage by stage in their order, with what it needs and gives."""
+        number = {action: i for i, action in enumerate(self.actions())}
+        wires = []
+        for stage, actions in enumerate(self.stages):
+            for action in actions:
+                needs = [
+                    (number[one], link if link and self.crosses_stages(link) else None)
+                    for one, link in self.requires(action)
+                ]
+                link = self.sends(action)
+                wires.append(
+                    Wire(
+                        stage,
+                        action,
+                        tuple(n for n, via in needs if via is None),
+                        tuple(n for n, via in needs if via is not None),
+                        tuple(via for _, via in needs if via is not None),
+                        link if link and self.crosses_stages(link) else None,
+                    )
+                )
+        return wires
 
     def crosses_stages(self, link: Link) -> bool:
         return self.stage_of[link.lower] != self.stage_of[link.lower + 1]

@@ -5,7 +5,7 @@ input gradient, weight gradient, head and link, and reports makespan, steady per
 live micro-batches and messages. The times are plain numbers in any unit, or come from a profile
 that `train.py --profile` has measured.
 
-Pure Python; matplotlib is imported only to draw.
+Pure Python.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_local.schedules.list_scheduler import make_schedule
-from ds_local.schedules.replay import replay
+from ds_local.schedules.replay import Program, replay
 from ds_local.schedules.routes import Routes
 from ds_local.schedules.schedule import (
     BACKWARD,
@@ -31,7 +31,7 @@ from ds_local.schedules.schedule import (
     Schedule,
 )
 
-MAX_ROUNDS = 8  # of a steady-state replay, beyond the least
+MAX_ROUNDS = 24  # of steps before a run must have settled, beyond the least
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def simulate(
     return Timeline(
         first,
         makespan,
-        _steady_period(schedules, cost, link_time, link_depth),
+        StepTimer(schedules, link_depth).steady_period(costs),
         busy,
         alone,
         costs.activation_bytes,
@@ -199,24 +199,6 @@ def _first_reader_of_own_loss(schedule: Schedule) -> set[Action]:
     return set(readers.values())
 
 
-def _steady_period(
-    schedules: Sequence[Schedule], cost: Any, link_time: Any, link_depth: int | None
-) -> float:
-    """How much later a step ends than the one before it (a mean over `schedules`), once the run has
-    settled."""
-    cycle = len(schedules)
-    rounds = least = _least_rounds(schedules[0])
-    while True:
-        events, _ = replay(schedules, cost, link_time, link_depth, rounds * cycle)
-        ends = [0.0] * rounds
-        for event in events:
-            ends[event.step // cycle] = max(ends[event.step // cycle], event.end)
-        before, settled = ends[-2] - ends[-3], ends[-1] - ends[-2]
-        if abs(settled - before) < 1e-9 * max(settled, 1e-300) or rounds >= least + MAX_ROUNDS:
-            return settled / cycle
-        rounds += 4
-
-
 def _least_rounds(schedule: Schedule) -> int:
     """Steps before a run may have settled. Chunks fall behind each other one by one, at an even
     pace while it lasts."""
@@ -230,61 +212,49 @@ def _least_rounds(schedule: Schedule) -> int:
 
 
 class StepTimer:
-    """`Timeline.steady_period` of one schedule under many costs, without limit on link depth:
-    quick, for sweeps.
+    """`Timeline.steady_period` of one schedule under many costs: what waits for what is found once.
 
-    Steps depend on each other only by the clocks of stages and links, so the order of one replayed
-    step serves all.
+    Args:
+        schedules: of a step, or of successive steps that differ and start over after the last.
+        link_depth: as in `simulate`.
+
+    Raises:
+        ValueError: when the schedules deadlock at this link depth.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
-        self._schedule = schedule
-        events, stuck = replay(schedule)
-        if stuck is not None:
-            raise ValueError(f"{schedule.name}: {stuck}")
-        number = {event.action: i for i, event in enumerate(events)}
-        links: dict[Link, int] = {}
-        self._links: list[Link] = []
-        self._actions = [event.action for event in events]
-        self._work = []
-        for event in events:
-            needs = schedule.requires(event.action)
-            link = schedule.sends(event.action)
-            if link is not None and not schedule.crosses_stages(link):
-                link = None
-            if link is not None and link not in links:
-                links[link] = len(links)
-                self._links.append(link)
-            from_link = [number[a] for a, via in needs if via is not None]
-            own = [number[a] for a, via in needs if via is None]
-            self._work.append(
-                (event.stage, tuple(own), tuple(from_link), -1 if link is None else links[link])
+    def __init__(
+        self, schedules: Schedule | Sequence[Schedule], link_depth: int | None = None
+    ) -> None:
+        self._schedules = [schedules] if isinstance(schedules, Schedule) else schedules
+        self._least = _least_rounds(self._schedules[0])
+        # without a limit on links, rounds depend on each other by the clocks of stages and links
+        # only, so one round serves all; with one, a round waits for messages taken in another
+        together = 1 if link_depth is None else self._least + MAX_ROUNDS
+        self._program = Program([*self._schedules] * together, link_depth)
+        if self._program.stuck is not None:
+            raise ValueError(
+                f"{self._schedules[0].name}: {self._program.stuck}; links hold {link_depth} messages"
             )
 
     def steady_period(self, costs: Costs) -> float:
-        per_action = _action_costs(self._schedule, costs)
-        seconds = [per_action[action] for action in self._actions]
-        link_seconds = [costs.of("link", link.lower) for link in self._links]
-        clock, free = [0.0] * self._schedule.num_stages, [0.0] * len(self._links)
-        done, there = [0.0] * len(seconds), [0.0] * len(seconds)
+        """How much later a step ends than the one before it, once the run has settled."""
+        program, cycle = self._program, len(self._schedules)
+        times = [_action_costs(schedule, costs) for schedule in self._schedules]
+        seconds = [times[work.step % cycle][work.action] for work in program.work]
+        link_seconds = [costs.of("link", link.lower) for link in program.links]
+        clocks = program.clocks_at_rest()
         ends: list[float] = []
-        least = _least_rounds(self._schedule)
-        while len(ends) < least + 3 * MAX_ROUNDS:
-            for i, (stage, own, from_link, link) in enumerate(self._work):
-                start = clock[stage]
-                for other in own:
-                    start = max(start, done[other])
-                for other in from_link:
-                    start = max(start, there[other])
-                end = clock[stage] = done[i] = there[i] = start + seconds[i]
-                if link >= 0:
-                    there[i] = free[link] = max(end, free[link]) + link_seconds[link]
-            ends.append(max(clock))
-            if len(ends) >= least and abs(ends[-1] - 2 * ends[-2] + ends[-3]) < 1e-6 * (
-                ends[-1] - ends[-2]
-            ):
-                break
-        return ends[-1] - ends[-2]
+        while len(ends) < self._least + MAX_ROUNDS:
+            spans = program.spans(seconds, link_seconds, clocks)
+            latest = [0.0] * (len(program.schedules) // cycle)
+            for work, (_, end) in zip(program.work, spans, strict=True):
+                latest[work.step // cycle] = max(latest[work.step // cycle], end)
+            ends += latest
+            if len(ends) >= self._least:
+                before, last = ends[-2] - ends[-3], ends[-1] - ends[-2]
+                if abs(last - before) < 1e-6 * last:
+                    break
+        return (ends[-1] - ends[-2]) / cycle
 
 
 def most_without_idling(
@@ -312,109 +282,3 @@ def most_without_idling(
 
     limit = period(0) * (1 + 1e-9)
     return bisect_right(range(1, num_micro_batches), limit, key=period)
-
-
-def chrome_trace(timeline: Timeline, microseconds_per_unit: float = 1e6) -> dict[str, Any]:
-    """The step alone as a Chrome/Perfetto trace, one lane per stage."""
-    return {
-        "traceEvents": [
-            {
-                "name": str(e.action),
-                "cat": e.action.kind,
-                "ph": "X",
-                "pid": 0,
-                "tid": e.stage,
-                "ts": e.start * microseconds_per_unit,
-                "dur": (e.end - e.start) * microseconds_per_unit,
-                "args": {"segment": e.action.segment, "micro_batch": e.action.micro_batch},
-            }
-            for e in timeline.events
-        ]
-        + [
-            {"name": "thread_name", "ph": "M", "pid": 0, "tid": s, "args": {"name": f"stage {s}"}}
-            for s in range(timeline.schedule.num_stages)
-        ]
-    }
-
-
-COLORS = {
-    FORWARD: "#4c78a8",
-    BACKWARD: "#f2a541",
-    INPUT_GRADIENT: "#e45756",
-    WEIGHT_GRADIENT: "#72b7b2",
-}
-NAMES = {
-    FORWARD: "forward",
-    BACKWARD: "backward",
-    INPUT_GRADIENT: "input gradient only",
-    WEIGHT_GRADIENT: "weight gradient",
-}
-
-
-def draw(timelines: Sequence[Timeline], path: str | Path) -> None:
-    """Draw time lines under each other on one time axis, one row per stage; idle time stays
-    white."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
-
-    rows = [t.schedule.num_stages for t in timelines]
-    figure, axes = plt.subplots(
-        len(timelines),
-        1,
-        sharex=True,
-        squeeze=False,
-        figsize=(12, 0.6 + 0.36 * sum(rows) + 0.7 * len(rows)),
-        height_ratios=rows,
-        layout="constrained",
-    )
-    few = max(t.schedule.num_micro_batches for t in timelines) <= 16 and max(rows) <= 16
-    kinds = set()
-    for axis, timeline in zip(axes[:, 0], timelines, strict=True):
-        for event in timeline.events:
-            backprop = (
-                event.action.kind != FORWARD
-                and timeline.schedule.rows[event.action.micro_batch].mode == "backprop"
-            )
-            kinds.add(event.action.kind)
-            axis.broken_barh(
-                [(event.start, event.end - event.start)],
-                (event.stage - 0.42, 0.84),
-                facecolors=COLORS[event.action.kind],
-                edgecolor="white",
-                linewidth=0.6,
-                hatch="//" if backprop and "x" in timeline.schedule.name else None,
-            )
-            if few:
-                axis.text(
-                    (event.start + event.end) / 2,
-                    event.stage,
-                    event.action.micro_batch,
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white",
-                )
-        axis.set_yticks(
-            range(timeline.schedule.num_stages),
-            [f"stage {s}" for s in range(timeline.schedule.num_stages)],
-        )
-        axis.invert_yaxis()
-        axis.set_title(
-            f"{timeline.schedule.name}: {timeline.makespan:g} alone, {timeline.steady_period:g} a step in a long run, "
-            f"idle {timeline.idle_share:.0%}",
-            loc="left",
-            fontsize=9,
-        )
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel("time")
-    figure.legend(
-        handles=[Patch(color=COLORS[k], label=NAMES[k]) for k in COLORS if k in kinds],
-        loc="outside lower right",
-        ncols=4,
-        fontsize=8,
-    )
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

@@ -1,8 +1,10 @@
 import pytest
 from launch import ROOT, script
 
+from ds_local.cluster.candidate_cost import schedule_for
+from ds_local.cluster.candidates import GIB, ROWS, Cluster, Model
 from ds_local.cluster.planner import is_legal, layouts, plan
-from ds_local.cluster.pricing import GIB, ROWS, Cluster, Model, Pricing, schedule_for
+from ds_local.cluster.pricing import Pricing
 from ds_local.errors import ConfigError
 from ds_local.model import blocks
 
@@ -18,18 +20,18 @@ def small():
 
 def test_data_parallelism_wins_where_links_are_fast_and_the_model_fits(small):
     found = plan(Pricing(small, FAST, 512), ["full"])
-    assert found.best[0].layout.row == "data parallel"
+    assert found.best[0].candidate.row == "data parallel"
     assert all(price.simulated for price in found.best)
     slow = plan(Pricing(small, Cluster(8, 1, 100, 80, 1, 4000), 512), ["shared, 1/4 of tokens"])
-    assert slow.best[0].layout.row != "data parallel"
-    assert {price.layout.row for price in slow.best} == set(ROWS)
+    assert slow.best[0].candidate.row != "data parallel"
+    assert {price.candidate.row for price in slow.best} == set(ROWS)
 
 
 def test_what_does_not_fit_is_said(small):
     found = plan(Pricing(small, Cluster(1, 2, 100, 2.5, 10, 100), 64), ["full"])
     assert "data parallel" in found.too_large
     assert all(price.memory <= 2.5 * GIB for price in found.best)
-    assert all(price.layout.recompute for price in found.too_large.values())
+    assert all(price.candidate.recompute for price in found.too_large.values())
 
 
 def test_only_legal_layouts(small):

@@ -2,17 +2,9 @@ import json
 
 import pytest
 
-from ds_local.cluster.pricing import (
-    ROWS,
-    Cluster,
-    Layout,
-    Model,
-    Pricing,
-    expected_memory,
-    measured_model,
-    schedule_for,
-    streams_leaving_a_node,
-)
+from ds_local.cluster.candidate_cost import schedule_for, streams_leaving_a_node
+from ds_local.cluster.candidates import ROWS, Candidate, Cluster, Model, measured_model
+from ds_local.cluster.pricing import Pricing, expected_memory
 from ds_local.errors import ConfigError
 from ds_local.model.flops import UnitCosts, stage_flops
 from ds_local.schedules.list_scheduler import make_schedule
@@ -47,7 +39,7 @@ def test_the_quick_timer_agrees_with_the_simulator(row):
 def test_no_layout_is_faster_than_its_bound(row):
     cluster = Cluster(1, 4, 1, 80, 1e-6, 1e-6)
     pricing = Pricing(even(), cluster, 40)
-    price = pricing.price(Layout(4, 1, row, "", 1, 40))
+    price = pricing.price(Candidate(4, 1, row, "", 1, 40))
     simulated = pricing.simulate(price)
     assert simulated.step_seconds >= price.step_seconds * (1 - 1e-9)
     costs = Costs(1.0, 1.0, 1.0, 0.0, link=8 * 10 * (8 * 4 + 4) / 1e3)
@@ -59,7 +51,7 @@ def test_a_data_parallel_step_by_hand():
     cluster = Cluster(
         nodes=4, devices_per_node=1, tflops=1, memory_gib=1, link_gbps=1e-6, intra_gbps=1
     )
-    price = Pricing(even(1), cluster, 8).price(Layout(1, 4, "data parallel", "", 2, 1))
+    price = Pricing(even(1), cluster, 8).price(Candidate(1, 4, "data parallel", "", 2, 1))
     # 100 fp32 parameters: each device sends 2 x 3/4 of 400 bytes over 125 bytes a second, after 2
     # sequences of 3 seconds
     assert price.step_seconds == pytest.approx(6 + 600 / 125)
@@ -74,7 +66,7 @@ def test_local_training_by_hand():
     )  # a message of 10 tokens x (8 x 4 + 4) bytes takes 2 seconds
     pricing = Pricing(even(), cluster, 8)
     local, true = (
-        pricing.simulate(pricing.price(Layout(4, 1, row, "", 1, 8)))
+        pricing.simulate(pricing.price(Candidate(4, 1, row, "", 1, 8)))
         for row in ("local", "backprop (1F1B)")
     )
     assert local.step_seconds == pytest.approx(24)  # the links keep up
@@ -95,7 +87,7 @@ def test_streams_that_leave_a_node():
 def test_memory_by_hand():
     pricing = Pricing(even(2, kept=50), Cluster(1, 2, 1, 80, 1, 1, reserve_gib=0), 8, zero_stage=0)
     local, true = (
-        pricing.price(Layout(2, 1, row, "", 4, 2)).memory for row in ("local", "backprop (1F1B)")
+        pricing.price(Candidate(2, 1, row, "", 4, 2)).memory for row in ("local", "backprop (1F1B)")
     )
     # 100 fp32 parameters with gradient and two moments; per live micro-batch 40 tokens x (50 kept +
     # 8 at the boundary) numbers
@@ -167,7 +159,7 @@ def test_a_mix_is_taken_for_the_one_of_a_quarter():
     }
     roomy = Pricing(Model.of(model, itemsize=4), Cluster(1, 4, 1, 1e9, 1, 1), 32, zero_stage=0)
     quarter, half = (
-        roomy.price(Layout(4, 1, row, "full", 4, 8, "across_nodes")).memory
+        roomy.price(Candidate(4, 1, row, "full", 4, 8, "across_nodes")).memory
         for row in ("mixed 1/4", "mixed 1/2")
     )
     assert expected_memory(model, config, 4, 1) == quarter < half

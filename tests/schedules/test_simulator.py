@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from ds_local.schedules.drawing import chrome_trace
 from ds_local.schedules.list_scheduler import make_schedule
 from ds_local.schedules.replay import validate
 from ds_local.schedules.routes import make_routes
-from ds_local.schedules.simulator import Costs, chrome_trace, simulate
+from ds_local.schedules.simulator import Costs, simulate
 
 ROOT = Path(__file__).parents[2]
 

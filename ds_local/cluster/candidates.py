@@ -1,0 +1,195 @@
+"""What the planner chooses among: rows and heads to run, the cluster, the model, one candidate and
+its price.
+
+No processes, no devices. Times in seconds, sizes in bytes unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ds_local.config.schema import HeadConfig
+from ds_local.errors import ConfigError
+from ds_local.model import blocks
+from ds_local.model.flops import UnitCosts, unit_times
+
+GIB = 2**30
+
+# What a layout may run: the "local_parallel" section of each row.
+ROWS: dict[str, dict[str, Any]] = {
+    "data parallel": {"mode": "backprop"},  # one stage
+    "backprop (1F1B)": {"mode": "backprop"},
+    "zero bubble H1": {"mode": "backprop", "split_backward": 1},
+    "zero bubble H2": {"mode": "backprop", "split_backward": 2},
+    "interlocking 2": {"mode": "interlocking", "window": 2},
+    "overlapping 2": {"mode": "overlapping", "window": 2},
+    "chunked 2": {"mode": "chunked", "window": 2},
+    "chunked 2, split": {"mode": "chunked", "window": 2, "split_backward": 2},
+    "mixed 1/2": {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]},
+    "mixed 1/4": {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]},
+    "local": {"mode": "local"},
+}
+ONE_IN = {"mixed 1/2": 2, "mixed 1/4": 4}  # micro-batches of a mix run backpropagation
+HEADS = {
+    "full": HeadConfig(),
+    "shared, 1/4 of tokens": HeadConfig(readout="shared", token_fraction=0.25),
+    "rank 128, 1/4 of tokens": HeadConfig(rank=128, token_fraction=0.25),
+}
+
+
+def split_backward_of(row: str) -> int:
+    return ROWS[row].get("split_backward", 0)
+
+
+def has_heads(row: str) -> bool:
+    return ROWS[row].get("mode") != "backprop"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the layout runs on."""
+
+    nodes: int
+    devices_per_node: int
+    tflops: float  # sustained in matrix products of training, per device: peak times the share that is reached
+    memory_gib: float  # per device
+    link_gbps: float  # of a node's network card, each way, shared by its devices
+    intra_gbps: float  # between two devices of a node, each way
+    latency_seconds: float = 50e-6  # of a message between nodes
+    reserve_gib: float = 2.0  # taken by the runtime, reduction buckets and fragments
+
+    @property
+    def devices(self) -> int:
+        return self.nodes * self.devices_per_node
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's sizes. Times per unit of work come from floating-point operations, or from a
+    profile as seconds."""
+
+    depth: int
+    hidden: int
+    seq_len: int
+    costs: (
+        UnitCosts | None
+    )  # of one sequence in seconds, instead of those that follow from `config`
+    config: Any
+    block_params: int
+    embedding_params: int
+    readout_params: int
+    kept: int  # numbers a block keeps per token for its backward pass
+    itemsize: int = 2  # bytes of an activation
+    update_seconds: float = 0.0  # of the optimizer step, per parameter; known from a profile alone
+
+    @classmethod
+    def of(cls, config: Any, seq_len: int | None = None, itemsize: int = 2) -> Model:
+        """From a Hugging Face config."""
+        model, depth = blocks.skeleton(config), blocks.num_blocks(config)
+        block = model.get_submodule(f"{blocks.family_of(config).blocks}.0")
+        readout = config.vocab_size * config.hidden_size
+        size = sum(p.numel() for p in block.parameters())
+        everything = sum(p.numel() for p in model.parameters())
+        if getattr(config, "tie_word_embeddings", False):
+            everything += readout  # stages hold a readout of their own
+        # the inputs and outputs of every matrix product; norms and activation functions keep some
+        # of the same tensors
+        kept = sum(sum(p.shape) for p in block.parameters() if p.dim() == 2)
+        return cls(
+            depth,
+            config.hidden_size,
+            seq_len or blocks.num_positions(config),
+            None,
+            config,
+            size,
+            everything - depth * size - readout,
+            readout,
+            kept,
+            itemsize,
+        )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to use the cluster."""
+
+    stages: int
+    replicas: int
+    row: str
+    heads: str  # a key of HEADS, "" where the row has none
+    micro_batch: int  # sequences
+    micro_batches: int  # per step
+    place: str = (
+        "across_nodes"  # where the stages of one replica lie, as `layout.stages` of the config
+    )
+    recompute: bool = False  # activation checkpointing, every block
+
+    def __str__(self) -> str:
+        where = "" if self.stages == 1 or self.replicas == 1 else f" {self.place.replace('_', ' ')}"
+        heads = f" ({self.heads} heads)" if self.heads else ""
+        return (
+            f"{self.row}{heads}: {self.stages} stages{where} x {self.replicas} replicas, "
+            f"{self.micro_batches} x {self.micro_batch} sequences{', recomputing' if self.recompute else ''}"
+        )
+
+
+@dataclass
+class Price:
+    """What a layout costs. `step_seconds` is a lower bound until `simulated`."""
+
+    candidate: Candidate
+    step_seconds: float
+    tokens: int  # in a step
+    memory: float  # on the fullest device
+    parts: dict[str, float]  # seconds of a step by cause, on the busiest stage
+    bytes_per_edge: float  # over one link between two stages, in a step, the fuller direction
+    bytes_reduced: float  # sent by one device to average gradients, in a step
+    idle_share: float = math.nan
+    simulated: bool = False
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step_seconds
+
+    @property
+    def loss(self) -> str:
+        """What costs it most beside the model's own work."""
+        waiting = self.step_seconds - sum(self.parts.values())
+        causes = {
+            name: seconds for name, seconds in self.parts.items() if name != "the model's own work"
+        }
+        causes |= {"waiting for other stages or links": waiting}
+        cause, seconds = max(causes.items(), key=lambda item: item[1])
+        return (
+            f"{seconds / self.step_seconds:.0%} of the step is {cause}"
+            if seconds > 0.005 * self.step_seconds
+            else "nothing much"
+        )
+
+
+def measured_model(model: Model, profile: str | Path) -> Model:
+    """The model with times that a run has measured, in place of those that follow from
+    floating-point operations.
+
+    Args:
+        profile: profile.json of a run.
+
+    Raises:
+        ConfigError: when it is missing or holds something else.
+    """
+    units = unit_times(profile)
+    try:
+        facts = json.loads(Path(profile).read_text())
+        sequences = facts["layout"]["sequences"]
+        update = sum(facts["measured"]["update_seconds"]) / sum(facts["measured"]["parameters"])
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"{profile} lacks what this version writes, profile the run again: {error}"
+        ) from error
+    heads = [head / sequences for head in units.heads]
+    costs = UnitCosts(units.block / sequences, units.readout / sequences, heads)
+    return replace(model, costs=costs, update_seconds=update)
