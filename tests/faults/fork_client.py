@@ -112,8 +112,8 @@ class Run:
         """Have all these ranks ended within so many seconds?"""
         wanted = set(range(len(self.pids)) if ranks is None else ranks)
         done = wait_for(lambda: not wanted & set(self.alive()), seconds)
-        if not self.alive() and is_alive(self.launcher):  # it notes the last end
-            wait_for(lambda: None not in self.statuses(), 5)
+        if done and is_alive(self.launcher):  # it notes the last end
+            wait_for(lambda: None not in map(self.status, wanted), 5)
         self.ended = self.ended or time.monotonic()
         return done
 
