@@ -37,7 +37,9 @@ def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in _BY_LAUNCHER}
     paths = [str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]
     binaries = f"{Path(sys.executable).parent}:{kept.get('PATH', '')}"
-    return kept | _ENVIRONMENT | {"PYTHONPATH": ":".join(paths), "PATH": binaries}
+    # a lock that another job left in the common folder must not stop ours
+    own = {"TORCH_EXTENSIONS_DIR": str(ROOT / "runs" / "faults" / "extensions")}
+    return kept | _ENVIRONMENT | own | {"PYTHONPATH": ":".join(paths), "PATH": binaries}
 
 
 def free_port() -> int:
@@ -56,11 +58,15 @@ def wait_for(condition: Callable[[], Any], seconds: float, interval: float = 0.0
 
 def is_alive(pid: int) -> bool:
     """Does the process run? One that ended and that nobody has asked about does not."""
+    return state_of(pid) not in "ZX"
+
+
+def state_of(pid: int) -> str:
+    """One letter, as in /proc; X: there is no such process."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
+        return "X"
 
 
 class Run:
@@ -108,6 +114,14 @@ class Run:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    def signal_launcher(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.launcher, number)
+
+    def is_stopped(self, rank: int) -> bool:
+        """By SIGSTOP."""
+        return state_of(self.pids[rank]) == "T"
+
     def wait(self, seconds: float, ranks: Sequence[int] | None = None) -> bool:
         """Have all these ranks ended within so many seconds?"""
         wanted = set(range(len(self.pids)) if ranks is None else ranks)
@@ -149,6 +163,74 @@ class Run:
         left = self.left()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.launcher, signal.SIGKILL)
+        return left
+
+
+class Launched:
+    """A run started by a real launcher, with all it says in one file; seen from outside as a `Run` is."""
+
+    def __init__(self, folder: Path, launcher: str, argv: Sequence[str], ranks: int) -> None:
+        self.began, self.ended = time.monotonic(), 0.0
+        self._ranks, self._output = ranks, folder / "launcher.txt"
+        port = free_port()
+        start = {
+            "deepspeed": ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(port)],
+            "torchrun": ["torchrun", "--nproc_per_node", str(ranks), "--master_port", str(port)],
+        }[launcher]  # fmt: skip
+        binary = Path(sys.executable).parent / start[0]
+        self._mark = f"MASTER_PORT={port}".encode()
+        with self._output.open("w") as output:
+            self._process = subprocess.Popen(
+                [str(binary), *start[1:], str(ROOT / "scripts" / "train.py"), *argv], env=environment(), cwd=ROOT,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def pids(self) -> dict[int, int]:
+        """Rank -> process, of those that live."""
+        found = {}
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                variables = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+                ranks = [value for value in variables if value.startswith(b"RANK=")]
+                if self._mark in variables and ranks and is_alive(int(entry)):
+                    found.setdefault(int(ranks[0][5:]), int(entry))
+        return found
+
+    def statuses(self) -> list[int | None]:
+        """Of the launcher."""
+        return [self._process.poll()]
+
+    def outputs(self) -> str:
+        return self._output.read_text(errors="replace").replace("\r", "\n")
+
+    def alive(self) -> list[int]:
+        """Ranks that live; -1 stands for the launcher."""
+        return [*([-1] if self._process.poll() is None else []), *self.pids()]
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        for which, pid in self.pids().items():
+            if rank in (None, which):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def signal_launcher(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def wait(self, seconds: float, ranks: Sequence[int] | None = None) -> bool:
+        done = wait_for(lambda: not self.alive(), seconds, 0.1)
+        self.ended = self.ended or time.monotonic()
+        return bool(done)
+
+    def close(self) -> list[int]:
+        """Kill what is left; returns what was."""
+        left = [*self.pids().values()]
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         return left
 
 

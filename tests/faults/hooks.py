@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import functools
 import hashlib
 import io
 import os
@@ -261,3 +262,35 @@ def _count_torch(operations: _Operations) -> None:
         operations.at(self.path)
 
     writer.__init__, writer.__exit__ = opened, closed
+
+
+# --- hanging --------------------------------------------------------------------------------------
+
+
+def stop_in(where: str, nth: int = 1) -> None:
+    """SIGSTOP of this rank at the n-th call of something.
+
+    Args:
+        where: "start": at once; "group": at the start of the process group; else a method of the engine.
+    """
+    if where == "start":
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return
+    calls = 0
+
+    def stopping(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return call(*args, **kwargs)
+
+    if where == "group":
+        from torch.distributed import distributed_c10d
+
+        begin = distributed_c10d.init_process_group
+        replaced = functools.wraps(begin)(functools.partial(stopping, begin))
+        for module in (distributed_c10d, sys.modules["torch.distributed"]):
+            module.init_process_group = replaced  # type: ignore[attr-defined]
+    else:
+        _wrap_method(where, stopping)

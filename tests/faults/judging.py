@@ -220,7 +220,7 @@ def left_by(run: Path) -> dict[str, Any]:
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(latest.glob(TENSORS))
         },
-        "figures": sorted(json.dumps([row.get(name) for name in FIGURES]) for row in metrics(run)),
+        "figures": figures_of(run),
     }
 
 
@@ -228,6 +228,12 @@ def tree_of(folder: Path) -> dict[str, bytes]:
     """Relative name -> content of all files below a folder."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def figures_of(run: Path, split: str | None = None) -> list[str]:
+    """Rows of metrics.jsonl without what depends on time, each as JSON, in a fixed order."""
+    rows = (row for row in metrics(run) if split in (None, row["split"]))
+    return sorted(json.dumps([row.get(name) for name in FIGURES]) for row in rows)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -313,3 +319,28 @@ def ended(run: Run, seconds: float, ranks: Sequence[int] | None = None) -> list[
         return []
     alive = [rank for rank in run.alive() if ranks is None or rank in ranks]
     return [f"ranks {', '.join(map(str, alive))} still run after {seconds:.0f} s"]
+
+
+def blamed(run: Run, dead: int) -> list[str]:
+    """What is wrong with what the survivors of a rank said. Who had finished by then need not say anything."""
+    wrong = []
+    for rank, status in enumerate(run.statuses()):
+        if rank == dead or status == 0:
+            continue
+        said = last_words(run.output(rank))
+        if status != 1:
+            wrong.append(
+                f"rank {rank} ended with status {status}: {said or run.output(rank)[-300:]}"
+            )
+        elif f"rank {dead}" not in named(said):
+            wrong.append(f"rank {rank} does not name the dead rank {dead}: {said}")
+        elif living := [
+            other for other in named(said) if other not in (f"rank {dead}", f"rank {rank}")
+        ]:
+            wrong.append(f"rank {rank} blames {', '.join(living)}, dead is {dead}: {said}")
+    return wrong
+
+
+def named(sentence: str) -> list[str]:
+    """Ranks whom a sentence calls gone, as "rank 3"."""
+    return list(dict.fromkeys(f"rank {number}" for number in re.findall(r"\brank (\d+)", sentence)))

@@ -7,13 +7,21 @@ the weights and the figures of an undisturbed one, bit for bit.
 from __future__ import annotations
 
 import random
-import re
 import signal
 import time
 from typing import Any
 
-from fork_client import Run
-from judging import LAYOUTS, MIX, Bench, Outcome, differences, ended, last_words, left_by
+from judging import (
+    LAYOUTS,
+    MIX,
+    Bench,
+    Outcome,
+    blamed,
+    differences,
+    ended,
+    last_words,
+    left_by,
+)
 
 OTHERS_END = 45.0  # seconds, for a rank to notice that another one died: the start's and the links' limits are below it
 
@@ -57,28 +65,3 @@ def play(bench: Bench, case: dict[str, Any]) -> Outcome:
     else:
         outcome.wrong += differences(left_by(folder / "run"), wanted)
     return outcome
-
-
-def blamed(run: Run, dead: int) -> list[str]:
-    """What is wrong with what the survivors of a rank said. Who had finished by then need not say anything."""
-    wrong = []
-    for rank, status in enumerate(run.statuses()):
-        if rank == dead or status == 0:
-            continue
-        said = last_words(run.output(rank))
-        if status != 1:
-            wrong.append(
-                f"rank {rank} ended with status {status}: {said or run.output(rank)[-300:]}"
-            )
-        elif f"rank {dead}" not in named(said):
-            wrong.append(f"rank {rank} does not name the dead rank {dead}: {said}")
-        elif living := [
-            other for other in named(said) if other not in (f"rank {dead}", f"rank {rank}")
-        ]:
-            wrong.append(f"rank {rank} blames {', '.join(living)}, dead is {dead}: {said}")
-    return wrong
-
-
-def named(sentence: str) -> list[str]:
-    """Ranks whom a sentence calls gone, as "rank 3"."""
-    return list(dict.fromkeys(f"rank {number}" for number in re.findall(r"\brank (\d+)", sentence)))

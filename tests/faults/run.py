@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from importlib.metadata import version
@@ -28,11 +29,12 @@ from judging import Bench
 # campaign -> cases of a full one
 CAMPAIGNS = {
     "kills": 200,
-    "settings": 200,
-    "inputs": 60,
+    "saves": 400,
     "corruptions": 300,
     "nonfinite": 216,
-    "saves": 400,
+    "settings": 200,
+    "inputs": 88,
+    "stops": 120,
 }
 RESULTS = ROOT / "docs" / "results"
 
@@ -73,6 +75,11 @@ def campaign(name: str, args: argparse.Namespace) -> int:
         path.unlink(missing_ok=True)
     code = code_version()
     done = {(row["seed"], row["number"]): row for row in rows_in(path) if row["code"] == code}
+    stamp = args.work / name / "code.txt"
+    if not stamp.exists() or stamp.read_text() != code:  # what is kept there is of other code
+        shutil.rmtree(args.work / name, ignore_errors=True)
+    (args.work / name).mkdir(exist_ok=True)
+    stamp.write_text(code)
     with Server(args.work / name) as server:
         bench = Bench(server, args.work / name)
         more = {"bench": bench} if name == "saves" else {}  # its cases depend on the code
