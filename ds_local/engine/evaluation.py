@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_local.engine.executor import Executor
+from ds_local.links.trees import map_tensors
 
 
 def evaluate(
@@ -43,12 +44,12 @@ def evaluate(
         for segment in module.local_segments:
             at = {"segment": segment, "micro_batch": -1 - micro_batch}  # never one of training
             hidden, labels = executor.forward_only(data, **at)
+            if return_logits and segment + 1 == module.num_segments:
+                logits = module.logits_of(map_tensors(hidden, Tensor.clone))
             if compute_loss and module.has_loss(segment):
                 weight = module.weight_of(labels)
                 sums[0, segment] += module.loss_of(segment, hidden, labels) * weight
                 sums[1, segment] += weight
-            if return_logits and segment + 1 == module.num_segments:
-                logits = module.logits_of(hidden)
     return sums, logits
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -55,7 +55,11 @@ class Tag(NamedTuple):
 
 
 class MemoryLink:
-    """Between two segments of the same stage: both ends in one object, nothing waits."""
+    """Between two segments of the same stage: both ends in one object, nothing waits.
+
+    Tensors are copied, as between stages: what the upper segment does to one in place, the lower
+    segment and its head never see.
+    """
 
     def __init__(self) -> None:
         self.waited = 0.0
@@ -63,7 +67,7 @@ class MemoryLink:
         self._queue: deque[tuple[Tag, Message]] = deque()
 
     def send(self, tag: Tag, tensors: Message) -> None:
-        self._queue.append((tag, {name: tensor.detach() for name, tensor in tensors.items()}))
+        self._queue.append((tag, {name: _copy_of(tensor) for name, tensor in tensors.items()}))
 
     def receive(self, tag: Tag) -> tuple[Tag, Message]:
         for position, (found, tensors) in enumerate(self._queue):
@@ -77,6 +81,10 @@ class MemoryLink:
 
     def fail(self, reason: str) -> None:
         """The other end is this very stage."""
+
+
+def _copy_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,16 @@ def _described(specs: Sequence[_Spec]) -> list[tuple[str, list[int], str, bool]]
     ]
 
 
+def _difference(old: Sequence[_Spec], new: Sequence[_Spec]) -> tuple[str, str]:
+    """What is only in one of two descriptions of a message, in words."""
+
+    def words(specs: Iterable[_Spec]) -> str:
+        kinds = _described([spec for spec in specs if spec.num_bytes or "=" in spec.name])
+        return ", ".join(f"{name} {dtype} {shape}" for name, shape, dtype, _ in kinds) or "less"
+
+    return words(s for s in old if s not in new), words(s for s in new if s not in old)
+
+
 class _Buffer:
     """The bytes of a message, and its header and tensors in them."""
 
@@ -246,9 +264,11 @@ class Sender(_GroupEnd):
             self._form = _Form(specs, self._direct is not None)
             self._opening = self._post(_spec_buffer({"layout": _described(specs)}))
         elif specs != self._form.specs:
+            old, new = _difference(self._form.specs, specs)
             raise TransportError(
-                f"the {self.name} to {self.peer} was opened for tensors {_described(self._form.specs)} but {tag} has "
-                f"{_described(specs)}; shapes must stay the same: drop incomplete batches"
+                f"the {self.name} to {self.peer} was opened for {old} but {tag} has {new}; shapes "
+                "must stay the same: drop incomplete batches, pad the others to one length, those "
+                "of evaluation too, and let layers pass on the same kinds of values every time"
             )
         staged = self._form.staged
         buffer = (
@@ -357,7 +377,9 @@ class Receiver(_GroupEnd):
         direct = (
             {} if self._direct is None else self._past_the_host(self._direct, form.direct, found)
         )
-        return found, {**buffer.tensors, **moved, **direct}
+        message = {**buffer.tensors, **moved, **direct}
+        # `data`: each with a version of its own, or changing one in place would count for all
+        return found, {name: tensor.data for name, tensor in message.items()}
 
     def _past_the_host(self, direct: Direct, layout: _Layout, tag: Tag) -> Message:
         try:
