@@ -72,12 +72,12 @@ def test_masks_may_hold_infinity_and_gradients_flow_elsewhere():
     mask = torch.tensor([0.0, -INF])
     hidden = torch.ones(2, requires_grad=True)
     watch = Watch()
-    watch.see(OUTPUT, 0, state_in((mask, hidden, torch.tensor([1]))), 0)
-    watch.see(OUTPUT, 0, state_in((mask, torch.empty(0))), 1)
-    watch.see(OUTPUT, 0, state_in(torch.tensor([[1, 2]])), 1)
+    watch.see(OUTPUT, 0, state_in([mask, hidden], [hidden]), 0)
+    watch.see(OUTPUT, 0, state_in([mask, torch.empty(0)], []), 1)
+    watch.see(OUTPUT, 0, state_in([], []), 1)
     assert watch.flags(torch.device("cpu")).tolist() == [0.0, 0.0]
-    watch.see(OUTPUT, 0, state_in((torch.tensor([NAN, 0.0]),)), 2)
-    watch.see(OUTPUT, 0, state_in((mask, hidden * -INF)), 3)
+    watch.see(OUTPUT, 0, state_in([torch.tensor([NAN, 0.0])], []), 2)
+    watch.see(OUTPUT, 0, state_in([mask, hidden * -INF], [hidden * -INF]), 3)
     assert watch.flags(torch.device("cpu")).tolist()[2:] == [1.0, 1.0]
 
 
