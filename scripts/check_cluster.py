@@ -98,7 +98,7 @@ def check_ranks(args: argparse.Namespace) -> None:
     from ds_local.config.deepspeed import check_deepspeed
     from ds_local.config.files import load_config, local_parallel
     from ds_local.config.placement import num_stages_and_replicas
-    from ds_local.engine.deepspeed_seam import end_processes, start_processes
+    from ds_local.engine.process_group import end_processes, start_processes
     from ds_local.model import blocks
 
     config = load_config(args.deepspeed_config or {})

@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from ds_local.config import schema as config
 from ds_local.config.files import models_in
+from ds_local.outputs import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
@@ -27,8 +28,10 @@ HEADER = """# Configuration
 How a model is trained is in `ds_config.json`; what is trained, and where to, is on the command line
 ([migrating](migrating.md)). DeepSpeed's own keys mean what they mean in DeepSpeed; what a pipeline of DeepSpeed 0.19 cannot do
 correctly is refused at start with the reason, and so are misspelt keys, unknown parameters and values of another kind in
-DeepSpeed's own sections. Our section is `"local_parallel"`; a key it does not know is an error that names the nearest one. K is
-the number of segments: stages x segments_per_stage.
+DeepSpeed's own sections. `scheduler` may also name `WarmupStableDecayLR`, which DeepSpeed lacks: the rate rises over
+`warmup_num_steps`, stays, and falls in a line over the last `decay_num_steps` (a fifth) of `total_num_steps`, to
+`decay_min_ratio` (0) of it. Our section is `"local_parallel"`; a key it does not know is an error that names the nearest one.
+K is the number of segments: stages x segments_per_stage.
 
 Editors complete and check the section by [a JSON schema](../configs/local_parallel.schema.json): write
 `"$schema": "configs/local_parallel.schema.json"` at the top of the file.
@@ -153,7 +156,7 @@ def json_schema() -> str:
 
 def main() -> int:
     for path, text in ((PAGE, reference()), (SCHEMA, json_schema())):
-        path.write_text(text)
+        write_file(path, text)
         print(f"wrote {path}")
     return 0
 

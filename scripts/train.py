@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import time
 
-from leaving import leave
-
-from ds_local.cli.arguments import Parser, number_or_auto, whole
+from ds_local.cli.arguments import Parser, kinds_of_change, number_or_auto, whole
+from ds_local.cli.ending import run
+from ds_local.config.changes import CHANGES
 from ds_local.config.command_line import read_settings
 from ds_local.schedules.routes import MODES
+from ds_local.training.signals import Signals
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -56,7 +55,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--resume",
         action="store_true",
-        help="continue the run in --output from its latest checkpoint",
+        help="continue the run in --output from its latest checkpoint; start it where there is none",
+    )
+    add(
+        "--allow-change",
+        type=kinds_of_change,
+        default=[],
+        metavar="KIND[,KIND...]",
+        help="what a resumed run may change, if it does: "
+        + "; ".join(f"{kind} ({meaning})" for kind, meaning in CHANGES.items()),
     )
     add(
         "--profile",
@@ -91,25 +98,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> int:
+def main() -> None:
     args = parse_arguments()
-    met = False
-    try:
-        read_settings(args)  # most mistakes are said before the seconds that torch takes
+    read_settings(args)  # most mistakes are said before the seconds that torch takes
+    os.environ.setdefault("LOCAL_RANK", str(max(args.local_rank, 0)))
+    with Signals() as signals:
         from ds_local.training import loop
 
-        try:
-            loop.train(args)
-            loop.end_quietly()
-        finally:
-            met = loop.running()
-    except (ValueError, RuntimeError, OSError) as error:
-        if not met and os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(5)  # all ranks found the same mistake: the first one says it
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+        loop.train(args, signals)
+        loop.end_quietly()
 
 
 if __name__ == "__main__":
-    leave(main())
+    run(main)

@@ -8,7 +8,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
+
+from ds_local.config.changes import CHANGES
+from ds_local.errors import OutputError
+from ds_local.outputs import check_file
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,3 +63,28 @@ def number(least: float = 0.0, above: bool = False) -> Callable[[str], float]:
 def number_or_auto(text: str) -> int | str:
     """A command line's count of micro-batches."""
     return text if text == "auto" else whole()(text)
+
+
+def output_file(mark: str) -> Callable[[str], Path]:
+    """The type of an argument that names a file to write, "-" for the console: one that is there
+    must be of the same command, whose files have `mark` at their beginning."""
+
+    def checked(text: str) -> Path:
+        try:
+            return Path(text) if text == "-" else check_file(text, mark)
+        except OutputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return checked
+
+
+PICTURE, TRACE = output_file("Matplotlib"), output_file('"traceEvents"')
+
+
+def kinds_of_change(text: str) -> list[str]:
+    """A command line's list of `CHANGES`."""
+    kinds = [kind.strip() for kind in text.split(",") if kind.strip()]
+    unknown = [kind for kind in kinds if kind not in CHANGES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(CHANGES)}")
+    return kinds

@@ -148,9 +148,14 @@ def _hostfiles_of_launchers(process: int) -> list[str]:
 
 
 def stale_lock() -> Path | None:
-    """A lock of torch's extension builder that nobody can be holding any more."""
+    """A lock of torch's extension builder that nobody can be holding any more.
+
+    One is never waited for: of the op that a start under this package does not build.
+    """
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     for lock in Path(folder).glob("**/lock"):
+        if lock.parent.name == "deepspeed_shm_comm":
+            continue
         if time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS:
             return lock
     return None

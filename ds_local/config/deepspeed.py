@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_local.config.files import check_finite, leaves
+from ds_local.config.lr_schedule import scheduler_of
 from ds_local.config.schema import SECTION
 from ds_local.errors import ConfigError
 
@@ -318,6 +319,7 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
         value = _at(config, path)
         if value is not None:
             check_number(".".join(path), value, kind, least, most)
+    scheduler_of(config)
     _refuse(config, _REFUSED, "")
     if bf16_enabled(config) or zero_stage(config):
         _refuse(config, _FP32_ONLY, ", which needs fp32 and ZeRO stage 0")

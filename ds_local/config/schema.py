@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
@@ -360,6 +361,21 @@ class ReplicasConfig(Strict):
         return self
 
 
+class NonFiniteConfig(Strict):
+    """What becomes of a step whose loss, gradient or activations are not finite."""
+
+    skip: PositiveInt = 10
+    """The stage leaves out the update and says so; this many such steps in a row end the run."""
+
+
+def _or_stop(value: Any) -> Any:
+    if value == "stop":
+        return {"skip": 1}
+    if not isinstance(value, Mapping | NonFiniteConfig):
+        raise ValueError('must be "stop" or {"skip": n}')
+    return value
+
+
 class LocalParallelConfig(Scheme):
     """The "local_parallel" section."""
 
@@ -390,11 +406,19 @@ class LocalParallelConfig(Scheme):
     with as many live micro-batches on every stage as 1F1B has on its first (ZB-H1); 2: with twice
     as many, which leaves no bubble from 2P - 1 micro-batches a step on (ZB-H2). What is put off
     keeps the inputs and output gradients of its layers, under activation checkpointing too."""
+    loss_weighting: Literal["micro_batch", "token"] = "micro_batch"
+    """What counts the same in a step: its micro-batches (and replicas), as in DeepSpeed, or the
+    tokens that they predict, as in an evaluation, over all micro-batches and the replicas that
+    average gradients. "token" reads a step's micro-batches before its first forward; it needs a
+    language model."""
     compile: bool = False
     """`torch.compile` every layer and head, as `engine.compile()` does, which also takes a backend
     and its options."""
     replicas: ReplicasConfig = ReplicasConfig()
     """The data-parallel axis."""
+    on_nonfinite: Annotated[NonFiniteConfig, BeforeValidator(_or_stop)] = NonFiniteConfig()
+    """What becomes of a step whose loss, gradient or activations are not finite. "stop": the first
+    one ends the run, as {"skip": 1} does."""
     seed: NonNegativeInt = 1234
     """Seed of weights and dropout."""
     diagnostics: bool = False

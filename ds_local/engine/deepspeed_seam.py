@@ -7,9 +7,11 @@ the private hooks that a local pipeline replaces turned into methods of their ow
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
+from importlib import import_module
 from inspect import getmembers, isfunction
+from io import BytesIO
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -36,7 +38,7 @@ from ds_local.errors import CheckpointError, UnsupportedDeepSpeed
 # owner -> the names of it that no page of DeepSpeed's documents
 NAMES: dict[Any, tuple[str, ...]] = {
     deepspeed: ("set_optimizer_flags",),
-    deepspeed.ops: ("__compatible_ops__",),
+    import_module("deepspeed.comm.torch"): ("build_shm_op",),
     dist.comm: ("cdb",),
     PipelineEngine: (
         "_INSTRUCTION_MAP",
@@ -47,6 +49,7 @@ NAMES: dict[Any, tuple[str, ...]] = {
         "_load_zero_checkpoint",
         "_next_batch",
         "_report_progress",
+        "_take_model_step",
         "basic_optimizer",
         "clip_fp32_gradients",
         "using_bf16_optimizer",
@@ -101,28 +104,12 @@ check_names()
 # Only inference uses DeepSpeed's shared-memory op for CPUs, yet every start loads it: it is
 # compiled first (a start killed meanwhile leaves a lock on which all later ones wait in silence),
 # and each run leaves 64 MB per rank behind in /dev/shm.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
 # --- processes ----------------------------------------------------------------------------------
 
 ENGINES: WeakSet[Any] = WeakSet()  # of this process
-
-
-def start_processes() -> None:
-    """`deepspeed.init_distributed`."""
-    deepspeed.init_distributed()
-
-
-def end_processes() -> None:
-    """Leave the process group, so that this process may join another one."""
-    for engine in list(ENGINES):
-        with suppress(RuntimeError):  # a neighbour may be gone
-            engine.destroy()  # hooks of DeepSpeed's bf16 and ZeRO optimizers would keep it, and its links' threads, for ever
-    ENGINES.clear()
-    if torch.distributed.is_initialized():
-        dist.destroy_process_group()
-    dist.comm.cdb = None
 
 
 # --- the module ---------------------------------------------------------------------------------
@@ -186,6 +173,17 @@ class PipelineEngineSeam(PipelineEngine):
     def average_gradients(self) -> None:
         """Over the replicas of this stage."""
         super()._exec_reduce_grads()
+
+    def step_optimizer(self, lr_kwargs: Any) -> None:
+        """Optimizer step and scheduler step, as DeepSpeed does them."""
+        super()._take_model_step(lr_kwargs)
+
+    def take_step(self, lr_kwargs: Any) -> None:
+        """What a step ends with; a subclass may look at the gradients first."""
+        self.step_optimizer(lr_kwargs)
+
+    def _take_model_step(self, lr_kwargs: Any, block_eigenvalue: Any = None) -> None:
+        self.take_step(lr_kwargs)
 
     def load_zero_checkpoint(self, load_dir: str, tag: str) -> None:
         """The optimizer's shards, from ZeRO's files."""
@@ -264,15 +262,100 @@ MUON_PARAMETERS: dict[str, Any] = {
 _PLAIN_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
 
 
+# --- gradients that are not finite --------------------------------------------------------------
+
+
+def gradient_of(parameter: Tensor) -> Tensor | None:
+    """What has been accumulated in this step, before replicas average: DeepSpeed's bf16 optimizer
+    and its ZeRO keep a sum of their own."""
+    for name in ("_hp_grad", "grad_accum", "grad"):
+        gradient = getattr(parameter, name, None)
+        if gradient is not None:
+            return gradient.coalesce().values() if gradient.is_sparse else gradient
+    return None
+
+
+def always_check_overflow(optimizer: Any) -> None:
+    """`bf16.check_grad_overflow: false` would let a gradient pass that is not finite."""
+    if hasattr(optimizer, "check_grad_overflow"):
+        optimizer.check_grad_overflow = True
+
+
+def spoil_gradients(optimizer: Any) -> None:
+    """Make DeepSpeed's bf16 or ZeRO optimizer refuse the coming step by its own overflow check: it
+    clears its gradients then, and leaves weights and moments alone."""
+    averaged = getattr(optimizer, "averaged_gradients", {}).values()
+    flat = getattr(optimizer, "fp32_groups_gradients_flat", [])
+    for gradient in [g for group in averaged for g in group or () if g is not None] + list(flat):
+        gradient.fill_(torch.nan)
+
+
+# what DeepSpeed itself puts into the files that `client_state` goes to
+RESERVED = (
+    "module",
+    "buffer_names",
+    "optimizer",
+    "param_shapes",
+    "frozen_param_shapes",
+    "shared_params",
+    "frozen_param_fragments",
+    "lr_scheduler",
+    "data_sampler",
+    "random_ltd",
+    "skipped_steps",
+    "global_steps",
+    "global_samples",
+    "dp_world_size",
+    "mp_world_size",
+    "ds_config",
+    "ds_version",
+)
+
+
 class SafeCheckpointEngine(TorchCheckpointEngine):
     """DeepSpeed's checkpoint files, read without running what is in them."""
 
+    def save(self, state_dict: Any, path: str) -> None:
+        with open(path, "wb") as file:  # torch's own writer does not say why a disk takes no more
+            torch.save(state_dict, file, _use_new_zipfile_serialization=self.zipfile_serialization)
+
     def load(self, path: str, map_location: Any = None) -> Any:
         try:
-            with torch.serialization.safe_globals(_PLAIN_CLASSES):
-                return torch.load(path, map_location=map_location, weights_only=True)
+            return _read(path, map_location)
         except Exception as error:  # a damaged file can fail in many ways
             raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
+
+    def look(self, path: str) -> Any:
+        """As `load`, with tensors that are read from the disk when somebody looks at them."""
+        try:
+            mapped = zipfile.is_zipfile(path)  # the only kind that can be mapped
+            return _read(path, "cpu", mmap=mapped)
+        except Exception as error:  # a damaged file can fail in many ways
+            raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def _read(source: Any, map_location: Any = None, **how: Any) -> Any:
+    with torch.serialization.safe_globals(_PLAIN_CLASSES):
+        return torch.load(source, map_location=map_location, weights_only=True, **how)
+
+
+def unloadable(value: Any, name: str) -> str | None:
+    """What in `value`, called `name`, could be saved but not be read again; None: nothing."""
+    buffer = BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        _read(buffer)
+    except Exception:  # there are many ways
+        parts: list[tuple[Any, str]] = []
+        if isinstance(value, dict):
+            parts = [(key, f"the key {key!r} of {name}") for key in value]
+            parts += [(part, f"{name}[{key!r}]") for key, part in value.items()]
+        elif isinstance(value, list | tuple | set):
+            parts = [(part, f"{name}[{number}]") for number, part in enumerate(value)]
+        found = next(filter(None, (unloadable(part, where) for part, where in parts)), None)
+        return found or f"{name} is a {type(value).__module__}.{type(value).__qualname__}"
+    return None
 
 
 def _reason(error: Exception) -> str:

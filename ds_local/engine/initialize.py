@@ -9,6 +9,7 @@ from typing import Any
 from deepspeed.utils import log_dist
 
 from ds_local.config.deepspeed import batch_sizes
+from ds_local.config.lr_schedule import scheduler_of
 from ds_local.engine.deepspeed_checks import checked
 from ds_local.engine.deepspeed_seam import engine_config
 from ds_local.engine.engine import LocalPipelineEngine
@@ -16,6 +17,7 @@ from ds_local.engine.loaders import data_for
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.optimizer_checks import check_client_parts
 from ds_local.errors import ConfigError
+from ds_local.links.failures import meeting
 from ds_local.replicas.subnets import make_sync
 
 
@@ -74,25 +76,26 @@ def initialize(
             {"params": list(model.segment_parameters(segment)), "segment": segment}
             for segment in model.local_segments
         ]
-    engine = LocalPipelineEngine(
-        args=args,
-        model=model,
-        optimizer=optimizer,
-        model_parameters=model_parameters,
-        training_data=data,
-        lr_scheduler=lr_scheduler,
-        mpu=model.grid,
-        dist_init_required=dist_init_required,
-        collate_fn=collate_fn,
-        config=ds_config,
-        config_class=engine_config(ds_config, model),
-    )
+    with meeting("the making of the engine"):
+        engine = LocalPipelineEngine(
+            args=args,
+            model=model,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            training_data=data,
+            lr_scheduler=lr_scheduler or scheduler_of(ds_config),
+            mpu=model.grid,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=ds_config,
+            config_class=engine_config(ds_config, model),
+        )
+        engine.replicas = make_sync(engine)
     if stream is not None:
         engine.set_dataloader(stream)
         engine.training_dataloader = stream  # on the stages between first and last too
     for note in engine.plan.notes:
         log_dist(note, ranks=[0], level=logging.WARNING)
-    engine.replicas = make_sync(engine)
     engine.configure_garbage_collection()
     if section.compile:
         engine.compile()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,23 @@ from deepspeed.utils import log_dist, logger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ds_local.checkpoints.facts import FACTS, head_options, read_facts
 from ds_local.checkpoints.folder import HEAD_FILE
+from ds_local.checkpoints.tensors import check_tensors
 from ds_local.cluster.surroundings import complete_environment
 from ds_local.config.deepspeed import batch_sizes, check_number
 from ds_local.config.placement import num_stages_and_replicas
 from ds_local.config.schema import SECTION, LocalParallelConfig
+from ds_local.engine.batches import TokenBatches, split_batch
 from ds_local.engine.deepspeed_checks import checked
-from ds_local.engine.deepspeed_seam import PipelineModuleSeam, start_processes
-from ds_local.errors import ConfigError
+from ds_local.engine.deepspeed_seam import (
+    PipelineModuleSeam,
+    SafeCheckpointEngine,
+)
+from ds_local.engine.process_group import start_processes
+from ds_local.errors import CheckpointError, ConfigError
+from ds_local.links.failures import meeting
+from ds_local.links.trees import map_tensors
 from ds_local.model import blocks, heads
 from ds_local.model.flops import choose_parts
 from ds_local.model.partition import balance
@@ -84,28 +92,38 @@ class LocalPipelineModule(PipelineModuleSeam):
         _check_arguments(loss_fn, head, activation_checkpoint_interval)
         _check_batches(ds_config, self.section, stages)
         self.hf_config: Any = (
-            None  # of a Hugging Face model; set by `causal_lm`, as are the copies in its heads
+            None  # of a Hugging Face model; set by `causal_lm`, as are its batches and copies
         )
+        self.token_batches: TokenBatches | None = None
         self.copies: list[Copy] = []
+        self.on_load: list[Callable[[], None]] = []  # called when weights have been loaded
         self._given_parts = self.section.parts or parts
         self._make_head = head
         self._check_layers(layers, stages)
-        if not dist.is_initialized():
-            complete_environment()
-            start_processes()
+        if self.section.loss_weighting == "token" and loss_fn is not heads.lm_loss:
+            raise ConfigError(
+                f'{SECTION}.loss_weighting is "token", but only the loss of language models counts '
+                "tokens; leave it out, or pass loss_fn=ds_local.model.heads.lm_loss"
+            )
+        complete_environment()
+        start_processes(
+            self.section.layout.start_timeout_seconds, self.section.link.timeout_seconds
+        )
         if topology is None and self.section.layout.stages == "within_node":
             topology = ProcessTopology(
                 axes=["data", "pipe"], dims=[dist.get_world_size() // stages, stages]
             )
-        super().__init__(
-            layers=layers,
-            num_stages=stages,
-            topology=topology,
-            loss_fn=loss_fn,
-            partition_method="parameters",
-            activation_checkpoint_interval=activation_checkpoint_interval,
-        )
+        with meeting("the making of the model"):
+            super().__init__(
+                layers=layers,
+                num_stages=stages,
+                topology=topology,
+                loss_fn=loss_fn,
+                partition_method="parameters",
+                activation_checkpoint_interval=activation_checkpoint_interval,
+            )
         del self._make_head
+        self.register_load_state_dict_post_hook(self._loaded)
 
     def _check_layers(self, layers: list[Any], num_stages: int) -> None:
         num_segments = num_stages * self.section.segments_per_stage
@@ -209,16 +227,92 @@ class LocalPipelineModule(PipelineModuleSeam):
                     state_dict=state, path=os.path.join(save_dir, HEAD_FILE.format(int(segment)))
                 )
 
-    def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
-        super().load_state_dir(load_dir, checkpoint_engine, strict)
+    def load_state_dir(
+        self, load_dir: str, checkpoint_engine: Any = None, strict: bool = True
+    ) -> None:
+        """Load the weights of this stage from layer files, and of the heads whose segments end at a
+        layer where the checkpoint has one. Files of a stock `PipelineModule` will do.
+
+        Raises:
+            CheckpointError: when they are not of this model. Nothing has been changed by then.
+        """
+        engine = checkpoint_engine or SafeCheckpointEngine()
+        heads = self.check_state_dir(load_dir, engine, strict)
+        super().load_state_dir(load_dir, engine, strict)
         for segment, head in self.heads.items():
-            path = os.path.join(load_dir, HEAD_FILE.format(int(segment)))
-            if os.path.exists(path):
-                head.load_state_dict(
-                    checkpoint_engine.load(path, map_location="cpu"), strict=strict
+            path = heads[segment]
+            if path is not None:
+                head.load_state_dict(engine.load(path, map_location="cpu"), strict=strict)
+            elif self.grid.data_parallel_id == 0:
+                layer = self.segment_parts[int(segment) + 1]
+                logger.warning(
+                    f"{load_dir} has no head that fits after {layer} layers: that of segment "
+                    f"{segment} starts afresh"
                 )
-            else:
-                logger.warning(f"no head for segment {segment} in {load_dir}: it starts afresh")
+        self._loaded()
+
+    def _loaded(self, *_: Any) -> None:
+        for follow in self.on_load:
+            follow()
+
+    def check_state_dir(
+        self,
+        load_dir: str,
+        checkpoint_engine: Any,
+        strict: bool = True,
+        shape_of: Callable[[Tensor], torch.Size] = lambda tensor: tensor.shape,
+    ) -> dict[str, str | None]:
+        """Compare what `load_state_dir` would load with what there is, by names and shapes.
+
+        Args:
+            shape_of: the shape in a checkpoint of one of this stage's tensors.
+
+        Returns:
+            The file of each head, None where no head of the checkpoint fits.
+
+        Raises:
+            CheckpointError: naming the file and the tensors that do not fit.
+        """
+        for index, layer in enumerate(self.forward_funcs):
+            if isinstance(layer, nn.Module):
+                paths = self.ckpt_layer_path_list(load_dir, index)
+                if not paths:
+                    name = os.path.basename(self.ckpt_layer_path(load_dir, index))
+                    raise CheckpointError(
+                        f"{load_dir} has no {name}; give a checkpoint of the same model"
+                    )
+                if len(paths) == 1:  # several: slices for tensor parallelism, which DeepSpeed joins
+                    found = checkpoint_engine.look(paths[0])
+                    check_tensors(found, layer, paths[0], strict, shape_of)
+        return {
+            segment: self._head_file(int(segment), head, load_dir, checkpoint_engine, shape_of)
+            for segment, head in self.heads.items()
+        }
+
+    def _head_file(
+        self,
+        segment: int,
+        head: nn.Module,
+        load_dir: str,
+        checkpoint_engine: Any,
+        shape_of: Callable[[Tensor], torch.Size],
+    ) -> str | None:
+        """Of the head that a checkpoint has where this segment ends, if it is of the same kind."""
+        if not os.path.exists(os.path.join(load_dir, FACTS)):
+            return None
+        facts = read_facts(load_dir)
+        segments = {end: number for number, end in enumerate(facts["segment_parts"][1:])}
+        name = HEAD_FILE.format(segments.get(self.segment_parts[segment + 1], -1))
+        if name not in facts["files"]:
+            return None
+        path = os.path.join(load_dir, name)
+        try:
+            check_tensors(checkpoint_engine.look(path), head, path, shape_of=shape_of)
+        except CheckpointError:
+            if head_options(facts) != head_options({SECTION: self.section.model_dump(mode="json")}):
+                return None
+            raise
+        return path
 
     # --- running
     # --------------------------------------------------------------------------------------------------------
@@ -230,6 +324,16 @@ class LocalPipelineModule(PipelineModuleSeam):
         )
         return self.forward_funcs[start:stop]
 
+    def split_batch(self, batch: Any) -> tuple[Any, Any]:
+        """(inputs, labels) of a micro-batch. Raises DataError when it cannot be used."""
+        return self.token_batches.split(batch) if self.token_batches else split_batch(batch)
+
+    def name_of_output(self, segment: int) -> str:
+        """The layer whose output is the segment's."""
+        number = self.segment_parts[segment + 1] - 1 - self._computes_own_loss(segment)
+        layer = self.forward_funcs[number - self.first_layer]
+        return f"layer {number} ({getattr(layer, '__name__', type(layer).__name__)})"
+
     def run_segment(self, segment: int, inputs: Any) -> Any:
         """The segment's layers; of the last segment all but a readout that computes its own
         loss."""
@@ -238,16 +342,18 @@ class LocalPipelineModule(PipelineModuleSeam):
             layers = layers[:-1]
         interval = self.activation_checkpoint_interval or max(1, len(layers))
         for start in range(0, len(layers), interval):
-            run = partial(_apply, layers[start : start + interval])
+            part = layers[start : start + interval]
             if self.activation_checkpoint_interval and torch.is_grad_enabled():
-                inputs = checkpoint(run, inputs, use_reentrant=False)
+                inputs = checkpoint(_apply_to_copy, part, inputs, use_reentrant=False)
             else:
-                inputs = run(inputs)
+                inputs = _apply(part, inputs)
         return inputs
 
     def loss_of(self, segment: int, hidden: Any, labels: Any) -> Tensor:
         """The segment's loss (scalar): its auxiliary head's, or the model's own for the last
         segment."""
+        if self.token_batches:
+            labels = labels.long()
         if segment < self.num_segments - 1:
             return self.heads[str(segment)](hidden, labels)
         if self._computes_own_loss(segment):
@@ -370,6 +476,11 @@ def _apply(layers: Sequence[Callable[[Any], Any]], inputs: Any) -> Any:
     return inputs
 
 
+def _apply_to_copy(layers: Sequence[Callable[[Any], Any]], inputs: Any) -> Any:
+    """For a layer that changes its input in place: recomputing must start from what it was."""
+    return _apply(layers, map_tensors(inputs, Tensor.clone))
+
+
 def causal_lm(
     model: Any,
     num_stages: int | None = None,
@@ -442,6 +553,7 @@ def causal_lm(
         topology=topology,
     )
     module.hf_config = hf_config
+    module.token_batches = TokenBatches(hf_config.vocab_size, blocks.learned_positions(hf_config))
     module.copies = planned_copies(section, num_segments, head_segments(section, num_segments))
     if pretrained is not None:
         log_dist(f"starting from the weights in {pretrained.folder}", ranks=[0])

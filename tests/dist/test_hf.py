@@ -19,7 +19,7 @@ from reference import batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_local.checkpoints import hf_export as hf
-from ds_local.data.corpus import check_same_tokenizer
+from ds_local.data.tokenizers import check_same_tokenizer
 from ds_local.errors import CheckpointError, ConfigError, DataError
 from ds_local.model import blocks
 from ds_local.model.pretrained import HEADS_FILE

@@ -140,7 +140,7 @@ def test_only_the_hidden_state_is_encoded_and_keeps_its_place(codec):
         "hidden.1": random_hidden(2, 3, 8),
         "hidden.2": torch.full((3, 3), -torch.inf),
     }
-    encoded = encode(message, codec, LinkConfig(codec=codec))
+    encoded = encode(message, codec, LinkConfig(codec=codec), "hidden.1")
     assert encoded["hidden.0"] is message["hidden.0"]
     assert encoded["hidden.2"] is message["hidden.2"]
     assert "hidden.1" not in encoded
