@@ -21,19 +21,24 @@ from typing import Any
 
 from leaving import leave
 
+from ds_local.cli.arguments import Parser, number, whole
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--hostfile", help="look at every host of this file by ssh, then end")
-    add("--ssh-port", type=int, default=22)
+    add("--ssh-port", type=whole(1), default=22)
     add("--deepspeed_config", help="ds_config.json of the job")
-    add("--num-stages", type=int)
+    add("--num-stages", type=whole(1))
     add("--model", help="config.json of the job's model")
     add("--data", help="the job's data folder")
-    add("--limit", type=float, default=60, help="seconds to wait for all ranks, and for a message")
+    add(
+        "--limit",
+        type=number(above=True),
+        default=60,
+        help="seconds to wait for all ranks, and for a message",
+    )
     add("--local_rank", type=int, default=-1, help="set by the launcher")
     return parser.parse_args(arguments)
 
@@ -93,7 +98,7 @@ def check_ranks(args: argparse.Namespace) -> None:
     from ds_local.config.deepspeed import check_deepspeed
     from ds_local.config.files import load_config, local_parallel
     from ds_local.config.placement import num_stages_and_replicas
-    from ds_local.engine.deepspeed_seam import end_processes, start_processes
+    from ds_local.engine.process_group import end_processes, start_processes
     from ds_local.model import blocks
 
     config = load_config(args.deepspeed_config or {})

@@ -9,17 +9,21 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ds_local.cli.arguments import Parser, whole
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder (its latest checkpoint) or checkpoint folder")
-    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument(
+        "--output",
+        required=True,
+        help="folder to write; an earlier export there is replaced, anything else is not",
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--segment",
-        type=int,
+        type=whole(),
         help="the prefix up to this segment, with its head, as a smaller model",
     )
     which.add_argument(
@@ -32,14 +36,14 @@ def main() -> int:
     )
     args = parser.parse_args()
     from ds_local.checkpoints.hf_export import export, export_all
-    from ds_local.errors import CheckpointError, ExportError
+    from ds_local.errors import DsLocalError
 
     try:
         if args.all_segments:
             print("\n".join(map(str, export_all(args.run, args.output, args.heads).values())))
         else:
             print(export(args.run, args.output, args.segment, args.heads))
-    except (ExportError, CheckpointError) as error:
+    except DsLocalError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0

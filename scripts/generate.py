@@ -15,59 +15,85 @@ from typing import Any
 
 from models import exits_of
 
+from ds_local.cli.arguments import Parser, number, whole
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "model",
         help="a Hugging Face folder or name, a folder of all exits, a run folder or a checkpoint folder",
     )
     parser.add_argument("--prompt", default="def main(")
-    parser.add_argument("--max-new-tokens", type=int, default=80)
+    parser.add_argument("--max-new-tokens", type=whole(1), default=80)
     parser.add_argument(
-        "--temperature", type=float, default=0.7, help="0: always the likeliest token"
+        "--temperature", type=number(), default=0.7, help="0: always the likeliest token"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(), default=0)
     parser.add_argument(
         "--assistant",
         help="segment of the model, or a smaller model's folder: it drafts, the model checks",
     )
     parser.add_argument(
-        "--draft-tokens", type=int, default=4, help="tokens the assistant drafts at a time"
+        "--draft-tokens", type=whole(1), default=4, help="tokens the assistant drafts at a time"
     )
     args = parser.parse_args()
+    from ds_local.errors import ConfigError, DsLocalError
+
     try:
+        check(args)
         with tempfile.TemporaryDirectory() as scratch:
             exits = exits_of(args.model, scratch)
             assistant = args.assistant
             if assistant is not None and assistant.isdigit():
                 if int(assistant) not in exits:
-                    raise ValueError(
+                    raise ConfigError(
                         f"{args.model} has no exit {assistant}; it has {', '.join(map(str, exits))}"
                     )
                 assistant = exits[int(assistant)]
             print(continue_text(exits[max(exits)], assistant, args))
-    except (ValueError, RuntimeError, OSError) as error:
+    except DsLocalError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raises ConfigError for numbers that make no sense."""
+    from ds_local.errors import ConfigError
+
+    if not 0 <= args.temperature < float("inf"):  # NaN too
+        raise ConfigError(f"--temperature is {args.temperature}; give 0 or more")
+    for name in ("max_new_tokens", "draft_tokens"):
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is {getattr(args, name)}; give at least 1")
+
+
 def continue_text(folder: Any, assistant: Any, args: argparse.Namespace) -> str:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    from ds_local.data.tokenizers import load_tokenizer
+    from ds_local.errors import ConfigError
+    from ds_local.model.pretrained import whole_model
+
+    tokenizer, model = load_tokenizer(folder), whole_model(folder)
     prompt = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)
-    room = getattr(model.config, "max_position_embeddings", 1 << 30) - prompt["input_ids"].shape[1]
+    ids = prompt["input_ids"]
+    room = getattr(model.config, "max_position_embeddings", 1 << 30) - ids.shape[1]
+    if not ids.numel() or room < 1:
+        raise ConfigError(
+            f"--prompt has {ids.numel()} tokens; {folder} takes from 1 to {room + ids.shape[1] - 1}"
+        )
+    if ids.max() >= model.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {folder} gives the id {ids.max()}, the model has {model.config.vocab_size} tokens"
+        )
     how: dict[str, Any] = {"do_sample": False}
     if args.temperature > 0:
         how = {"do_sample": True, "temperature": args.temperature, "top_k": 50}
     how |= {
-        "input_ids": prompt["input_ids"],
+        "input_ids": ids,
         "attention_mask": prompt["attention_mask"],
         "max_new_tokens": min(args.max_new_tokens, room),
         "pad_token_id": tokenizer.eos_token_id,
@@ -75,7 +101,7 @@ def continue_text(folder: Any, assistant: Any, args: argparse.Namespace) -> str:
     torch.manual_seed(args.seed)
     if assistant is None:
         return tokenizer.decode(model.generate(**how)[0], skip_special_tokens=True)
-    output, report = drafted(model, AutoModelForCausalLM.from_pretrained(assistant), how, args)
+    output, report = drafted(model, whole_model(assistant), how, args)
     return tokenizer.decode(output[0], skip_special_tokens=True) + f"\n\n{report}"
 
 

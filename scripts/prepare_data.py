@@ -18,7 +18,8 @@ def main() -> int:
         "--source",
         nargs="+",
         default=["python-stdlib"],
-        help="python-stdlib, files or folders, or hub:NAME[:CONFIG]",
+        help="python-stdlib, hub:NAME[:CONFIG], files or folders: .jsonl, .ndjson and .json with a "
+        '"text" field, .parquet with a "text" column, anything else is plain text',
     )
     parser.add_argument(
         "--tokenizer",
@@ -29,16 +30,33 @@ def main() -> int:
     parser.add_argument(
         "--validation-share", type=float, default=0.02, help="share of the documents held out"
     )
-    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument(
+        "--skip",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="files in folders to leave out, as in '*.csv' 'build/*'",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        help="folder to write; an earlier data folder there is replaced, anything else is not",
+    )
     args = parser.parse_args()
     from ds_local.data.corpus import prepare
-    from ds_local.errors import DataError
+    from ds_local.data.sources import Skipped
+    from ds_local.errors import DsLocalError
 
     try:
         facts = prepare(
-            args.source, args.tokenizer, args.seq_len, args.output, args.validation_share
+            args.source,
+            args.tokenizer,
+            args.seq_len,
+            args.output,
+            args.validation_share,
+            skip=args.skip,
         )
-    except DataError as error:
+    except DsLocalError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     counts = ", ".join(f"{number:,} {split}" for split, number in facts["sequences"].items())
@@ -46,10 +64,7 @@ def main() -> int:
         f"{facts['documents']:,} documents, {facts['tokens']:,} tokens -> {counts} sequences of {args.seq_len} in {args.output}"
     )
     if facts["skipped"]:
-        print(
-            "skipped: "
-            + ", ".join(f"{number} {reason}" for reason, number in facts["skipped"].items())
-        )
+        print(f"left out: {Skipped(facts['skipped'], facts['skipped_names'])}")
     return 0
 
 

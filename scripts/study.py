@@ -6,9 +6,10 @@
 `run` trains what is not finished yet, all segments of a model in one process through the real
 engine, and stops after the given minutes; call it again to go on. Several may run at once: each
 takes runs that nobody else works on. A run that ends in backpropagation goes on from where the same
-scheme without such a tail was, once that is finished: the two are the same until then. `table` adds
-what is finished to docs/quality-runs.jsonl, one line a run, and writes docs/quality.json,
-docs/quality.png and the table in docs/quality.md from all runs in there.
+scheme without such a tail was, once that is finished: the two are the same until then. So are WSD
+runs of different lengths until the shorter one decays. `table` adds what is finished to
+docs/quality-runs.jsonl, one line a run, and writes docs/quality.json, docs/quality.png and the
+tables in docs/quality.md, those of the presets with "ratio" in docs/quality-ratio.md.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -43,7 +45,7 @@ class Preset(NamedTuple):
     """A recipe in which depth matters."""
 
     model: dict[str, Any]
-    source: str
+    source: str  # of prepare_data.py, or PACKAGES
     tokenizer: str
     steps: int
     sequences: int  # per step
@@ -75,12 +77,33 @@ def _gpt2(layers: int, width: int, heads: int, vocabulary: int, positions: int) 
 
 
 BF16 = {"bf16": {"enabled": True}}
+PACKAGES = "installed packages"
+# whose Python files make that text; without transformers, whose models repeat each other line by line
+TEXT_OF = (
+    "torch",
+    "sympy",
+    "pandas",
+    "numpy",
+    "matplotlib",
+    "networkx",
+    "deepspeed",
+    "mypy",
+    "fonttools",
+    "pygments",
+    "pip",
+)
 PRESETS = {
     "cpu": Preset(
         _gpt2(8, 64, 4, 512, 64), "python-stdlib", "sentencepiece:512", 3000, 32, 4, 4e-3, {}
     ),
     "cpu-large-batch": Preset(
         _gpt2(8, 64, 4, 512, 64), "python-stdlib", "sentencepiece:512", 800, 128, 4, 8e-3, {}
+    ),
+    "cpu-gpt2-ratio": Preset(
+        _gpt2(8, 64, 2, 4096, 128), PACKAGES, "sentencepiece:4096", 1600, 64, 8, 8e-3, {}
+    ),
+    "cpu-ratio-32": Preset(
+        _gpt2(8, 64, 2, 2048, 128), PACKAGES, "sentencepiece:2048", 1600, 64, 8, 8e-3, {}
     ),
     "tiny": Preset(
         _gpt2(4, 32, 4, 512, 32), "python-stdlib", "sentencepiece:512", 20, 8, 4, 4e-3, {}
@@ -109,6 +132,10 @@ def mixed(share: float, rest: dict[str, Any] = LOCAL, correction: float = 0.0) -
     return {"mix": [{"mode": "backprop", "share": share}, rest], "correction": correction}
 
 
+COSINE, WSD = "cosine", "WSD"  # warm-up, stable, decay: a line to nothing over the last part
+DECAY = 0.2  # of the steps of a WSD run
+
+
 class Method(NamedTuple):
     """A scheme, the share of the steps at the end that follow another one, and the options of the
     heads."""
@@ -118,9 +145,12 @@ class Method(NamedTuple):
     head: Mapping[str, Any] = MappingProxyType({})
     micro_batches: int | None = None
     end: dict[str, Any] = BACKPROP  # the scheme of the tail
+    schedule: str = COSINE  # of the learning rate
+    renew: str = ""  # what the segments above the first chunk begin the tail with, instead of what they have learnt
 
 
 EIGHTH = {"token_fraction": 0.125}
+QUARTER = {"token_fraction": 0.25}
 SHARED = {"readout": "shared", "temperature": True}
 METHODS = {
     "backprop": Method(BACKPROP),
@@ -171,8 +201,27 @@ METHODS = {
         mixed(1 / 4), 0.2, {"blocks": 1, **EIGHTH}
     ),
 }
+YARDSTICKS = {COSINE: "backprop", WSD: "backprop, WSD"}  # what a row's gap is to
+METHODS |= {
+    "backprop, WSD": Method(BACKPROP, schedule=WSD),
+    "chunked 2, WSD": Method(CHUNKED, schedule=WSD),
+    "chunked 2, backprop tail 40 %, WSD": Method(CHUNKED, 0.4, schedule=WSD),
+    "first chunk alone, rest fresh, backprop tail 40 %, WSD": Method(
+        CHUNKED, 0.4, schedule=WSD, renew="fresh"
+    ),
+    "first chunk alone, rest copied, backprop tail 40 %, WSD": Method(
+        CHUNKED, 0.4, schedule=WSD, renew="copied"
+    ),
+    "local, WSD": Method(LOCAL, schedule=WSD),
+    "local, backprop tail 40 %, WSD": Method(LOCAL, 0.4, schedule=WSD),
+    "chunked 2, shared readout": Method(CHUNKED, 0.0, SHARED),
+    "chunked 2, shared readout, tail 40 %": Method(CHUNKED, 0.4, SHARED),
+    "chunked 2, 1/4 of the tokens": Method(CHUNKED, 0.0, QUARTER),
+    "chunked 2, rank 16": Method(CHUNKED, 0.0, {"rank": 16}),
+}
 TAILS = sorted({method.tail for method in METHODS.values() if method.tail})
 NEAR = 1.5  # ratio of two runs' steps up to which a line between them is right to about 1 %
+EVALUATED_TOKENS = 65536  # of the validation split
 CHECKPOINTS = 20  # of a run, so that every tail begins at one
 
 
@@ -204,11 +253,8 @@ class Run(NamedTuple):
     def trunk(self) -> Run | None:
         """The same run without a tail, if it is one of the study's."""
         method = METHODS[self.method]
-        plain = [
-            name
-            for name, other in METHODS.items()
-            if method.tail and other == method._replace(tail=0.0, end=BACKPROP)
-        ]
+        trunk = method._replace(tail=0.0, end=BACKPROP, renew="")
+        plain = [name for name, other in METHODS.items() if method.tail and other == trunk]
         return self._replace(method=plain[0]) if plain else None
 
 
@@ -240,6 +286,15 @@ def ds_config(run: Run) -> dict[str, Any]:
     micro_batches = method.micro_batches or preset.micro_batches
     rate = preset.learning_rate * run.lr_factor
     warm_up = max(1, run.steps // 30)
+    params: dict[str, Any] = {"total_num_steps": run.steps, "warmup_num_steps": warm_up}
+    if method.schedule == WSD:
+        params |= {  # the same warm-up at every length, so that runs have a beginning in common
+            "warmup_num_steps": max(1, preset.steps // 60),
+            "decay_num_steps": run.steps - run.switch(DECAY),
+        }
+        scheduler = {"type": "WarmupStableDecayLR", "params": params}
+    else:
+        scheduler = {"type": "WarmupCosineLR", "params": {**params, "cos_min_ratio": 0.1}}
     return {
         "train_micro_batch_size_per_gpu": preset.sequences // micro_batches,
         "gradient_accumulation_steps": micro_batches,
@@ -249,14 +304,7 @@ def ds_config(run: Run) -> dict[str, Any]:
             "type": "AdamW",
             "params": {"lr": rate, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True},
         },
-        "scheduler": {
-            "type": "WarmupCosineLR",
-            "params": {
-                "total_num_steps": run.steps,
-                "warmup_num_steps": warm_up,
-                "cos_min_ratio": 0.1,
-            },
-        },
+        "scheduler": scheduler,
         "local_parallel": {
             **section_of(method, run.segments, micro_batches, run.steps),
             "seed": run.seed,
@@ -310,14 +358,18 @@ def _claimed(path: Path) -> Iterator[bool]:
 
 def _prepared(preset: str) -> Path:
     facts = PRESETS[preset]
-    data = ROOT / "data" / f"study-{facts.tokenizer.partition(':')[2]}-{facts.model['n_positions']}"
+    kind = "packages" if facts.source == PACKAGES else "study"
+    data = (
+        ROOT / "data" / f"{kind}-{facts.tokenizer.partition(':')[2]}-{facts.model['n_positions']}"
+    )
     data.parent.mkdir(exist_ok=True)
     with (data.parent / f"{data.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if not (data / "prepared.json").exists():
+            source = str(package_text(ROOT / "data")) if facts.source == PACKAGES else facts.source
             command = [
                 "--source",
-                facts.source,
+                source,
                 "--tokenizer",
                 facts.tokenizer,
                 "--seq-len",
@@ -336,6 +388,43 @@ def _prepared(preset: str) -> Path:
     return data
 
 
+def package_text(folder: Path) -> Path:
+    """Write the Python files of TEXT_OF, one JSON line each and none twice, in an order that depends on their names alone.
+
+    Beside it lies packages.json: versions, the number of files and bytes, a checksum, and every file with its own.
+    """
+    files: dict[str, bytes] = {}
+    versions = {}
+    for package in TEXT_OF:
+        distribution = metadata.distribution(package)
+        versions[package] = distribution.version
+        for file in distribution.files or ():
+            path = Path(str(distribution.locate_file(file)))
+            if file.suffix == ".py" and not {"test", "tests"} & set(file.parts) and path.is_file():
+                files[file.as_posix()] = path.read_bytes()
+    sums = {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files, key=_shuffled)}
+    first = {checksum: name for name, checksum in reversed(sums.items())}
+    kept = {name: checksum for name, checksum in sums.items() if first[checksum] == name}
+    text = folder / "packages.jsonl"
+    with text.open("w") as output:
+        for name in kept:
+            output.write(json.dumps({"text": files[name].decode("utf-8", errors="ignore")}) + "\n")
+    facts = {
+        "packages": versions,
+        "files": len(kept),
+        "bytes": sum(len(files[name]) for name in kept),
+        "sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+        "file_sha256": kept,
+    }
+    (folder / "packages.json").write_text(json.dumps(facts, indent=1) + "\n")
+    return text
+
+
+def _shuffled(name: str) -> str:
+    """Sorts files of all packages among each other: the first validation sequences must not be of one package."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
 def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
     """Train until done or out of time. True when done."""
     preset = PRESETS[run.preset]
@@ -343,12 +432,9 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
     (place / "ds_config.json").write_text(json.dumps(ds_config(run), indent=1))
     if not (place / "run").exists():
         _leave_trunk(run, place)
-    resume = ["--resume"] if (place / "run" / "checkpoints" / "latest").exists() else []
-    if not resume and (place / "run" / "run.json").exists():
-        (place / "run" / "run.json").unlink()  # ended before its first checkpoint
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+        if METHODS[run.method].renew and not (place / "run").exists():
+            print(f"{run.name}: run the same without its tail first", file=sys.stderr)
+            return False
     environment = {
         "OMP_NUM_THREADS": "1",  # threads of two runs on the same cores cost ten times what they bring
         **os.environ,
@@ -356,29 +442,15 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": "0",  # a free one; nobody else comes
     }
     command = [
-        sys.executable,
-        str(ROOT / "scripts" / "train.py"),
-        "--model",
-        str(place / "model.json"),
-        "--data",
-        str(data),
-        "--output",
-        str(place / "run"),
-        "--max-steps",
-        str(run.steps),
-        "--eval-every",
-        str(max(1, run.steps // 10)),
-        "--save-every",
-        str(max(1, run.steps // CHECKPOINTS)),
-        "--eval-sequences",
-        "1024",
-        "--deepspeed_config",
-        str(place / "ds_config.json"),
-        *resume,
-    ]
+        sys.executable, str(ROOT / "scripts" / "train.py"), "--model", str(place / "model.json"), "--data", str(data),
+        "--output", str(place / "run"), "--max-steps", str(run.steps), "--eval-every", str(max(1, run.steps // 10)),
+        "--save-every", str(max(1, run.steps // CHECKPOINTS)),
+        "--eval-sequences", str(EVALUATED_TOKENS // preset.model["n_positions"]),
+        "--deepspeed_config", str(place / "ds_config.json"), "--resume", "--allow-change", "scheme",
+    ]  # fmt: skip
     with (place / "log.txt").open("a") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT)
         try:
@@ -395,31 +467,31 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
     if rows[-1]["step"] < run.steps:  # somebody else asked it to stop
         print(f"{run.name}: to be continued")
         return False
-    curve = [
-        (row["tokens"], row["loss"])
-        for row in rows
-        if row["split"] == "validation" and row["segment"] == run.segments - 1
+    last = [
+        row for row in rows if row["split"] == "validation" and row["segment"] == run.segments - 1
     ]
+    since = (
+        run.switch(METHODS[run.method].tail) if METHODS[run.method].renew else 0
+    )  # before it was another model
+    curve = [(row["tokens"], row["loss"]) for row in last if row["step"] > since]
     exits = {
         r["segment"]: r["loss"]
         for r in rows
         if r["split"] == "validation" and r["step"] == run.steps
     }
     facts = json.loads((place / "run" / "run.json").read_text())
+    seconds = [row["seconds"] for row in rows if row["split"] == "train"]
     result = {
-        **run._asdict(),
-        "loss": curve[-1][1],
-        "curve": curve,
-        "exits": exits,
-        "tokens": rows[-1]["tokens"],
-        "parts": facts["layout"]["segment_parts"],
-        "versions": facts["versions"],
-        "machine": facts["machine"],
-    }
+        **run._asdict(), "loss": curve[-1][1], "curve": curve, "exits": exits, "tokens": rows[-1]["tokens"],
+        "parts": facts["layout"]["segment_parts"], "versions": facts["versions"], "machine": facts["machine"],
+        "data": facts["data"]["fingerprint"], "seconds": seconds[-1] if seconds else None,
+    }  # fmt: skip
     (place / "result.json").write_text(json.dumps(result, indent=1))
     needed = {run.steps} | (
         {run.switch(tail) for tail in TAILS} if not METHODS[run.method].tail else set()
     )
+    if METHODS[run.method].schedule == WSD:
+        needed.add(run.switch(DECAY))
     for checkpoint in (place / "run" / "checkpoints").glob("global_step*"):
         if int(checkpoint.name.removeprefix("global_step")) not in needed:
             shutil.rmtree(checkpoint)
@@ -428,18 +500,11 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
 
 
 def _leave_trunk(run: Run, place: Path) -> None:
-    """Begin from the checkpoint of the run without a tail, where there is one."""
-    if run.trunk is None:
+    """Begin from the checkpoint of a run that is the same until then, where there is one."""
+    found = _shared(run, place.parent)
+    if found is None:
         return
-    trunk, tag = (
-        place.parent / run.trunk.name / "run",
-        f"global_step{run.switch(METHODS[run.method].tail)}",
-    )
-    if (
-        not (place.parent / run.trunk.name / "result.json").exists()
-        or not (trunk / "checkpoints" / tag).exists()
-    ):
-        return
+    trunk, tag = found
     partial = place / "run.partial"
     shutil.rmtree(partial, ignore_errors=True)
     for part in (tag, "tokenizer"):
@@ -447,11 +512,89 @@ def _leave_trunk(run: Run, place: Path) -> None:
     for part in ("run.json", "metrics.jsonl"):
         shutil.copy(trunk / part, partial / part)
     (partial / "checkpoints" / "latest").write_text(tag)
+    if METHODS[run.method].renew:
+        renew_above(partial / "checkpoints" / tag, 1, METHODS[run.method].renew, run.seed)
     partial.rename(place / "run")
 
 
-# --- the table
-# ------------------------------------------------------------------------------------------------------------
+def _shared(run: Run, folder: Path) -> tuple[Path, str] | None:
+    """(run folder, tag) of the checkpoint to begin with.
+
+    Under a cosine that is the finished run without a tail, where the tail begins. WSD runs of any
+    length are the same until one of them decays, finished or not.
+    """
+    method, trunk = METHODS[run.method], run.trunk or run
+    if method.schedule == COSINE:
+        place, tag = folder / trunk.name, f"global_step{run.switch(method.tail)}"
+        there = method.tail and (place / "run" / "checkpoints" / tag).exists()
+        return (place / "run", tag) if there and (place / "result.json").exists() else None
+    differs, base = run.switch(method.tail or DECAY), trunk._replace(step_factor=1.0).name
+    found = [(-1, folder)]
+    for place in folder.glob(f"{base}*"):
+        other_length = place.name == base or place.name.startswith(f"{base}-steps")
+        if other_length and (place / "run").exists():
+            config = json.loads((place / "ds_config.json").read_text())
+            steps = config["scheduler"]["params"]["total_num_steps"]
+            last = min(differs, switch_step(steps, DECAY))
+            for facts in (place / "run" / "checkpoints").glob("global_step*/ds_local.json"):
+                step = int(facts.parent.name.removeprefix("global_step"))
+                found += [(step, place / "run")] if step <= last else []
+    step, best = max(found)
+    if step < 0 or (method.renew and step < differs):
+        return None
+    return best, f"global_step{step}"
+
+
+def renew_above(checkpoint: Path, segment: int, how: str, seed: int) -> None:
+    """Make a checkpoint one in which only the segments up to `segment` have learnt anything.
+
+    Their head becomes the model's readout. The blocks above are "fresh", drawn as GPT-2's are, or "copied" from those below,
+    the first on the first. What is replaced has no moments.
+    """
+    import torch
+
+    facts = json.loads((checkpoint / "ds_local.json").read_text())
+    top, boundary = facts["segment_parts"][-1] - 1, facts["segment_parts"][segment + 1]
+    layers = [f"layer_{layer:02d}-model_states.pt" for layer in range(top + 1)]
+    draw, config = torch.Generator().manual_seed(seed), facts["model"]
+
+    def fresh(name: str, old: Any) -> Any:
+        if old.ndim == 1:
+            return torch.full_like(old, float(name.endswith("weight")))  # norms and biases
+        std = config["initializer_range"] / (
+            math.sqrt(2 * config["n_layer"]) if "c_proj" in name else 1
+        )
+        return torch.empty_like(old).normal_(0.0, std, generator=draw)
+
+    states = {
+        name: torch.load(checkpoint / name, map_location="cpu", weights_only=False)
+        for name in layers
+    }
+    counts = [len(states[name]) for name in layers]
+    for layer in range(boundary, top):
+        below = states[layers[1 + (layer - boundary) % (boundary - 1)]]
+        for name, old in states[layers[layer]].items():
+            old.copy_(fresh(name, old) if how == "fresh" else below[name])
+    head = torch.load(
+        checkpoint / f"head_{segment:02d}-model_states.pt", map_location="cpu", weights_only=False
+    )
+    for name, old in states[layers[top]].items():
+        old.copy_(head[name])
+    for name in layers[boundary:]:
+        torch.save(states[name], checkpoint / name)
+    stage = "mp_rank_00_model_states.pt"
+    whole = torch.load(checkpoint / stage, map_location="cpu", weights_only=False)
+    for parameter in range(sum(counts[:boundary]), sum(counts)):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            whole["optimizer"]["state"][parameter][moment].zero_()
+    torch.save(whole, checkpoint / stage)
+    for name in [*layers[boundary:], stage]:
+        content = (checkpoint / name).read_bytes()
+        facts["files"][name] = [len(content), hashlib.sha256(content).hexdigest()]
+    (checkpoint / "ds_local.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+# --- the table ------------------------------------------------------------------------------------------------------------
 
 
 START, END = "<!-- written by scripts/study.py table, from here -->", "<!-- to here -->"
@@ -565,7 +708,7 @@ def runs_of(
             r
             for r in results
             if (r["method"], r["step_factor"]) == (method, step_factor)
-            and (r["segments"] == segments or method == "backprop")
+            and (r["segments"] == segments or method in YARDSTICKS.values())
         ]
     )
 
@@ -627,23 +770,41 @@ def table(args: argparse.Namespace) -> int:
     (docs / "quality.json").write_text(
         json.dumps([row for rows in rows_of.values() for row in rows], indent=1) + "\n"
     )
-    text = markdown(rows_of)
-    page = docs / "quality.md"
-    whole = page.read_text() if page.exists() else f"# Quality at equal tokens\n\n{START}\n{END}\n"
-    before, _, rest = whole.partition(START)
-    page.write_text(f"{before}{START}\n{text}{END}{rest.partition(END)[2]}")
-    draw(results, rows_of, docs / "quality.png")
-    print(text)
+    at_ratio = {name: rows for name, rows in rows_of.items() if "ratio" in name}
+    others = {name: rows for name, rows in rows_of.items() if name not in at_ratio}
+    for page, written, lines in (
+        ("quality.md", others, markdown),
+        ("quality-ratio.md", at_ratio, ratio_markdown),
+    ):
+        if written:
+            _write_between(docs / page, lines(written))
+            print(lines(written))
+    if others:
+        draw(results, others, docs / "quality.png")
     return 0
 
 
+def _write_between(page: Path, text: str) -> None:
+    """Replace what is between the two marks of a page."""
+    whole = page.read_text() if page.exists() else f"# Quality at equal tokens\n\n{START}\n{END}\n"
+    before, _, rest = whole.partition(START)
+    page.write_text(f"{before}{START}\n{text}{END}{rest.partition(END)[2]}")
+
+
 def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each method, number of segments and number of steps; none without a backprop run to
-    compare with."""
+    """A row for each method, number of segments and number of steps; none without a backprop run
+    under the same schedule to compare with."""
+    return [row for schedule in YARDSTICKS for row in _rows_under(schedule, preset, results)]
+
+
+def _rows_under(schedule: str, preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from ds_local.model.blocks import load_model_config, skeleton
 
-    facts = PRESETS[preset]
-    backprop = [r for r in results if r["method"] == "backprop"]
+    facts, yardstick = PRESETS[preset], YARDSTICKS[schedule]
+    results = [
+        r for r in results if r["method"] in METHODS and METHODS[r["method"]].schedule == schedule
+    ]
+    backprop = [r for r in results if r["method"] == yardstick]
     yardsticks: dict[int, dict[float, float]] = {}  # seed -> step factor -> loss
     whole_lengths = {r["step_factor"] for r in backprop}
     for steps in whole_lengths:
@@ -652,9 +813,9 @@ def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     parameters = sum(p.numel() for p in skeleton(load_model_config(dict(facts.model))).parameters())
     rows = []
     for method, segments, longer in sorted(
-        {(r["method"], r["segments"], r["step_factor"]) for r in results if r["method"] in METHODS}
+        {(r["method"], r["segments"], r["step_factor"]) for r in results}
         | {
-            ("backprop", r["segments"], r["step_factor"])
+            (yardstick, r["segments"], r["step_factor"])
             for r in results
             if r["step_factor"] in whole_lengths
         },
@@ -665,11 +826,14 @@ def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         gap = gap_to({seed: whole.get(longer) for seed, whole in yardsticks.items()}, runs)
         if gap is None:
             print(
-                f"{method} is left out: backprop has no run of as many steps with a seed that it has",
+                f"{method} is left out: {yardstick} has no run of as many steps with a seed that it has",
                 file=sys.stderr,
             )
             continue
-        forecast = predict(facts.model, METHODS[method], segments, facts.model["n_positions"])
+        if METHODS[method].renew:  # no pipeline in its first part: no time to predict
+            forecast = Prediction(0.0, {}, {})
+        else:
+            forecast = predict(facts.model, METHODS[method], segments, facts.model["n_positions"])
         needed = tokens_to(loss - gap, runs)
         times = [
             t
@@ -687,8 +851,11 @@ def summary(preset: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": len(runs),
                 "perplexity": round(math.exp(loss), 4),
                 "gap_percent": percent(gap),
+                "gap_nats": round(gap, 4),
+                "schedule": schedule,
+                "exits": {} if METHODS[method].tail else runs[0].get("exits", {}),
                 "aux_flops_share": round(forecast.aux_share, 4),
-                "predicted_time_ratio": round(forecast.time[8, 0], 4),
+                "predicted_time_ratio": ratios_of(forecast.time).get("M=8, c/F=0"),
                 "device": runs[0]["machine"]["device"],
                 "processor": runs[0]["machine"]["processor"],
                 "predicted_time_to_backprop_loss": None
@@ -745,6 +912,46 @@ def markdown(rows_of: Mapping[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def ratio_markdown(rows_of: Mapping[str, list[dict[str, Any]]]) -> str:
+    """Losses and gaps alone, a table for each preset."""
+    lines: list[str] = []
+    for preset, rows in rows_of.items():
+        facts = PRESETS[preset]
+        width, vocabulary = facts.model["n_embd"], facts.model["vocab_size"]
+        batch = facts.sequences * facts.model["n_positions"]
+        lines += [
+            *([""] if lines else []),
+            f"### Preset {preset}: vocabulary / width {vocabulary // width}",
+            "",
+            *_wrapped(
+                f"{facts.model['n_layer']} blocks of width {width}, vocabulary {vocabulary:,}, "
+                f"{rows[0]['parameters']:,} parameters; steps of {batch:,} tokens, "
+                f"rate {facts.learning_rate:g}; {rows[0]['processor']} {rows[0]['device']}."
+            ),
+            "",
+            "| method | steps | seeds | loss of the model | loss of its lowest exit | gap in nats "
+            "| gap in perplexity |",
+            "|" + 7 * "---|",
+            *(_ratio_line(row, round(facts.steps * row["step_factor"])) for row in rows),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _ratio_line(row: dict[str, Any], steps: int) -> str:
+    lowest = row["exits"].get(min(row["exits"], key=int, default=""))
+    has_exit = len(row["exits"]) > 1
+    cells = [
+        f"{row['method']}, K = {row['segments']}",
+        f"{steps:,}",
+        row["seeds"],
+        f"{mean(row['losses']):.4f}",
+        f"{lowest:.4f}" if has_exit else "-",
+        f"{row['gap_nats']:+.4f}",
+        f"{row['gap_percent']:+.1f} %",
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
 def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, width=128, break_on_hyphens=False)
 
@@ -754,7 +961,7 @@ def _line(row: dict[str, Any], steps: int) -> str:
 
     def times(field: str, *counts: int, slow: tuple[int, ...] = (4, 8)) -> str:
         of = row[field]
-        if of is None:
+        if not of:
             return "-"
         groups = [
             [f"{of[f'M={m}, c/F={c}']:.2f}" for m in group]

@@ -20,6 +20,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ds_local.cli.arguments import output_file
+from ds_local.config import strict_json
+from ds_local.outputs import write_file
+
 PACE_STEPS = 60  # to see how long a step takes
 SUBNETS = {"sync": "subnets"}
 PERIODIC = {"sync": "periodic", "every": 50}
@@ -183,7 +187,7 @@ def study_costs(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
             ]
             row["sent_an_exchange"] = statistics.mean(sent)
         rows.append(row)
-        print(json.dumps(row), flush=True)
+        print(strict_json.dumps(row), flush=True)
     return rows
 
 
@@ -259,7 +263,7 @@ def study_quality(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
                 **result_of(name, steps),
             }
         )
-        print(json.dumps(rows[-1]), flush=True)
+        print(strict_json.dumps(rows[-1]), flush=True)
         _write(args.json, rows)
     return rows
 
@@ -296,7 +300,7 @@ def quality_table(rows: list[dict[str, Any]]) -> str:
 
 def _write(path: Path | None, rows: list[dict[str, Any]]) -> None:
     if path:
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+        write_file(path, strict_json.dumps(rows, indent=1) + "\n")
 
 
 def main() -> None:
@@ -305,7 +309,7 @@ def main() -> None:
     )
     parser.add_argument("study", choices=["costs", "quality", "table"])
     parser.add_argument("files", type=Path, nargs="*", help="of quality, for the table")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=output_file('"replicas"'), help="write the rows here")
     parser.add_argument("--data", help="folder written by scripts/prepare_data.py")
     parser.add_argument("--row", choices=ROWS, default="backprop", help="of the route table")
     parser.add_argument("--replicas", type=int, default=2)
@@ -325,7 +329,7 @@ def main() -> None:
     if args.study == "table":
         print(quality_table([row for file in args.files for row in json.loads(file.read_text())]))
         return
-    from bench.ranks import Pool
+    from ds_local.measure.ranks import Pool
 
     pool = Pool()
     try:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import time
 
-from leaving import leave
-
-from ds_local.cli.arguments import number_or_auto
+from ds_local.cli.arguments import Parser, kinds_of_change, number_or_auto, whole
+from ds_local.cli.ending import run
+from ds_local.config.changes import CHANGES
+from ds_local.config.command_line import read_settings
 from ds_local.schedules.routes import MODES
+from ds_local.training.signals import Signals
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
         "--model",
@@ -37,17 +35,35 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--max-steps",
-        type=int,
+        type=whole(1),
         required=True,
         help="optimizer steps in all, earlier ones of a resumed run included",
     )
-    add("--eval-every", type=int, default=0, help="steps between validations; 0: only at the end")
-    add("--eval-sequences", type=int, help="validation sequences to use; default all")
-    add("--save-every", type=int, default=0, help="steps between checkpoints; 0: only at the end")
+    add(
+        "--eval-every",
+        type=whole(),
+        default=0,
+        help="steps between validations; 0: only at the end",
+    )
+    add("--eval-sequences", type=whole(1), help="validation sequences to use; default all")
+    add(
+        "--save-every",
+        type=whole(),
+        default=0,
+        help="steps between checkpoints; 0: only at the end",
+    )
     add(
         "--resume",
         action="store_true",
-        help="continue the run in --output from its latest checkpoint",
+        help="continue the run in --output from its latest checkpoint; start it where there is none",
+    )
+    add(
+        "--allow-change",
+        type=kinds_of_change,
+        default=[],
+        metavar="KIND[,KIND...]",
+        help="what a resumed run may change, if it does: "
+        + "; ".join(f"{kind} ({meaning})" for kind, meaning in CHANGES.items()),
     )
     add(
         "--profile",
@@ -57,18 +73,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     scheme = parser.add_argument_group(
         "scheme (instead of what the config file's local_parallel section says)"
     )
-    scheme.add_argument("--num-stages", type=int, help="pipeline stages; default one per process")
-    scheme.add_argument("--segments-per-stage", type=int)
+    scheme.add_argument(
+        "--num-stages", type=whole(1), help="pipeline stages; default one per process"
+    )
+    scheme.add_argument("--segments-per-stage", type=whole(1))
     scheme.add_argument("--mode", choices=MODES)
-    scheme.add_argument("--window", type=int, help="of modes that take one")
+    scheme.add_argument("--window", type=whole(1), help="of modes that take one")
     scheme.add_argument(
         "--backprop-micro-batches",
         type=number_or_auto,
         metavar="N|auto",
         help="micro-batches of each step that run real backpropagation; auto: as many as the pipeline hides",
     )
-    scheme.add_argument("--backprop-from", type=int, help="plain backpropagation from this step on")
-    scheme.add_argument("--seed", type=int, help="of weights, dropout and data order")
+    scheme.add_argument(
+        "--backprop-from", type=whole(1), help="plain backpropagation from this step on"
+    )
+    scheme.add_argument("--seed", type=whole(), help="of weights, dropout and data order")
     deepspeed = parser.add_argument_group("DeepSpeed")
     deepspeed.add_argument(
         "--deepspeed", action="store_true", help="accepted for DeepSpeed's sake; always on"
@@ -78,23 +98,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> int:
+def main() -> None:
     args = parse_arguments()
+    read_settings(args)  # most mistakes are said before the seconds that torch takes
     os.environ.setdefault("LOCAL_RANK", str(max(args.local_rank, 0)))
-    from ds_local.training import loop as train
+    with Signals() as signals:
+        from ds_local.training import loop
 
-    try:
-        train.train(args)
-        train.end_quietly()
-    except (ValueError, RuntimeError, OSError) as error:
-        if not train.running() and os.environ["LOCAL_RANK"] != "0":
-            time.sleep(
-                5
-            )  # most likely all ranks found the same mistake; the first one says it, and the launcher ends the rest
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+        loop.train(args, signals)
+        loop.end_quietly()
 
 
 if __name__ == "__main__":
-    leave(main())
+    run(main)

@@ -331,6 +331,25 @@ def test_training_data_client_optimizer_and_scheduler():
         assert same_scheduler
 
 
+def rates_with_named_schedule(stages):
+    scheduler = {
+        "type": "WarmupStableDecayLR",
+        "params": {"total_num_steps": 6, "warmup_num_steps": 2, "decay_num_steps": 2},
+    }
+    engine = jobs.build({"mode": "local"}, stages, scheduler=scheduler)
+    data = jobs.batches(engine)
+    full, rates = engine.lr_scheduler.full_rates[0], []
+    for _ in range(6):
+        rates.append(engine.get_lr()[0] / full)
+        engine.train_batch(data)
+    return rates
+
+
+def test_a_schedule_that_deepspeed_lacks():
+    for rates in run_ranks(rates_with_named_schedule, 2, 2):
+        assert rates == [0.5, 1, 1, 1, 1, 0.5]
+
+
 def with_checkpointing(section, interval):
     import ds_local
 

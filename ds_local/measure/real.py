@@ -13,7 +13,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.ranks import Pool
 from ds_local.config.files import local_parallel
 from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
+from ds_local.measure.ranks import Pool
 from ds_local.model.flops import choose_parts
 
 RANKS = 2
@@ -57,7 +57,7 @@ class Job:
         ids = torch.randint(self.model["vocab_size"], (sequences, self.tokens), generator=generator)
         return itertools.repeat((ids, ids))
 
-    def validation(self) -> list[Any]:
+    def validation(self) -> Sequence[Any]:
         if self.data is None:
             return [next(self.batches(self.sequences, 1))]
         return validation_batches(

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from bench import emulated
-from bench.network import Shape
-from bench.ranks import Pool
-from bench.systems import System, with_head
+from ds_local.measure import emulated
+from ds_local.measure.network import Shape
+from ds_local.measure.ranks import Pool
+from ds_local.measure.systems import System, with_head
 
 Row = dict[str, Any]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench import emulated
 from ds_local.config.files import local_parallel
+from ds_local.measure import emulated
 from ds_local.schedules.peers import gpipe, one_f_one_b
 from ds_local.schedules.routes import make_routes
 from ds_local.schedules.run_plan import RunPlan

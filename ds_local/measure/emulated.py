@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from bench import network
-from bench.live import LiveTensors
+from ds_local.measure import network
+from ds_local.measure.live import LiveTensors
 from ds_local.model.split_linear import now_or_later
 
 EVENTS: list[

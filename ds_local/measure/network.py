@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 
-from bench.ranks import Pool
+from ds_local.measure.ranks import Pool
 
 INSIDE = "DS_LOCAL_BENCH_NAMESPACE"
 MTU = 9000

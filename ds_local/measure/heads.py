@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.live import LiveTensors
 from ds_local.config.schema import HeadConfig
+from ds_local.measure.live import LiveTensors
 from ds_local.model import blocks
 
 SEED = 1234
