@@ -18,16 +18,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import emulated, network
-from bench.ranks import Pool
-from bench.real import Job, pinned
-from bench.real import config_of as real_config
-
+from ds_local.cli.arguments import output_file
 from ds_local.cluster.candidate_cost import section_for
 from ds_local.cluster.candidates import Candidate, Cluster, Model, measured_model
 from ds_local.cluster.pricing import Pricing
+from ds_local.config import strict_json
+from ds_local.measure import emulated, network
+from ds_local.measure.ranks import Pool
+from ds_local.measure.real import Job, pinned
+from ds_local.measure.real import config_of as real_config
 from ds_local.model import blocks
 from ds_local.model.flops import UnitCosts
+from ds_local.outputs import write_file
 
 # (row, stages, replicas, micro-batches per step, seconds of a head)
 LAYOUTS = (
@@ -176,7 +178,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--json", type=output_file('"measured"'), help="file for the figures")
     parser.add_argument("--only", choices=["sleep", "real"], help="one of the two")
     args = parser.parse_args()
     pool, rows = Pool(), []
@@ -188,7 +190,7 @@ def main() -> int:
     finally:
         pool.close()
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_file(args.json, strict_json.dumps(rows, indent=1) + "\n")
     return 0
 
 

@@ -15,10 +15,8 @@ if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -lt "$stage
 fi
 
 if [ ! -e "$run/checkpoints/global_step$steps/ds_local.json" ]; then
-    resume=""
-    [ -e "$run/checkpoints/latest" ] && resume="--resume" || rm -rf "$run"
     deepspeed --num_gpus "$stages" scripts/train.py --model configs/gpt2-nano.json --data "$data" --output "$run" \
-        --max-steps "$steps" --eval-every 100 --save-every 100 $resume --deepspeed --deepspeed_config ds_config.json
+        --max-steps "$steps" --eval-every 100 --save-every 100 --resume --deepspeed --deepspeed_config ds_config.json
 else
     python scripts/summarize.py "$run"
 fi

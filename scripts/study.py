@@ -36,6 +36,8 @@ from statistics import mean
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from ds_local.config import strict_json
+
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL, BACKPROP = {"mode": "local"}, {"mode": "backprop"}
 CHUNKED = {"mode": "chunked", "window": 2}
@@ -435,9 +437,6 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
         if METHODS[run.method].renew and not (place / "run").exists():
             print(f"{run.name}: run the same without its tail first", file=sys.stderr)
             return False
-    resume = ["--resume"] if (place / "run" / "checkpoints" / "latest").exists() else []
-    if not resume and (place / "run" / "run.json").exists():
-        (place / "run" / "run.json").unlink()  # ended before its first checkpoint
     environment = {
         "OMP_NUM_THREADS": "1",  # threads of two runs on the same cores cost ten times what they bring
         **os.environ,
@@ -452,7 +451,7 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
         "--output", str(place / "run"), "--max-steps", str(run.steps), "--eval-every", str(max(1, run.steps // 10)),
         "--save-every", str(max(1, run.steps // CHECKPOINTS)),
         "--eval-sequences", str(EVALUATED_TOKENS // preset.model["n_positions"]),
-        "--deepspeed_config", str(place / "ds_config.json"), *resume,
+        "--deepspeed_config", str(place / "ds_config.json"), "--resume", "--allow-change", "scheme",
     ]  # fmt: skip
     with (place / "log.txt").open("a") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT)
@@ -489,7 +488,7 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
         "parts": facts["layout"]["segment_parts"], "versions": facts["versions"], "machine": facts["machine"],
         "data": facts["data"]["fingerprint"], "seconds": seconds[-1] if seconds else None,
     }  # fmt: skip
-    (place / "result.json").write_text(json.dumps(result, indent=1))
+    (place / "result.json").write_text(strict_json.dumps(result, indent=1))
     needed = {run.steps} | (
         {run.switch(tail) for tail in TAILS} if not METHODS[run.method].tail else set()
     )
@@ -685,7 +684,7 @@ def all_runs(kept: Path, folder: Path) -> list[dict[str, Any]]:
         if result["preset"] != TRIAL
     }
     runs = [latest[identity] for identity in sorted(latest)]
-    kept.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    kept.write_text("".join(strict_json.dumps(run) + "\n" for run in runs))
     return runs
 
 
@@ -788,7 +787,7 @@ def table(args: argparse.Namespace) -> int:
         print("no backprop run is finished yet; run it first", file=sys.stderr)
         return 1
     (docs / "quality.json").write_text(
-        json.dumps([row for rows in rows_of.values() for row in rows], indent=1) + "\n"
+        strict_json.dumps([row for rows in rows_of.values() for row in rows], indent=1) + "\n"
     )
     at_ratio = {name: rows for name, rows in rows_of.items() if "ratio" in name}
     others = {name: rows for name, rows in rows_of.items() if name not in at_ratio}

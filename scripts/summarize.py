@@ -1,34 +1,7 @@
-"""What came of a run: losses, idle shares, throughput, and a picture of the loss curves.
+"""`ds-local summarize`, from a checkout."""
 
-python scripts/summarize.py runs/quickstart
-"""
-
-from __future__ import annotations
-
-import argparse
-import sys
-from pathlib import Path
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="run folder")
-    args = parser.parse_args()
-    from ds_local.checkpoints.metrics_file import MetricsFile
-    from ds_local.training.pictures import draw_losses, summary_table
-
-    metrics = MetricsFile(args.run / "metrics.jsonl")
-    rows = metrics.read()
-    if not rows:
-        print(f"no metrics in {args.run}; is it a run folder?", file=sys.stderr)
-        return 1
-    draw_losses(metrics.path, args.run / "loss.png")
-    print(summary_table(rows))
-    print(f"loss curves: {args.run / 'loss.png'}; checkpoints: {args.run / 'checkpoints'}")
-    return 0
-
+from ds_local.cli.ending import run
+from ds_local.cli.summarize import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

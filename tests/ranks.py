@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.ranks import Pool, RankError, free_port
+from ds_local.measure.ranks import Pool, RankError, free_port
 
 __all__ = ["RankError", "close_ranks", "free_port", "run_ranks"]
 

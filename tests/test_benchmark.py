@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import benchmark
 import check_planner
 import pytest
 import torch
-from bench import emulated, network, real, report
-from bench.live import LiveTensors
-from bench.sweep import Setting, sweep
-from bench.systems import SYSTEMS, choose, from_torch
 from ranks import run_ranks
 
+from ds_local.cli import benchmark
+from ds_local.measure import emulated, network, real, report
+from ds_local.measure.live import LiveTensors
+from ds_local.measure.sweep import Setting, sweep
+from ds_local.measure.systems import SYSTEMS, choose, from_torch
 from ds_local.schedules.simulator import Costs, simulate
 
 POOL = SimpleNamespace(run=run_ranks)

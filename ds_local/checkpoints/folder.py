@@ -1,10 +1,12 @@
 """Checkpoints that are whole or not there, and that run no code when they are read.
 
 The files are DeepSpeed's (one per layer, one per stage, optimizer shards) and one per auxiliary
-head. They are written under a temporary name; when all ranks are done, checksums are taken,
-ds_local.json is added, and the folder gets its final name. The file `latest` is replaced last. So a
-run killed at any moment leaves complete checkpoints only.
+head. They are written to a folder with a name of its own; when all ranks are done, checksums are
+taken, ds_local.json is added, and the folder gets its final name. The file `latest` is replaced
+last. A checkpoint that a new one of the same tag replaces is moved aside first and removed last;
+readers find it there. So at any moment there is a whole one.
 
+Writing that fails on one rank (a full disk) fails on all, and leaves what was there before.
 Reading checks sizes and checksums before any weight changes. No DeepSpeed here: conversion works
 without it.
 """
@@ -12,23 +14,71 @@ without it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import shutil
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ds_local.errors import CheckpointError
+from ds_local.checkpoints.facts import FACTS, read_facts, whose, write_facts
+from ds_local.checkpoints.files import leftovers, reason, remove, scratch_name, sync_folder
+from ds_local.checkpoints.files import write_whole as _write_whole
+from ds_local.errors import CheckpointError, SaveError
 
-FACTS = "ds_local.json"
-FORMAT = 1
 HEAD_FILE = "head_{:02d}-model_states.pt"  # of a segment's auxiliary head
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+T = TypeVar("T")
+
+
+# --- ranks agree --------------------------------------------------------------------------------
+
+
+def gather(value: Any) -> list[Any]:
+    """Everybody's value, on every rank. A collective call where ranks have met."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(action: Callable[[], T]) -> T:
+    """What `action` returns here, once it has ended on every rank. A collective call.
+
+    Raises:
+        What it raised here; where it went well here but not elsewhere, a SaveError or
+        CheckpointError with the words of the first rank that failed.
+    """
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    found = gather(None if failure is None else (_kind(failure), _words(failure)))
+    if failure is not None and _kind(failure) is None:
+        raise failure
+    # what is no error of ours comes first: it ends the run, on all ranks
+    failed = [(how[0] is not None, rank, *how) for rank, how in enumerate(found) if how is not None]
+    if failed:
+        _, rank, kind, words = min(failed, key=lambda one: one[:2])
+        where = f"rank {rank}: " if len(failed) < len(found) else ""
+        raise (kind or CheckpointError)(where + words) from failure
+    return result
+
+
+def _kind(error: Exception) -> type[CheckpointError] | None:
+    return next((kind for kind in (SaveError, CheckpointError) if isinstance(error, kind)), None)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if _kind(error) is None else str(error)
+
+
+# --- finding ------------------------------------------------------------------------------------
 
 
 def checked_tag(tag: str) -> str:
@@ -40,96 +90,188 @@ def checked_tag(tag: str) -> str:
     return tag
 
 
-def latest_tag(folder: str | Path) -> str:
-    """The newest complete checkpoint in `folder`.
+def _places(folder: Path, tag: str) -> tuple[Path, Path]:
+    """Where a checkpoint may lie: under its name, or moved aside for a newer one of that name that
+    has not appeared yet."""
+    return folder / tag, folder / f".{tag}.old"
+
+
+def locate(folder: str | Path, tag: str) -> Path:
+    """The folder of the complete checkpoint `tag`.
 
     Raises:
         CheckpointError: when there is none; the message lists what there is.
     """
     folder = Path(folder)
-    complete = sorted(
-        p.parent.name for p in folder.glob(f"*/{FACTS}") if not p.parent.name.endswith(".partial")
+    for place in _places(folder, checked_tag(tag)):
+        if (place / FACTS).is_file():
+            return place
+    raise CheckpointError(
+        whose(folder / tag)
+        or f"{folder / tag} is no complete checkpoint; complete are: {_listed(folder)}"
     )
+
+
+def complete_tags(folder: str | Path) -> list[str]:
+    """Tags of the complete checkpoints in `folder`."""
+    names = {path.parent.name for path in Path(folder).glob(f"*/{FACTS}")}
+    aside = {name[1:].removesuffix(".old") for name in names if re.match(r"\..*\.old$", name)}
+    return sorted(
+        name for name in names | aside if _TAG.fullmatch(name) and not name.endswith(".partial")
+    )
+
+
+def _listed(folder: Path) -> str:
+    return ", ".join(complete_tags(folder)) or "none"
+
+
+def latest_tag(folder: str | Path) -> str:
+    """The checkpoint in `folder` that the file `latest` names.
+
+    Raises:
+        CheckpointError: when there is none; the message lists what there is.
+    """
+    folder = Path(folder)
     try:
         tag = checked_tag((folder / "latest").read_text().strip())
     except (OSError, UnicodeDecodeError):
         raise CheckpointError(
-            f"nothing to resume in {folder}: the file 'latest' is missing; complete checkpoints: {', '.join(complete) or 'none'}"
+            f"nothing to resume in {folder}: the file 'latest' is missing; complete checkpoints: {_listed(folder)}"
         ) from None
-    if tag not in complete:
+    if tag not in complete_tags(folder):
         raise CheckpointError(
-            f"{folder}/latest names {tag!r}, which is not complete; complete are: {', '.join(complete) or 'none'}"
+            whose(folder / tag)
+            or f"{folder}/latest names {tag!r}, which is not complete; complete are: {_listed(folder)}"
         )
     return tag
 
 
-def read_facts(checkpoint: str | Path) -> dict[str, Any]:
-    """What ds_local.json says about a checkpoint folder.
+def newest_tag(folder: str | Path) -> str | None:
+    """The checkpoint to go on from: the latest, or that of the highest step where a run was killed
+    before it wrote its first `latest`; None where there is none.
 
     Raises:
-        CheckpointError: when it is missing or of another format.
+        CheckpointError: when `latest` names something else than a complete checkpoint.
     """
-    path = Path(checkpoint, FACTS)
+    if Path(folder, "latest").exists():
+        return latest_tag(folder)
+    steps = _steps(folder)
+    return max(steps, key=steps.__getitem__, default=None)
+
+
+def _steps(folder: str | Path) -> dict[str, int]:
+    return {tag: read_facts(locate(folder, tag))["step"] for tag in complete_tags(folder)}
+
+
+def agreed_tag(folder: str | Path, find: Callable[[str | Path], str | None]) -> str | None:
+    """What `find` gives. Hosts without a common folder may have been killed between their renames:
+    then the newest checkpoint that all have. A collective call."""
+    tags = gather(together(lambda: find(folder)))
+    if len(set(tags)) == 1:
+        return tags[0]
+    steps = gather(together(lambda: _steps(folder)))
+    common = set.intersection(*map(set, steps))
+    if not common:
+        raise CheckpointError(
+            f"hosts have different checkpoints in {folder} ({', '.join(map(str, tags))}) and none "
+            "in common; copy one folder to all hosts"
+        )
+    return max(common, key=steps[0].__getitem__)
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+class Writing:
+    """One attempt at a checkpoint: write into `target`, then `commit` or `abandon`. Making one and
+    committing are collective calls.
+
+    Raises:
+        SaveError: on every rank, when the disk does not take it.
+        CheckpointError: when something else than a checkpoint has its name.
+    """
+
+    def __init__(self, folder: str | Path, tag: str) -> None:
+        self.folder, self.tag = Path(folder), checked_tag(tag)
+        self.partial = gather(scratch_name(tag))[0]
+        self.target = self.folder / self.partial
+        self._leads = _leads(self.folder)
+        together(self._begin)
+
+    def _begin(self) -> None:
+        if not self._leads:
+            return
+        final = self.folder / self.tag
+        if final.exists() and not (final / FACTS).is_file():
+            raise CheckpointError(
+                f"{final} exists and is no checkpoint, so it is left alone; choose another tag"
+            )
+        for path in leftovers(self.folder):
+            remove(path)
+
+    def commit(self, facts: Mapping[str, Any], save_latest: bool) -> None:
+        """Seal what all ranks have written and give it its name."""
+        try:
+            sums = _checksums(self.target)
+        except CheckpointError as error:
+            raise SaveError(str(error)) from error
+        together(lambda: self._commit({**facts, "files": sums}, save_latest))
+
+    def _commit(self, facts: Mapping[str, Any], save_latest: bool) -> None:
+        if not self._leads:
+            return
+        final, old = _places(self.folder, self.tag)
+        try:
+            _write_whole(self.target / FACTS, write_facts(facts))
+            if final.exists():
+                remove(old)
+                final.rename(old)
+            self.target.rename(final)
+            sync_folder(self.folder)
+            if save_latest:
+                _write_whole(self.folder / "latest", self.tag)
+        except OSError as error:
+            raise SaveError(f"cannot save {final}: {reason(error, self.folder)}") from error
+        remove(old)
+
+    def abandon(self) -> None:
+        """Remove what has been written. No collective call."""
+        if self._leads:
+            remove(self.target)
+
+
+def clean(folder: str | Path) -> None:
+    """Remove what killed runs left half-written. To be called when nobody else writes here. A
+    collective call."""
+    if _leads(Path(folder)):
+        for path in leftovers(Path(folder), all_of_them=True):
+            remove(path)
+
+
+def _leads(folder: Path) -> bool:
+    """Is this the lowest rank that sees this folder, which hosts may share or have one each? It
+    does the renaming. A collective call."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    marks = [folder / name for name in gather(scratch_name(f"rank-{rank}"))]
+
+    def mark() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            marks[rank].touch()
+        except OSError as error:
+            raise SaveError(f"cannot write to {folder}: {reason(error, folder)}") from error
+
     try:
-        facts = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{checkpoint} is not a complete ds_local checkpoint: {path.name}: {error}"
-        ) from error
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} has another format than {FORMAT}; use the version that wrote it"
-        )
-    return facts
+        together(mark)
+        lowest = next(number for number, path in enumerate(marks) if path.exists())
+        gather(None)  # everybody has looked
+    finally:
+        with suppress(OSError):  # it may not be there, nor its folder
+            marks[rank].unlink()
+    return rank == lowest
 
 
-def layout(facts: Mapping[str, Any]) -> str:
-    """What an optimizer's state depends on."""
-    section = facts["local_parallel"]
-    head = {
-        key: section["head"][key]
-        for key in ("blocks", "blocks_from", "readout", "rank", "temperature")
-    }
-    return (
-        f"segment parts {facts['segment_parts']} on {facts['num_stages']} stages x {facts['num_replicas']} replicas, "
-        f"heads at {facts.get('head_segments')} with {head}"
-        + (
-            ", learning rates by segment"
-            if section.get("lr_multipliers") or section.get("warmup_stagger")
-            else ""
-        )
-    )
-
-
-def begin(folder: str | Path, tag: str) -> str:
-    """The temporary tag to write under; leftovers of an earlier attempt are removed. A collective
-    call."""
-    partial = f"{tag}.partial"
-    if dist.get_rank() == _leader(Path(folder)):
-        shutil.rmtree(Path(folder, partial), ignore_errors=True)
-    dist.barrier()
-    return partial
-
-
-def commit(
-    folder: str | Path, partial: str, tag: str, facts: dict[str, Any], save_latest: bool
-) -> None:
-    """Seal what all ranks have written under `partial` and give it its name. A collective call."""
-    written, final = Path(folder, partial), Path(folder, tag)
-    sums = _checksums(written)
-    if dist.get_rank() == _leader(Path(folder)):
-        _write_whole(
-            written / FACTS, json.dumps({"format": FORMAT, **facts, "files": sums}, indent=1) + "\n"
-        )
-        old = final.with_name(f"{tag}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            final.rename(old)
-        written.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-        if save_latest:
-            _write_whole(Path(folder, "latest"), tag)
-    dist.barrier()
+# --- checking -----------------------------------------------------------------------------------
 
 
 def verify(checkpoint: str | Path) -> dict[str, Any]:
@@ -142,7 +284,7 @@ def verify(checkpoint: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: on every rank, naming the files that are damaged.
     """
-    facts = read_facts(checkpoint)
+    facts = together(lambda: read_facts(checkpoint))
     expected = facts["files"]
     # hosts without a common folder have a part of the files each
     found = _checksums(
@@ -179,13 +321,12 @@ def check_file(checkpoint: str | Path, facts: dict[str, Any], name: str) -> None
 def _checksums(folder: Path, names: list[str] | None = None) -> dict[str, tuple[int, str]]:
     """name -> (bytes, SHA-256) of the files in a folder, each taken by one of the ranks that see
     it."""
-    listing = (
-        names if names is not None else sorted(p.name for p in folder.iterdir() if p.is_file())
-    )
-    rank, seen = 0, [listing]
-    if dist.is_initialized():
-        rank, seen = dist.get_rank(), [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(seen, listing)
+
+    def listing() -> list[str]:
+        return sorted(p.name for p in folder.iterdir() if p.is_file()) if names is None else names
+
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    seen = gather(together(listing))
     everything = sorted({name for part in seen for name in part})
     owners = {name: [r for r, part in enumerate(seen) if name in part] for name in everything}
     mine = [
@@ -193,43 +334,17 @@ def _checksums(folder: Path, names: list[str] | None = None) -> dict[str, tuple[
         for number, name in enumerate(everything)
         if owners[name][number % len(owners[name])] == rank
     ]
-    sums = {name: _checksum(folder / name) for name in mine}
-    if not dist.is_initialized():
-        return sums
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, sums)
-    return {name: value for part in parts for name, value in part.items()}
+    sums = together(lambda: {name: _checksum(folder / name) for name in mine})
+    return {name: value for part in gather(sums) for name, value in part.items()}
 
 
 def _checksum(path: Path) -> tuple[int, str]:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-        os.fsync(file.fileno())  # what is checked is what is on the disk
-    return path.stat().st_size, digest.hexdigest()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a small file so that a reader finds the old or the new one, never a part."""
-    scratch = path.with_name(f".{path.name}.new")
-    with scratch.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-
-
-def _leader(folder: Path) -> int:
-    """The lowest rank that sees this folder, which hosts may share or have one each: it does the
-    renaming. A collective call."""
-    token = [f"{os.getpid()}-{time.time_ns()}"]
-    dist.broadcast_object_list(token, src=0)
-    folder.mkdir(parents=True, exist_ok=True)
-    marks = [folder / f".rank-{rank}-{token[0]}" for rank in range(dist.get_world_size())]
-    marks[dist.get_rank()].touch()
-    dist.barrier()
-    lowest = next(rank for rank, mark in enumerate(marks) if mark.exists())
-    dist.barrier()
-    marks[dist.get_rank()].unlink()
-    return lowest
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+            os.fsync(file.fileno())  # what is checked is what is on the disk
+        return path.stat().st_size, digest.hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error

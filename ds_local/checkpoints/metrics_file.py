@@ -1,35 +1,112 @@
-"""metrics.jsonl of a run folder."""
+"""metrics.jsonl of a run folder: no row is lost that a saved step has, whatever ends the run.
+
+One strict JSON object a line. A number that is not finite is written as null, and "nonfinite" says
+what happened: for training the kind of event, else the figures it befell. A loss that the routes do
+not ask for is null too, but there "has_loss" is false.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
+from ds_local.checkpoints.files import write_whole
+from ds_local.config import strict_json
+
 
 class MetricsFile:
-    """metrics.jsonl: one object a line."""
+    """metrics.jsonl: one object a line.
+
+    A full disk keeps nobody from training: rows that it does not take are kept and written with the
+    next ones.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._waiting: list[str] = []  # lines that are not in the file yet
 
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    def write(self, rows: list[dict[str, Any]]) -> OSError | None:
+        """Add rows. Returns what kept them out of the file, for now."""
+        self._waiting += map(_line, rows)
+        try:
+            self._append()
+        except OSError as error:
+            return error
+        return None
+
+    def _append(self, to_disk: bool = False) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            whole = file.tell()
+            try:
+                text = "".join(self._waiting).encode()
+                while text:
+                    text = text[file.write(text) :]
+                if to_disk:
+                    os.fsync(file.fileno())
+            except OSError:
+                file.truncate(whole)  # no half lines
+                raise
+        self._waiting.clear()
+
+    def sync(self) -> None:
+        """Have all rows on the disk. Raises OSError when it does not take them."""
+        self._append(to_disk=True)
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows; a last line that a killed run left half-written is dropped."""
-        rows = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+        """All rows; damaged lines, and a last one that a killed run left half-written, are left
+        out."""
+        return [row for row in map(_row, self._lines()) if row is not None]
 
-    def keep_until(self, step: int) -> float:
-        """Drop what a run wrote after the step it resumes from; returns the seconds it had trained
-        by then."""
-        rows = [row for row in self.read() if row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return max((row["seconds"] for row in rows), default=0.0)
+    def _lines(self) -> list[bytes]:
+        return self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+
+    @property
+    def damaged_path(self) -> Path:
+        return self.path.with_suffix(f".damaged{self.path.suffix}")
+
+    def keep_until(self, step: int) -> tuple[float, int]:
+        """Drop what a run wrote after the step it goes on from, and move damaged lines to
+        `damaged_path`.
+
+        Returns:
+            (seconds that the run had trained by then, number of damaged lines).
+        """
+        lines = self._lines()
+        rows = [(_row(line), line) for line in lines]
+        damaged = [line for row, line in rows if row is None and line.strip()]
+        kept = [(row, line) for row, line in rows if row is not None and row["step"] <= step]
+        if damaged:
+            with self.damaged_path.open("ab") as file:
+                file.writelines(line.rstrip(b"\n") + b"\n" for line in damaged)
+                file.flush()
+                os.fsync(file.fileno())
+        text = b"".join(_strict(row, line) for row, line in kept)
+        if text != b"".join(lines):
+            write_whole(self.path, text.decode())
+        return max((row.get("seconds", 0.0) for row, _ in kept), default=0.0), len(damaged)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row in a line, None when it is damaged."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # no JSON, no UTF-8
+        return None
+    fine = isinstance(row, dict) and type(row.get("step")) is int
+    return row if fine and isinstance(row.get("seconds", 0.0), int | float) else None
+
+
+def _strict(row: dict[str, Any], line: bytes) -> bytes:
+    """A line as it was, but for numbers that an older file has and JSON has not."""
+    odd = any(isinstance(v, float) and not math.isfinite(v) for v in row.values())
+    return _line(row).encode() if odd else line.rstrip(b"\n") + b"\n"
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row of the file; whatever is null because it was not finite has a word about it."""
+    bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+    named = {"nonfinite": row.get("nonfinite") or ", ".join(bad)} if bad else {}
+    return strict_json.dumps(row | named) + "\n"

@@ -13,30 +13,40 @@ accumulation steps never applies.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ds_local.engine import instructions, saving
-from ds_local.engine.deepspeed_seam import ENGINES, SafeCheckpointEngine, StageLocal
+from ds_local.engine import instructions, loading, saving
+from ds_local.engine.deepspeed_seam import (
+    ENGINES,
+    PipelineEngineSeam,
+    always_check_overflow,
+    gradient_of,
+    spoil_gradients,
+)
 from ds_local.engine.evaluation import evaluate, mean_losses
 from ds_local.engine.executor import Executor
+from ds_local.engine.finite import KINDS, WEIGHTS, Events
 from ds_local.engine.instructions import StageSchedule
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import Reports, Traffic, monitor_listener
 from ds_local.engine.stopping import Stopping
-from ds_local.errors import TransportError
-from ds_local.links.notices import first_failure, report_failure
+from ds_local.errors import CheckpointError
+from ds_local.links import notices
+from ds_local.links.failures import Failures, meeting
 from ds_local.links.transport import End, Sender, make_end
+from ds_local.links.watchdog import Watchdog
 from ds_local.replicas.head_copies import Copies, refresh_delay
-from ds_local.replicas.sync import Together
+from ds_local.replicas.sync import Together, replica_group
 from ds_local.schedules.replay import validate
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Link, Schedule
@@ -46,7 +56,7 @@ def _by_executor(method: str) -> Callable[..., None]:
     return lambda engine, **at: getattr(engine.executor, method)(**at)
 
 
-class LocalPipelineEngine(PipelineEngine):
+class LocalPipelineEngine(PipelineEngineSeam):
     """Trains a `LocalPipelineModule`. Use `initialize.initialize` to make one.
 
     `train_batch` returns this stage's own loss (the mean over the step's micro-batches, and over
@@ -64,12 +74,25 @@ class LocalPipelineEngine(PipelineEngine):
         self.num_segments = self.module.num_segments
         self.replica_id = self.grid.get_data_parallel_id()
         self.eval_losses: dict[int, float] = {}
-        self._stopping = Stopping(self.stage_id, self.global_rank)
+        self._look_after_each_other()
         self.recorder: Recorder | None = None  # set it to keep a trace
         self.replicas = Together()  # `initialize` puts here what the config asks for
-        self._grad_norms: dict[int, Tensor] = {}
-        self.checkpoint_engine = SafeCheckpointEngine(self._config)
-        self._keep_norms_local()
+        self._grad_norms: dict[int, Any] = {}  # by segment, where DeepSpeed's is of a stage
+        self._one_by_one = not self.zero_optimization() and not self.using_bf16_optimizer
+        alone = self.section.replicas.sync != "gradients" and self.is_data_parallel
+        self.events = Events(
+            self.section.on_nonfinite.skip,
+            self.stage_id,
+            self.replica_id if alone else None,
+            speaks=alone or self.replica_id == 0,
+        )
+        self.events.tell = self._tell_event
+        self.use_safe_checkpoints()
+        if hasattr(self.optimizer, "refresh_fp32_params"):
+            # the optimizer steps from fp32 copies; those of a checkpoint come later, with its state
+            self.module.on_load.append(self.optimizer.refresh_fp32_params)
+        self.keep_norms_local()
+        always_check_overflow(self.optimizer)
         self._scale_by_segment()
         self._ends: dict[
             str, End | None
@@ -78,7 +101,7 @@ class LocalPipelineEngine(PipelineEngine):
         self._schedules: dict[Any, StageSchedule] = {}
         self.activation_links, self.gradient_links = self._make_links()
         self.copies = self._make_copies()
-        last = self.grid._topo.get_rank(pipe=self.num_stages - 1, data=0)
+        last = self.rank_of(self.num_stages - 1, 0)
         own = self.module.local_segments if self.replica_id == 0 else range(0)
         names = list(self._ends)
         self.reports = Reports(
@@ -88,6 +111,7 @@ class LocalPipelineEngine(PipelineEngine):
             last,
             own,
             names,
+            self.section.link.timeout_seconds,
         )
         self.executor = Executor(
             self.module,
@@ -97,26 +121,34 @@ class LocalPipelineEngine(PipelineEngine):
             self.activation_links,
             self.gradient_links,
             self.reports.figures,
+            self._replica_mean(),
         )
         self._traffic = Traffic(list(self._ends.values()))
         if self.global_rank == 0 and self.monitor.enabled:
             self.reports.listeners.append(monitor_listener(self.monitor, self.train_batch_size()))
+            self.monitor.enabled = False  # DeepSpeed would write learning rates ahead of reports
+
+    def _look_after_each_other(self) -> None:
+        """What the ranks of this engine tell each other beside the steps."""
+        self._notices = notices.current()
+        number = 1 if self._notices is None else next(self._notices.numbers)
+        coordinates = map(self.grid._topo.get_coord, range(dist.get_world_size()))
+        names = [f"stage {at.pipe} (rank {rank})" for rank, at in enumerate(coordinates)]
+        self.failures = Failures(self._notices, number, names.__getitem__)
+        first_ranks = self.grid._topo.get_axis_list("pipe", 0)
+        self._stopping = Stopping(self._notices, number, first_ranks)
+        self.last_event: dict[str, Any] | None = None  # not finite, and it ends the run
+        if self._notices is not None:
+            self._event_topic = f"nonfinite/{number}"
+            self._notices.answer(self._event_topic, lambda q: self._hear_event(q["event"]))
+        self.watchdog: Watchdog | None = None
+        if self._notices is not None:
+            warn_seconds, chores = self.section.link.warn_seconds, [self._stopping.arrange]
+            self.watchdog = Watchdog(self._notices, self.failures.name, warn_seconds, chores)
+            weakref.finalize(self, self.watchdog.stop).atexit = False
 
     # --- what DeepSpeed would do over all stages
     # ------------------------------------------------------------------------
-
-    def _keep_norms_local(self) -> None:
-        """Clip and check overflow per stage: the reductions over all stages would bring the bubble
-        back at every step."""
-        local = StageLocal(self.grid)
-        if hasattr(self.optimizer, "mpu"):
-            self.optimizer.mpu = local
-        if hasattr(
-            self.optimizer, "model_parallel_group"
-        ):  # ZeRO reads these once, at construction
-            self.optimizer.model_parallel_group = None
-            self.optimizer.model_parallel_world_size = 1
-            self.optimizer.model_parallel_rank = 0
 
     def _scale_by_segment(self) -> None:
         """Learning rates of the config's factors, in the parameter groups by segment that
@@ -140,16 +172,15 @@ class LocalPipelineEngine(PipelineEngine):
     def clip_fp32_gradients(self) -> None:
         """Clip each segment by its own gradient norm. DeepSpeed's version takes stage 0's norm for
         all stages."""
-        for segment in self.module.local_segments:
-            parameters = list(self.module.segment_parameters(segment))
-            limit = self.gradient_clipping() * self.section.clip_multiplier(segment)
-            self._grad_norms[segment] = torch.nn.utils.clip_grad_norm_(parameters, limit)
-
-    def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
-        return grad  # losses are scaled where they are computed
-
-    def _report_progress(self, step: int) -> None:
-        pass  # `metrics.py` reports all stages in one line
+        for segment, parameters in self._weights.items():
+            learning = [p for p in parameters if p.grad is not None]
+            if learning:
+                limit = self.gradient_clipping() * self.section.clip_multiplier(segment)
+                if segment not in self._grad_norms:  # replicas have averaged since it was measured
+                    self._grad_norms[segment] = get_total_norm(
+                        [p.grad for p in learning if p.grad is not None]
+                    )
+                clip_grads_with_norm_(learning, limit, self._grad_norms[segment])
 
     # --- links
     # ----------------------------------------------------------------------------------------------------------
@@ -187,9 +218,8 @@ class LocalPipelineEngine(PipelineEngine):
     def _make_end(self, name: str, source: int, target: int, depth: int) -> End | None:
         """This rank's end of a link between two segments. A collective call."""
         per_stage = self.section.segments_per_stage
-        get_rank = self.grid._topo.get_rank
         ranks = [
-            [get_rank(pipe=stage, data=replica) for stage in range(self.num_stages)]
+            [self.rank_of(stage, replica) for stage in range(self.num_stages)]
             for replica in range(self.dp_world_size)
         ]
         link, stages = self.section.link, (source // per_stage, target // per_stage)
@@ -205,6 +235,16 @@ class LocalPipelineEngine(PipelineEngine):
         )
         self._ends[name] = end
         return end
+
+    def _replica_mean(self) -> Callable[[float], float]:
+        """The mean of a number over the replicas of a stage that average gradients. A collective
+        call."""
+        section = self.section
+        together = self.is_data_parallel and section.replicas.sync == "gradients"
+        if section.loss_weighting != "token" or not together:
+            return float
+        group = replica_group(self)
+        return lambda number: group.average([torch.tensor([number], dtype=torch.float64)])[0].item()
 
     def _links(self) -> list[End]:
         return [end for end in self._ends.values() if end is not None]
@@ -224,7 +264,9 @@ class LocalPipelineEngine(PipelineEngine):
             step.
 
         Raises:
-            TransportError: when a neighbour is gone or silent; RuntimeError when the data runs out.
+            TransportError: when a neighbour is gone or silent.
+            NonFiniteError: after more steps in a row that are not finite than "on_nonfinite" allows.
+            RuntimeError: when the data runs out.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError(
@@ -235,36 +277,41 @@ class LocalPipelineEngine(PipelineEngine):
         self.module.train()
         started = time.perf_counter()
         self._traffic.begin(self.replicas)
-        with self._failures_reported():
-            self.executor.last_step |= self._stopping.is_last(self.global_steps, self.replicas)
+        with self._failures_reported(f"step {self.global_steps + 1}"):
+            if self.is_first_stage():
+                self.executor.last_step |= self._stopping.is_last(self.global_steps)
             self.copies.take(self.global_steps)
-            self._exec_schedule(self._train_schedule(), self._batches())
+            self._run(self._schedule_of_step(), self._batches())
             self.replicas.after_step()
             self.copies.send(self.global_steps)
-        traffic = self._traffic.end(self.replicas)
-        self.reports.close_step(
-            {
-                segment: {
-                    "step": self.global_steps,
-                    "loss": self.segment_losses.get(segment),
-                    "seconds": time.perf_counter() - started,
-                    "grad_norm": self._grad_norms.get(segment, self.get_global_grad_norm()),
-                    **traffic,
-                }
-                for segment in self.module.local_segments
-            }
-        )
+            traffic = self._traffic.end(self.replicas)
+            traffic["seconds"] = time.perf_counter() - started
+            own = self.module.local_segments
+            self.reports.close_step({segment: self._figures(segment) | traffic for segment in own})
+            self.events.check()
         with_loss = [
             self.segment_losses[s] for s in self.module.local_segments if s in self.segment_losses
         ]
         return with_loss[-1] if with_loss else None
 
-    def _exec_schedule(self, pipe_schedule: StageSchedule, data: Iterator[Any]) -> None:
+    def _figures(self, segment: int) -> dict[str, Any]:
+        """Of the step that ends, but for its traffic."""
+        kind, event = self.events.newest.get(segment, (None, None))
+        return {
+            "step": self.global_steps,
+            "grad_norm": self._grad_norms.get(segment, self.get_global_grad_norm()),
+            "nonfinite": None if kind is None else KINDS.index(kind),
+            "nonfinite_step": event,
+            "skipped": self.skipped_steps,
+            **self._read[segment],
+        }
+
+    def _run(self, pipe_schedule: StageSchedule, data: Iterator[Any]) -> None:
         step = self.global_steps
-        self.executor.begin(step, pipe_schedule.whole, pipe_schedule.num_losses, data)
+        self.executor.begin(step, pipe_schedule.whole, data)
         for group in pipe_schedule:
             for instruction in group:
-                run = partial(self._INSTRUCTION_MAP[type(instruction)], self, **instruction.kwargs)
+                run = partial(self.run_instruction, instruction)
                 if self.recorder is None:
                     run()
                 else:
@@ -272,7 +319,7 @@ class LocalPipelineEngine(PipelineEngine):
 
     def _batches(self) -> Iterator[Any]:
         """Micro-batches of the data iterator, through DeepSpeed's `set_batch_fn`."""
-        return iter(self._next_batch, object())
+        return iter(self.next_batch, object())
 
     def run_without_step(
         self, schedule: Schedule, micro_batch: Any, keep: Callable[[int, Any], None]
@@ -287,13 +334,13 @@ class LocalPipelineEngine(PipelineEngine):
         losses, self.executor.keep_output = self.segment_losses, keep
         whole = StageSchedule(schedule, self.stage_id, with_step=False)
         try:
-            with self._failures_reported():
-                self._exec_schedule(whole, iter([micro_batch]))
+            with self._failures_reported("a probe"):
+                self._run(whole, iter([micro_batch]))
         finally:
             self.executor.keep_output = None
             self.segment_losses = losses
 
-    def _train_schedule(self) -> StageSchedule:
+    def _schedule_of_step(self) -> StageSchedule:
         if self.plan.num_micro_batches != self.micro_batches:  # `set_train_batch_size` was called
             self.plan = RunPlan.of(self.section, self.num_stages, self.micro_batches)
             self._schedules.clear()
@@ -304,40 +351,38 @@ class LocalPipelineEngine(PipelineEngine):
         return self._schedules[key]
 
     @contextmanager
-    def _failures_reported(self) -> Iterator[None]:
-        """Tell every stage why this one ends, then let the error go on."""
+    def _failures_reported(self, what: str) -> Iterator[None]:
+        """Others see what this rank is in. Tells every rank why this one ends, then lets the error
+        go on."""
         try:
-            yield
-        except BaseException as error:
-            failure = self._explained(error)
-            reason = getattr(failure, "reason", None)
-            if reason is None:
-                what = str(failure) or type(failure).__name__
-                reason = f"stage {self.stage_id} (rank {self.global_rank}) at step {self.global_steps}: {what}"
-                report_failure(reason)
+            with self.meeting(what):
+                yield
+        except CheckpointError:
+            raise  # all ranks have it, and have lost nothing
+        except BaseException as failure:
+            where = f"{self.failures.name(self.global_rank)} at step {self.global_steps}"
+            reason = self.failures.report_error(failure, where)
             for link in self._links():
                 if isinstance(link, Sender):
                     link.fail(reason)
-            if failure is error:
-                raise
-            raise failure from error
+            raise
 
-    def _explained(self, error: BaseException) -> BaseException:
-        """A collective that broke does not say with whom; among replicas we can."""
-        text = str(error)
-        if (
-            isinstance(error, TransportError)
-            or not isinstance(error, RuntimeError)
-            or not any(word in text for word in ("gloo/transport", "NCCL", "ProcessGroup"))
-        ):
-            return error
-        others = ", ".join(
-            f"rank {rank}" for rank in self.grid.dp_group if rank != self.global_rank
-        )
-        return TransportError(
-            f"stage {self.stage_id} lost a replica ({others or 'another stage while all met'} gone or silent){first_failure()}; "
-            f"the process group said: {text.splitlines()[0][:200]}"
-        )
+    def _hear_event(self, event: dict[str, Any]) -> None:
+        self.last_event = event
+
+    def _tell_event(self, event: dict[str, Any]) -> None:
+        self.last_event = event
+        if self._notices is not None:
+            self._notices.ask_all(self._event_topic, event=event)
+
+    def meeting(self, what: str) -> AbstractContextManager[None]:
+        """Around collectives of all ranks: a wait in them is limited by `link.timeout_seconds`, and
+        a `TransportError` names who is missing.
+
+        Args:
+            what: for messages, as in "the save after step 10".
+        """
+        return meeting(what, self.failures)
 
     # --- stopping -------------------------------------------------------------------------------
 
@@ -357,12 +402,18 @@ class LocalPipelineEngine(PipelineEngine):
 
     def request_stop(self) -> None:
         """Ask all ranks to leave their training loop at the same step, two steps from now at the
-        latest.
+        latest. An evaluation that is under way ends early, with what it has seen.
 
         May be called on any rank, from a signal handler too. Every rank learns of it as
-        `should_stop` after a `train_batch`.
+        `should_stop`, after a `train_batch`, an `eval_batch` or a `save_checkpoint`.
         """
         self._stopping.requested = True
+
+    def _agree_to_stop(self) -> None:
+        """Where all meet anyway a request needs no further step. A collective call."""
+        asked = torch.tensor(float(self.should_stop or self._stopping.pending), device=self.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        self.executor.last_step = bool(asked)
 
     # --- stages meet ----------------------------------------------------------------------------
 
@@ -377,17 +428,24 @@ class LocalPipelineEngine(PipelineEngine):
         """Save everything a resumed run needs. All ranks must call it; stages meet here.
 
         Raises:
-            CheckpointError: for a tag that is no plain file name.
+            SaveError: on all ranks, when the disk of one does not take it; training may go on.
+            CheckpointError: for a tag that is no plain file name, or `client_state` that could not
+                be loaded again.
         """
+        client_state = client_state or {}
 
         def write(partial: str) -> None:
             super(LocalPipelineEngine, self).save_checkpoint(
-                save_dir, partial, client_state or {}, False, exclude_frozen_parameters
+                save_dir, partial, client_state, False, exclude_frozen_parameters
             )
 
-        with self._failures_reported():
-            saving.save(self, write, save_dir, tag, save_latest)
+        with self._failures_reported(f"the save after step {self.global_steps}"):
+            saving.save(self, write, save_dir, tag, client_state, save_latest)
+            self._agree_to_stop()
         return True
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        pass  # DeepSpeed's script knows no pipeline stages; `export_hf.py` does
 
     def load_checkpoint(
         self,
@@ -402,15 +460,21 @@ class LocalPipelineEngine(PipelineEngine):
         """Load a checkpoint, by default the latest. All ranks must call it.
 
         Weights load into any number of stages; the optimizer's state only into the layout it was
-        saved from (otherwise pass `load_module_only=True`).
+        saved from (otherwise pass `load_optimizer_states=False`, or `load_module_only=True` to
+        start again at step 0).
 
         Returns:
             (path, client state).
 
         Raises:
-            CheckpointError: when there is none, it is damaged, or the layout differs. Nothing has
-                been changed by then.
+            CheckpointError: when there is none, it is damaged, of another model, or the layout
+                differs. Nothing has been changed by then.
         """
+        if custom_load_fn is not None:
+            raise CheckpointError(
+                "custom_load_fn does not work here, where each stage reads files of its own; leave "
+                "it out"
+            )
 
         def read(found: str, with_optimizer: bool) -> tuple[str | None, dict[str, Any]]:
             return super(LocalPipelineEngine, self).load_checkpoint(
@@ -420,10 +484,19 @@ class LocalPipelineEngine(PipelineEngine):
                 with_optimizer,
                 load_lr_scheduler_states,
                 load_module_only,
-                custom_load_fn,
             )
 
-        return saving.load(self, read, load_dir, tag, load_optimizer_states, load_module_only)
+        with self.meeting("the loading of a checkpoint"):
+            return loading.load(
+                self,
+                read,
+                load_dir,
+                tag,
+                load_module_strict,
+                load_optimizer_states,
+                load_lr_scheduler_states,
+                load_module_only,
+            )
 
     def eval_batch(
         self,
@@ -454,13 +527,23 @@ class LocalPipelineEngine(PipelineEngine):
         train_iterator, self.data_iterator = self.data_iterator, data_iter
         count = self.micro_batches if num_micro_batches is None else num_micro_batches
         try:
-            with torch.no_grad(), self._failures_reported(), self.replicas.whole():
+            what = f"the evaluation after step {self.global_steps}"
+            with torch.no_grad(), self._failures_reported(what), self.replicas.whole():
                 self.executor.step = self.global_steps
+                asked_before, self.executor.last_step = self.executor.last_step, False
                 sums, logits = evaluate(
-                    self.executor, self.module, self._batches(), count, compute_loss, return_logits
+                    self.executor,
+                    self.module,
+                    self._batches(),
+                    count,
+                    compute_loss,
+                    return_logits,
+                    stop=lambda: self._stopping.pending and not asked_before,
                 )
+                self.executor.last_step |= asked_before
                 dist.all_reduce(sums)
                 self.reports.flush()
+                self._agree_to_stop()
         finally:
             self.data_iterator = train_iterator
         self.eval_losses, own = mean_losses(sums)
@@ -469,12 +552,27 @@ class LocalPipelineEngine(PipelineEngine):
 
     def destroy(self) -> None:
         """As DeepSpeed's, once what this stage has sent is taken."""
+        if self.watchdog is not None:
+            self.watchdog.stop()
         for link in (one for one in self._links() if isinstance(one, Sender)):
             link.flush()
         super().destroy()
 
-    def _exec_reduce_grads(self) -> None:
+    @cached_property
+    def _weights(self) -> dict[int, list[torch.nn.Parameter]]:
+        return {s: list(self.module.segment_parameters(s)) for s in self.module.local_segments}
+
+    def reduce_gradients(self) -> None:
         """Average gradients and losses over the replicas of this stage, unless they train apart."""
+        watch, norms = self.executor.watch, {}
+        for segment, parameters in self._weights.items():
+            gradients = [g for g in map(gradient_of, parameters) if g is not None]
+            if gradients:
+                norms[segment] = get_total_norm(gradients)
+                watch.see(WEIGHTS, segment, [norms[segment]])
+        averages = self.is_data_parallel and self.replicas.reduces_gradients
+        self._grad_norms = norms if self._one_by_one and not averages else {}
+        self._flags = watch.flags(self.device)
         if not self.replicas.reduces_gradients or (
             not self.is_data_parallel and not self.zero_optimization()
         ):
@@ -482,22 +580,76 @@ class LocalPipelineEngine(PipelineEngine):
         # DeepSpeed fills in zeros for parameters without a gradient; an optimizer would decay a
         # head that is not in use
         unused = [p for p in self.module.parameters() if p.requires_grad and p.grad is None]
-        super()._exec_reduce_grads()
-        if not self.zero_optimization() and not self.using_bf16_optimizer:
+        self.average_gradients()
+        if self._one_by_one:
             for parameter in unused:
                 parameter.grad = None
-        if self.is_data_parallel and self.segment_losses:
-            losses = torch.stack([loss.float() for loss in self.segment_losses.values()])
-            dist.all_reduce(losses, group=self.grid.get_data_parallel_group())
-            self.segment_losses = dict(
-                zip(self.segment_losses, losses / self.dp_world_size, strict=True)
-            )
+        if averages:
+            self._average_losses()
 
-    _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
-        **PipelineEngine._INSTRUCTION_MAP,
+    def _average_losses(self) -> None:
+        """Means over the replicas, weighted as their micro-batches are; what one replica found not
+        finite, all have found."""
+        count = len(self.segment_losses)
+        counted = [self.executor.counted[segment] for segment in self.segment_losses]
+        weights = torch.tensor([weight / number for weight, number in counted])
+        weights = weights.to(self.device, non_blocking=True)
+        losses = [loss.float().view(1) for loss in self.segment_losses.values()]
+        weighted = torch.cat(losses) * weights if losses else weights
+        numbers = torch.cat([weighted, weights, self._flags])
+        dist.all_reduce(numbers, group=self.grid.get_data_parallel_group())
+        sums, weights, self._flags = numbers.split([count, count, len(numbers) - 2 * count])
+        means = sums / weights.clamp(min=torch.finfo(weights.dtype).tiny)
+        self.segment_losses = dict(zip(self.segment_losses, means, strict=True))
+
+    def take_step(self, lr_kwargs: Any) -> None:
+        """DeepSpeed's, but for segments whose numbers are not finite. Their weights and moments
+        stay as they are, and all else goes on as on other stages.
+
+        DeepSpeed's bf16 and ZeRO optimizers update a stage whole or not at all.
+        """
+        kinds = self._judge()
+        if kinds and not self._one_by_one:
+            spoil_gradients(self.optimizer)
+        elif kinds:
+            for segment in kinds:
+                self._grad_norms.pop(segment, None)  # it has been read
+                for parameter in (p for p in self._weights[segment] if p.grad is not None):
+                    # replicas that train apart exchange moments, so each must have some
+                    first = not self.optimizer.state.get(parameter)
+                    apart = not self.replicas.reduces_gradients
+                    parameter.grad = torch.zeros_like(parameter) if first and apart else None
+        self.step_optimizer(lr_kwargs)
+        if not self._one_by_one and self.optimizer.overflow:
+            kinds = kinds or dict.fromkeys(self.module.local_segments, "gradient")
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step(**(lr_kwargs or {}))
+        elif kinds:
+            self.skipped_steps += 1
+        self.events.book(self.global_steps, kinds, self.skipped_steps)
+
+    def _judge(self) -> dict[int, str]:
+        """The segments that must not be updated, and why. The one time in a step that the host
+        waits for the device; what the reports need is read on the same occasion."""
+        rate, step = self.get_lr()[0], self.global_steps
+        self._read = {
+            segment: {"lr": rate * self.section.lr_multiplier(segment, step)}
+            for segment in self.module.local_segments
+        }
+        wanted = [
+            (segment, name, value)
+            for name, values in (("loss", self.segment_losses), ("grad_norm", self._grad_norms))
+            for segment, value in values.items()
+        ]
+        numbers = torch.cat([*(value.view(1) for *_, value in wanted), self._flags]).tolist()
+        for (segment, name, _), number in zip(wanted, numbers, strict=False):
+            self._read[segment][name] = number
+        return self.executor.watch.judge(numbers[len(wanted) :])
+
+    INSTRUCTIONS: ClassVar[dict[type, Any]] = {
         **{
             instruction: _by_executor(method)
             for instruction, method in instructions.METHODS.items()
         },
-        instructions.ReduceGrads: _exec_reduce_grads,
+        instructions.ReduceGrads: reduce_gradients,
     }

@@ -1,88 +1,156 @@
-"""Saving and loading: DeepSpeed's files, whole or not there, and what is ours beside them."""
+"""Saving: DeepSpeed's files, whole or not there, and what is ours beside them."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
-from ds_local.checkpoints import folder as checkpoint
-from ds_local.errors import CheckpointError
+from torch import Tensor
+
+from ds_local.checkpoints.files import reason
+from ds_local.checkpoints.folder import Writing, gather, together
+from ds_local.engine.deepspeed_seam import RESERVED, unloadable
+from ds_local.engine.finite import check_state
+from ds_local.errors import CheckpointError, SaveError
 from ds_local.model.blocks import config_dict
-from ds_local.replicas.subnets import saved_scaling
 from ds_local.schedules.run_plan import head_segments
 
 
 def save(
-    engine: Any, write: Callable[[str], Any], save_dir: str, tag: str | None, save_latest: bool
+    engine: Any,
+    write: Callable[[str], Any],
+    save_dir: str,
+    tag: str | None,
+    client_state: Mapping[str, Any],
+    save_latest: bool,
 ) -> None:
     """Save a checkpoint; the folder `save_dir/tag` appears complete or not at all.
 
+    Reports come first: who keeps them has all figures of the saved steps before `latest` says so.
+
     Args:
         write: DeepSpeed's own saving, given the temporary tag.
-    """
-    tag = checkpoint.checked_tag(str(tag or f"global_step{engine.global_steps}"))
-    partial = checkpoint.begin(save_dir, tag)
-    target = os.path.join(save_dir, partial)
-    engine.copies.save(target, engine.global_steps, engine.replica_id)
-    engine.replicas.save(target)
-    with engine.replicas.whole(moments=True):
-        write(partial)
-    checkpoint.commit(save_dir, partial, tag, facts_of(engine), save_latest)
-    engine.reports.flush()
-
-
-def load(
-    engine: Any,
-    read: Callable[[str, bool], tuple[str | None, dict[str, Any]]],
-    load_dir: str,
-    tag: str | None,
-    load_optimizer_states: bool,
-    load_module_only: bool,
-) -> tuple[str | None, dict[str, Any]]:
-    """Load a checkpoint, by default the latest.
-
-    Args:
-        read: DeepSpeed's own loading, given the tag and whether to load optimizer states.
 
     Raises:
-        CheckpointError: when there is none, it is damaged, or the layout differs. Nothing has been
-            changed by then.
+        SaveError: on all ranks, when the disk of one does not take it; the checkpoint before it is
+            whole and nothing is left of this one, so training can go on.
+        CheckpointError: for a tag that is no plain file name, state that could not be loaded, or
+            weights that are not finite.
     """
-    tag = checkpoint.checked_tag(tag) if tag else checkpoint.latest_tag(load_dir)
-    facts = checkpoint.verify(os.path.join(load_dir, tag))
-    with_optimizer = load_optimizer_states and not load_module_only
-    own_facts = facts_of(engine)
-    saved, own = checkpoint.layout(facts), checkpoint.layout(own_facts)
-    if with_optimizer and saved != own:
+    engine.reports.flush()
+    together(lambda: _check_state(engine, client_state))
+    tag = str(tag or f"global_step{engine.global_steps}")
+    kept = "what was saved before stays; go on from there"
+    check_state(engine, f"the checkpoint {save_dir}/{tag} is not written:", kept)
+    writing = Writing(save_dir, tag)
+    files = engine.checkpoint_engine = _Files(engine.checkpoint_engine)
+    try:
+        target = str(writing.target)
+        files.makedirs(target, exist_ok=True)
+        engine.copies.save(files.save, target, engine.global_steps, engine.replica_id)
+        engine.replicas.save(files.save, target)
+        with engine.replicas.whole(moments=True):
+            write(writing.partial)
+        together(files.check)
+        writing.commit(facts_of(engine), save_latest)
+    except SaveError as error:  # on all ranks
+        writing.abandon()
+        gather(None)  # the partial one is gone
+        needed, free = zip(*gather((files.needed, disk_usage(save_dir).free)), strict=True)
+        words = str(error).replace(writing.partial, writing.tag)
+        raise SaveError(
+            f"{words}; the checkpoint needs {sum(needed):,} bytes, {min(free):,} are free; the one "
+            "before it is whole"
+        ) from error
+    except BaseException:
+        writing.abandon()
+        raise
+    finally:
+        engine.checkpoint_engine = files.inner
+
+
+class _Files:
+    """DeepSpeed's checkpoint engine up to the first file that cannot be written. From then on this
+    rank only counts, until all ranks meet: in between DeepSpeed waits for all of them."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.needed = 0  # bytes of all files of this rank
+        self._failure: Exception | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.needed += sum(tensor.nbytes for tensor in _tensors(state_dict))
+        self._try(path, lambda: self.inner.save(state_dict=state_dict, path=path))
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self._try(path, lambda: self.inner.makedirs(path, exist_ok=exist_ok))
+
+    def _try(self, path: str, action: Callable[[], Any]) -> None:
+        if self._failure is not None:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._failure = self._explained(error, path)
+
+    def _explained(self, error: Exception, path: str) -> Exception:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            return error
+        folder = next(one for one in Path(path).absolute().parents if one.exists())
+        explained = SaveError(f"cannot save {path}: {reason(cause, folder)}")
+        explained.__cause__ = error
+        return explained
+
+    def check(self) -> None:
+        """Raises what went wrong here."""
+        if self._failure is not None:
+            raise self._failure
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _check_state(engine: Any, client_state: Mapping[str, Any]) -> None:
+    """Refuse what could be saved but not be loaded again."""
+    for key in client_state:
+        if not isinstance(key, str) or key in RESERVED:
+            raise CheckpointError(
+                f"client_state has the key {key!r}, which must be text and none of DeepSpeed's own "
+                f"({', '.join(RESERVED)}); rename it"
+            )
+    scheduler = engine.lr_scheduler
+    found = unloadable(dict(client_state), "client_state") or unloadable(
+        engine.config, "the DeepSpeed config"
+    )
+    if found is None and scheduler is not None:
+        found = unloadable(scheduler.state_dict(), "the scheduler's state")
+    if found is not None:
         raise CheckpointError(
-            f"{load_dir}/{tag} has {saved}, this run has {own}; keep the layout, or load weights "
-            "only"
+            f"{found}, which could be saved but never loaded; give plain numbers, text, lists, "
+            "dicts or tensors"
         )
-    scalings = [saved_scaling(f["local_parallel"], f["num_replicas"]) for f in (facts, own_facts)]
-    if scalings[0] != scalings[1]:
-        raise CheckpointError(
-            f"{load_dir}/{tag} is of a merged model with the factor {scalings[0][0]:g} on its "
-            f"dealt-out parts, this run gives them {scalings[1][0]:g}; keep replicas and their "
-            "number, or export it and start from that folder"
-        )
-    engine.copies.collect(engine.global_steps)
-    engine.replicas.before_load()
-    # DeepSpeed 0.19 writes the bf16 optimizer's shards to ZeRO files even without ZeRO, but does
-    # not look for them there
-    unlooked_for = with_optimizer and engine.using_bf16_optimizer and not engine.zero_optimization()
-    path, client_state = read(tag, load_optimizer_states and not unlooked_for)
-    if unlooked_for:
-        engine._load_zero_checkpoint(load_dir, tag)
-    own_files = os.path.join(load_dir, tag) if with_optimizer else None
-    engine.replicas.load(own_files, facts)
-    engine.copies.load(own_files, engine.global_steps, engine.replica_id)
-    return path, client_state
 
 
 def facts_of(engine: Any) -> dict[str, Any]:
     """What a checkpoint says about itself."""
     module = engine.module
+    by_config = None if engine.client_optimizer else engine.optimizer_name()
     return {
         "step": engine.global_steps,
         "num_stages": engine.num_stages,
@@ -91,4 +159,10 @@ def facts_of(engine: Any) -> dict[str, Any]:
         "head_segments": sorted(head_segments(engine.section, engine.num_segments)),
         "local_parallel": engine.section.model_dump(mode="json"),
         "model": None if module.hf_config is None else config_dict(module.hf_config),
+        "optimizer": {
+            "type": (by_config or type(engine.basic_optimizer).__name__).lower(),
+            "precision": "bf16" if engine.bfloat16_enabled() else "fp32",
+            "zero_stage": int(engine.zero_optimization_stage()),
+        },
+        "scheduler": None if engine.lr_scheduler is None else type(engine.lr_scheduler).__name__,
     }

@@ -9,14 +9,15 @@ of ranks uses the same copy in the same step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ds_local.config.schema import LocalParallelConfig
+from ds_local.errors import CheckpointError
 from ds_local.links.transport import End, MemoryLink, Receiver, Sender, Tag
 
 
@@ -140,7 +141,9 @@ class Copies:
                 if due > 0 and due % self.every == 0:
                     self._pending[copy, due] = self._arrived(copy, due)
 
-    def save(self, folder: str | Path, step: int, replica: int) -> None:
+    def save(
+        self, write: Callable[[Any, str], None], folder: str | Path, step: int, replica: int
+    ) -> None:
         """Keep what is on its way after `step` steps, in a file for each target. Loses nothing that
         has been sent."""
         self.collect(step)
@@ -150,8 +153,37 @@ class Copies:
                 {f"{copy.kind}.{due}.{i}": tensor for i, tensor in enumerate(tensors)}
             )
         for target, state in states.items():
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            torch.save(state, Path(folder, copies_file(target, replica)))
+            write(state, str(Path(folder, copies_file(target, replica))))
+
+    def check(
+        self, look: Callable[[str], dict[str, Any]], files: Container[str], replica: int
+    ) -> None:
+        """Compare the files that `load` would read with what they go to.
+
+        Args:
+            look: gives the content of a file of the checkpoint.
+            files: names of all files in it.
+
+        Raises:
+            CheckpointError: when one is not what `save` writes.
+        """
+        for copy in self._in:
+            name = copies_file(copy.target, replica)
+            state = look(name) if name in files else {}
+            wanted = [tensor.shape for tensor in self._tensors_of(copy, "target")]
+            found: dict[str, list[Any]] = {}
+            for key, tensor in state.items():
+                kind, _, rest = str(key).partition(".")
+                if kind == copy.kind:
+                    found.setdefault(rest.partition(".")[0], []).append(
+                        getattr(tensor, "shape", None)
+                    )
+            for due, shapes in found.items():
+                if not due.isdigit() or shapes != wanted:
+                    raise CheckpointError(
+                        f"{name} is not what the head of segment {copy.target} copies; use another "
+                        "checkpoint"
+                    )
 
     def load(self, folder: str | Path | None, step: int, replica: int) -> None:
         """Go on after `step` steps with what was on its way in a checkpoint, if any."""

@@ -243,6 +243,11 @@ class Subnets(Apart):
             for path in cut.sizes
         }
         self.round: int | None = None  # None: the whole model
+        self._places = {
+            id(parameter): (part, name)
+            for part, parameters in self.parts.items()
+            for name, parameter in parameters.items()
+        }
         for block in self.blocks.values():
             for cut in self.cuts.values():
                 block.get_submodule(cut.output).register_forward_pre_hook(self._scaled)
@@ -267,6 +272,19 @@ class Subnets(Apart):
             kind: deal(seed, round_, int(part), kind, units, replicas)
             for kind, units in self.units.items()
         }
+
+    def state_depends_on(self, settings: ReplicasConfig, seed: int) -> dict[str, Any]:
+        return {"every": settings.every, "partition": sorted(settings.partition), "seed": seed}
+
+    def whole_shape(self, tensor: Tensor) -> torch.Size:
+        part, name = self._places.get(id(tensor), ("", ""))
+        where = self.layout(part, name)
+        if where is None or self.round is None:
+            return tensor.shape
+        _, dim, _ = where
+        shape = list(tensor.shape)
+        shape[dim] *= self.group.size
+        return torch.Size(shape)
 
     def everything(self) -> Deal:
         return {kind: [torch.arange(units)] * self.group.size for kind, units in self.units.items()}
@@ -415,11 +433,8 @@ class Subnets(Apart):
         if self.round is None:
             return
         for part in self.blocks:
-            for slot, _, dim, _ in self.split(part, self.slots(part, moments=False))[0]:
-                old = slot.read()
-                shape = list(old.shape)
-                shape[dim] = shape[dim] * self.group.size
-                slot.write(old.new_empty(shape))
+            for slot, *_ in self.split(part, self.slots(part, moments=False))[0]:
+                slot.write(slot.read().new_empty(self.whole_shape(slot.parameter)))
         self._resize(None)
 
     def start_from_whole(self) -> None:

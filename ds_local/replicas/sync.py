@@ -9,11 +9,9 @@ never meet here: each stage's replicas talk among themselves.
 
 from __future__ import annotations
 
-import math
 import os
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -23,10 +21,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ds_local.errors import CheckpointError, TransportError
-from ds_local.links.notices import first_failure
+from ds_local.config.schema import SECTION, ReplicasConfig
+from ds_local.errors import CheckpointError, LostConnection
+from ds_local.links.waiting import Waiter, is_lost
 
 WEIGHTS = "weights"
+Write = Callable[[Any, str], None]  # state, path
+Look = Callable[[str], dict[str, Any]]  # name of a file in a checkpoint -> its content
 
 
 class Together:
@@ -34,11 +35,7 @@ class Together:
 
     reduces_gradients = True
     waited = 0.0
-    num_bytes = math.nan  # DeepSpeed's, not counted here
-
-    def next_meeting(self, step: int) -> int:
-        """The first step that no replica can have begun while another is in `step`."""
-        return step + 1
+    num_bytes: float | None = None  # DeepSpeed's, not counted here
 
     def after_step(self) -> None:
         """Called after every optimizer step."""
@@ -48,8 +45,33 @@ class Together:
         optimizer's moments if asked for."""
         return nullcontext()
 
-    def save(self, folder: str) -> None:
+    def save(self, write: Write, folder: str) -> None:
         """Add to a checkpoint what this replica alone knows."""
+
+    def whole_shape(self, tensor: Tensor) -> torch.Size:
+        """The shape in the full model of one of this stage's tensors."""
+        return tensor.shape
+
+    def check(self, look: Look, facts: Mapping[str, Any]) -> list[str]:
+        """Would `load` find this replica's own state? Sentences about what it would leave out.
+
+        Args:
+            look: gives the content of a file of the checkpoint.
+
+        Raises:
+            CheckpointError: when the file is not what `save` writes.
+        """
+        return self._left_out(facts, {"sync": "gradients"})
+
+    def _left_out(self, facts: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+        theirs = facts[SECTION]["replicas"]
+        if theirs["sync"] == "gradients":
+            return []  # nothing but the full model
+        kept = {key: theirs[key] for key in ("sync", "every", "partition", "outer_momentum")}
+        return [
+            f"the checkpoint's replicas trained apart ({kept}), this run's differ ({dict(own)}): it "
+            "goes on from the merged model, what each replica had of its own is left out"
+        ]
 
     def before_load(self) -> None:
         """Make room for the full model."""
@@ -81,13 +103,13 @@ class Parcels:
                 group.num_bytes += self._sent[other].nbytes
 
     def wait(self) -> list[Tensor]:
-        """What each replica sent. Raises TransportError naming the replica that is gone or late."""
+        """What each replica sent. Raises LostConnection naming the replica that is gone or late."""
         for other, work in self._works:
             self._group.wait(other, work)
         return self._received
 
 
-class ReplicaGroup:
+class ReplicaGroup(Waiter):
     """The replicas of one stage. Each talks to each directly, so whoever is missing is named. Bytes
     travel over gloo.
 
@@ -101,11 +123,11 @@ class ReplicaGroup:
     def __init__(
         self, stage: int, ranks: Sequence[int], group: Any, timeout_seconds: float
     ) -> None:
-        self.stage, self.ranks, self.timeout_seconds = stage, list(ranks), timeout_seconds
+        super().__init__(timeout_seconds)
+        self.stage, self.ranks = stage, list(ranks)
         self.size = len(self.ranks)
         self.index = self.ranks.index(dist.get_rank())
         self.others = [replica for replica in range(self.size) if replica != self.index]
-        self.waited = 0.0  # seconds
         self.num_bytes = 0  # sent to others
         self._group = group
 
@@ -140,23 +162,16 @@ class ReplicaGroup:
         try:
             return operation(buffer, self.ranks[other], self._group)
         except RuntimeError as error:
-            raise TransportError(f"cannot reach {self._name(other)}{first_failure()}") from error
+            if not is_lost(error):
+                raise
+            raise LostConnection(f"cannot reach {self._name(other)}") from error
 
     def wait(self, other: int, work: Any) -> None:
-        started = time.perf_counter()
-        try:
-            work.wait(timedelta(seconds=self.timeout_seconds))
-        except RuntimeError as error:
-            waited = time.perf_counter() - started
-            gone = waited < self.timeout_seconds * 0.9
-            cause = "the connection is gone" if gone else f"nothing came within {waited:.0f} s"
-            raise TransportError(
-                f"waited for {self._name(other)}, but {cause}{first_failure()}"
-            ) from error
-        self.waited += time.perf_counter() - started
+        purpose = "at the exchange between replicas"
+        self.wait_for(work, self.ranks[other], self._name(other), purpose)
 
     def _name(self, other: int) -> str:
-        return f"replica {other} of stage {self.stage} (rank {self.ranks[other]}) at the exchange between replicas"
+        return f"replica {other} of stage {self.stage} (rank {self.ranks[other]})"
 
 
 def replica_group(engine: Any) -> ReplicaGroup:
@@ -164,10 +179,7 @@ def replica_group(engine: Any) -> ReplicaGroup:
     seconds = engine.section.link.timeout_seconds
     mine = None
     for stage in range(engine.num_stages):
-        ranks = [
-            engine.grid._topo.get_rank(pipe=stage, data=replica)
-            for replica in range(engine.dp_world_size)
-        ]
+        ranks = [engine.rank_of(stage, replica) for replica in range(engine.dp_world_size)]
         group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=seconds))
         if stage == engine.stage_id:
             mine = ReplicaGroup(stage, ranks, group, seconds)
@@ -216,10 +228,6 @@ class Apart(Together, ABC):
     @property
     def num_bytes(self) -> float:  # type: ignore[override]
         return self.group.num_bytes
-
-    def next_meeting(self, step: int) -> int:
-        every = self.settings.every if self.group.size > 1 else 1
-        return (step // every + 1) * every
 
     def after_step(self) -> None:
         if self.engine.global_steps % self.settings.every == 0:
@@ -277,33 +285,67 @@ class Apart(Together, ABC):
     # --- checkpoints
     # ----------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str) -> None:
+    def save(self, write: Write, folder: str) -> None:
         tensors: dict[str, dict[str, Tensor]] = {}
         for part in self.parts:
             for slot in self.slots(part, moments=True):
                 tensors.setdefault(slot.name, {})[slot.key] = slot.read().clone()
-        os.makedirs(folder, exist_ok=True)
-        torch.save({"tensors": tensors, **self.extra_state()}, os.path.join(folder, self._file()))
+        write({"tensors": tensors, **self.extra_state()}, os.path.join(folder, self._file()))
 
     def _file(self) -> str:
         return f"replica_{self.group.index:02d}-stage_{self.group.stage:02d}-model_states.pt"
+
+    @abstractmethod
+    def state_depends_on(self, settings: ReplicasConfig, seed: int) -> dict[str, Any]:
+        """What must be the same for a replica's own state to be of use."""
+
+    def _depends_on(self, section: Mapping[str, Any]) -> dict[str, Any]:
+        settings = ReplicasConfig.model_construct(**section["replicas"])
+        same = {"sync": settings.sync}
+        if settings.sync != self.settings.sync:
+            return same
+        return same | self.state_depends_on(settings, section["seed"])
+
+    def _fits(self, facts: Mapping[str, Any]) -> bool:
+        return self._depends_on(facts[SECTION]) == self._own()
+
+    def _own(self) -> dict[str, Any]:
+        return self._depends_on(self.engine.section.model_dump(mode="json"))
+
+    def check(self, look: Look, facts: Mapping[str, Any]) -> list[str]:
+        if not self._fits(facts):
+            return self._left_out(facts, self._own())
+        name, state = self._file(), look(self._file())
+        own = {slot.name: slot for part in self.parts for slot in self.slots(part, moments=False)}
+        try:
+            tensors = state["tensors"]
+            fits = tensors.keys() == own.keys() and all(
+                WEIGHTS in tensors[name]
+                and all(one.shape == slot.parameter.shape for one in _unlike_steps(tensors[name]))
+                for name, slot in own.items()
+            )
+            for key, value in self.extra_state().items():
+                fits &= {n: t.shape for n, t in value.items()} == {
+                    n: t.shape for n, t in state[key].items()
+                }
+        except (KeyError, TypeError, AttributeError):
+            fits = False
+        if not fits:
+            raise CheckpointError(
+                f"{name} is not the state of this replica; use another checkpoint, or load weights "
+                "only (load_optimizer_states=False)"
+            )
+        return []
 
     def before_load(self) -> None:
         self.engine.optimizer.state.clear()
 
     def load(self, folder: str | None, facts: Mapping[str, Any]) -> None:
         self.start_from_whole()
-        if folder is None or facts["local_parallel"].get("replicas") != self.settings.model_dump(
-            mode="json"
-        ):
+        if folder is None or not self._fits(facts):
             return
         path = os.path.join(folder, self._file())
-        try:
-            state = torch.load(path, map_location=self.engine.device, weights_only=True)
-        except Exception as error:  # a damaged file can fail in many ways
-            raise CheckpointError(
-                f"cannot read {path}: {str(error).splitlines()[0]}; use another checkpoint"
-            ) from error
+        state = torch.load(path, map_location=self.engine.device, weights_only=True)
         for part in self.parts:
             for slot in self.slots(part, moments=True):
                 slot.write(state["tensors"][slot.name][slot.key])
@@ -359,11 +401,19 @@ class Periodic(Apart):
         self.common = {name: parameter.detach().clone() for name, parameter in learning.items()}
         self.velocity = {name: torch.zeros_like(parameter) for name, parameter in learning.items()}
 
+    def state_depends_on(self, settings: ReplicasConfig, seed: int) -> dict[str, Any]:
+        return {"an outer step": (settings.outer_lr, settings.outer_momentum) != (1.0, 0.0)}
+
     def extra_state(self) -> dict[str, Any]:
         return {"common": self.common, "velocity": self.velocity}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         self.common, self.velocity = state["common"], state["velocity"]
+
+
+def _unlike_steps(state: Mapping[str, Any]) -> list[Tensor]:
+    """What has the shape of its parameter: all but counters."""
+    return [value for key, value in state.items() if key != "step"]
 
 
 def parts_of(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:

@@ -6,11 +6,9 @@ metrics.jsonl (what came of it), checkpoints/ and loss.png.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import platform
-import shutil
-import signal
 import sys
 import time
 from argparse import Namespace
@@ -22,22 +20,29 @@ from typing import Any
 from torch import distributed as dist
 from tqdm import tqdm
 
-from ds_local.checkpoints.folder import latest_tag
+from ds_local.checkpoints.files import reason
+from ds_local.checkpoints.folder import agreed_tag, clean, gather, newest_tag, together
 from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.cluster import start_check as cluster
-from ds_local.config.deepspeed import batch_sizes, check_deepspeed
-from ds_local.config.files import load_config, local_parallel
+from ds_local.cluster.surroundings import complete_environment
+from ds_local.config.command_line import read_settings
+from ds_local.config.deepspeed import batch_sizes
+from ds_local.config.files import local_parallel
 from ds_local.config.placement import num_stages_and_replicas
-from ds_local.config.schema import SECTION, Scheme
-from ds_local.data.corpus import check_same_tokenizer
 from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
+from ds_local.data.tokenizers import check_same_tokenizer
+from ds_local.engine.deepspeed_checks import checked
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.initialize import initialize
+from ds_local.engine.loading import load_what_fits
 from ds_local.engine.module import causal_lm
+from ds_local.engine.optimizer_checks import check_client_parts
 from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import SegmentReport
-from ds_local.errors import ConfigError
-from ds_local.links.watchdog import LOG, Watchdog, say, start_log
+from ds_local.errors import ConfigError, SaveError
+from ds_local.links import notices
+from ds_local.links.failures import meeting
+from ds_local.links.logs import LOG, say, start_log
 from ds_local.model import blocks
 from ds_local.model.flops import auxiliary_shares
 from ds_local.model.pretrained import find_weights
@@ -46,6 +51,8 @@ from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Schedule
 from ds_local.training import diagnostics, profiling
 from ds_local.training.pictures import draw_diagnostics, draw_losses, summary_table
+from ds_local.training.run_folder import RunFolder, opened, tokenizer_test
+from ds_local.training.signals import Signals
 
 # arguments that decide when stages meet: they must be the same on every rank
 _MEETINGS = (
@@ -56,61 +63,81 @@ _MEETINGS = (
     "resume",
     "profile",
     "from_scratch",
+    "allow_change",
 )
 VOCABULARY_PADDING = (
     128  # a model's vocabulary may be rounded up by less than this, as is usual for speed
 )
 
 
-def train(args: Namespace) -> None:
+def train(args: Namespace, signals: Signals | None = None) -> None:
     """Run `scripts/train.py`; see there for the arguments.
+
+    Args:
+        signals: are to end the run from the first step on; None: the caller sees to that, with
+            `LocalPipelineEngine.request_stop`.
 
     Raises:
         ConfigError, DataError, CheckpointError, ...: in a sentence, before any training, with
         nothing lost.
     """
-    check_launcher(os.environ)
+    complete_environment()
+    is_first = os.environ.get("RANK", "0") == "0"
+    with opened(args.output, is_first, _say_first if is_first else _say_nothing) as run:
+        _train(args, run, signals)
+
+
+def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:
+    asked, tag = dict(vars(args)), run.begins_at(args.resume)
+    args.resume = tag is not None  # a supervisor's one command line starts a run and continues it
+    if asked["resume"] and not args.resume:
+        run.say(f"nothing to resume in {run.path}: the run starts at its beginning")
     config, data, hf_config = read_inputs(args)
-    run = Path(args.output)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     section = local_parallel(config)
     stages, replicas = num_stages_and_replicas(section, world_size)
     micro_batch_size, num_micro_batches = batch_sizes(config, replicas)
     _ = RunPlan.of(section, stages, num_micro_batches).schedules  # refuses what does not fit
-    _check_run_folder(run, args.resume)
+    facts = _facts_of_start(args, asked, config, hf_config, data, replicas)
+    if tag is not None:
+        test = tokenizer_test(check_same_tokenizer, data.tokenizer_folder)
+        run.check_same(tag, facts, args.allow_change, test)
     if world_size > 1 and "MASTER_ADDR" in os.environ:
         neighbours = section.layout.neighbours(int(os.environ["RANK"]), stages, replicas)
         meetings = {key: value for key, value in vars(args).items() if key in _MEETINGS}
-        facts = cluster.own_facts([config, blocks.config_dict(hf_config), meetings], args.data)
-        cluster.check_start(facts, neighbours, section.layout.start_timeout_seconds)
+        own = cluster.own_facts([config, blocks.config_dict(hf_config), meetings], args.data)
+        cluster.check_start(own, neighbours, section.layout.start_timeout_seconds)
 
     weights = None if args.from_scratch or args.resume else find_weights(args.model)
     model = causal_lm(hf_config, stages, config, data.seq_len, weights=weights)
     engine = initialize(model=model, config=config)[0]
     if args.resume:
-        engine.load_checkpoint(str(run / "checkpoints"))
+        afresh = load_what_fits(
+            engine, str(run.checkpoints), agreed_tag(run.checkpoints, newest_tag), args.allow_change
+        )
+        run.say(f"resuming at step {engine.global_steps}{afresh and '; ' + afresh}")
     shape = BatchShape(micro_batch_size, num_micro_batches, replicas, engine.replica_id)
-    hosts = cluster.stage_hosts(engine.stage_id)
-    if engine.global_rank == 0:
-        print(cluster.describe_hosts(hosts), flush=True)
-        _start_run_folder(run, args, config, data, engine, hosts)
-    dist.barrier()
-    start_log(run / "logs", engine.stage_id, engine.global_rank)
-    watchdog = Watchdog(
-        engine.stage_id,
-        engine.global_rank,
-        world_size,
-        engine._links,
-        section.link.warn_seconds,
-        say=say,
-    )
+    with engine.meeting("the start of the run"):
+        hosts = cluster.stage_hosts(engine.stage_id)
+        if engine.global_rank == 0:
+            print(cluster.describe_hosts(hosts), flush=True)
+            layout = _layout_of(engine, data, hosts)
+            run.start({**facts, **layout}, engine.global_steps, tag)
+            run.keep_tokenizer(data.tokenizer_folder)
+        dist.barrier()
+        clean(run.checkpoints)
+    start_log(run.path / "logs", engine.stage_id, engine.global_rank)
+    if signals is not None:
+        signals.stop_with(engine.request_stop)
+    loop = _Loop(args, run, engine, data, shape)
     try:
-        _Loop(args, run, engine, data, shape).run()
+        loop.run()
     except BaseException as error:
-        LOG.error("%s", error)
+        engine.failures.report_error(error, engine.failures.name(engine.global_rank))
+        loop.note_last_event()
         raise
     finally:
-        watchdog.stop()
+        loop.bar.close()
 
 
 def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
@@ -119,11 +146,10 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
     Raises:
         ConfigError: naming the two values that contradict each other.
     """
-    config = load_config(args.deepspeed_config)
-    check_deepspeed(config)
-    config[SECTION] = overridden_section(config.get(SECTION, {}), args)
-    local_parallel(config)
-    data = TokenData(args.data)
+    config, _ = checked(read_settings(args))
+    check_client_parts(config, None, None)
+    # the files are compared with their checksums once on each host
+    data = TokenData(args.data, verify=os.environ.get("LOCAL_RANK", "0") == "0")
     hf_config = blocks.load_model_config(args.model)
     padding = hf_config.vocab_size - data.vocab_size
     weights = None if args.from_scratch or args.resume else find_weights(args.model)
@@ -142,77 +168,37 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
     return config, data, hf_config
 
 
-def overridden_section(section: dict[str, Any], args: Namespace) -> dict[str, Any]:
-    """The "local_parallel" section with what the command line says instead."""
-    section = dict(section)
-    if args.mode is not None or args.backprop_micro_batches is not None:
-        for key in (*Scheme.model_fields, "phases", "cycle_steps"):
-            section.pop(key, None)
-        row = {"mode": args.mode or "local"} | (
-            {} if args.window is None else {"window": args.window}
-        )
-        if args.backprop_micro_batches:
-            section["mix"] = [
-                {"mode": "backprop", "micro_batches": args.backprop_micro_batches},
-                row,
-            ]
-        else:
-            section |= row
-        if args.backprop_from is not None:
-            scheme = {key: section.pop(key) for key in ("mode", "window", "mix") if key in section}
-            section["phases"] = [{**scheme, "until_step": args.backprop_from}, {"mode": "backprop"}]
-    elif args.window is not None or args.backprop_from is not None:
-        raise ConfigError("--window and --backprop-from need --mode or --backprop-micro-batches")
-    for key in ("num_stages", "segments_per_stage", "seed"):
-        if getattr(args, key) is not None:
-            section[key] = getattr(args, key)
-    return section
-
-
-def check_launcher(environment: Mapping[str, str]) -> None:
-    """`accelerate launch --cpu --num_processes N` sets some variables for N processes and starts
-    one."""
-    names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-    if (
-        "ACCELERATE_USE_CPU" in environment
-        and "MASTER_ADDR" in environment
-        and not any(name in environment for name in names)
-    ):
-        raise ConfigError(
-            "accelerate launch started one process only, as it does with --cpu; replace --cpu by --multi_gpu, which needs no "
-            "GPU, or use torchrun or the deepspeed launcher"
-        )
-
-
-def _check_run_folder(run: Path, resume: bool) -> None:
-    if resume:
-        latest_tag(run / "checkpoints")
-    elif (run / "run.json").exists():
-        raise ConfigError(
-            f"{run} already holds a run; add --resume to continue it, or choose another --output"
-        )
-
-
-def _start_run_folder(
-    run: Path,
+def _facts_of_start(
     args: Namespace,
+    asked: Mapping[str, Any],
     config: dict[str, Any],
+    hf_config: Any,
     data: TokenData,
-    engine: LocalPipelineEngine,
-    hosts: dict[str, Any],
-) -> None:
-    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    if not args.resume:
-        shutil.copytree(
-            data.tokenizer_folder, run / "checkpoints" / "tokenizer", dirs_exist_ok=True
-        )
-    schedules = engine.plan.schedules
-    facts = {
-        "arguments": vars(args),
+    replicas: int,
+) -> dict[str, Any]:
+    """What run.json says of a start before there is an engine."""
+    return {
+        "arguments": asked,
         "config": config,
-        "model": blocks.config_dict(engine.module.hf_config),
+        "model": blocks.config_dict(hf_config),
         "weights": _name_of_weights(args),
         "data": {"folder": str(data.folder), **data.facts},
+        "layout": {"replicas": replicas},
+        "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
+        "versions": {
+            name: version(name)
+            for name in ("ds_local", "torch", "deepspeed", "transformers", "datasets")
+        }
+        | {"python": platform.python_version()},
+    }
+
+
+def _layout_of(
+    engine: LocalPipelineEngine, data: TokenData, hosts: dict[str, Any]
+) -> dict[str, Any]:
+    """What run.json says of the engine."""
+    schedules = engine.plan.schedules
+    return {
         "layout": {
             "stages": engine.num_stages,
             "replicas": engine.dp_world_size,
@@ -228,13 +214,7 @@ def _start_run_folder(
             "cpus": os.cpu_count(),
             "device": str(engine.device),
         },
-        "versions": {
-            name: version(name)
-            for name in ("ds_local", "torch", "deepspeed", "transformers", "datasets")
-        }
-        | {"python": platform.python_version()},
     }
-    (run / "run.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
 
 
 def _shares(engine: LocalPipelineEngine, schedule: Schedule, seq_len: int) -> list[float]:
@@ -257,22 +237,31 @@ class _Loop:
     def __init__(
         self,
         args: Namespace,
-        run: Path,
+        run: RunFolder,
         engine: LocalPipelineEngine,
         data: TokenData,
         shape: BatchShape,
     ) -> None:
-        self.args, self.run_folder, self.engine, self.data = args, run, engine, data
+        self.args, self.run_folder, self.engine, self.data = args, run.path, engine, data
+        self.lock = run.lock
         self.shape = shape
         self.is_first = engine.global_rank == 0
         self.tokens_per_step = shape.per_step * data.seq_len
-        self.metrics = MetricsFile(run / "metrics.jsonl")
+        self.metrics = MetricsFile(run.path / "metrics.jsonl")
+        self.metrics_problem = ""
         self.started = time.perf_counter()
         self.earlier_seconds = 0.0
         self.first_step = engine.global_steps
+        self.reported: list[float] = []  # seconds of the steps that tell the run's pace
         if self.is_first:
-            self.earlier_seconds = self.metrics.keep_until(engine.global_steps)
+            self.earlier_seconds, damaged = self.metrics.keep_until(engine.global_steps)
+            if damaged:
+                run.say(
+                    f"{self.metrics.path} had {damaged} damaged lines, now in "
+                    f"{self.metrics.damaged_path.name}; all others are kept"
+                )
             engine.reports.listeners.append(self._on_report)
+        engine.events.say = _tell
         self.bar = tqdm(
             total=args.max_steps,
             initial=engine.global_steps,
@@ -284,7 +273,6 @@ class _Loop:
 
     def run(self) -> None:
         engine, args = self.engine, self.args
-        signal.signal(signal.SIGTERM, lambda *_: engine.request_stop())
         batches = None
         if engine.is_first_stage():
             batches = training_batches(
@@ -292,7 +280,8 @@ class _Loop:
             )
         if args.profile:
             engine.recorder = Recorder(engine.device)
-        saved = evaluated = engine.global_steps if args.resume else -1
+        saved = engine.global_steps if args.resume else -1
+        evaluated = self._last_evaluation()
         while engine.global_steps < args.max_steps and not engine.should_stop:
             engine.train_batch(batches)
             step = engine.global_steps
@@ -304,16 +293,16 @@ class _Loop:
                 LOG.info("step %d, loss of segments %s", step, own)
             if step == self.first_step + 1:
                 self.started = time.perf_counter()  # the first step pays for warm-up
-            if args.eval_every and step % args.eval_every == 0:
+            if args.eval_every and step % args.eval_every == 0 and not engine.should_stop:
                 evaluated = self._evaluate()
-            if args.save_every and step % args.save_every == 0:
-                saved = self._save()
+            if args.save_every and step % args.save_every == 0 and self._saves(step):
+                saved = step
         if saved != engine.global_steps:
             self._save()
         if evaluated != engine.global_steps and not engine.should_stop:
             self._evaluate()
         self.bar.close()
-        if args.profile:
+        if args.profile and not engine.should_stop:
             profiling.write(engine, None if batches is None else next(batches), self.run_folder)
         if self.is_first:
             self._conclude()
@@ -325,7 +314,7 @@ class _Loop:
         """Called on rank 0 with all segments' figures of a step."""
         step = reports[0].step
         seconds = self._seconds()
-        self.metrics.write(
+        self._write(
             [
                 {
                     "step": step,
@@ -333,9 +322,14 @@ class _Loop:
                     "stage": r.stage,
                     "split": "train",
                     "loss": r.loss,
+                    "has_loss": r.loss is not None,
                     "tokens": step * self.tokens_per_step,
                     "seconds": round(seconds, 3),
+                    "nonfinite": r.nonfinite,
+                    "nonfinite_step": r.nonfinite_step,
+                    "skipped": r.skipped,
                     "grad_norm": r.grad_norm,
+                    "lr": r.lr,
                     "idle_share": round(r.idle_share, 4),
                     "step_seconds": round(r.seconds, 4),
                     "sent_bytes": r.sent_bytes,
@@ -350,30 +344,50 @@ class _Loop:
         idle = sum(r.idle_share for r in reports) / len(reports)
         waits = f"idle {idle:.0%}, most on stage {most.stage} {most.idle_share:.0%}"
         waits += f" for the {most.slowest_link}" if most.slowest_link else ""
+        events = [
+            f"{r.nonfinite} of segment {r.segment} at step {r.nonfinite_step}, {r.skipped} skipped"
+            for r in reports
+            if r.nonfinite
+        ]
+        waits += f" | not finite: {'; '.join(events)}" if events else ""
         self.bar.set_postfix_str(
-            f"loss {losses} | {self._tokens_per_second(step):,.0f} tokens/s | {waits}",
+            f"loss {losses} | {self._tokens_per_second(reports):,.0f} tokens/s | {waits}",
             refresh=False,
         )
         self.bar.update(step - self.bar.n)
 
-    def _tokens_per_second(self, step: int) -> float:
-        elapsed = time.perf_counter() - self.started
-        return (
-            max(0, step - self.first_step - 1) * self.tokens_per_step / elapsed
-            if elapsed > 0
-            else 0.0
-        )
+    def note_last_event(self) -> None:
+        """What ended the run goes into metrics.jsonl too; its figures could not travel any more."""
+        event = self.engine.last_event if self.is_first else None
+        if event is not None:
+            tokens = event["step"] * self.tokens_per_step
+            seconds = round(self._seconds(), 3)
+            fixed = {"split": "event", "loss": None, "tokens": tokens, "seconds": seconds}
+            self.metrics.write([event | fixed])
+
+    def _tokens_per_second(self, reports: list[SegmentReport]) -> float:
+        """Of the steps that have been reported, the first left out, which pays for warm-up."""
+        slowest = max(r.seconds for r in reports)  # a stage that runs ahead is not the run's pace
+        if reports[0].step == self.first_step + 1:
+            return self.tokens_per_step / slowest
+        self.reported.append(slowest)
+        return self.tokens_per_step * len(self.reported) / sum(self.reported)
 
     def _evaluate(self) -> int:
         batches = validation_batches(self.data, self.shape, self.args.eval_sequences)
         began = time.perf_counter()
         self.engine.eval_batch(iter(batches), num_micro_batches=len(batches))
+        if self.engine.should_stop:  # not all of it has been seen
+            return -1
         probed = (
             diagnostics.probe(self.engine, batches[0]) if self.engine.section.diagnostics else {}
         )
         self.started += time.perf_counter() - began  # throughput is that of training
         step = self.engine.global_steps
         if self.is_first:
+            bad = [s for s, loss in self.engine.eval_losses.items() if not math.isfinite(loss)]
+            if bad:
+                _tell(f"step {step}: the validation loss of segments {bad} is not finite")
             per_stage = self.engine.section.segments_per_stage
             found: dict[str, Any] = {
                 "validation": {
@@ -383,7 +397,7 @@ class _Loop:
             found["diagnostics"] = {
                 segment: {"loss": None, **figures} for segment, figures in probed.items()
             }
-            self.metrics.write(
+            self._write(
                 [
                     {
                         "step": step,
@@ -400,11 +414,55 @@ class _Loop:
             )
         return step
 
-    def _save(self) -> int:
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        """Add rows to metrics.jsonl, or keep them until there is room."""
+        if self.lock.is_lost:
+            self.lock.check()
+        error = self.metrics.write(rows)
+        problem = "" if error is None else reason(error, self.run_folder)
+        if problem and problem != self.metrics_problem:
+            say(f"cannot write {self.metrics.path}: {problem}; its rows wait until it can be")
+        self.metrics_problem = problem
+
+    def _last_evaluation(self) -> int:
+        """The step whose validation metrics.jsonl has, when that is this one; else -1. A collective
+        call."""
+        step = self.engine.global_steps
+        found = self.is_first and any(
+            row["step"] == step and row.get("split") == "validation" for row in self.metrics.read()
+        )
+        return step if gather(found)[0] else -1
+
+    def _saves(self, step: int) -> bool:
+        """Save; where the disk does not take it, training goes on."""
+        try:
+            self._save()
+        except SaveError as error:
+            LOG.error("%s", error)
+            if self.is_first:
+                say(f"{error}; training goes on, step {step + self.args.save_every} saves again")
+            return False
+        return True
+
+    def _save(self) -> None:
+        """All rows of metrics.jsonl are on the disk before `latest` names their step."""
         began = time.perf_counter()
-        self.engine.save_checkpoint(str(self.run_folder / "checkpoints"))
-        self.started += time.perf_counter() - began
-        return self.engine.global_steps
+        try:
+            self.engine.reports.flush()
+            together(self._settle)
+            self.engine.save_checkpoint(str(self.run_folder / "checkpoints"))
+        finally:
+            self.started += time.perf_counter() - began
+
+    def _settle(self) -> None:
+        if not self.is_first:
+            return
+        self.lock.check()
+        try:
+            self.metrics.sync()
+        except OSError as error:
+            why = reason(error, self.run_folder)
+            raise SaveError(f"cannot write {self.metrics.path}: {why}") from error
 
     def _conclude(self) -> None:
         picture = self.run_folder / "loss.png"
@@ -419,13 +477,25 @@ class _Loop:
         sys.stdout.flush()
 
 
-def running() -> bool:
-    """Have the processes met? Before that all of them find the same mistakes."""
-    return dist.is_initialized()
+def _tell(sentence: str) -> None:
+    """To the console and this rank's log."""
+    LOG.warning("%s", sentence)
+    say(sentence)
+
+
+def _say_first(sentence: str) -> None:
+    """On the first rank, before and between progress lines."""
+    print(sentence, flush=True)
+
+
+def _say_nothing(sentence: str) -> None:
+    """On all others."""
 
 
 def end_quietly() -> None:
     """Leave together, so that no rank sees a neighbour's connection close while it still works."""
-    if running():
-        dist.barrier()
+    if dist.is_initialized():
+        with meeting("the end of the run"):
+            dist.barrier()
+        notices.end()
         dist.destroy_process_group()

@@ -45,7 +45,7 @@ def failing(past_host):
     """What stage 1 hears when stage 0 fails after a message."""
     import torch.distributed as dist
 
-    from ds_local.engine.deepspeed_seam import start_processes
+    from ds_local.engine.process_group import start_processes
     from ds_local.errors import TransportError
     from ds_local.links.transport import Tag, make_end
 
@@ -75,7 +75,7 @@ def crossing():
     """Both ranks send before they receive, over links that hold one message."""
     import torch.distributed as dist
 
-    from ds_local.engine.deepspeed_seam import start_processes
+    from ds_local.engine.process_group import start_processes
     from ds_local.links.transport import Tag, make_end
 
     start_processes()
@@ -125,7 +125,7 @@ def traffic(section, steps=2, **extra):
     return {"sent": sent, "seen": seen, "message_bytes": engine.activation_links[0].message_bytes}
 
 
-HEADER, LABELS, FIGURES = 32, 2 * 16 * 4, 2 * 8 * 8  # bytes; a micro-batch is 2 x 16 tokens of 32 features
+HEADER, LABELS, FIGURES = 32, 2 * 16 * 4, 2 * 13 * 8  # bytes; a micro-batch is 2 x 16 tokens of 32 features
 HIDDEN = {
     "none": 2 * 16 * 32 * 4,
     "bf16": 2 * 16 * 32 * 2,
@@ -224,7 +224,7 @@ def staged(fail=False):
 
     import torch.distributed as dist
 
-    from ds_local.engine.deepspeed_seam import start_processes
+    from ds_local.engine.process_group import start_processes
     from ds_local.errors import TransportError
     from ds_local.links.staging import Staging
     from ds_local.links.transport import Peer, Receiver, Sender, Tag

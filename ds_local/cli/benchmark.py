@@ -1,0 +1,304 @@
+"""Measure this package beside the pipelines one could use instead. What came of it:
+docs/benchmarks.md.
+
+python scripts/benchmark.py schedules --stages 4 --json out/schedules.json --png out/schedules.png
+python scripts/benchmark.py links     --json out/links.json
+python scripts/benchmark.py memory    --json out/memory.json
+python scripts/benchmark.py real      --data DIR --json out/real.json
+python scripts/benchmark.py heads     --json out/heads.json
+python scripts/benchmark.py gpu       --json out/gpu.json
+python scripts/benchmark.py table out/*.json         the Markdown tables of earlier runs
+
+schedules, links and memory start real processes whose compute is sleep; they need few cores, but
+quiet ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# before torch and DeepSpeed are imported, here and in the ranks
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from ds_local.cli.arguments import PICTURE, output_file
+from ds_local.measure import network, report
+from ds_local.measure.emulated import Times
+from ds_local.measure.ranks import Pool, RankError
+from ds_local.measure.relay import Relay
+from ds_local.measure.sweep import Setting, sweep
+from ds_local.measure.systems import System, choose
+
+WIDTH = 256  # of the real layers in `memory`
+
+
+def schedules(args: argparse.Namespace) -> list[report.Row]:
+    settings = [
+        Setting(p, m, _times(args), network.Shape())
+        for p in args.stages
+        for m in args.micro_batches
+    ]
+    pool = Pool()
+    try:
+        return _collect(
+            args, sweep(settings, choose(args.systems), args.repeats, pool, _tracer(args.trace))
+        )
+    finally:
+        pool.close()
+
+
+def links(args: argparse.Namespace) -> list[report.Row]:
+    """Speed, one interface for each rank behind a token bucket; then delay, every frame held back
+    by a relay."""
+    if network.INSIDE not in os.environ:
+        reason = network.refusal()
+        if reason is None:
+            network.rerun_inside()
+        print(f"links are not measured: this system does not allow network namespaces ({reason})")
+        return []
+    systems = choose(
+        args.systems or ["local:local", "mixed", "backprop", "deepspeed:1F1B", "torch", "async"]
+    )
+    systems = [system for system in systems if not system.head]
+    rows: list[report.Row] = []
+    for kind, values in (("rate", args.ratios), ("delay", args.delays)):
+        if not values:
+            continue
+        floats = args.activation_bytes // 4 if kind == "rate" else 64
+        times = _times(args, floats=floats)
+        relay = (
+            Relay([f"{network.interfaces(False)}{rank}" for rank in range(args.stages)])
+            if kind == "delay"
+            else None
+        )
+        pool = network.pool(bridge=relay is None)
+        try:
+            for value in values:
+                if relay is not None:
+                    relay.delay_seconds = value / 1000
+                shape = network.Shape(delay_seconds=value / 1000)
+                if relay is None:
+                    shape = network.Shape(
+                        bits_per_second=floats * 32 / (value * args.seconds) if value else 0.0
+                    )
+                found = sweep(
+                    [Setting(args.stages, args.micro_batches, times, shape)],
+                    systems,
+                    args.repeats,
+                    pool,
+                )
+                rows += [row | {"sweep": kind} for batch in found for row in batch]
+                report.save(rows, args.json, args.benchmark)
+        finally:
+            pool.close()
+            if relay is not None:
+                relay.close()
+    return rows
+
+
+def memory(args: argparse.Namespace) -> list[report.Row]:
+    times = Times(
+        0.002, 0.002, 0.002, 0.0, floats=WIDTH * args.rows, layers=args.layers, width=WIDTH
+    )
+    systems = [system for system in choose(args.systems) if not system.head]
+    pool = Pool()
+    try:
+        return _collect(
+            args,
+            sweep(
+                [Setting(p, args.micro_batches, times, network.Shape()) for p in args.stages],
+                systems,
+                1,
+                pool,
+            ),
+        )
+    finally:
+        pool.close()
+
+
+def _collect(args: argparse.Namespace, batches: Any) -> list[report.Row]:
+    rows: list[report.Row] = []
+    for batch in batches:
+        rows += batch
+        report.save(rows, args.json, args.benchmark)  # what is there survives an interruption
+    return rows
+
+
+def _times(args: argparse.Namespace, **more: Any) -> Times:
+    return Times(args.seconds, args.seconds, args.seconds, **more)
+
+
+def _tracer(folder: Path | None) -> Callable[..., None] | None:
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(system: System, setting: Setting, results: list[dict[str, Any]]) -> None:
+        name = re.sub(r"\W+", "_", system.name).strip("_")
+        path = folder / f"{name}_p{setting.stages}_m{setting.micro_batches}.json"
+        report.write_trace([rank["events"] for rank in results], path)
+
+    return write
+
+
+def real(args: argparse.Namespace) -> list[report.Row]:
+    from ds_local.measure import real as module
+
+    return module.measure(args)
+
+
+def heads(args: argparse.Namespace) -> list[report.Row]:
+    from ds_local.measure import heads as module
+
+    return module.measure(args)
+
+
+def gpu(args: argparse.Namespace) -> list[report.Row]:
+    from ds_local.measure import gpu as module
+
+    return module.measure(args)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+
+    def command(function: Callable[..., Any], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__, help=text)
+        sub.set_defaults(run=function)
+        sub.add_argument("--json", type=output_file('"benchmark"'), help="file for the rows")
+        return sub
+
+    def compared(sub: argparse.ArgumentParser, repeats: int) -> None:
+        sub.add_argument(
+            "--systems",
+            nargs="+",
+            help="parts of names such as ds_local:local or torch:ZBV; default all that fit",
+        )
+        sub.add_argument("--repeats", type=int, default=repeats)
+
+    sub = command(schedules, "sleeping stages: every pipeline at several numbers of micro-batches")
+    compared(sub, 3)
+    sub.add_argument("--stages", type=int, nargs="+", default=[4, 8])
+    sub.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    sub.add_argument(
+        "--seconds",
+        type=float,
+        default=0.05,
+        help="of a stage's forward, input gradient and weight gradient each",
+    )
+    sub.add_argument("--png", type=PICTURE)
+    sub.add_argument("--trace", type=Path, help="folder for a Chrome/Perfetto trace of each system")
+
+    sub = command(links, "the same over slow and distant links, each rank in a network namespace")
+    compared(sub, 2)
+    sub.add_argument("--stages", type=int, default=4)
+    sub.add_argument("--micro-batches", type=int, default=8)
+    sub.add_argument("--seconds", type=float, default=0.05)
+    sub.add_argument(
+        "--ratios",
+        type=float,
+        nargs="*",
+        default=[0, 0.25, 0.5, 1, 2, 3, 6],
+        help="c/F: link time over forward time",
+    )
+    sub.add_argument(
+        "--delays", type=float, nargs="*", default=[0, 10, 50, 100], help="one way, in ms"
+    )
+    sub.add_argument("--activation-bytes", type=int, default=1_250_000)
+
+    sub = command(memory, "what stays alive for the backward passes, and how far processes grow")
+    compared(sub, 1)
+    sub.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
+    sub.add_argument("--micro-batches", type=int, default=16)
+    sub.add_argument("--layers", type=int, default=8, help="in a stage; even")
+    sub.add_argument("--rows", type=int, default=512, help=f"of width {WIDTH} in a micro-batch")
+
+    sub = command(real, "real compute on two pinned ranks: tokens/s, and time to a validation loss")
+    sub.add_argument("--systems", nargs="+")
+    sub.add_argument(
+        "--data",
+        type=Path,
+        help="folder of prepare_data.py; default random tokens, and no time to a loss",
+    )
+    sub.add_argument("--blocks", type=int, default=9)
+    sub.add_argument("--width", type=int, default=256)
+    sub.add_argument("--sequences", type=int, default=4, help="in a micro-batch")
+    sub.add_argument("--micro-batches", type=int, nargs="*", default=[1, 2, 4])
+    sub.add_argument("--steps", type=int, default=12, help="that count, in each repetition")
+    sub.add_argument("--repeats", type=int, default=3)
+    sub.add_argument(
+        "--target-loss",
+        type=float,
+        help="measure the time to this validation loss, at the most micro-batches",
+    )
+    sub.add_argument("--max-steps", type=int, default=600, help="on the way to the target")
+
+    sub = command(heads, "variants of the auxiliary head in time and memory")
+    sub.add_argument("--width", type=int, default=768)
+    sub.add_argument("--vocabulary", type=int, default=50257)
+    sub.add_argument(
+        "--tokens", type=int, default=512, help="in a sequence, one sequence a micro-batch"
+    )
+    sub.add_argument("--repeats", type=int, default=5)
+
+    sub = command(
+        gpu,
+        "one device: times and MFU of each stage of GPT-2, and what they predict for more devices",
+    )
+    sub.add_argument("--models", nargs="+", default=["small", "medium", "large", "xl"])
+    sub.add_argument("--stages", type=int, nargs="+", default=[4, 8])
+    sub.add_argument("--sequences", type=int, default=8, help="in a micro-batch")
+    sub.add_argument("--tokens", type=int, default=1024, help="in a sequence")
+    sub.add_argument("--micro-batches", type=int, default=16, help="of a step, in the prediction")
+    sub.add_argument("--repeats", type=int, default=20)
+    sub.add_argument(
+        "--peak-tflops",
+        type=float,
+        default=989.0,
+        help="of the device in bf16, for the MFU; 989 is an H100 or H200",
+    )
+    sub.add_argument("--no-compile", action="store_true", help="eager only")
+    sub.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="on the CPU, with a tiny model: shows that it runs, times mean nothing",
+    )
+
+    sub = commands.add_parser("table", help="Markdown tables from --json files")
+    sub.add_argument("files", type=Path, nargs="+")
+    sub.add_argument("--png", type=PICTURE, help="bars of the schedules in them")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    try:
+        if args.benchmark == "table":
+            rows = report.load(args.files)
+            print(report.markdown(rows))
+            if args.png:
+                report.draw_bars([row for row in rows if row["benchmark"] == "schedules"], args.png)
+            return 0
+        rows = args.run(args)
+        report.save(rows, args.json, args.benchmark)
+        if rows:
+            facts = {
+                "benchmark": args.benchmark,
+                "command": report.command(),
+                "machine": report.machine(),
+            }
+            print(report.markdown([facts | row for row in rows]))
+        if rows and getattr(args, "png", None):
+            report.draw_bars(rows, args.png)
+    except (ValueError, RankError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,254 @@
+"""Show what a schedule will do before running it: time line, idle share, live micro-batches,
+messages.
+
+    python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --backprop-micro-batches 2
+    python scripts/simulate.py --stages 4 --micro-batches 8 --mode local \\
+        --compare 1f1b zero_bubble --png schedules.png
+    python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --compare 1f1b \\
+        --model configs/gpt2-nano.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ds_local.cli.arguments import (
+    PICTURE,
+    TRACE,
+    Parser,
+    number,
+    number_or_auto,
+    output_file,
+    whole,
+)
+from ds_local.config import strict_json
+from ds_local.config.files import local_parallel
+from ds_local.config.schema import SECTION, LocalParallelConfig
+from ds_local.outputs import new_file, write_file
+from ds_local.schedules.drawing import chrome_trace, draw
+from ds_local.schedules.peers import PEERS
+from ds_local.schedules.replay import grid_of
+from ds_local.schedules.routes import MODES
+from ds_local.schedules.run_plan import RunPlan, check_size
+from ds_local.schedules.schedule import Schedule
+from ds_local.schedules.simulator import Costs, Timeline, simulate
+
+WIDEST = 24  # stages and micro-batches of a grid that still fits on a screen
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--stages", type=whole(1), required=True)
+    add("--micro-batches", type=whole(1), required=True)
+    add(
+        "--mode",
+        required=True,
+        choices=[*MODES, *PEERS],
+        help="a row of the route table, or another pipeline's schedule",
+    )
+    add("--window", type=whole(1), help="of modes that take one")
+    add("--combine", choices=["sum", "mean"], default="sum", help="of overlapping")
+    add(
+        "--backprop-micro-batches",
+        type=number_or_auto,
+        default=0,
+        metavar="N|auto",
+        help="micro-batches of the step that run real backpropagation; auto: as many as the pipeline hides",
+    )
+    add(
+        "--correction",
+        type=number(),
+        default=0.0,
+        help="how far these make up for what the others learn from, 0 to 1",
+    )
+    add(
+        "--split-backward",
+        type=int,
+        choices=[0, 1, 2],
+        default=0,
+        help="put weight gradients off: 1 as ZB-H1, 2 as ZB-H2",
+    )
+    add("--segments-per-stage", type=whole(1), default=1)
+    add(
+        "--transfer",
+        type=number(),
+        default=0.0,
+        help="time of a message, in forwards, that the order should reckon with",
+    )
+    add(
+        "--compare",
+        nargs="*",
+        default=[],
+        choices=[*MODES, *PEERS],
+        help="schedules to show beside it",
+    )
+    costs = parser.add_argument_group("times per segment and micro-batch, in any unit")
+    costs.add_argument("--forward", type=number(), default=1.0)
+    costs.add_argument("--input-grad", type=number(), default=1.0)
+    costs.add_argument("--weight-grad", type=number(), default=1.0)
+    costs.add_argument(
+        "--head", type=number(), default=0.0, help="auxiliary head with its loss and gradients"
+    )
+    costs.add_argument(
+        "--link", type=number(), default=0.0, help="time a message keeps a link busy"
+    )
+    costs.add_argument(
+        "--profile", type=Path, help="measured times instead, from train.py --profile"
+    )
+    costs.add_argument(
+        "--model",
+        help="Hugging Face config: times from its floating-point operations, stages balanced by them",
+    )
+    costs.add_argument(
+        "--deepspeed_config", help="with --model: head and partition options from this file"
+    )
+    costs.add_argument(
+        "--seq-len", type=whole(1), help="with --model: tokens in a sequence; default the longest"
+    )
+    costs.add_argument(
+        "--link-depth", type=whole(1), help="messages a link holds; default no limit"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json",
+        type=output_file('"makespan"'),
+        help="file for the figures, - for the console instead of the grid",
+    )
+    output.add_argument("--png", type=PICTURE, help="picture of the time lines")
+    output.add_argument("--trace", type=TRACE, help="Chrome/Perfetto trace of one step")
+    return parser.parse_args(arguments)
+
+
+def section_for(
+    mode: str, args: argparse.Namespace, main: bool, **options: Any
+) -> LocalParallelConfig:
+    """The "local_parallel" section of `mode`; the other options of the command line are the main
+    one's."""
+    scheme: dict[str, Any] = {"mode": mode}
+    if main:
+        scheme |= {"combine": args.combine} | (
+            {"window": args.window} if args.window is not None else {}
+        )
+        count = args.backprop_micro_batches
+        if count != "auto" and count > args.micro_batches:
+            raise ValueError(
+                f"--backprop-micro-batches {count} exceeds --micro-batches {args.micro_batches}"
+            )
+        if count:
+            scheme = {"mix": [{"mode": "backprop", "micro_batches": count}, scheme]}
+        if args.correction:
+            scheme["correction"] = args.correction
+        scheme["split_backward"] = args.split_backward
+    section = {
+        **scheme,
+        "segments_per_stage": args.segments_per_stage,
+        "link": {"transfer": args.transfer},
+        **options,
+    }
+    return local_parallel({SECTION: section})
+
+
+def build(mode: str, args: argparse.Namespace, main: bool) -> list[Schedule]:
+    """The schedules of `mode` until they repeat."""
+    if mode in PEERS:
+        check_size(LocalParallelConfig(), args.stages, args.micro_batches)
+        return [PEERS[mode](args.stages, args.micro_batches)]
+    plan = RunPlan(section_for(mode, args, main), args.stages, args.micro_batches)
+    for note in plan.notes:
+        print(note, file=sys.stderr)
+    return plan.schedules
+
+
+def costs_for(schedule: Schedule, args: argparse.Namespace) -> Costs:
+    """Peers that cut stages finer get finer costs: the same work on each stage, without heads."""
+    if args.profile:
+        return Costs.from_profile(args.profile)
+    pieces = len(schedule.stage_of) / (schedule.num_stages * args.segments_per_stage)
+    head = 0.0 if schedule.name.partition("(")[0] in PEERS else args.head
+    return Costs(
+        args.forward / pieces, args.input_grad / pieces, args.weight_grad / pieces, head, args.link
+    )
+
+
+def of_model(
+    schedule: Schedule, mode: str, args: argparse.Namespace, main: bool
+) -> tuple[Costs, list[float]]:
+    """Costs in floating-point operations of a block's forward, and the auxiliary share of each
+    stage."""
+    from ds_local.config.files import load_config
+    from ds_local.model import blocks
+    from ds_local.model.flops import auxiliary_shares, choose_parts, segment_times, unit_flops
+
+    config = blocks.load_model_config(args.model)
+    given = local_parallel(load_config(args.deepspeed_config) if args.deepspeed_config else {})
+    options = {"head": given.head.model_dump(), "partition": given.partition}
+    section = section_for(mode if mode in MODES else "backprop", args, main, **options)
+    seq_len = args.seq_len or blocks.num_positions(config)
+    num_segments = len(schedule.stage_of)
+    parts = choose_parts(config, section, num_segments, args.micro_batches, seq_len)
+    unit = unit_flops(config, section.head, num_segments, seq_len)
+    forward, input_grad, weight_grad, head = (
+        [cost * 3 / unit.block for cost in part] for part in segment_times(unit, parts)
+    )
+    return Costs(forward, input_grad, weight_grad, head, args.link), auxiliary_shares(
+        config, section, schedule, parts, seq_len
+    )
+
+
+def describe(timeline: Timeline) -> str:
+    report = timeline.report()
+    live = timeline.schedule.peak_live
+    lines = [
+        f"{report['schedule']}: one step alone {report['makespan']:g}, in a long run {report['steady_period']:g} a step, "
+        f"idle {report['idle_share']:.1%} (alone {report['idle_share_alone']:.1%})",
+        f"  live micro-batches {', '.join(map(str, live)) if len(live) <= WIDEST else f'at most {max(live)}'}; "
+        f"messages a step: {report['messages']['activations']} activations, {report['messages']['gradients']} gradients",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    modes = [(args.mode, True), *((mode, False) for mode in args.compare)]
+    schedules = [build(mode, args, main) for mode, main in modes]
+    modelled = (
+        [
+            of_model(steps[0], mode, args, main)
+            for steps, (mode, main) in zip(schedules, modes, strict=True)
+        ]
+        if args.model
+        else []
+    )
+    costs = [costs for costs, _ in modelled] or [costs_for(steps[0], args) for steps in schedules]
+    timelines = [
+        simulate(steps, cost, args.link_depth) for steps, cost in zip(schedules, costs, strict=True)
+    ]
+    reports = [timeline.report() for timeline in timelines]
+    for report, (_, shares) in zip(reports, modelled, strict=False):
+        report["auxiliary_flops"] = shares
+    result = reports[0] if not args.compare else reports
+    if str(args.json) == "-":
+        print(strict_json.dumps(result, indent=1))
+    else:
+        if max(args.stages * args.segments_per_stage, args.micro_batches) <= WIDEST:
+            for schedule in [step for steps in schedules for step in steps]:
+                print(grid_of(schedule), end="\n\n")
+        for timeline, report in zip(timelines, reports, strict=True):
+            print(describe(timeline))
+            if args.model:
+                print(
+                    "  auxiliary share of the work, by stage: "
+                    + ", ".join(f"{s:.1%}" for s in report["auxiliary_flops"])
+                )
+    if args.json and str(args.json) != "-":
+        write_file(args.json, strict_json.dumps(result, indent=1) + "\n")
+    if args.png:
+        with new_file(args.png) as picture:
+            draw(timelines, picture)
+    if args.trace:
+        write_file(args.trace, strict_json.dumps(chrome_trace(timelines[0])))
+    return 0

@@ -1,0 +1,30 @@
+"""What came of a run: losses, idle shares, throughput, and a picture of the loss curves.
+
+python scripts/summarize.py runs/quickstart
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run folder")
+    args = parser.parse_args(arguments)
+    from ds_local.checkpoints.metrics_file import MetricsFile
+    from ds_local.training.pictures import draw_losses, summary_table
+
+    metrics = MetricsFile(args.run / "metrics.jsonl")
+    rows = metrics.read()
+    if not rows:
+        print(f"no metrics in {args.run}; is it a run folder?", file=sys.stderr)
+        return 1
+    draw_losses(metrics.path, args.run / "loss.png")
+    print(summary_table(rows))
+    print(f"loss curves: {args.run / 'loss.png'}; checkpoints: {args.run / 'checkpoints'}")
+    return 0

@@ -1,0 +1,147 @@
+"""What a head of an early segment costs: one forward and backward of each variant, beside one block
+of the model."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_local.config.schema import HeadConfig
+from ds_local.measure.live import LiveTensors
+from ds_local.model import blocks
+
+SEED = 1234
+PARTS = [0, 2, 4, 6]  # an embedding, a block | two blocks | a block, a readout
+
+# name -> the "head" section
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full, checkpointed chunks": {"kernel": "checkpointed"},
+    "shared readout": {"readout": "shared"},
+    "1/4 of the tokens": {"token_fraction": 0.25},
+    "1/8 of the tokens": {"token_fraction": 0.125},
+    "1/16 of the tokens": {"token_fraction": 0.0625},
+    "rank 128": {"rank": 128},
+    "rank 128, 1/8 of the tokens": {"rank": 128, "token_fraction": 0.125},
+    "shared readout, 1/8 of the tokens": {"readout": "shared", "token_fraction": 0.125},
+    "a private block, 1/8 of the tokens": {"blocks": 1, "token_fraction": 0.125},
+    "a tracked block, shared readout, 1/8": {
+        "blocks": 1,
+        "blocks_from": "next_tracked",
+        "readout": "shared",
+        "token_fraction": 0.125,
+    },
+}
+
+
+def model_config(width: int, vocabulary: int, tokens: int, depth: int = 4) -> Any:
+    return blocks.load_model_config(
+        {
+            "model_type": "gpt2",
+            "vocab_size": vocabulary,
+            "n_positions": tokens,
+            "n_embd": width,
+            "n_layer": depth,
+            "n_head": max(1, width // 64),
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+    )
+
+
+class _Naive(nn.Module):
+    """The loss as one writes it without thinking of memory: all logits at once."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = self.head.readout(self.head.norm(hidden[:, :-1]))
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of `benchmark.py heads`: every repetition takes each variant once."""
+    config = model_config(args.width, args.vocabulary, args.tokens)
+    torch.manual_seed(SEED)
+    hidden = torch.randn(1, args.tokens, args.width)
+    labels = torch.randint(args.vocabulary, (1, args.tokens))
+    made: dict[str, Callable[[], nn.Module]] = {
+        name: partial(blocks.make_head, config, 0, SEED, HeadConfig(**given), PARTS)
+        for name, given in VARIANTS.items()
+    }
+    made = {
+        "naive, all logits at once": lambda: _Naive(
+            blocks.make_head(config, 0, SEED, HeadConfig(), PARTS)
+        )
+    } | made
+    block = blocks.Block(config, 0, SEED)
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    block_seconds: list[float] = []
+    facts: dict[str, dict[str, Any]] = {}
+    torch.set_num_threads(1)
+    load = os.getloadavg()[0]
+    for repeat in range(args.repeats):
+        block_seconds.append(_timed(lambda x: block(x).sum(), hidden)[0])
+        for name, make in made.items():
+            head = make().train()  # made anew, so that only one is in memory
+            taken, live = _timed(partial(_loss, head, labels), hidden)
+            seconds[name].append(taken)
+            facts[name] = {
+                "live_bytes": live.peak,
+                "rss_growth_bytes": live.process_growth,
+                "parameters": sum(p.numel() for p in head.parameters() if p.requires_grad),
+            }
+            print(f"{name}, repetition {repeat + 1}: {taken:.3f} s", file=sys.stderr)
+            del head
+            gc.collect()
+    return [
+        {
+            "head": name,
+            "section": VARIANTS.get(name),
+            "seconds": median(times),
+            "seconds_lowest": min(times),
+            "seconds_highest": max(times),
+            "block_seconds": median(block_seconds),
+            "width": args.width,
+            "vocabulary": args.vocabulary,
+            "tokens": args.tokens,
+            "load_before": load,
+            **facts[name],
+        }
+        for name, times in seconds.items()
+    ]
+
+
+def _loss(head: nn.Module, labels: Tensor, hidden: Tensor) -> Tensor:
+    return head(hidden, labels)
+
+
+def _timed(loss_of: Callable[[Tensor], Tensor], hidden: Tensor) -> tuple[float, LiveTensors]:
+    """Forward and backward, twice: processor seconds of the second time, and what the first one
+    needed (gradients included).
+
+    Processor time of one thread, not wall-clock: others on this machine then cost the figure
+    little.
+    """
+    with LiveTensors(watch_process=True) as live:
+        loss_of(hidden.clone().requires_grad_()).backward()
+    x = hidden.clone().requires_grad_()
+    start = time.process_time()
+    loss_of(x).backward()
+    return time.process_time() - start, live

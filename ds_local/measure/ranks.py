@@ -1,0 +1,157 @@
+"""Real gloo processes on this machine, for tests and benchmarks: `Pool.run` runs a module-level
+function on every rank.
+
+Importing DeepSpeed costs seconds a process, so ranks stay alive between calls; each call gets a
+process group of its own. A call has a time limit, and the first rank that fails is reported with
+its traceback.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing as mp
+
+TIMEOUT_SECONDS = 120
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class RankError(AssertionError):
+    """A rank failed; the message is its traceback."""
+
+
+def _serve(
+    rank: int, jobs: Any, results: Any, prepare: Callable[[int], None] | None, address: str
+) -> None:
+    multiprocessing.current_process().daemon = False  # so that a DataLoader may have workers
+    os.environ.update(
+        DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", LOCAL_RANK=str(rank), RANK=str(rank)
+    )
+    if prepare is not None:
+        prepare(rank)
+    import torch
+
+    torch.set_num_threads(1)
+    frozen = False
+    while True:
+        job = jobs.get()
+        if job is None:
+            return
+        number, function, world_size, port, args, kwargs = job
+        try:
+            os.environ.update(
+                WORLD_SIZE=str(world_size),
+                LOCAL_SIZE=str(world_size),
+                MASTER_ADDR=address,
+                MASTER_PORT=str(port),
+            )
+            results.put((number, rank, True, _run(function, args, kwargs)))
+        except BaseException:
+            results.put((number, rank, False, traceback.format_exc()))
+        # every process group has a thread that wakes a hundred times a second, as long as anybody
+        # refers to it
+        gc.collect()
+        if not frozen:
+            gc.freeze()  # what has been imported need not be looked through again
+            frozen = True
+
+
+def _run(function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    from ds_local.engine.process_group import end_processes, start_processes
+
+    with open(os.environ.get("DS_LOCAL_RANKS_LOG", os.devnull), "a") as sink:
+        saved = os.dup(1), os.dup(2)
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+        try:
+            start_processes()
+            return function(*args, **kwargs)
+        finally:
+            end_processes()
+            for descriptor, copy in zip((1, 2), saved, strict=True):
+                os.dup2(copy, descriptor)
+                os.close(copy)
+
+
+class Pool:
+    """Ranks that wait for work.
+
+    Args:
+        prepare: called with its number on each rank before anything else.
+        address: of rank 0, as the ranks see it.
+    """
+
+    def __init__(
+        self, prepare: Callable[[int], None] | None = None, address: str = "127.0.0.1"
+    ) -> None:
+        self._prepare, self._address = prepare, address
+        self._context = mp.get_context("spawn")
+        self._workers: list[tuple[Any, Any]] = []
+        self._results = self._context.Queue()
+        self._number = 0
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        world_size: int,
+        *args: Any,
+        timeout: float = TIMEOUT_SECONDS,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """What `function(*args, **kwargs)` returned on each rank. Raises RankError when one failed
+        or took too long."""
+        while len(self._workers) < world_size:
+            jobs = self._context.Queue()
+            args_of_rank = (len(self._workers), jobs, self._results, self._prepare, self._address)
+            process = self._context.Process(target=_serve, args=args_of_rank, daemon=True)
+            process.start()
+            self._workers.append((process, jobs))
+        self._number += 1
+        port = free_port()
+        for _, jobs in self._workers[:world_size]:
+            jobs.put((self._number, function, world_size, port, args, kwargs))
+        answers: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout
+        while len(answers) < world_size:
+            try:
+                number, rank, fine, value = self._results.get(timeout=1.0)
+            except queue.Empty:
+                missing = sorted(set(range(world_size)) - set(answers))
+                dead = [rank for rank in missing if not self._workers[rank][0].is_alive()]
+                if not dead and time.monotonic() < deadline:
+                    continue
+                self.close()
+                what = (
+                    f"ranks {dead} died"
+                    if dead
+                    else f"ranks {missing} did not finish within {timeout} s"
+                )
+                raise RankError(what) from None
+            if number != self._number:
+                continue
+            if not fine:
+                self.close()
+                raise RankError(f"rank {rank} failed:\n{value}")
+            answers[rank] = value
+        return [answers[rank] for rank in range(world_size)]
+
+    def close(self) -> None:
+        """End the ranks; the next call starts fresh ones."""
+        for process, _ in self._workers:
+            process.kill()
+        for process, _ in self._workers:
+            process.join()
+        self._workers, self._results = [], self._context.Queue()

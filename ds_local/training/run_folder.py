@@ -1,0 +1,344 @@
+"""A run folder: what its run was, whether this start may go on with it, and what is kept of both.
+
+run.json describes the newest start at its top level; its list "starts" keeps every one, and
+"weights" where the run's first weights came from. A start that differs from what the run was is
+refused, unless it says so by name (`--allow-change`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ds_local.checkpoints.facts import read_facts
+from ds_local.checkpoints.files import reason, scratch_name, write_whole
+from ds_local.checkpoints.folder import complete_tags, locate, newest_tag
+from ds_local.config import strict_json
+from ds_local.config.changes import CHANGES
+from ds_local.config.deepspeed import batch_sizes
+from ds_local.config.files import local_parallel
+from ds_local.config.schema import SECTION
+from ds_local.errors import CheckpointError, ConfigError, DataError, RunError
+from ds_local.training.run_lock import RunLock
+
+_MADE = (
+    "run.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "logs",
+    "loss.png",
+    "diagnostics.png",
+    "profile.json",
+    "trace.json",
+)
+# of a start, in the list of all
+_KEPT = ("arguments", "config", "data", "versions", "machine")
+# keys of the section that change no figure, or that the checkpoint itself is checked for
+_FREE = (
+    "seed",
+    "num_stages",
+    "segments_per_stage",
+    "partition",
+    "parts",
+    "layout",
+    "split_backward",
+    "compile",
+    "diagnostics",
+)
+_FREE_OF_LINKS = ("depth", "warn_seconds", "transfer", "timeout_seconds", "past_host")
+_COMPARED = (
+    SECTION,
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+)
+_UNKNOWN = "unknown"
+
+
+class RunFolder:
+    """The folder of a run, for one start.
+
+    Args:
+        path: of the folder.
+        say: told what a user should know.
+        is_first: this rank keeps the books; other hosts may have nothing but checkpoints.
+    """
+
+    def __init__(self, path: str | Path, say: Callable[[str], None], is_first: bool = True) -> None:
+        self.path, self.is_first = Path(path), is_first
+        self.checkpoints = self.path / "checkpoints"
+        self.say = say
+        self.lock = RunLock(self.path, say)
+        self.changed: list[str] = []  # kinds of changes that this start was allowed
+
+    # --- what there is ---------------------------------------------------------------------------
+
+    def begins_at(self, resume: bool) -> str | None:
+        """The checkpoint that a start goes on from; None: it begins at step 0.
+
+        Raises:
+            RunError: when it would run over something.
+            CheckpointError: when the file `latest` is damaged.
+        """
+        if resume:
+            tag = newest_tag(self.checkpoints)
+            if tag is not None:
+                return tag
+        elif complete_tags(self.checkpoints) or (self.checkpoints / "latest").exists():
+            raise RunError(
+                f"{self.path} already holds a run; add --resume to continue it, or choose another "
+                "--output"
+            )
+        if self.is_first and self.recorded() is None:
+            foreign = [name for name in _MADE if (self.path / name).exists()]
+            if foreign:
+                raise RunError(
+                    f"{self.path} holds {', '.join(foreign)} but no run of ds_local, so it is left "
+                    "alone; choose another --output"
+                )
+        return None
+
+    def recorded(self) -> dict[str, Any] | None:
+        """run.json; None where there is none that a run has written."""
+        try:
+            facts = json.loads((self.path / "run.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return facts if isinstance(facts, dict) and "arguments" in facts else None
+
+    # --- what it was -----------------------------------------------------------------------------
+
+    def check_same(
+        self,
+        tag: str,
+        now: Mapping[str, Any],
+        allowed: Collection[str],
+        same_tokenizer: Callable[[Path], bool],
+    ) -> None:
+        """Compare a start with the run that it goes on with.
+
+        Args:
+            tag: of the checkpoint.
+            now: "config", "model", "data", "layout" as run.json has them.
+            allowed: kinds of changes that the user names.
+            same_tokenizer: is the tokenizer in a folder that of the data?
+
+        Raises:
+            RunError: naming all that changed, and the flag.
+        """
+        was = self.recorded()
+        if was is None and not self.is_first:
+            return
+        old = _by_kind(was) if was else _of_checkpoint(read_facts(locate(self.checkpoints, tag)))
+        new = _by_kind(now)
+        absent = dict.fromkeys(old["settings"].keys() | new["settings"].keys(), "not set")
+        old["settings"], new["settings"] = absent | old["settings"], absent | new["settings"]
+        copy = self.checkpoints / "tokenizer"
+        if None in (old["tokenizer"]["fingerprint"], new["tokenizer"]["fingerprint"]):
+            same = copy.is_dir() and same_tokenizer(copy)
+            old["tokenizer"]["fingerprint"] = f"of {copy}" if copy.is_dir() else _UNKNOWN
+            new["tokenizer"]["fingerprint"] = f"of {copy}" if same else "that of the data"
+        changes = {kind: _differences(old[kind], new[kind]) for kind in new}
+        self.changed = [kind for kind in CHANGES if changes.get(kind)]
+        refused = [kind for kind in self.changed if kind not in allowed]
+        if refused:
+            lost = "" if was else " (its run.json is missing or damaged)"
+            told = "; ".join(f"{kind}: {_told(changes[kind])}" for kind in refused)
+            raise RunError(
+                f"{self.path} does not go on as it was{lost}, {told}; change it back, or add "
+                f"--allow-change {','.join(refused)}"
+            )
+        if was and changes["settings"]:
+            self.say(
+                f"settings that changed since the last start: {_told(changes['settings'])}; the "
+                "optimizer keeps the values of the checkpoint, all else follows the new ones"
+            )
+
+    # --- what is kept ----------------------------------------------------------------------------
+
+    def start(self, facts: Mapping[str, Any], step: int, tag: str | None) -> None:
+        """Write down a start; from here on the folder is a run's.
+
+        Args:
+            facts: of run.json, "weights" being those that the model was built with.
+            step: optimizer steps done.
+            tag: of the checkpoint that it goes on from.
+        """
+        was = self.recorded()
+        starts = [] if was is None else was.get("starts") or [_kept(was)]
+        own = {
+            "step": step,
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "checkpoint": tag,
+            "weights": facts["weights"],
+            "changed": self.changed,
+            **_kept(facts),
+        }
+        origin = was.get("weights") if was is not None and tag is not None else facts["weights"]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._set_aside("run.json", was is None, "run.damaged.json")
+            text = {**facts, "weights": origin, "starts": [*starts, own]}
+            write_whole(
+                self.path / "run.json", strict_json.dumps(text, indent=1, default=str) + "\n"
+            )
+            self._set_aside("metrics.jsonl", tag is None, f"metrics-start-{len(starts)}.jsonl")
+            self.checkpoints.mkdir(exist_ok=True)  # a folder without run.json is not known again
+        except OSError as error:
+            raise RunError(
+                f"cannot write to {self.path}: {reason(error, self.path)}; make room, or choose "
+                "another --output"
+            ) from error
+
+    def _set_aside(self, name: str, condition: bool, new_name: str) -> None:
+        path = self.path / name
+        if condition and path.exists():
+            self.say(f"{path} is of an earlier start; kept as {new_name}")
+            path.rename(path.with_name(new_name))
+
+    def keep_tokenizer(self, folder: Path) -> None:
+        """Copy the data's tokenizer beside the checkpoints, whole or not at all."""
+        copy = self.checkpoints / "tokenizer"
+        if copy.is_dir() and _content(copy) == _content(folder):
+            return
+        scratch = copy.with_name(scratch_name(copy.name))
+        try:
+            shutil.copytree(folder, scratch)
+            if copy.exists():
+                shutil.rmtree(copy)
+            scratch.rename(copy)
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise RunError(
+                f"cannot copy the tokenizer to {copy}: {reason(error, self.checkpoints)}"
+            ) from error
+
+
+@contextmanager
+def opened(path: str | Path, is_first: bool, say: Callable[[str], None]) -> Iterator[RunFolder]:
+    """The folder of a run, locked by the first rank while this lasts.
+
+    Raises:
+        RunError: when another process has it.
+    """
+    run = RunFolder(path, say, is_first)
+    try:
+        if is_first:
+            run.lock.acquire()
+        yield run
+    finally:
+        run.lock.release()
+
+
+def _kept(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: facts[key] for key in _KEPT if key in facts}
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+# --- comparing ----------------------------------------------------------------------------------
+
+
+def _by_kind(facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What run.json says, by the kind of change that it would be."""
+    config, data = dict(facts.get("config") or {}), dict(facts.get("data") or {})
+    replicas = (facts.get("layout") or {}).get("replicas", 1)
+    try:
+        section = local_parallel(config).model_dump(mode="json")
+        sizes: Mapping[str, Any] = dict(
+            zip(("of a micro-batch", "micro-batches"), batch_sizes(config, replicas), strict=True)
+        )
+    except ConfigError:  # of another version
+        section, sizes = {}, {}
+    settings = {key: value for key, value in config.items() if key not in _COMPARED}
+    return {
+        **_of_section(section),
+        "model": dict(facts.get("model") or {}),
+        "data": {key: data.get(key, _UNKNOWN) for key in ("fingerprint", "seq_len")},
+        "tokenizer": {"fingerprint": data.get("tokenizer_fingerprint")},
+        "batch": {**sizes, "replicas": replicas},
+        "settings": _flat(settings),
+    }
+
+
+def _of_checkpoint(facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What ds_local.json knows of the same."""
+    return {
+        **_of_section(facts[SECTION]),
+        "model": dict(facts["model"] or {}),
+        "data": {"fingerprint": _UNKNOWN},
+        "tokenizer": {"fingerprint": None},
+        "batch": {"of a micro-batch": _UNKNOWN},
+        "settings": {},  # not known either; only said where they are
+    }
+
+
+def _of_section(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    scheme = {key: value for key, value in section.items() if key not in _FREE}
+    if "link" in scheme:
+        links = scheme["link"].items()
+        scheme["link"] = {key: value for key, value in links if key not in _FREE_OF_LINKS}
+    return {"seed": {"seed": section.get("seed", _UNKNOWN)}, "scheme": _flat(scheme)}
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested settings by their full names."""
+    if not isinstance(value, Mapping):
+        return {path: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{path}.{key}" if path else str(key))
+    return flat
+
+
+# of the model's config: what versions and file formats write there
+_NOT_THE_MODEL = ("transformers_version", "architectures", "torch_dtype", "dtype", "use_cache")
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name -> (old value, new value). What only one version of a package knows is no difference."""
+    names = [name for name in new if name in old and name not in _NOT_THE_MODEL]
+    return {
+        name: (old[name], new[name]) for name in names if _plain(old[name]) != _plain(new[name])
+    }
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _told(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    shown = [f"{name} {_short(a)}, now {_short(b)}" for name, (a, b) in list(changes.items())[:4]]
+    more = len(changes) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def tokenizer_test(check: Callable[[Path, Path], bool], folder: Path) -> Callable[[Path], bool]:
+    """Is the tokenizer in another folder that in `folder`? By their files, else by `check`, which
+    raises DataError when it is not."""
+
+    def same(other: Path) -> bool:
+        if _content(other) == _content(folder):
+            return True
+        try:
+            return check(other, folder)
+        except (DataError, OSError, ValueError, CheckpointError):
+            return False
+
+    return same
