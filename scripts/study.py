@@ -36,6 +36,8 @@ from statistics import mean
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from ds_local.config import strict_json
+
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL, BACKPROP = {"mode": "local"}, {"mode": "backprop"}
 CHUNKED = {"mode": "chunked", "window": 2}
@@ -486,7 +488,7 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
         "parts": facts["layout"]["segment_parts"], "versions": facts["versions"], "machine": facts["machine"],
         "data": facts["data"]["fingerprint"], "seconds": seconds[-1] if seconds else None,
     }  # fmt: skip
-    (place / "result.json").write_text(json.dumps(result, indent=1))
+    (place / "result.json").write_text(strict_json.dumps(result, indent=1))
     needed = {run.steps} | (
         {run.switch(tail) for tail in TAILS} if not METHODS[run.method].tail else set()
     )
@@ -682,7 +684,7 @@ def all_runs(kept: Path, folder: Path) -> list[dict[str, Any]]:
         if result["preset"] != TRIAL
     }
     runs = [latest[identity] for identity in sorted(latest)]
-    kept.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    kept.write_text("".join(strict_json.dumps(run) + "\n" for run in runs))
     return runs
 
 
@@ -768,7 +770,7 @@ def table(args: argparse.Namespace) -> int:
         print("no backprop run is finished yet; run it first", file=sys.stderr)
         return 1
     (docs / "quality.json").write_text(
-        json.dumps([row for rows in rows_of.values() for row in rows], indent=1) + "\n"
+        strict_json.dumps([row for rows in rows_of.values() for row in rows], indent=1) + "\n"
     )
     at_ratio = {name: rows for name, rows in rows_of.items() if "ratio" in name}
     others = {name: rows for name, rows in rows_of.items() if name not in at_ratio}
