@@ -132,10 +132,10 @@ class LocalPipelineEngine(PipelineEngineSeam):
         """What the ranks of this engine tell each other beside the steps."""
         self._notices = notices.current()
         number = 1 if self._notices is None else next(self._notices.numbers)
-        coordinates = map(self.grid._topo.get_coord, range(dist.get_world_size()))
-        names = [f"stage {at.pipe} (rank {rank})" for rank, at in enumerate(coordinates)]
+        stages = map(self.stage_of, range(dist.get_world_size()))
+        names = [f"stage {stage} (rank {rank})" for rank, stage in enumerate(stages)]
         self.failures = Failures(self._notices, number, names.__getitem__)
-        first_ranks = self.grid._topo.get_axis_list("pipe", 0)
+        first_ranks = [self.rank_of(0, replica) for replica in range(self.dp_world_size)]
         self._stopping = Stopping(self._notices, number, first_ranks)
         self.last_event: dict[str, Any] | None = None  # not finite, and it ends the run
         if self._notices is not None:
@@ -443,9 +443,6 @@ class LocalPipelineEngine(PipelineEngineSeam):
             saving.save(self, write, save_dir, tag, client_state, save_latest)
             self._agree_to_stop()
         return True
-
-    def _copy_recovery_script(self, save_path: str) -> None:
-        pass  # DeepSpeed's script knows no pipeline stages; `export_hf.py` does
 
     def load_checkpoint(
         self,
