@@ -377,8 +377,7 @@ def test_diagnostics_find_the_local_row_of_a_mix():
     ],
 )
 def test_a_mode_on_the_command_line_replaces_the_whole_scheme(given):
-    import train
-
+    from ds_local.cli import train
     from ds_local.config.command_line import overridden_section
 
     arguments = train.parse_arguments(

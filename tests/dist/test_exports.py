@@ -11,8 +11,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import evaluate
-import generate
+from ds_local.cli import evaluate
+from ds_local.cli import generate
 import pytest
 import torch
 from families import VARIANTS

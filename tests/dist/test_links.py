@@ -125,7 +125,7 @@ def traffic(section, steps=2, **extra):
     return {"sent": sent, "seen": seen, "message_bytes": engine.activation_links[0].message_bytes}
 
 
-HEADER, LABELS, FIGURES = 32, 2 * 16 * 4, 2 * 8 * 8  # bytes; a micro-batch is 2 x 16 tokens of 32 features
+HEADER, LABELS, FIGURES = 32, 2 * 16 * 4, 2 * 13 * 8  # bytes; a micro-batch is 2 x 16 tokens of 32 features
 HIDDEN = {
     "none": 2 * 16 * 32 * 4,
     "bf16": 2 * 16 * 32 * 2,
@@ -147,8 +147,7 @@ def test_links_carry_bf16_when_training_in_bf16():
     assert second["message_bytes"] == HEADER + HIDDEN["bf16"] + LABELS + FIGURES
 
 
-# --- when things travel
-# -----------------------------------------------------------------------------------------------------
+# --- when things travel ---------------------------------------------------------------------------
 
 
 def on_time(which, stages=2):

@@ -35,6 +35,7 @@ CAMPAIGNS = {
     "settings": 200,
     "inputs": 88,
     "stops": 120,
+    "fill": 40,
 }
 RESULTS = ROOT / "docs" / "results"
 
