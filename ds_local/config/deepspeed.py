@@ -109,9 +109,9 @@ SECTIONS = (
 )
 
 # what is made by name -> the keys it takes, and an example of a name
-_NAMED = {
-    "optimizer": (("type", "params", "legacy_fusion"), "AdamW"),
-    "scheduler": (("type", "params"), "WarmupCosineLR"),
+_NAMED: dict[str, tuple[list[str], str]] = {
+    "optimizer": (["type", "params", "legacy_fusion"], "AdamW"),
+    "scheduler": (["type", "params"], "WarmupCosineLR"),
 }
 
 Path = tuple[str, ...]  # keys from the top down
@@ -325,7 +325,7 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
         for key in config.get(section, {}):
             if key not in known:
                 raise ConfigError(
-                    f"{section}.{key} is not a key DeepSpeed knows; {nearest(str(key), list(known))}"
+                    f"{section}.{key} is not a key DeepSpeed knows; {nearest(str(key), known)}"
                 )
         if section in config and not config[section].get("type"):
             raise ConfigError(f'{section} has no type; write one, such as "type": "{example}"')
