@@ -321,11 +321,11 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{key} must be an object with keys of its own{hint}, got {config[key]!r}"
             )
-    for section, (known, example) in _NAMED.items():
+    for section, (keys, example) in _NAMED.items():
         for key in config.get(section, {}):
-            if key not in known:
+            if key not in keys:
                 raise ConfigError(
-                    f"{section}.{key} is not a key DeepSpeed knows; {nearest(str(key), known)}"
+                    f"{section}.{key} is not a key DeepSpeed knows; {nearest(str(key), keys)}"
                 )
         if section in config and not config[section].get("type"):
             raise ConfigError(f'{section} has no type; write one, such as "type": "{example}"')
