@@ -134,10 +134,13 @@ class LocalPipelineEngine(StageUpdates):
         self.failures = Failures(self._notices, number, names.__getitem__)
         first_ranks = [self.rank_of(0, replica) for replica in range(self.dp_world_size)]
         self._stopping = Stopping(self._notices, number, first_ranks)
-        self.last_event: dict[str, Any] | None = None  # not finite, and it ends the run
+        heard: list[
+            dict[str, Any]
+        ] = []  # the notices must not keep the engine, and its links, alive
+        self._last_events = heard
+        self._event_topic = f"nonfinite/{number}"
         if self._notices is not None:
-            self._event_topic = f"nonfinite/{number}"
-            self._notices.answer(self._event_topic, lambda q: self._hear_event(q["event"]))
+            self._notices.answer(self._event_topic, lambda told: heard.append(told["event"]))
         self.watchdog: Watchdog | None = None
         if self._notices is not None:
             warn_seconds, chores = self.section.link.warn_seconds, [self._stopping.arrange]
@@ -327,11 +330,13 @@ class LocalPipelineEngine(StageUpdates):
                     link.fail(reason)
             raise
 
-    def _hear_event(self, event: dict[str, Any]) -> None:
-        self.last_event = event
+    @property
+    def last_event(self) -> dict[str, Any] | None:
+        """What was not finite, if that ends the run."""
+        return self._last_events[-1] if self._last_events else None
 
     def _tell_event(self, event: dict[str, Any]) -> None:
-        self.last_event = event
+        self._last_events.append(event)
         if self._notices is not None:
             self._notices.ask_all(self._event_topic, event=event)
 
