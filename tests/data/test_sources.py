@@ -131,7 +131,9 @@ def write(path, content):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"), REFUSED + MALFORMED, ids=lambda v: str(v)[:20]
+    ("name", "content", "said"),
+    REFUSED + MALFORMED,
+    ids=[f"{name} {said}" for name, _, said in REFUSED + MALFORMED],
 )
 def test_what_holds_text_that_is_not_read_is_refused_by_name(tmp_path, name, content, said):
     folder = tmp_path / "corpus"
