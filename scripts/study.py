@@ -315,8 +315,7 @@ def ds_config(run: Run) -> dict[str, Any]:
     }
 
 
-# --- running
-# --------------------------------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------
 
 
 def work(args: argparse.Namespace) -> int:
@@ -722,6 +721,23 @@ def gap_to(yardsticks: Mapping[int, float | None], runs: list[dict[str, Any]]) -
     return mean(gaps) if gaps else None
 
 
+def depth_pays(
+    results: list[dict[str, Any]], yardsticks: Mapping[int, Mapping[float, float]], longer: float
+) -> bool | None:
+    """Does backprop end below every lower exit of the runs of this length? None if none is known.
+
+    Where it does not, a shorter model would have done as well, and gaps say nothing about depth.
+    """
+    pairs = [
+        (loss, yardsticks[run["seed"]][longer])
+        for run in results
+        if run["step_factor"] == longer and not METHODS[run["method"]].tail
+        for segment, loss in run.get("exits", {}).items()
+        if int(segment) < run["segments"] - 1 and longer in yardsticks.get(run["seed"], {})
+    ]
+    return all(exit_loss > whole for exit_loss, whole in pairs) if pairs else None
+
+
 def tokens_to(loss: float, runs: list[dict[str, Any]]) -> float | None:
     """Share of a run's tokens after which its mean validation curve is down at a loss; None if it
     never is."""
@@ -855,6 +871,7 @@ def _rows_under(schedule: str, preset: str, results: list[dict[str, Any]]) -> li
                 "gap_percent": percent(gap),
                 "gap_nats": round(gap, 4),
                 "schedule": schedule,
+                "depth_pays": depth_pays(results, yardsticks, longer),
                 "exits": {} if METHODS[method].tail else runs[0].get("exits", {}),
                 "aux_flops_share": round(forecast.aux_share, 4),
                 "predicted_time_ratio": ratios_of(forecast.time).get("M=8, c/F=0"),
@@ -936,6 +953,14 @@ def ratio_markdown(rows_of: Mapping[str, list[dict[str, Any]]]) -> str:
             "|" + 7 * "---|",
             *(_ratio_line(row, round(facts.steps * row["step_factor"])) for row in rows),
         ]
+        for length in sorted({r["step_factor"] for r in rows if r["depth_pays"] is False}):
+            lines += [
+                "",
+                *_wrapped(
+                    f"**With {round(facts.steps * length):,} steps depth does not pay yet**: "
+                    "a lower exit ends below backpropagation, so these gaps are no ranking."
+                ),
+            ]
     return "\n".join(lines) + "\n"
 
 

@@ -26,18 +26,17 @@ from torch import Tensor
 from ds_local.engine import instructions, loading, saving
 from ds_local.engine.deepspeed_seam import (
     ENGINES,
-    PipelineEngineSeam,
     always_check_overflow,
 )
 from ds_local.engine.evaluation import evaluate, mean_losses
 from ds_local.engine.executor import Executor
-from ds_local.engine.finite import Events
+from ds_local.engine.finite import KINDS, Events
 from ds_local.engine.instructions import StageSchedule
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import Reports, Traffic, monitor_listener
 from ds_local.engine.stopping import Stopping
-from ds_local.engine.updates import Updates
+from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError
 from ds_local.links import notices
 from ds_local.links.failures import Failures, meeting
@@ -54,7 +53,7 @@ def _by_executor(method: str) -> Callable[..., None]:
     return lambda engine, **at: getattr(engine.executor, method)(**at)
 
 
-class LocalPipelineEngine(PipelineEngineSeam):
+class LocalPipelineEngine(StageUpdates):
     """Trains a `LocalPipelineModule`. Use `initialize.initialize` to make one.
 
     `train_batch` returns this stage's own loss (the mean over the step's micro-batches, and over
@@ -75,7 +74,8 @@ class LocalPipelineEngine(PipelineEngineSeam):
         self._look_after_each_other()
         self.recorder: Recorder | None = None  # set it to keep a trace
         self.replicas = Together()  # `initialize` puts here what the config asks for
-        self.updates = Updates(self)
+        self._grad_norms: dict[int, Any] = {}  # by segment, where DeepSpeed's is of a stage
+        self._one_by_one = not self.zero_optimization() and not self.using_bf16_optimizer
         alone = self.section.replicas.sync != "gradients" and self.is_data_parallel
         self.events = Events(
             self.section.on_nonfinite.skip,
@@ -129,50 +129,25 @@ class LocalPipelineEngine(PipelineEngineSeam):
         """What the ranks of this engine tell each other beside the steps."""
         self._notices = notices.current()
         number = 1 if self._notices is None else next(self._notices.numbers)
-        coordinates = map(self.grid._topo.get_coord, range(dist.get_world_size()))
-        names = [f"stage {at.pipe} (rank {rank})" for rank, at in enumerate(coordinates)]
+        stages = map(self.stage_of, range(dist.get_world_size()))
+        names = [f"stage {stage} (rank {rank})" for rank, stage in enumerate(stages)]
         self.failures = Failures(self._notices, number, names.__getitem__)
-        first_ranks = self.grid._topo.get_axis_list("pipe", 0)
+        first_ranks = [self.rank_of(0, replica) for replica in range(self.dp_world_size)]
         self._stopping = Stopping(self._notices, number, first_ranks)
-        self.last_event: dict[str, Any] | None = None  # not finite, and it ends the run
+        heard: list[
+            dict[str, Any]
+        ] = []  # the notices must not keep the engine, and its links, alive
+        self._last_events = heard
+        self._event_topic = f"nonfinite/{number}"
         if self._notices is not None:
-            self._event_topic = f"nonfinite/{number}"
-            self._notices.answer(self._event_topic, lambda q: self._hear_event(q["event"]))
+            self._notices.answer(self._event_topic, lambda told: heard.append(told["event"]))
         self.watchdog: Watchdog | None = None
         if self._notices is not None:
             warn_seconds, chores = self.section.link.warn_seconds, [self._stopping.arrange]
             self.watchdog = Watchdog(self._notices, self.failures.name, warn_seconds, chores)
             weakref.finalize(self, self.watchdog.stop).atexit = False
 
-    # --- what DeepSpeed would do over all stages
-    # ------------------------------------------------------------------------
-
-    def _scale_by_segment(self) -> None:
-        """Learning rates of the config's factors, in the parameter groups by segment that
-        `initialize` made."""
-        if not self.section.scales_learning_rates:
-            return
-        kept: list[float] = []
-
-        def scale(optimizer: Any, *_: Any) -> None:
-            kept[:] = [group["lr"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["lr"] *= self.section.lr_multiplier(group["segment"], self.global_steps)
-
-        def restore(optimizer: Any, *_: Any) -> None:
-            for group, rate in zip(optimizer.param_groups, kept, strict=True):
-                group["lr"] = rate
-
-        self.basic_optimizer.register_step_pre_hook(scale)
-        self.basic_optimizer.register_step_post_hook(restore)
-
-    def clip_fp32_gradients(self) -> None:
-        """Clip each segment by its own gradient norm. DeepSpeed's version takes stage 0's norm for
-        all stages."""
-        self.updates.clip()
-
-    # --- links
-    # ----------------------------------------------------------------------------------------------------------
+    # --- links ------------------------------------------------------------------------------------
 
     def _make_links(self) -> tuple[dict[int, Any], dict[Link, Any]]:
         """All links of this rank: by lower segment for activations, by `Link` for gradients. A
@@ -238,8 +213,7 @@ class LocalPipelineEngine(PipelineEngineSeam):
     def _links(self) -> list[End]:
         return [end for end in self._ends.values() if end is not None]
 
-    # --- a step
-    # ---------------------------------------------------------------------------------------------------------
+    # --- a step -----------------------------------------------------------------------------------
 
     def train_batch(self, data_iter: Any = None) -> Tensor | None:
         """One optimizer step.
@@ -276,14 +250,24 @@ class LocalPipelineEngine(PipelineEngineSeam):
             traffic = self._traffic.end(self.replicas)
             traffic["seconds"] = time.perf_counter() - started
             own = self.module.local_segments
-            self.reports.close_step(
-                {segment: self.updates.figures(segment) | traffic for segment in own}
-            )
+            self.reports.close_step({segment: self._figures(segment) | traffic for segment in own})
             self.events.check()
         with_loss = [
             self.segment_losses[s] for s in self.module.local_segments if s in self.segment_losses
         ]
         return with_loss[-1] if with_loss else None
+
+    def _figures(self, segment: int) -> dict[str, Any]:
+        """Of the step that ends, but for its traffic."""
+        kind, event = self.events.newest.get(segment, (None, None))
+        return {
+            "step": self.global_steps,
+            "grad_norm": self._grad_norms.get(segment, self.get_global_grad_norm()),
+            "nonfinite": None if kind is None else KINDS.index(kind),
+            "nonfinite_step": event,
+            "skipped": self.skipped_steps,
+            **self._read[segment],
+        }
 
     def _run(self, pipe_schedule: StageSchedule, data: Iterator[Any]) -> None:
         step = self.global_steps
@@ -346,11 +330,13 @@ class LocalPipelineEngine(PipelineEngineSeam):
                     link.fail(reason)
             raise
 
-    def _hear_event(self, event: dict[str, Any]) -> None:
-        self.last_event = event
+    @property
+    def last_event(self) -> dict[str, Any] | None:
+        """What was not finite, if that ends the run."""
+        return self._last_events[-1] if self._last_events else None
 
     def _tell_event(self, event: dict[str, Any]) -> None:
-        self.last_event = event
+        self._last_events.append(event)
         if self._notices is not None:
             self._notices.ask_all(self._event_topic, event=event)
 
@@ -422,9 +408,6 @@ class LocalPipelineEngine(PipelineEngineSeam):
             saving.save(self, write, save_dir, tag, client_state, save_latest)
             self._agree_to_stop()
         return True
-
-    def _copy_recovery_script(self, save_path: str) -> None:
-        pass  # DeepSpeed's script knows no pipeline stages; `export_hf.py` does
 
     def load_checkpoint(
         self,
@@ -537,18 +520,10 @@ class LocalPipelineEngine(PipelineEngineSeam):
             link.flush()
         super().destroy()
 
-    def reduce_gradients(self) -> None:
-        """Average gradients and losses over the replicas of this stage, unless they train apart."""
-        self.updates.reduce()
-
-    def take_step(self, lr_kwargs: Any) -> None:
-        """DeepSpeed's, but for segments whose numbers are not finite."""
-        self.updates.take(lr_kwargs)
-
     INSTRUCTIONS: ClassVar[dict[type, Any]] = {
         **{
             instruction: _by_executor(method)
             for instruction, method in instructions.METHODS.items()
         },
-        instructions.ReduceGrads: reduce_gradients,
+        instructions.ReduceGrads: StageUpdates.reduce_gradients,
     }
