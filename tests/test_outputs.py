@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from sentences import one_sentence
+from small_disks import remount, small_disk
 
 from ds_local.errors import DataError, ExportError, OutputError
 from ds_local.outputs import (
@@ -341,19 +341,6 @@ def test_files_that_may_be_written(tmp_path):
 # --- storage that refuses
 
 
-@contextmanager
-def small_disk(place, options):
-    """A file system of a few kilobytes in memory, which only root can make."""
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-    if os.geteuid() or subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk to fill")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 @pytest.mark.parametrize(
     ("options", "text", "said"),
     [
@@ -390,7 +377,7 @@ def test_errors_that_do_not_say_so_on_a_full_disk(tmp_path):
 def test_a_disk_that_cannot_be_written(tmp_path):
     with small_disk(tmp_path / "disk", "size=1m") as disk:
         make(disk / "place")
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        remount(disk, "ro")
         before = tree(disk)
         with one_sentence(f"cannot write {disk}/place", "read-only file system", error=DataError):
             make(disk / "place")

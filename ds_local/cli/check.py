@@ -92,15 +92,12 @@ def check_ranks(args: argparse.Namespace) -> None:
     from torch import distributed as dist
 
     from ds_local.cluster import start_check as cluster
-    from ds_local.config.deepspeed import check_deepspeed
-    from ds_local.config.files import load_config, local_parallel
     from ds_local.config.placement import num_stages_and_replicas
+    from ds_local.engine.deepspeed_checks import checked
     from ds_local.engine.process_group import end_processes, start_processes
     from ds_local.model import blocks
 
-    config = load_config(args.deepspeed_config or {})
-    check_deepspeed(config)
-    section = local_parallel(config)
+    config, section = checked(args.deepspeed_config or {})
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     stages, replicas = num_stages_and_replicas(section, world_size, args.num_stages)
     model = None if args.model is None else blocks.config_dict(blocks.load_model_config(args.model))

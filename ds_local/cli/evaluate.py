@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_local.cli.arguments import Parser, whole
+from ds_local.cli.arguments import Parser, output_file, whole
 from ds_local.cli.exits import exits_of
 from ds_local.config import strict_json
 
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="also with data, or a tokenizer, that the model was not trained with",
     )
-    parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--json", type=output_file('"bits_per_byte"'), help="file for the figures")
     args = parser.parse_args(arguments)
 
     found = evaluate_all(args)
@@ -60,13 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
 def evaluate_all(args: argparse.Namespace) -> dict[int, dict[str, Any]]:
     """Figures of every exit. Raises DataError, WeightsError, ExportError, ..."""
     from ds_local.data.dataset import TokenData, evenly_spaced
-    from ds_local.errors import DataError
-    from ds_local.outputs import check_file, write_file
+    from ds_local.outputs import write_file
 
-    if args.batch_size < 1:
-        raise DataError(f"--batch-size is {args.batch_size}; give at least 1")
-    if args.json:
-        check_file(args.json, mark='"bits_per_byte"')
     data = TokenData(args.data)
     indices = evenly_spaced(data.num_sequences("validation"), args.sequences)
     with tempfile.TemporaryDirectory() as scratch:

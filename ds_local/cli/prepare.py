@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 
+from ds_local.cli.arguments import Parser, number, whole
+
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--source",
         nargs="+",
@@ -25,9 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
         default="sentencepiece:4096",
         help="sentencepiece:SIZE to train one, or a folder or hub name",
     )
-    parser.add_argument("--seq-len", type=int, default=128, help="tokens in a sequence")
+    parser.add_argument("--seq-len", type=whole(2), default=128, help="tokens in a sequence")
     parser.add_argument(
-        "--validation-share", type=float, default=0.02, help="share of the documents held out"
+        "--validation-share", type=number(), default=0.02, help="share of the documents held out"
     )
     parser.add_argument(
         "--skip",

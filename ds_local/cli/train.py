@@ -99,9 +99,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    read_settings(args)  # most mistakes are said before the seconds that torch takes
+    config = read_settings(args)  # most mistakes are said before the seconds that torch takes
     os.environ.setdefault("LOCAL_RANK", str(max(args.local_rank, 0)))
     with Signals() as signals:
+        from ds_local.engine.deepspeed_checks import checked
+
+        checked(config)  # the others before those that transformers and datasets take
         from ds_local.training import loop
 
         loop.train(args, signals)

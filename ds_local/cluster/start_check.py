@@ -60,7 +60,7 @@ def data_fingerprint(folder: str | Path) -> str:
 
 def own_facts(config: Any = None, data: str | Path | None = None) -> dict[str, Any]:
     """What this rank tells the others about itself."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     return {
         "host": socket.gethostname(),
         "address": own_address(),
@@ -68,7 +68,10 @@ def own_facts(config: Any = None, data: str | Path | None = None) -> dict[str, A
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in PACKAGES},
         "code": fingerprint(
-            [(path.name, path.read_text()) for path in sorted(package.glob("*.py"))]
+            [
+                (str(path.relative_to(package)), path.read_text())
+                for path in sorted(package.rglob("*.py"))
+            ]
         ),
         "config": fingerprint(config),
         "data": None if data is None else data_fingerprint(data),

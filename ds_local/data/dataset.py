@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 
 from ds_local.errors import DataError, first_line
 from ds_local.model.heads import IGNORE
-from ds_local.outputs import damage
+from ds_local.outputs import damage, read_list
 
 FORMAT = 2
 KIND = "data folder"
@@ -76,13 +76,13 @@ class TokenData:
         self.facts = _read_facts(self.folder)
         limit = CHECKED_BYTES if verify else 0
         if damaged := damage(self.folder, limit, sample=date.today().toordinal()):
-            raise DataError(f"{self.folder} is damaged: {damaged}; prepare it again")
+            raise DataError(f"{self.folder} is damaged: {damaged}; {_again(self.folder)}")
         try:
             self._splits = datasets.load_from_disk(str(self.folder)).with_format("numpy")
             counts = {split: len(self._splits[split]) for split in SPLITS}
         except Exception as error:  # a foreign folder can fail in many ways
             raise DataError(
-                f"{self.folder} holds no sequences that can be read ({first_line(error)}); prepare it again"
+                f"{self.folder} holds no sequences that can be read ({first_line(error)}); {_again(self.folder)}"
             ) from error
         if counts != self.facts["sequences"]:
             raise DataError(
@@ -119,6 +119,11 @@ class TokenData:
         return torch.from_numpy(ids)
 
 
+def _again(folder: Path) -> str:
+    """The remedy: `corpus.prepare` replaces a folder that is known to be ours."""
+    return "prepare it again" if read_list(folder) else "prepare the data again, in another folder"
+
+
 def _read_facts(folder: Path) -> Facts:
     """What prepared.json says. Raises DataError when it is missing, or something else."""
     path = folder / "prepared.json"
@@ -131,14 +136,14 @@ def _read_facts(folder: Path) -> Facts:
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         told = found.get("format") if isinstance(found, dict) else None
         raise DataError(
-            f"{path} has data format {told}, this version reads {FORMAT}; prepare it again"
+            f"{path} has data format {told}, this version reads {FORMAT}; {_again(folder)}"
         )
     try:
         return TypeAdapter(Facts).validate_python(found, strict=True)
     except ValidationError as error:
         wrong = error.errors()[0]
         where = ".".join(map(str, wrong["loc"]))
-        raise DataError(f"{path}: {where}: {wrong['msg'].lower()}; prepare it again") from error
+        raise DataError(f"{path}: {where}: {wrong['msg'].lower()}; {_again(folder)}") from error
 
 
 @functools.lru_cache(maxsize=2)

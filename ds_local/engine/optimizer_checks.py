@@ -49,9 +49,7 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
     settings = config.get("optimizer")
     if settings is None:
         return
-    name = settings.get("type")
-    if not name:
-        raise ConfigError('optimizer has no type; write one, such as "type": "AdamW"')
+    name = settings["type"]
     params = dict(settings.get("params") or {})
     if "max_grad_norm" in params:
         raise ConfigError(
@@ -173,9 +171,7 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
         return
     if scheduler_of(config) is not None:
         return  # ours, and checked there
-    name = settings.get("type")
-    if not name:
-        raise ConfigError('scheduler has no type; write one, such as "type": "WarmupCosineLR"')
+    name = settings["type"]
     params = settings.get("params")
     if params is None:
         raise ConfigError('scheduler has no params; write them, at least "params": {}')

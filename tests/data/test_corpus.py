@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from launch import script
 from sentences import one_sentence
-from test_outputs import small_disk
+from small_disks import small_disk
 from tokenizers import Regex, Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

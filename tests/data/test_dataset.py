@@ -186,7 +186,10 @@ DAMAGES = {
         "prepared.json changed since it was written",
     ),
     "longer facts": (lambda p: (p / "prepared.json").open("a").write("\n"), "prepared.json has"),
-    "no list": (lambda p: (p / outputs.FILES).unlink(), "ds_local_files.json is missing"),
+    "no list": (
+        lambda p: (p / outputs.FILES).unlink(),
+        "ds_local_files.json is missing or damaged; prepare the data again, in another folder",
+    ),
     "half a list": (
         lambda p: (p / outputs.FILES).write_text("{"),
         "ds_local_files.json is missing or damaged",

@@ -11,20 +11,20 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from ds_local.cli import evaluate
-from ds_local.cli import generate
 import pytest
 import torch
 from families import VARIANTS
 from ranks import run_ranks
 from sentences import one_sentence
+from small_disks import small_disk
 from test_corpus import words
 from test_hf import train_and_save
-from test_outputs import small_disk, tree
+from test_outputs import tree
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_local import outputs
 from ds_local.checkpoints import hf_export as hf
+from ds_local.cli import evaluate, generate
 from ds_local.data.corpus import prepare
 from ds_local.data.dataset import TokenData
 from ds_local.errors import (
@@ -165,6 +165,13 @@ def test_runs_that_were_damaged(run: Path, tmp_path: Path, what: str) -> None:
     with one_sentence(str(run), said, error=DsLocalError):
         hf.export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_damaged_lines_of_metrics_do_no_harm(run: Path, tmp_path: Path) -> None:
+    good = {"step": 2, "segment": 1, "split": "validation", "loss": 2.5}
+    lines = ["{", '{"a": 3}', json.dumps(good), '"x"']
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert "2.5000" in (hf.export(run, tmp_path / "out") / "README.md").read_text()
 
 
 def test_weights_that_are_not_finite_are_not_exported(run: Path, tmp_path: Path) -> None:
@@ -319,14 +326,11 @@ def test_some_sequences_stand_for_all(made: Path) -> None:
     [
         ({"sequences": 0}, "0 validation sequences", DataError),
         ({"sequences": -3}, "-3 validation sequences", DataError),
-        ({"batch_size": 0}, "--batch-size is 0", DataError),
         ({"data": "run"}, "run is not a complete data folder", DataError),
         ({"data": "nowhere"}, "nowhere is not a complete data folder", DataError),
         ({"model": "nowhere"}, "nowhere does not exist", WeightsError),
         ({"model": "data"}, "nothing to resume in", CheckpointError),
         ({"model": "data/tokenizer"}, "nothing to resume in", CheckpointError),
-        ({"json": "data/prepared.json"}, "was not written by this command", OutputError),
-        ({"json": "data"}, "is a folder", OutputError),
     ],
     ids=str,
 )
@@ -334,11 +338,33 @@ def test_what_cannot_be_evaluated(
     made: Path, how: dict[str, Any], said: str, error: type[DsLocalError]
 ) -> None:
     settings = {"model": "exits", "data": "data"} | how
-    for key in ("model", "data", "json"):
-        if key in settings:
-            settings[key] = made / settings[key]
+    for key in ("model", "data"):
+        settings[key] = made / settings[key]
     with one_sentence(said, error=error):
         evaluated(**settings)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--json", "data/prepared.json", "was not written by this command"),
+        ("--json", "data", "is a folder"),
+        ("--batch-size", "0", "must be an integer of at least 1"),
+        ("--sequences", "many", "must be an integer of at least 1"),
+    ],
+)
+def test_bad_arguments_of_evaluate(
+    made: Path, capsys: Any, flag: str, value: str, said: str
+) -> None:
+    given = str(made / value) if flag == "--json" else value
+    before = tree(made / "data")
+    with pytest.raises(SystemExit):
+        evaluate.main([str(made / "exits"), "--data", str(made / "data"), flag, given])
+    told = capsys.readouterr().err
+    assert flag in told
+    assert said in told
+    assert told.count("\n") == 1
+    assert tree(made / "data") == before
 
 
 def test_a_model_too_small_for_the_data(made: Path, tmp_path: Path) -> None:
@@ -361,19 +387,7 @@ def test_figures_go_to_a_file_of_ours(made: Path, tmp_path: Path) -> None:
 # --- generating
 
 
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ({"temperature": math.nan}, "--temperature is nan"),
-        ({"temperature": -1.0}, "--temperature is -1.0"),
-        ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
-        ({"draft_tokens": -1}, "--draft-tokens is -1"),
-        ({"prompt": ""}, "--prompt has 0 tokens; "),
-        ({"prompt": "x " * 50}, "takes from 1 to 15"),
-    ],
-    ids=str,
-)
-def test_prompts_and_numbers_that_make_no_sense(made: Path, how: dict[str, Any], said: str) -> None:
+def continued(model: Path, **how: Any) -> str:
     settings = {
         "prompt": "abc",
         "temperature": 0.0,
@@ -381,10 +395,25 @@ def test_prompts_and_numbers_that_make_no_sense(made: Path, how: dict[str, Any],
         "draft_tokens": 4,
         "seed": 0,
     }
-    args = Namespace(**settings | how)
-    with one_sentence(said, error=ConfigError):
-        generate.check(args)
-        generate.continue_text(made / "exits" / "segment_1", None, args)
-    assert generate.continue_text(
-        made / "exits" / "segment_1", None, Namespace(**settings)
-    ).startswith("abc")
+    return generate.continue_text(model, None, Namespace(**settings | how))
+
+
+def test_prompts_that_do_not_fit(made: Path, tmp_path: Path) -> None:
+    model = made / "exits" / "segment_1"
+    assert continued(model).startswith("abc")
+    for prompt, said in (("", "--prompt has 0 tokens; "), ("x " * 50, "takes from 1 to 15")):
+        with one_sentence(said, error=ConfigError):
+            continued(model, prompt=prompt)
+    small = hf.blocks.load_model_config(VARIANTS["gpt2"])  # of fewer tokens than its tokenizer
+    AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(made / "data" / "tokenizer").save_pretrained(tmp_path / "small")
+    with one_sentence(f"{tmp_path}/small gives the id", "the model has 64 tokens"):
+        continued(tmp_path / "small")
+
+
+@pytest.mark.parametrize("flag", ["--temperature", "--max-new-tokens", "--draft-tokens"])
+@pytest.mark.parametrize("value", ["nan", "-1"])
+def test_bad_numbers_of_generate(made: Path, capsys: Any, flag: str, value: str) -> None:
+    with pytest.raises(SystemExit):
+        generate.main([str(made / "exits"), flag, value])
+    assert flag in capsys.readouterr().err
