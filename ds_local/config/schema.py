@@ -16,7 +16,6 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
@@ -367,13 +366,18 @@ class NonFiniteConfig(Strict):
     skip: PositiveInt = 10
     """The stage leaves out the update and says so; this many such steps in a row end the run."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _or_stop(cls, value: Any) -> Any:
+        if value == "stop":
+            return {"skip": 1}
+        if not isinstance(value, Mapping | NonFiniteConfig):
+            raise ValueError(f'must be "stop" or {{"skip": n}}, got {value!r}')
+        return value
 
-def _or_stop(value: Any) -> Any:
-    if value == "stop":
-        return {"skip": 1}
-    if not isinstance(value, Mapping | NonFiniteConfig):
-        raise ValueError('must be "stop" or {"skip": n}')
-    return value
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [{"const": "stop"}, handler.resolve_ref_schema(handler(core))]}
 
 
 class LocalParallelConfig(Scheme):
@@ -416,7 +420,7 @@ class LocalParallelConfig(Scheme):
     and its options."""
     replicas: ReplicasConfig = ReplicasConfig()
     """The data-parallel axis."""
-    on_nonfinite: Annotated[NonFiniteConfig, BeforeValidator(_or_stop)] = NonFiniteConfig()
+    on_nonfinite: NonFiniteConfig = NonFiniteConfig()
     """What becomes of a step whose loss, gradient or activations are not finite. "stop": the first
     one ends the run, as {"skip": 1} does."""
     seed: NonNegativeInt = 1234

@@ -448,8 +448,9 @@ class _Loop:
         """All rows of metrics.jsonl are on the disk before `latest` names their step."""
         began = time.perf_counter()
         try:
-            self.engine.reports.flush()
-            together(self._settle)
+            with self.engine.meeting(f"the save after step {self.engine.global_steps}"):
+                self.engine.reports.flush()
+                together(self._settle)
             self.engine.save_checkpoint(str(self.run_folder / "checkpoints"))
         finally:
             self.started += time.perf_counter() - began

@@ -34,6 +34,12 @@ MISTAKES = {
     "no stages": ({"num_stages": 0}, "local_parallel.num_stages"),
     "no segments": ({"segments_per_stage": 0}, "local_parallel.segments_per_stage"),
     "negative seed": ({"seed": -1}, "local_parallel.seed"),
+    "another word for stop": (
+        {"on_nonfinite": "halt"},
+        'local_parallel.on_nonfinite: must be "stop" or {"skip": n}, got \'halt\'',
+    ),
+    "no step to skip": ({"on_nonfinite": {"skip": 0}}, "local_parallel.on_nonfinite.skip"),
+    "misspelt skip": ({"on_nonfinite": {"skp": 3}}, "did you mean 'skip'?"),
     "misspelt link key": ({"link": {"dept": 4}}, "did you mean 'depth'?"),
     "link depth 0": ({"link": {"depth": 0}}, "local_parallel.link.depth"),
     "timeout 0": ({"link": {"timeout_seconds": 0}}, "local_parallel.link.timeout_seconds"),
@@ -400,3 +406,11 @@ def test_a_mode_on_the_command_line_replaces_the_whole_scheme(given):
     assert local_parallel({"local_parallel": section}) == local_parallel(
         {"local_parallel": {"mode": "local", "seed": 3}}
     )
+
+
+def test_stop_is_the_first_step():
+    stop = local_parallel({"local_parallel": {"on_nonfinite": "stop"}})
+    assert stop.on_nonfinite.skip == 1
+    again = {"local_parallel": stop.model_dump(mode="json", exclude_unset=True)}
+    assert local_parallel(again) == stop
+    assert local_parallel({}).on_nonfinite.skip == 10
