@@ -247,3 +247,18 @@ def test_weights_are_those_of_one_process_autograd(section):
                 where = f"{kind}, {name}, (ranks, checkpoint) = {run}\n"
                 close = {"rtol": 1e-4, "atol": 2e-6}
                 torch.testing.assert_close(tensor, state[name], **close, msg=where.__add__)
+
+
+@pytest.mark.parametrize("tied", ["spec", "module"])
+def test_weights_that_stages_would_share_are_refused(tied, monkeypatch):
+    import ds_local
+    from ds_local.engine.module import LayerSpec, TiedLayerSpec
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    linear = torch.nn.Linear(6, 6)
+    layers, words = {
+        "spec": ([TiedLayerSpec("t", torch.nn.Linear, 6, 6)] * 2, "layer 0 is a TiedLayerSpec"),
+        "module": ([linear, LayerSpec(torch.nn.ReLU), linear], "layers 0 and 2 share weights"),
+    }[tied]
+    with pytest.raises(ds_local.ConfigError, match=words):
+        ds_local.LocalPipelineModule(layers, 2, config={"local_parallel": {"mode": "backprop"}})
