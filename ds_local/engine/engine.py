@@ -219,8 +219,8 @@ class LocalPipelineEngine(StageUpdates):
         """One optimizer step.
 
         Args:
-            data_iter: yields micro-batches `(inputs, labels)`; read on the first stage only, others
-                may pass None.
+            data_iter: yields micro-batches, `(inputs, labels)` or a collator's dict (`batches.py`);
+                read on the first stage only, others may pass None.
 
         Returns:
             This stage's loss, a scalar tensor; None when the routes give this stage no loss in this

@@ -126,7 +126,7 @@ class Executor:
 
     def load_micro_batch(self, segment: int, micro_batch: int) -> None:
         if not self._read:
-            self._read.extend(self._read_on(micro_batch))
+            self._read_on(micro_batch)
         inputs, labels, weight = self._read.popleft()
         try:
             live = _Live(to_device(inputs, self.device), to_device(labels, self.device), weight)
@@ -135,17 +135,17 @@ class Executor:
         self.live[segment, micro_batch] = live
         self._see_inputs(segment, micro_batch)
 
-    def _read_on(self, micro_batch: int) -> Iterator[tuple[Any, Any, float]]:
-        """The next micro-batch, on the host; all of the step's where they are weighed."""
+    def _read_on(self, micro_batch: int) -> None:
+        """Read the next micro-batch, or all of the step's where they are weighed."""
         if not self._weighs_tokens:
-            yield *self._next(micro_batch), 1.0
+            self._read.append((*self._next(micro_batch), 1.0))
             return
         count = self._schedule.num_micro_batches
         pairs = [self._next(number) for number in range(count)]
         targets = [float(self.segments.weight_of(labels)) for _, labels in pairs]
         mean = self.mean_over_replicas(sum(targets) / count)
-        for (inputs, labels), number in zip(pairs, targets, strict=True):
-            yield inputs, labels, number / mean if mean else 0.0
+        weights = [number / mean if mean else 0.0 for number in targets]
+        self._read.extend((*pair, weight) for pair, weight in zip(pairs, weights, strict=True))
 
     def _next(self, micro_batch: int) -> tuple[Any, Any]:
         try:
@@ -170,10 +170,8 @@ class Executor:
 
     def _see_inputs(self, segment: int, micro_batch: int) -> None:
         live = self.live[segment, micro_batch]
-        learning = [
-            s for s, wanted in zip(live.inputs.slots(), live.learns, strict=False) if wanted
-        ]
-        seen = finite.state_in(live.inputs.slots(), learning)
+        learning = [s for s, wanted in zip(live.inputs.slots, live.learns, strict=False) if wanted]
+        seen = finite.state_in(live.inputs.slots, learning)
         self.watch.see(finite.BELOW, segment, seen, micro_batch)
 
     def forward_pass(self, segment: int, micro_batch: int) -> None:
@@ -182,14 +180,14 @@ class Executor:
         live.passes_left = len(passes)
         inputs, live.inputs = live.inputs, _NOTHING
         if any(one.sends is not None for one in passes):
-            live.slots = inputs.slots()
+            live.slots = inputs.slots
             for slot, wanted in zip(live.slots, live.learns, strict=True):
                 slot.requires_grad_(wanted)
             inputs = inputs.map(_writable)
         dropout = self._seeded("dropout", segment, micro_batch)
         with dropout, torch.set_grad_enabled(bool(passes)):
             self._run(segment, live, inputs)
-        slots = live.outputs.slots()
+        slots = live.outputs.slots
         seen = finite.state_in(slots, [slot for slot in slots if slot.requires_grad])
         self.watch.see(finite.OUTPUT, segment, seen, micro_batch)
         if self.keep_output is not None:
@@ -263,7 +261,7 @@ class Executor:
         if any(loss == segment for loss, _ in one.reads) and segment not in live.gradients:
             self._run_head(segment, micro_batch, live)
         gradients = combine([(live.gradients[loss], factor) for loss, factor in one.reads])
-        pairs = zip(live.outputs.slots(), gradients, strict=True)
+        pairs = zip(live.outputs.slots, gradients, strict=True)
         read = [(slot, g) for slot, g in pairs if g is not None and slot.requires_grad]
         outputs, given = [slot for slot, _ in read], [g for _, g in read]
         inputs = [slot for slot in live.slots if slot.requires_grad]
@@ -300,13 +298,13 @@ class Executor:
         The head works on a detached copy of the output, so it learns only from its own loss, and
         its logits are gone before the segment's own backward pass starts.
         """
-        slots = [s.detach().requires_grad_(s.requires_grad) for s in live.outputs.slots()]
+        slots = [s.detach().requires_grad_(s.requires_grad) for s in live.outputs.slots]
         hidden = self._for_head(segment, live.outputs.with_slots(slots))
         labels = self._for_head(segment, live.labels).value()
         with self._seeded("head", segment, micro_batch):
             loss = self.segments.loss_of(segment, hidden.value(), labels)
         if segment + 1 == self.segments.num_segments:
-            _note_changes(hidden.slots(), live.outputs.slots())
+            _note_changes(hidden.slots, live.outputs.slots)
         scale = self._routes(micro_batch).loss_weights[segment] * live.weight
         if loss.requires_grad:
             torch.autograd.backward(loss * (scale / self._schedule.num_micro_batches))

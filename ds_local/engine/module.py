@@ -133,9 +133,10 @@ class LocalPipelineModule(PipelineModuleSeam):
                 f"{num_stages} stages x {self.section.segments_per_stage} segments need at least {num_segments} layers, "
                 f"the model has {len(layers)}; lower num_stages or segments_per_stage"
             )
-        if any(isinstance(layer, TiedLayerSpec) for layer in layers) and num_stages > 1:
+        if num_stages > 1 and (tied := _tied(layers)):
             raise ConfigError(
-                "TiedLayerSpec between stages needs a collective over all stages in every step; use separate layers (untied)"
+                f"{tied}: weights that stages share need a collective over all stages in every "
+                "step; use separate layers (untied)"
             )
         if not any(getattr(layer, "typename", None) is blocks.Block for layer in layers):
             check_cut(None, self.section.replicas, 1)
@@ -433,6 +434,18 @@ def _check_batches(
     if {"train_batch_size", "train_micro_batch_size_per_gpu"} & ds_config.keys():
         _, num_micro_batches = batch_sizes(ds_config, _world_size() // num_stages)
         _ = RunPlan.of(section, num_stages, num_micro_batches).schedules
+
+
+def _tied(layers: Sequence[Any]) -> str | None:
+    """Which layers share weights, if any do."""
+    owner: dict[nn.Parameter, int] = {}
+    for number, layer in enumerate(layers):
+        if isinstance(layer, TiedLayerSpec):
+            return f"layer {number} is a TiedLayerSpec"
+        for parameter in layer.parameters() if isinstance(layer, nn.Module) else ():
+            if owner.setdefault(parameter, number) != number:
+                return f"layers {owner[parameter]} and {number} share weights"
+    return None
 
 
 def _num_stages(section: LocalParallelConfig, num_stages: int | None, topology: Any) -> int:

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from ds_local.config.schema import LinkConfig
 from ds_local.links import codecs
-from ds_local.links.trees import CannotTravel, Tree, as_leaves, as_tensor, form_of, text_of
+from ds_local.links.trees import (
+    TENSOR,
+    CannotTravel,
+    Tree,
+    as_leaves,
+    as_tensor,
+    form_of,
+    text_of,
+)
 
 Slots = list[Tensor | None]  # a gradient, by slot; None: nothing reads the tensor
 
@@ -52,7 +60,7 @@ def pack(name: str, tree: Tree) -> dict[str, Tensor]:
     """A value as named tensors; nothing for None."""
     if tree.form is None:
         return {}
-    if tree.form == "tensor":
+    if tree.form == TENSOR:
         return {name: tree.leaves[0]}
     leaves = {f"{name}.{i}": as_tensor(leaf) for i, leaf in enumerate(tree.leaves)}
     return leaves | {f"{name}={text_of(tree.form)}": _NO_BYTES}
@@ -61,7 +69,7 @@ def pack(name: str, tree: Tree) -> dict[str, Tensor]:
 def unpack(name: str, message: Mapping[str, Tensor]) -> Tree:
     """What `pack` was given."""
     if name in message:
-        return Tree([message[name]], "tensor")
+        return Tree([message[name]], TENSOR)
     text = next((key for key in message if key.startswith(f"{name}=")), None)
     if text is None:
         return Tree([], None)
@@ -88,8 +96,8 @@ def activation_message(
         CannotTravel: when a codec does not know which of several tensors is the hidden state.
     """
     message = _encoded(pack("hidden", hidden), hidden, link, segment)
-    if hidden.form != "tensor":
-        message["learns"] = _flags(tuple(slot.requires_grad for slot in hidden.slots()))
+    if hidden.form != TENSOR:
+        message["learns"] = _flags(tuple(slot.requires_grad for slot in hidden.slots))
     if weight is not None:
         message["weight"] = torch.tensor(weight, dtype=torch.float64)
     return message | pack("labels", labels) | {"figures": figures}

@@ -14,14 +14,14 @@ import sys
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Form = Any  # _TENSOR, _NUMBER, None, ("text", string), (kind, names, forms of the parts)
+Form = Any  # TENSOR, _NUMBER, None, ("text", string), (kind, names, forms of the parts)
 
-_TENSOR, _NUMBER = "tensor", "number"
+TENSOR, _NUMBER = "tensor", "number"
 _NUMBERS = {
     bool: torch.bool,
     int: torch.int64,
@@ -37,11 +37,14 @@ class CannotTravel(Exception):
     """Says what it is that cannot travel."""
 
 
-class Tree(NamedTuple):
+class Tree:
     """A value taken apart."""
 
-    leaves: list[Any]
-    form: Form
+    __slots__ = ("form", "leaves", "slots")
+
+    def __init__(self, leaves: list[Any], form: Form) -> None:
+        self.leaves, self.form = leaves, form
+        self.slots: list[Tensor] = [leaf for leaf in leaves if _is_slot(leaf)]
 
     @classmethod
     def of(cls, value: Any, strict: bool = True) -> Tree:
@@ -55,21 +58,16 @@ class Tree(NamedTuple):
                 None, or a container of a class of its own.
         """
         if type(value) is Tensor and (not strict or _is_plain(value)):
-            return cls([value], _TENSOR)
+            return cls([value], TENSOR)
         leaves: list[Any] = []
-        return cls(leaves, _take_apart(value, leaves, strict))
+        form = _take_apart(value, leaves, strict)
+        return cls(leaves, form)
 
     def value(self) -> Any:
         """The value, put together again."""
         return (
-            self.leaves[0] if self.form == _TENSOR else _put_together(self.form, iter(self.leaves))
+            self.leaves[0] if self.form == TENSOR else _put_together(self.form, iter(self.leaves))
         )
-
-    def tensors(self) -> list[Tensor]:
-        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
-
-    def slots(self) -> list[Tensor]:
-        return [leaf for leaf in self.leaves if is_slot(leaf)]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Tree:
         """The tree with `function` applied to every tensor."""
@@ -79,10 +77,10 @@ class Tree(NamedTuple):
     def with_slots(self, tensors: Sequence[Tensor]) -> Tree:
         """The tree with other tensors in its slots."""
         new = iter(tensors)
-        return Tree([next(new) if is_slot(leaf) else leaf for leaf in self.leaves], self.form)
+        return Tree([next(new) if _is_slot(leaf) else leaf for leaf in self.leaves], self.form)
 
 
-def is_slot(leaf: Any) -> bool:
+def _is_slot(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
@@ -99,7 +97,7 @@ def _take_apart(value: Any, leaves: list[Any], strict: bool) -> Form:
     kind = type(value)
     if isinstance(value, Tensor) and (not strict or _is_plain(value)):
         leaves.append(value)
-        return _TENSOR
+        return TENSOR
     if value is None:
         return None
     if kind is str:
@@ -138,7 +136,7 @@ def _description(value: Any) -> str:
 
 
 def _put_together(form: Form, leaves: Iterator[Any]) -> Any:
-    if form in (_TENSOR, _NUMBER):
+    if form in (TENSOR, _NUMBER):
         return next(leaves)
     if form is None:
         return None
@@ -195,12 +193,12 @@ def as_tensor(leaf: Any) -> Tensor:
 def as_leaves(tensors: Sequence[Tensor], form: Form) -> list[Any]:
     """The leaves of a form from what travelled."""
     kinds = iter(_leaf_kinds(form))
-    return [tensor if next(kinds) == _TENSOR else tensor.item() for tensor in tensors]
+    return [tensor if next(kinds) == TENSOR else tensor.item() for tensor in tensors]
 
 
 @lru_cache(maxsize=256)
 def _leaf_kinds(form: Form) -> tuple[str, ...]:
-    if form in (_TENSOR, _NUMBER):
+    if form in (TENSOR, _NUMBER):
         return (form,)
     if form is None or form[0] == "text":
         return ()

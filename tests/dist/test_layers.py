@@ -100,6 +100,134 @@ def expected(section, kind):
     return net.state()
 
 
+def build(stages, layers, section=None, loss=None, **settings):
+    import ds_local
+
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "local_parallel": section or {"mode": "backprop"},
+    }
+    module = ds_local.LocalPipelineModule(
+        layers,
+        stages,
+        loss_fn=loss or (lambda outputs, labels: outputs[0].square().mean()),
+        head=functools.partial(nets.Head, "one tensor"),
+        config=config,
+        **settings,
+    )
+    return ds_local.initialize(model=module, config=config)[0]
+
+
+class First(torch.nn.Linear):
+    """Reads the first of what the layer below passes on."""
+
+    def forward(self, inputs):
+        return (super().forward(inputs[0]),)
+
+
+def said_of(outputs, link=None):
+    """What a stage says whose first layer passes on something."""
+    import ds_local
+
+    class Odd(torch.nn.Linear):
+        def forward(self, x):
+            return outputs(super().forward(x))
+
+    section = {"mode": "backprop", "link": link or {}, "segments_per_stage": 1}
+    engine = build(2, [Odd(6, 6), First(6, 6)], section, parts=[0, 1, 2])
+    try:
+        engine.train_batch(iter([nets.data(0, 0)] if engine.is_first_stage() else []))
+    except ds_local.ConfigError as error:
+        return str(error)
+    except ds_local.DsLocalError as error:
+        return error.reason
+
+
+def a_set(x):
+    return x, {1, 2}
+
+
+def two_floats(x):
+    return x, x * 2
+
+
+@pytest.mark.parametrize(
+    ("outputs", "link", "words"),
+    [
+        (a_set, None, "layer 0 (Odd) passes on a set"),
+        (two_floats, {"codec": "int8"}, "layer 0 (Odd) passes on 2 floating-point tensors"),
+    ],
+)
+def test_what_cannot_travel_is_named_with_its_layer(outputs, link, words):
+    for said in run_ranks(said_of, 2, outputs, link):
+        assert words in said
+
+
+def spoilt(kind):
+    """What autograd says when a loss changes what the layer below keeps for its backward pass."""
+    engine = build(1, [torch.nn.Linear(6, 6), torch.nn.Tanh()], loss=kind)
+    try:
+        engine.train_batch(iter([nets.data(0, 0)]))
+    except RuntimeError as error:
+        return str(error)
+
+
+def halve(outputs, labels):
+    return outputs.mul_(0.5).square().mean()
+
+
+def test_a_loss_that_spoils_what_autograd_keeps_is_refused_by_autograd():
+    assert "modified by an inplace operation" in run_ranks(spoilt, 1, halve)[0]
+
+
+def with_dropout(stages):
+    torch.manual_seed(0)
+    layers = [
+        torch.nn.Linear(6, 6) if number % 2 else torch.nn.Dropout(0.5, inplace=True)
+        for number in range(nets.LAYERS)
+    ]
+    section = {"mode": "overlapping", "segments_per_stage": nets.SEGMENTS // stages}
+    engine = build(stages, layers, section, parts=nets.PARTS)
+    data = iter([nets.data(0, m) for m in range(3)]) if engine.is_first_stage() else None
+    for _ in range(3):
+        engine.train_batch(data)
+    return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+
+def test_dropout_in_place_gives_the_same_bits_on_any_number_of_ranks():
+    one, two, four = (run_ranks(with_dropout, ranks, ranks) for ranks in (1, 2, 4))
+    for results in (two, four):
+        for part in results:
+            assert all(torch.equal(tensor, one[0][name]) for name, tensor in part.items())
+
+
+def changing(values):
+    """What stage 0 says when the layer passes on something else in the second step."""
+    import ds_local
+
+    class Changing(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x), values.pop(0)
+
+    engine = build(2, [Changing(6, 6), First(6, 6)], parts=[0, 1, 2])
+    data = [nets.data(0, 0)] * 2 if engine.is_first_stage() else []
+    try:
+        for _ in range(2):
+            engine.train_batch(iter(data))
+    except ds_local.DsLocalError as error:
+        return str(error)
+
+
+def test_numbers_may_change_from_message_to_message_and_kinds_may_not():
+    assert run_ranks(changing, 2, [1, -7]) == [None, None]
+    first, second = run_ranks(changing, 2, [None, "word"])
+    for said in (first, second):
+        assert 'hidden=["tuple", null, ["tensor", null]]' in said
+        assert "let layers pass on the same kinds of values every time" in said
+
+
 @pytest.mark.parametrize("section", ROWS, ids=str)
 def test_weights_are_those_of_one_process_autograd(section):
     kinds = [*nets.ALONE, nets.TOGETHER]
@@ -119,3 +247,18 @@ def test_weights_are_those_of_one_process_autograd(section):
                 where = f"{kind}, {name}, (ranks, checkpoint) = {run}\n"
                 close = {"rtol": 1e-4, "atol": 2e-6}
                 torch.testing.assert_close(tensor, state[name], **close, msg=where.__add__)
+
+
+@pytest.mark.parametrize("tied", ["spec", "module"])
+def test_weights_that_stages_would_share_are_refused(tied, monkeypatch):
+    import ds_local
+    from ds_local.engine.module import LayerSpec, TiedLayerSpec
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    linear = torch.nn.Linear(6, 6)
+    layers, words = {
+        "spec": ([TiedLayerSpec("t", torch.nn.Linear, 6, 6)] * 2, "layer 0 is a TiedLayerSpec"),
+        "module": ([linear, LayerSpec(torch.nn.ReLU), linear], "layers 0 and 2 share weights"),
+    }[tied]
+    with pytest.raises(ds_local.ConfigError, match=words):
+        ds_local.LocalPipelineModule(layers, 2, config={"local_parallel": {"mode": "backprop"}})
