@@ -3,6 +3,7 @@ pipeline bubble.
 
 Reading order, one room after the other; a room imports only from rooms above it
     errors       every error of ours
+    outputs      what we write: whole or not at all, and only over what we made
     config       the "local_parallel" section and the rest of ds_config.json that we rely on
     schedules    routes: which loss trains which segment; the compute order as data; what it costs
     links        what travels between stages, how it is packed, who is waited for
@@ -27,6 +28,7 @@ Words
     Sizes: B sequences, T tokens, D hidden, V vocabulary.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
@@ -74,3 +76,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(f"ds_local.{_HOME[name]}"), name)
+
+
+if sys.modules.get("deepspeed"):  # a script that starts the processes itself: see the seam
+    import ds_local.engine.deepspeed_seam  # noqa: F401

@@ -15,6 +15,10 @@ class ConfigError(DsLocalError, ValueError):
     """A configuration that cannot work; the message names the key, the values and the remedy."""
 
 
+class UnsupportedDeepSpeed(ConfigError):
+    """A DeepSpeed whose pipeline engine is another one than this package extends."""
+
+
 class RouteError(DsLocalError, ValueError):
     """A row that makes no sense for this number of segments."""
 
@@ -35,12 +39,21 @@ class WeightsError(DsLocalError, ValueError):
     """Pretrained weights that cannot be used; the message names the file and the tensor."""
 
 
+class OutputError(DsLocalError, OSError):
+    """A file or folder that cannot be written, or is not ours to replace; the message names it."""
+
+
 class ExportError(DsLocalError, ValueError):
     """A checkpoint that cannot be turned into a model; the message names the file or tensor."""
 
 
 class CheckpointError(DsLocalError, RuntimeError):
     """A checkpoint that is missing, incomplete or damaged; the message names file and remedy."""
+
+
+class NonFiniteError(DsLocalError, RuntimeError):
+    """Losses, gradients or activations that are not finite, for more steps in a row than
+    "on_nonfinite" allows; the message names step, stage and segment."""
 
 
 class SaveError(CheckpointError):
@@ -64,3 +77,20 @@ class TransportError(DsLocalError, RuntimeError):
     def __init__(self, message: str, reason: str | None = None) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class LostConnection(TransportError):
+    """A rank that is waited for is gone, or came too late.
+
+    `late`: the limit has passed; otherwise the connection broke.
+    """
+
+    def __init__(self, message: str, late: bool = False) -> None:
+        super().__init__(message)
+        self.late = late
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, for a sentence of ours: its first line, or else its kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -18,15 +18,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ds_local.cli.arguments import output_file
 from ds_local.cluster.candidate_cost import section_for
 from ds_local.cluster.candidates import Candidate, Cluster, Model, measured_model
 from ds_local.cluster.pricing import Pricing
+from ds_local.config import strict_json
 from ds_local.measure import emulated, network
 from ds_local.measure.ranks import Pool
 from ds_local.measure.real import Job, pinned
 from ds_local.measure.real import config_of as real_config
 from ds_local.model import blocks
 from ds_local.model.flops import UnitCosts
+from ds_local.outputs import write_file
 
 # (row, stages, replicas, micro-batches per step, seconds of a head)
 LAYOUTS = (
@@ -100,8 +103,7 @@ def _row(layout: Candidate, expected: float, found: float, **more: Any) -> dict[
     return {"layout": str(layout), "predicted": expected, "measured": found, "error": error, **more}
 
 
-# --- real compute
-# ---------------------------------------------------------------------------------------------------------
+# --- real compute ---------------------------------------------------------------------------------
 
 
 def profiled(layout: Candidate, folder: str, steps: int) -> float:
@@ -175,7 +177,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--json", type=output_file('"measured"'), help="file for the figures")
     parser.add_argument("--only", choices=["sleep", "real"], help="one of the two")
     args = parser.parse_args()
     pool, rows = Pool(), []
@@ -187,7 +189,7 @@ def main() -> int:
     finally:
         pool.close()
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_file(args.json, strict_json.dumps(rows, indent=1) + "\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the config classes themselves.
+"""Write docs/configuration.md and configs/local_parallel.schema.json from the config classes.
 
 python scripts/config_reference.py
 """
@@ -16,18 +16,25 @@ from pydantic_core import PydanticUndefined
 
 from ds_local.config import schema as config
 from ds_local.config.files import models_in
+from ds_local.outputs import write_file
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "configuration.md"
+SCHEMA = ROOT / "configs" / "local_parallel.schema.json"
 HEADER = """# Configuration
 
 <!-- written by `python scripts/config_reference.py` from ds_local/config/schema.py; change the docstrings there -->
 
 How a model is trained is in `ds_config.json`; what is trained, and where to, is on the command line
 ([migrating](migrating.md)). DeepSpeed's own keys mean what they mean in DeepSpeed; what a pipeline of DeepSpeed 0.19 cannot do
-correctly is refused at start with the reason. `scheduler` may also name `WarmupStableDecayLR`, which DeepSpeed lacks: the rate
-rises over `warmup_num_steps`, stays, and falls in a line over the last `decay_num_steps` (a fifth) of `total_num_steps`, to
-`decay_min_ratio` (0) of it. Our section is `"local_parallel"`; a key it does not know is an error that names
-the nearest one. K is the number of segments: stages x segments_per_stage.
+correctly is refused at start with the reason, and so are misspelt keys, unknown parameters and values of another kind in
+DeepSpeed's own sections. `scheduler` may also name `WarmupStableDecayLR`, which DeepSpeed lacks: the rate rises over
+`warmup_num_steps`, stays, and falls in a line over the last `decay_num_steps` (a fifth) of `total_num_steps`, to
+`decay_min_ratio` (0) of it. Our section is `"local_parallel"`; a key it does not know is an error that names the nearest one.
+K is the number of segments: stages x segments_per_stage.
+
+Editors complete and check the section by [a JSON schema](../configs/local_parallel.schema.json): write
+`"$schema": "configs/local_parallel.schema.json"` at the top of the file.
 """
 
 
@@ -121,17 +128,36 @@ def reference() -> str:
         )
         parts.append(f'## `"{path}"`\n\n{(model.__doc__ or "").strip()}{also}\n')
         rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+        options = model.options() if issubclass(model, config.Strict) else {}
         for name, info in model.model_fields.items():
             if name not in shared:
                 meaning = " ".join((info.description or "").split())
+                if name in options:
+                    only = " or ".join(f"`{value}`" for value in options[name].values)
+                    meaning += f" Only with `{options[name].key}` {only}."
                 rows.append(f"| `{name}` | {type_name(info)} | {default_of(info)} | {meaning} |")
         parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)
 
 
+def json_schema() -> str:
+    """Of a whole ds_config.json, so that editors complete and check our section in it."""
+    section = config.LocalParallelConfig.model_json_schema()
+    definitions = section.pop("$defs")
+    whole = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "DeepSpeed config with a local_parallel section",
+        "type": "object",
+        "properties": {"$schema": {"type": "string"}, config.SECTION: section},
+        "$defs": definitions,
+    }
+    return json.dumps(whole, indent=1) + "\n"
+
+
 def main() -> int:
-    PAGE.write_text(reference())
-    print(f"wrote {PAGE}")
+    for path, text in ((PAGE, reference()), (SCHEMA, json_schema())):
+        write_file(path, text)
+        print(f"wrote {path}")
     return 0
 
 

@@ -1,49 +1,7 @@
-"""Write a run as an ordinary Hugging Face folder.
+"""`ds-local export`, from a checkout."""
 
-python scripts/export_hf.py runs/nano --output out/nano
-python scripts/export_hf.py runs/nano --output out/nano --all-segments
-"""
-
-from __future__ import annotations
-
-import argparse
-import sys
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", help="run folder (its latest checkpoint) or checkpoint folder")
-    parser.add_argument("--output", required=True, help="folder to write")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--segment",
-        type=int,
-        help="the prefix up to this segment, with its head, as a smaller model",
-    )
-    which.add_argument(
-        "--all-segments", action="store_true", help="a model for every exit, as OUTPUT/segment_I"
-    )
-    parser.add_argument(
-        "--heads",
-        action="store_true",
-        help="auxiliary heads into a second file beside the full model, to train on with them",
-    )
-    args = parser.parse_args()
-    from ds_local.checkpoints.hf_export import export, export_all
-    from ds_local.errors import CheckpointError, ExportError
-
-    try:
-        if args.all_segments:
-            print("\n".join(map(str, export_all(args.run, args.output, args.heads).values())))
-        else:
-            print(export(args.run, args.output, args.segment, args.heads))
-    except (ExportError, CheckpointError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
-
+from ds_local.cli.ending import run
+from ds_local.cli.export import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

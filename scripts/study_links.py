@@ -17,9 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ds_local.cli.arguments import output_file
+from ds_local.config import strict_json
 from ds_local.config.files import load_config
-from ds_local.links.messages import activation_message
+from ds_local.links.trees import Tree
 from ds_local.measure.ranks import Pool
+from ds_local.outputs import write_file
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--timeout", type=float, default=7200, help="seconds for one run")
     add(
         "--json",
-        type=Path,
+        type=output_file('"codec"'),
         help="results, one object per codec; runs that are in it already are not repeated",
     )
     return parser.parse_args()
@@ -112,7 +115,7 @@ def run(args: argparse.Namespace, codec: str) -> dict[str, Any]:
         engine.train_batch(batches)
     seconds = time.perf_counter() - began
     hidden = module.run_segment(0, next(batches)[0])
-    message = activation_message(hidden, None, engine.reports.figures, engine.section.link, 0)
+    message = engine.executor.message(0, Tree.of(hidden), Tree.of(None))
     num_bytes = sum(t.nbytes for name, t in message.items() if name.startswith("hidden"))
 
     def evaluate() -> dict[int, float]:
@@ -148,7 +151,7 @@ def main() -> None:
         if (codec, args.seed, args.steps, args.mode, args.bf16) not in done:
             rows += pool.run(run, 1, args, codec, timeout=args.timeout)
             if args.json:
-                args.json.write_text(json.dumps(rows, indent=1) + "\n")
+                write_file(args.json, strict_json.dumps(rows, indent=1) + "\n")
     pool.close()
     plain = {row["seed"]: row["loss"] for row in rows if row["codec"] == "none"}
     print(

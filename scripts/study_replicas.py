@@ -20,6 +20,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ds_local.cli.arguments import output_file
+from ds_local.config import strict_json
+from ds_local.outputs import write_file
+
 PACE_STEPS = 60  # to see how long a step takes
 SUBNETS = {"sync": "subnets"}
 PERIODIC = {"sync": "periodic", "every": 50}
@@ -100,8 +104,7 @@ def build(
     )[0]
 
 
-# --- costs
-# ----------------------------------------------------------------------------------------------------------------
+# --- costs ----------------------------------------------------------------------------------------
 
 
 def costs_of(
@@ -131,10 +134,10 @@ def costs_of(
     ids = torch.randint(0, model["vocab_size"], (batch, model["n_positions"]))
     seconds, sent = [], []
     for _ in range(steps):
-        began, before = time.process_time(), engine.replicas.num_bytes
+        began, before = time.process_time(), engine.replicas.num_bytes or 0
         engine.train_batch(iter([(ids, ids)]))
         seconds.append(time.process_time() - began)
-        sent.append(engine.replicas.num_bytes - before)
+        sent.append((engine.replicas.num_bytes or 0) - before)
     moments = [
         v.numel()
         for state in engine.optimizer.state.values()
@@ -183,12 +186,11 @@ def study_costs(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
             ]
             row["sent_an_exchange"] = statistics.mean(sent)
         rows.append(row)
-        print(json.dumps(row), flush=True)
+        print(strict_json.dumps(row), flush=True)
     return rows
 
 
-# --- quality
-# --------------------------------------------------------------------------------------------------------------
+# --- quality --------------------------------------------------------------------------------------
 
 
 def quality_of(
@@ -210,20 +212,21 @@ def quality_of(
     shape = BatchShape(batch, 1, engine.dp_world_size, engine.replica_id)
     batches = training_batches(data, seed, 0, shape)
     validation = validation_batches(data, shape, 256)
-    seconds, sent, losses = 0.0, 0.0, {}
+    seconds, losses = 0.0, {}
+    before = engine.replicas.num_bytes
     for step in range(1, steps + 1):
-        began, before = time.process_time(), engine.replicas.num_bytes
+        began = time.process_time()
         engine.train_batch(batches)
         seconds += time.process_time() - began
-        sent += engine.replicas.num_bytes - before
         if step % max(1, steps // 3) == 0 or step == steps:
             engine.eval_batch(iter(validation), num_micro_batches=len(validation))
             losses[step] = engine.eval_losses[engine.num_segments - 1]
     tokens = steps * shape.per_step * data.seq_len
+    sent = engine.replicas.num_bytes
     return {
         "losses": losses,
         "cpu_seconds": seconds,
-        "sent_bytes": None if math.isnan(sent) else sent,
+        "sent_bytes": None if sent is None else sent - before,
         "tokens": tokens,
     }
 
@@ -259,7 +262,7 @@ def study_quality(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
                 **result_of(name, steps),
             }
         )
-        print(json.dumps(rows[-1]), flush=True)
+        print(strict_json.dumps(rows[-1]), flush=True)
         _write(args.json, rows)
     return rows
 
@@ -296,7 +299,7 @@ def quality_table(rows: list[dict[str, Any]]) -> str:
 
 def _write(path: Path | None, rows: list[dict[str, Any]]) -> None:
     if path:
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+        write_file(path, strict_json.dumps(rows, indent=1) + "\n")
 
 
 def main() -> None:
@@ -305,7 +308,7 @@ def main() -> None:
     )
     parser.add_argument("study", choices=["costs", "quality", "table"])
     parser.add_argument("files", type=Path, nargs="*", help="of quality, for the table")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=output_file('"replicas"'), help="write the rows here")
     parser.add_argument("--data", help="folder written by scripts/prepare_data.py")
     parser.add_argument("--row", choices=ROWS, default="backprop", help="of the route table")
     parser.add_argument("--replicas", type=int, default=2)

@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # from the ground up; a room may import what stands before it, never what comes after
 ROOMS = [
     "errors",
+    "outputs",
     "config",
     "schedules",
     "links",
@@ -82,7 +83,7 @@ def test_no_circles_within_a_room(room):
 
 def test_every_room_has_its_place():
     folders = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
-    assert folders | {"errors"} == set(ROOMS)
+    assert folders | {"errors", "outputs"} == set(ROOMS)
 
 
 def test_tests_of_several_processes_are_collected(pytestconfig):

@@ -11,26 +11,27 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from ds_local.checkpoints.folder import FACTS, HEAD_FILE, check_file, latest_tag, locate, read_facts
 from ds_local.checkpoints.metrics_file import MetricsFile
-from ds_local.checkpoints.model_card import MARK, model_card
-from ds_local.errors import ExportError
+from ds_local.checkpoints.model_card import model_card
+from ds_local.data.tokenizers import fingerprint, load_tokenizer, save_tokenizer
+from ds_local.errors import DataError, ExportError, first_line
 from ds_local.model import blocks
 from ds_local.model.pretrained import HEADS_FILE
+from ds_local.outputs import new_folder, read_list
 from ds_local.replicas.subnets import scale_outputs
 
 State = dict[str, Tensor]
+KIND = "exported model"
 
 
 def to_hf(config: PretrainedConfig, layers: Mapping[int, State]) -> State:
@@ -88,8 +89,7 @@ def check_layer(
             )
 
 
-# --- reading a checkpoint
-# -------------------------------------------------------------------------------------------------
+# --- reading a checkpoint -------------------------------------------------------------------------
 
 
 def find_checkpoint(folder: str | Path) -> Path:
@@ -133,10 +133,28 @@ class Checkpoint:
             raise ExportError(
                 f"{self.folder} is not of a Hugging Face model, so it has no folder form"
             )
-        self.config = blocks.load_model_config(fields)
-        self.config.tie_word_embeddings = (
-            False  # stages cannot share a matrix, so the readout is one of its own
-        )
+        try:
+            self.config = blocks.load_model_config(fields)
+            layers = blocks.num_blocks(self.config) + 2
+        except Exception as error:  # a foreign config can fail in many ways
+            raise ExportError(
+                f"{self.folder}/{FACTS}: no model has this config: {first_line(error)}"
+            ) from error
+        if self.parts[-1] != layers:
+            raise ExportError(
+                f"{self.folder}/{FACTS}: segments are cut at {self.parts}, the model has {layers} layers"
+            )
+        # stages cannot share a matrix, so the readout is one of its own
+        self.config.tie_word_embeddings = False
+
+        self.run_facts = _run_facts(self.run)
+        data = self.run_facts.get("data")
+        told = data if isinstance(data, dict) else {}
+        self.origin = {
+            "data": told.get("fingerprint"),
+            "tokenizer": told.get("tokenizer_fingerprint"),
+            "step": self.facts.get("step"),
+        }
 
     @property
     def last_segment(self) -> int:
@@ -204,7 +222,16 @@ class Checkpoint:
             isinstance(value, Tensor) for value in state.values()
         ):
             raise ExportError(f"{path} holds something else than tensors")
+        wrecked = next((name for name, value in state.items() if not _is_finite(value)), None)
+        if wrecked is not None:
+            raise ExportError(
+                f"{path}: tensor {wrecked} holds NaN or infinity; export an earlier checkpoint"
+            )
         return state
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def _prefix_with(
@@ -239,8 +266,7 @@ def _prefix_with(
     return config, layers
 
 
-# --- writing a folder
-# -----------------------------------------------------------------------------------------------------
+# --- writing a folder -----------------------------------------------------------------------------
 
 
 def export(
@@ -251,7 +277,7 @@ def export(
     Args:
         source: a run folder (its latest checkpoint) or a checkpoint folder.
         output: the folder to write; it appears complete or not at all, and replaces an earlier
-            export.
+            export that nobody changed.
         segment: write the prefix of blocks up to this segment with its auxiliary head instead of
             the full model.
         heads: put the auxiliary heads, as they are, into a second safetensors file beside the full
@@ -264,7 +290,7 @@ def export(
         ExportError, CheckpointError: naming the file or tensor that is wrong.
     """
     checkpoint = Checkpoint(source)
-    with _appearing(Path(output)) as new:
+    with new_folder(output, KIND, ExportError, exact=True, about=checkpoint.origin) as new:
         _write(checkpoint, checkpoint.last_segment if segment is None else segment, new, heads)
     return Path(output)
 
@@ -273,38 +299,10 @@ def export_all(source: str | Path, output: str | Path, heads: bool = False) -> d
     """Write the model of every exit as `output/segment_I`; the last is the full model. Arguments
     and errors as for `export`."""
     checkpoint = Checkpoint(source)
-    with _appearing(Path(output)) as new:
+    with new_folder(output, KIND, ExportError, exact=True, about=checkpoint.origin) as new:
         for segment in checkpoint.exits:
             _write(checkpoint, segment, new / f"segment_{segment}", heads)
     return {segment: Path(output, f"segment_{segment}") for segment in checkpoint.exits}
-
-
-@contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `output` when all is well, and is removed when not."""
-    if output.exists() and not _is_export(output):
-        raise ExportError(
-            f"{output} exists and is no export of a model, so it is left alone; choose another --output"
-        )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        new = Path(scratch, "new")
-        new.mkdir()
-        yield new
-        if output.exists():
-            output.rename(Path(scratch, "old"))
-        new.rename(output)
-
-
-def _is_export(folder: Path) -> bool:
-    """Is it empty, or what one of the functions above has written?"""
-    if not folder.is_dir():
-        return False
-    models = [folder] if (folder / "config.json").is_file() else list(folder.iterdir())
-    return all(
-        (model / "README.md").is_file() and MARK in (model / "README.md").read_text()
-        for model in models
-    )
 
 
 def _write(checkpoint: Checkpoint, segment: int, folder: Path, heads: bool) -> None:
@@ -319,9 +317,7 @@ def _write(checkpoint: Checkpoint, segment: int, folder: Path, heads: bool) -> N
     model.save_pretrained(
         folder, state_dict={name: tensor.contiguous() for name, tensor in state.items()}
     )
-    tokenizer = find_tokenizer(checkpoint.folder)
-    if tokenizer is not None:
-        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    _write_tokenizer(checkpoint, folder)
     if heads and segment == checkpoint.last_segment:
         named = (
             (s, name, tensor)
@@ -337,15 +333,41 @@ def _write(checkpoint: Checkpoint, segment: int, folder: Path, heads: bool) -> N
             )
     metrics = MetricsFile(checkpoint.run / "metrics.jsonl").read()
     size = sum(tensor.numel() for tensor in state.values())
-    card = model_card(
-        checkpoint.facts,
-        run_facts(checkpoint.run),
-        metrics,
-        segment,
-        blocks.num_blocks(config),
-        size,
-    )
+    try:
+        card = model_card(
+            checkpoint.facts,
+            checkpoint.run_facts,
+            metrics,
+            segment,
+            blocks.num_blocks(config),
+            size,
+        )
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ExportError(
+            f"{checkpoint.run}/run.json or metrics.jsonl is not what training wrote "
+            f"({type(error).__name__}: {first_line(error)}); move it away to export without it"
+        ) from error
     (folder / "README.md").write_text(card)
+
+
+def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """The tokenizer of the data, so that it gives the same ids beside this model."""
+    source, known = find_tokenizer(checkpoint.folder), checkpoint.origin["tokenizer"]
+    if source is None:
+        if checkpoint.run_facts:
+            raise ExportError(
+                f"{checkpoint.folder.parent / 'tokenizer'} is missing; copy it from the data folder"
+            )
+        return
+    try:
+        tokenizer = load_tokenizer(source)
+    except DataError as error:
+        raise ExportError(str(error)) from error
+    if known and fingerprint(tokenizer) != known:
+        raise ExportError(
+            f"{source} is not the tokenizer that the run was trained with; copy it from the data folder"
+        )
+    save_tokenizer(tokenizer, folder, ExportError)
 
 
 def find_tokenizer(checkpoint: Path) -> Path | None:
@@ -356,7 +378,25 @@ def find_tokenizer(checkpoint: Path) -> Path | None:
     return None
 
 
-def run_facts(run: str | Path) -> dict[str, Any]:
+def origin_of(model: str | Path) -> dict[str, Any]:
+    """What an exported model, or a model in a folder of all exits, was trained on: fingerprints of
+    "data" and "tokenizer", None where they are not known; {} for folders of others."""
+    for folder in (Path(model), Path(model).resolve().parent):
+        listed = read_list(folder)
+        if listed is not None and listed["kind"] == KIND:
+            return listed["about"]
+    return {}
+
+
+def _run_facts(run: Path) -> dict[str, Any]:
     """run.json of a run folder, {} when there is none."""
-    path = Path(run, "run.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
+    path = run / "run.json"
+    try:
+        facts = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportError(
+            f"{path} is damaged ({first_line(error)}); move it away to export without it"
+        ) from error
+    if not isinstance(facts, dict):
+        raise ExportError(f"{path} is not what training wrote; move it away to export without it")
+    return facts

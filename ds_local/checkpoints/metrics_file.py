@@ -1,13 +1,20 @@
-"""metrics.jsonl of a run folder: no row is lost that a saved step has, whatever ends the run."""
+"""metrics.jsonl of a run folder: no row is lost that a saved step has, whatever ends the run.
+
+One strict JSON object a line. A number that is not finite is written as null, and "nonfinite" says
+what happened: for training the kind of event, else the figures it befell. A loss that the routes do
+not ask for is null too, but there "has_loss" is false.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from ds_local.checkpoints.files import write_whole
+from ds_local.config import strict_json
 
 
 class MetricsFile:
@@ -23,7 +30,7 @@ class MetricsFile:
 
     def write(self, rows: list[dict[str, Any]]) -> OSError | None:
         """Add rows. Returns what kept them out of the file, for now."""
-        self._waiting += [json.dumps(row) + "\n" for row in rows]
+        self._waiting += map(_line, rows)
         try:
             self._append()
         except OSError as error:
@@ -76,7 +83,7 @@ class MetricsFile:
                 file.writelines(line.rstrip(b"\n") + b"\n" for line in damaged)
                 file.flush()
                 os.fsync(file.fileno())
-        text = b"".join(line.rstrip(b"\n") + b"\n" for _, line in kept)
+        text = b"".join(_strict(row, line) for row, line in kept)
         if text != b"".join(lines):
             write_whole(self.path, text.decode())
         return max((row.get("seconds", 0.0) for row, _ in kept), default=0.0), len(damaged)
@@ -90,3 +97,16 @@ def _row(line: bytes) -> dict[str, Any] | None:
         return None
     fine = isinstance(row, dict) and type(row.get("step")) is int
     return row if fine and isinstance(row.get("seconds", 0.0), int | float) else None
+
+
+def _strict(row: dict[str, Any], line: bytes) -> bytes:
+    """A line as it was, but for numbers that an older file has and JSON has not."""
+    odd = any(isinstance(v, float) and not math.isfinite(v) for v in row.values())
+    return _line(row).encode() if odd else line.rstrip(b"\n") + b"\n"
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row of the file; whatever is null because it was not finite has a word about it."""
+    bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+    named = {"nonfinite": row.get("nonfinite") or ", ".join(bad)} if bad else {}
+    return strict_json.dumps(row | named) + "\n"

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-MARK = "Trained with ds_local"  # in every card; tells our exports from other folders
-
 
 def model_card(
     checkpoint: Mapping[str, Any],
@@ -46,7 +44,7 @@ def model_card(
         "",
         f"# {name}, {num_blocks} blocks, {num_parameters:,} parameters",
         "",
-        f"{MARK} for {checkpoint['step']:,} optimizer steps. {_what(checkpoint, segment, num_blocks)}",
+        f"Trained with ds_local for {checkpoint['step']:,} optimizer steps. {_what(checkpoint, segment, num_blocks)}",
         "The readout is a matrix of its own (`tie_word_embeddings` is false).",
         "",
         "```python",
@@ -90,9 +88,11 @@ def _losses(
 ) -> list[str]:
     """The last validation of every exit up to the checkpoint's step."""
     rows = [
-        r
-        for r in metrics
-        if r["split"] == "validation" and r["step"] <= checkpoint["step"] and r["loss"] is not None
+        row
+        for row in metrics
+        if row["split"] == "validation"
+        and row["step"] <= checkpoint["step"]
+        and row["loss"] is not None
     ]
     last = {row["segment"]: row for row in rows}
     if not last:

@@ -26,6 +26,7 @@ from typing import Any
 # before torch and DeepSpeed are imported, here and in the ranks
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from ds_local.cli.arguments import PICTURE, output_file
 from ds_local.measure import network, report
 from ds_local.measure.emulated import Times
 from ds_local.measure.ranks import Pool, RankError
@@ -172,7 +173,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     def command(function: Callable[..., Any], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(function.__name__, help=text)
         sub.set_defaults(run=function)
-        sub.add_argument("--json", type=Path, help="file for the rows")
+        sub.add_argument("--json", type=output_file('"benchmark"'), help="file for the rows")
         return sub
 
     def compared(sub: argparse.ArgumentParser, repeats: int) -> None:
@@ -193,7 +194,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=0.05,
         help="of a stage's forward, input gradient and weight gradient each",
     )
-    sub.add_argument("--png", type=Path)
+    sub.add_argument("--png", type=PICTURE)
     sub.add_argument("--trace", type=Path, help="folder for a Chrome/Perfetto trace of each system")
 
     sub = command(links, "the same over slow and distant links, each rank in a network namespace")
@@ -213,6 +214,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     sub.add_argument("--activation-bytes", type=int, default=1_250_000)
 
+    _add_real_compute(command, compared)
+
+    sub = commands.add_parser("table", help="Markdown tables from --json files")
+    sub.add_argument("files", type=Path, nargs="+")
+    sub.add_argument("--png", type=PICTURE, help="bars of the schedules in them")
+    return parser.parse_args(arguments)
+
+
+def _add_real_compute(
+    command: Callable[..., argparse.ArgumentParser],
+    compared: Callable[[argparse.ArgumentParser, int], None],
+) -> None:
+    """The benchmarks whose compute is real."""
     sub = command(memory, "what stays alive for the backward passes, and how far processes grow")
     compared(sub, 1)
     sub.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
@@ -270,11 +284,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="on the CPU, with a tiny model: shows that it runs, times mean nothing",
     )
-
-    sub = commands.add_parser("table", help="Markdown tables from --json files")
-    sub.add_argument("files", type=Path, nargs="+")
-    sub.add_argument("--png", type=Path, help="bars of the schedules in them")
-    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:

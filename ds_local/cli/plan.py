@@ -8,51 +8,54 @@ needs no device.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ds_local.cli.arguments import Parser, number, output_file, whole
 from ds_local.cluster.candidates import GIB, HEADS, ROWS, Cluster, Model, Price, measured_model
 from ds_local.cluster.planner import Plan, plan
 from ds_local.cluster.pricing import Pricing
-from ds_local.errors import ConfigError
+from ds_local.config import strict_json
 from ds_local.model import blocks
+from ds_local.outputs import write_file
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="config.json in Hugging Face's form")
-    add("--nodes", type=int, required=True)
-    add("--devices-per-node", type=int, required=True)
+    add("--nodes", type=whole(1), required=True)
+    add("--devices-per-node", type=whole(1), required=True)
     add(
         "--device-tflops",
-        type=float,
+        type=number(above=True),
         required=True,
         help="sustained in training: peak times the share that is reached",
     )
-    add("--memory-gib", type=float, required=True, help="of a device")
+    add("--memory-gib", type=number(above=True), required=True, help="of a device")
     add(
         "--link-gbps",
-        type=float,
+        type=number(above=True),
         required=True,
         help="of a node's network card, each way, shared by its devices",
     )
-    add("--intra-gbps", type=float, required=True, help="between two devices of a node, each way")
-    add("--latency-us", type=float, default=50, help="of a message between nodes")
+    add(
+        "--intra-gbps",
+        type=number(above=True),
+        required=True,
+        help="between two devices of a node, each way",
+    )
+    add("--latency-us", type=number(), default=50, help="of a message between nodes")
     add(
         "--batch-tokens",
-        type=float,
+        type=number(above=True),
         default=2**19,
         help="tokens of an optimizer step over all devices",
     )
-    add("--seq-len", type=int, help="default the model's longest")
-    add("--tokens", type=float, help="of the whole run, for the hours it takes")
+    add("--seq-len", type=whole(1), help="default the model's longest")
+    add("--tokens", type=number(above=True), help="of the whole run, for the hours it takes")
     add(
         "--heads", nargs="+", choices=HEADS, default=list(HEADS), help="auxiliary heads to consider"
     )
@@ -63,8 +66,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         help="profile.json of a run of this model: measured times instead of --device-tflops",
     )
-    add("--best", type=int, default=3, help="layouts to show in full")
-    add("--json", help="file for all figures, - for the console instead of the text")
+    add("--best", type=whole(1), default=3, help="layouts to show in full")
+    add(
+        "--json",
+        type=output_file('"too_large"'),
+        help="file for all figures, - for the console instead of the text",
+    )
     return parser.parse_args(arguments)
 
 
@@ -111,34 +118,30 @@ def as_json(price: Price) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     started = time.perf_counter()
-    try:
-        cluster = Cluster(
-            args.nodes,
-            args.devices_per_node,
-            args.device_tflops,
-            args.memory_gib,
-            args.link_gbps,
-            args.intra_gbps,
-            args.latency_us * 1e-6,
-        )
-        model = Model.of(blocks.load_model_config(args.model), args.seq_len, 4 if args.fp32 else 2)
-        if args.profile:
-            model = measured_model(model, args.profile)
-        pricing = Pricing(model, cluster, int(args.batch_tokens) // model.seq_len)
-        found = plan(pricing, args.heads, args.rows)
-    except (ConfigError, blocks.UnsupportedModel) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    cluster = Cluster(
+        args.nodes,
+        args.devices_per_node,
+        args.device_tflops,
+        args.memory_gib,
+        args.link_gbps,
+        args.intra_gbps,
+        args.latency_us * 1e-6,
+    )
+    model = Model.of(blocks.load_model_config(args.model), args.seq_len, 4 if args.fp32 else 2)
+    if args.profile:
+        model = measured_model(model, args.profile)
+    pricing = Pricing(model, cluster, int(args.batch_tokens) // model.seq_len)
+    found = plan(pricing, args.heads, args.rows)
     if args.json:
         result = {
             "best": [as_json(p) for p in found.best],
             "too_large": [as_json(p) for p in found.too_large.values()],
         }
-        text = json.dumps(result, indent=1)
-        if args.json == "-":
+        text = strict_json.dumps(result, indent=1)
+        if str(args.json) == "-":
             print(text)
             return 0
-        Path(args.json).write_text(text + "\n")
+        write_file(args.json, text + "\n")
     print(report(found, args))
     print(
         f"{found.considered} layouts of {cluster.devices} devices, {found.simulated} simulated, "

@@ -11,19 +11,28 @@ messages.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from ds_local.cli.arguments import number_or_auto
+from ds_local.cli.arguments import (
+    PICTURE,
+    TRACE,
+    Parser,
+    number,
+    number_or_auto,
+    output_file,
+    whole,
+)
+from ds_local.config import strict_json
 from ds_local.config.files import local_parallel
 from ds_local.config.schema import SECTION, LocalParallelConfig
+from ds_local.outputs import new_file, write_file
 from ds_local.schedules.drawing import chrome_trace, draw
 from ds_local.schedules.peers import PEERS
 from ds_local.schedules.replay import grid_of
 from ds_local.schedules.routes import MODES
-from ds_local.schedules.run_plan import RunPlan
+from ds_local.schedules.run_plan import RunPlan, check_size
 from ds_local.schedules.schedule import Schedule
 from ds_local.schedules.simulator import Costs, Timeline, simulate
 
@@ -31,19 +40,17 @@ WIDEST = 24  # stages and micro-batches of a grid that still fits on a screen
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--stages", type=int, required=True)
-    add("--micro-batches", type=int, required=True)
+    add("--stages", type=whole(1), required=True)
+    add("--micro-batches", type=whole(1), required=True)
     add(
         "--mode",
         required=True,
         choices=[*MODES, *PEERS],
         help="a row of the route table, or another pipeline's schedule",
     )
-    add("--window", type=int, help="of modes that take one")
+    add("--window", type=whole(1), help="of modes that take one")
     add("--combine", choices=["sum", "mean"], default="sum", help="of overlapping")
     add(
         "--backprop-micro-batches",
@@ -54,7 +61,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--correction",
-        type=float,
+        type=number(),
         default=0.0,
         help="how far these make up for what the others learn from, 0 to 1",
     )
@@ -65,10 +72,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=0,
         help="put weight gradients off: 1 as ZB-H1, 2 as ZB-H2",
     )
-    add("--segments-per-stage", type=int, default=1)
+    add("--segments-per-stage", type=whole(1), default=1)
     add(
         "--transfer",
-        type=float,
+        type=number(),
         default=0.0,
         help="time of a message, in forwards, that the order should reckon with",
     )
@@ -80,13 +87,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="schedules to show beside it",
     )
     costs = parser.add_argument_group("times per segment and micro-batch, in any unit")
-    costs.add_argument("--forward", type=float, default=1.0)
-    costs.add_argument("--input-grad", type=float, default=1.0)
-    costs.add_argument("--weight-grad", type=float, default=1.0)
+    costs.add_argument("--forward", type=number(), default=1.0)
+    costs.add_argument("--input-grad", type=number(), default=1.0)
+    costs.add_argument("--weight-grad", type=number(), default=1.0)
     costs.add_argument(
-        "--head", type=float, default=0.0, help="auxiliary head with its loss and gradients"
+        "--head", type=number(), default=0.0, help="auxiliary head with its loss and gradients"
     )
-    costs.add_argument("--link", type=float, default=0.0, help="time a message keeps a link busy")
+    costs.add_argument(
+        "--link", type=number(), default=0.0, help="time a message keeps a link busy"
+    )
     costs.add_argument(
         "--profile", type=Path, help="measured times instead, from train.py --profile"
     )
@@ -98,15 +107,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--deepspeed_config", help="with --model: head and partition options from this file"
     )
     costs.add_argument(
-        "--seq-len", type=int, help="with --model: tokens in a sequence; default the longest"
+        "--seq-len", type=whole(1), help="with --model: tokens in a sequence; default the longest"
     )
-    costs.add_argument("--link-depth", type=int, help="messages a link holds; default no limit")
+    costs.add_argument(
+        "--link-depth", type=whole(1), help="messages a link holds; default no limit"
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--json", help="file for the figures, - for the console instead of the grid"
+        "--json",
+        type=output_file('"makespan"'),
+        help="file for the figures, - for the console instead of the grid",
     )
-    output.add_argument("--png", type=Path, help="picture of the time lines")
-    output.add_argument("--trace", type=Path, help="Chrome/Perfetto trace of one step")
+    output.add_argument("--png", type=PICTURE, help="picture of the time lines")
+    output.add_argument("--trace", type=TRACE, help="Chrome/Perfetto trace of one step")
     return parser.parse_args(arguments)
 
 
@@ -142,8 +155,12 @@ def section_for(
 def build(mode: str, args: argparse.Namespace, main: bool) -> list[Schedule]:
     """The schedules of `mode` until they repeat."""
     if mode in PEERS:
+        check_size(LocalParallelConfig(), args.stages, args.micro_batches)
         return [PEERS[mode](args.stages, args.micro_batches)]
-    return RunPlan(section_for(mode, args, main), args.stages, args.micro_batches).schedules
+    plan = RunPlan(section_for(mode, args, main), args.stages, args.micro_batches)
+    for note in plan.notes:
+        print(note, file=sys.stderr)
+    return plan.schedules
 
 
 def costs_for(schedule: Schedule, args: argparse.Namespace) -> Costs:
@@ -196,33 +213,26 @@ def describe(timeline: Timeline) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    try:
-        modes = [(args.mode, True), *((mode, False) for mode in args.compare)]
-        schedules = [build(mode, args, main) for mode, main in modes]
-        modelled = (
-            [
-                of_model(steps[0], mode, args, main)
-                for steps, (mode, main) in zip(schedules, modes, strict=True)
-            ]
-            if args.model
-            else []
-        )
-        costs = [costs for costs, _ in modelled] or [
-            costs_for(steps[0], args) for steps in schedules
+    modes = [(args.mode, True), *((mode, False) for mode in args.compare)]
+    schedules = [build(mode, args, main) for mode, main in modes]
+    modelled = (
+        [
+            of_model(steps[0], mode, args, main)
+            for steps, (mode, main) in zip(schedules, modes, strict=True)
         ]
-        timelines = [
-            simulate(steps, cost, args.link_depth)
-            for steps, cost in zip(schedules, costs, strict=True)
-        ]
-    except ValueError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        if args.model
+        else []
+    )
+    costs = [costs for costs, _ in modelled] or [costs_for(steps[0], args) for steps in schedules]
+    timelines = [
+        simulate(steps, cost, args.link_depth) for steps, cost in zip(schedules, costs, strict=True)
+    ]
     reports = [timeline.report() for timeline in timelines]
     for report, (_, shares) in zip(reports, modelled, strict=False):
         report["auxiliary_flops"] = shares
     result = reports[0] if not args.compare else reports
-    if args.json == "-":
-        print(json.dumps(result, indent=1))
+    if str(args.json) == "-":
+        print(strict_json.dumps(result, indent=1))
     else:
         if max(args.stages * args.segments_per_stage, args.micro_batches) <= WIDEST:
             for schedule in [step for steps in schedules for step in steps]:
@@ -234,10 +244,11 @@ def main(arguments: list[str] | None = None) -> int:
                     "  auxiliary share of the work, by stage: "
                     + ", ".join(f"{s:.1%}" for s in report["auxiliary_flops"])
                 )
-        if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    if args.json and str(args.json) != "-":
+        write_file(args.json, strict_json.dumps(result, indent=1) + "\n")
     if args.png:
-        draw(timelines, args.png)
+        with new_file(args.png) as picture:
+            draw(timelines, picture)
     if args.trace:
-        args.trace.write_text(json.dumps(chrome_trace(timelines[0])))
+        write_file(args.trace, strict_json.dumps(chrome_trace(timelines[0])))
     return 0

@@ -14,12 +14,13 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from importlib.metadata import version
-from itertools import groupby, pairwise
+from itertools import count, groupby, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import distributed as dist
@@ -42,8 +43,7 @@ REMEDIES = {
 }
 
 
-# --- all ranks together
-# -----------------------------------------------------------------------------------------------------
+# --- all ranks together ---------------------------------------------------------------------------
 
 
 def fingerprint(*parts: Any) -> str:
@@ -83,39 +83,45 @@ class Assembly:
         ClusterError: when the port is taken, or rank 0 cannot be reached within the limit.
     """
 
-    _kept: list[Any] = []  # noqa: RUF012 - the server must outlive the check: the process group is made with it
+    # by rank and place: the server must outlive the check, the process group is made with it
+    _kept: ClassVar[dict[tuple[int, str, int], Any]] = {}
+    _numbers: ClassVar[defaultdict[Any, Iterator[int]]] = defaultdict(count)  # of assemblies there
 
     def __init__(self, limit_seconds: float, environment: Mapping[str, str] = os.environ) -> None:
         self.rank, self.world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         self.deadline = time.monotonic() + limit_seconds
         self.limit_seconds = limit_seconds
         address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-        launcher_serves = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        here = f"rank {self.rank} on {socket.gethostname()}"
-        serves = self.rank == 0 and not launcher_serves
+        self.here = f"rank {self.rank} on {socket.gethostname()}"
+        place = self.rank, address, port
+        if place not in self._kept:
+            self._kept[place] = self._connect(address, port, environment)
+        restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+        number = next(self._numbers[place])
+        self._store = dist.PrefixStore(f"ds_local/start/{restarts}/{number}", self._kept[place])
+
+    def _connect(self, address: str, port: int, environment: Mapping[str, str]) -> Any:
+        serves = self.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         if serves and _is_taken(port):
             raise ClusterError(
-                f"{here}: port {port} is in use, perhaps by another job; pass --master_port with a free one"
+                f"{self.here}: port {port} is in use, perhaps by another job; pass --master_port with a free one"
             )
         try:
-            store = dist.TCPStore(
+            return dist.TCPStore(
                 address,
                 port,
                 self.world_size,
                 serves,
-                timedelta(seconds=limit_seconds),
+                timedelta(seconds=self.limit_seconds),
                 wait_for_workers=False,
                 multi_tenant=True,
             )
         except (RuntimeError, ValueError) as error:  # torch raises several kinds, all of these
             raise ClusterError(
-                f"{here} cannot reach rank 0 at {address}:{port} within {limit_seconds:.0f} s; is rank 0 running, is this an "
-                f"address of its machine, does a firewall close the port? ({str(error).splitlines()[0][:120]})"
+                f"{self.here} cannot reach rank 0 at {address}:{port} within "
+                f"{self.limit_seconds:.0f} s; is rank 0 running, is this an address of its machine, does a "
+                f"firewall close the port? ({str(error).splitlines()[0][:120]})"
             ) from error
-        self._kept.append(store)
-        self._store = dist.PrefixStore(
-            f"ds_local/start/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
-        )
 
     def gather(self, name: str, value: Any) -> dict[int, Any]:
         """Everybody's value on rank 0, as far as they came in time; {} elsewhere."""
@@ -131,6 +137,25 @@ class Assembly:
             time.sleep(0.05 if waiting else 0)
         return found
 
+    def exchange(self, name: str, value: Any) -> list[Any]:
+        """Everybody's values, on every rank.
+
+        Raises:
+            ClusterError: naming the ranks that did not come in time.
+        """
+        found = self.gather(name, value)
+        if self.rank == 0:
+            self._store.set(
+                f"{name}/all", json.dumps([found.get(r) for r in range(self.world_size)])
+            )
+        self.judge(name, _absent(found, self))
+        return list(json.loads(self._store.get(f"{name}/all")))
+
+    @classmethod
+    def release(cls) -> None:
+        """Let go of the stores, once the process group is gone."""
+        cls._kept.clear()
+
     def judge(self, name: str, verdict: str) -> None:
         """Rank 0's verdict, on all ranks: none is "".
 
@@ -141,6 +166,7 @@ class Assembly:
         if self.rank == 0:
             self._store.set(key, verdict)
         else:
+            began = time.monotonic()
             try:
                 self._store.wait(
                     [key],
@@ -148,9 +174,8 @@ class Assembly:
                 )
                 verdict = self._store.get(key).decode()
             except RuntimeError as error:
-                here = f"rank {self.rank} on {socket.gethostname()}"
                 raise ClusterError(
-                    f"{here} waited {self.limit_seconds:.0f} s for rank 0's word; see what rank 0 says"
+                    f"{self.here} waited {time.monotonic() - began:.0f} s for rank 0's word; see what rank 0 says"
                 ) from error
         if verdict:
             self._leave_last(f"{name}/read")
@@ -270,8 +295,7 @@ def _unreachable(assembly: Assembly, facts: dict[str, Any], ranks: Iterable[int]
     return ""
 
 
-# --- who is where
-# -----------------------------------------------------------------------------------------------------------
+# --- who is where ---------------------------------------------------------------------------------
 
 
 def spans(numbers: Iterable[int]) -> str:
@@ -310,8 +334,7 @@ def describe_hosts(hosts: Mapping[str, Any]) -> str:
     )
 
 
-# --- links
-# ------------------------------------------------------------------------------------------------------------------
+# --- links ----------------------------------------------------------------------------------------
 
 
 def measure_edges(

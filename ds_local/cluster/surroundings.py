@@ -1,5 +1,5 @@
-"""What a rank can find out alone before it meets the others: its hostfile, its network interfaces,
-its address, stale locks."""
+"""What a rank can find out alone before it meets the others: its launcher, its hostfile, its
+network interfaces, its address, stale locks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +17,71 @@ from ds_local.errors import ClusterError
 from ds_local.links.staging import ranks_here
 
 STALE_LOCK_SECONDS = 600.0
+# what other launchers call RANK, WORLD_SIZE and LOCAL_RANK
+_SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+_LAUNCHERS = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    _SRUN,
+)
+
+
+def complete_environment(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Fill in what torch and DeepSpeed ask the environment for. A process that no launcher started
+    is the only one: `python script.py`, a notebook.
+
+    Raises:
+        ClusterError: when a launcher started several processes and does not say which is which.
+    """
+    _check_accelerate(environment)
+    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not any(key in environment for key in own[:2]):
+        started = (names for names in _LAUNCHERS if environment.get(names[1], "1") != "1")
+        names = next(started, None)
+        found = ("0", "1", None) if names is None else map(environment.get, names)
+        environment.update({k: v for k, v in zip(own, found, strict=True) if v is not None})
+    try:
+        rank, world_size = (int(environment.get(key, "")) for key in own[:2])
+        if not 0 <= rank < world_size:
+            raise ValueError
+    except ValueError:
+        given = ", ".join(f"{key} is {environment.get(key) or 'not set'}" for key in own[:2])
+        raise ClusterError(
+            f"{given} in the environment; unset both to run one process, or start with torchrun or "
+            "the deepspeed launcher"
+        ) from None
+    if world_size == 1:
+        environment.setdefault("LOCAL_RANK", "0")
+        environment.setdefault("MASTER_ADDR", "127.0.0.1")
+        environment.setdefault("MASTER_PORT", str(_free_port()))
+    missing = [k for k in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(k)]
+    by_mpi = any(names[1] in environment for names in _LAUNCHERS if names is not _SRUN)
+    if missing and not (by_mpi and find_spec("mpi4py")):  # DeepSpeed would ask MPI
+        raise ClusterError(
+            f"rank {rank} of {world_size} finds no {' and no '.join(missing)} in its environment; "
+            "set them on all ranks, or start with torchrun or the deepspeed launcher"
+        )
+
+
+def _check_accelerate(environment: Mapping[str, str]) -> None:
+    """`accelerate launch --cpu --num_processes N` sets some variables for N processes and starts
+    one."""
+    names = ("WORLD_SIZE", *(names[1] for names in _LAUNCHERS))
+    if (
+        "ACCELERATE_USE_CPU" in environment
+        and "MASTER_ADDR" in environment
+        and not any(name in environment for name in names)
+    ):
+        raise ClusterError(
+            "accelerate launch started one process only, as it does with --cpu; replace --cpu by "
+            "--multi_gpu, which needs no GPU, or use torchrun or the deepspeed launcher"
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def check_surroundings(
@@ -82,9 +148,14 @@ def _hostfiles_of_launchers(process: int) -> list[str]:
 
 
 def stale_lock() -> Path | None:
-    """A lock of torch's extension builder that nobody can be holding any more."""
+    """A lock of torch's extension builder that nobody can be holding any more.
+
+    One is never waited for: of the op that a start under this package does not build.
+    """
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     for lock in Path(folder).glob("**/lock"):
+        if lock.parent.name == "deepspeed_shm_comm":
+            continue
         if time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS:
             return lock
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ds_local.config.deepspeed import check_number
 from ds_local.config.schema import SECTION, LocalParallelConfig
 from ds_local.errors import ConfigError
 
@@ -18,6 +19,8 @@ def num_stages_and_replicas(
     Raises:
         ConfigError: when the stages do not divide the processes.
     """
+    if num_stages is not None:
+        check_number("num_stages", num_stages)
     stages = num_stages or section.num_stages or world_size
     if num_stages and section.num_stages and num_stages != section.num_stages:
         raise ConfigError(

@@ -9,13 +9,17 @@ No torch, no DeepSpeed.
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -28,8 +32,84 @@ from ds_local.errors import ConfigError
 SECTION = "local_parallel"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+Seconds = Annotated[PositiveFloat, Field(le=1e7)]  # four months
+
+
+class OptionOf(NamedTuple):
+    """Marks a key that means something for some values of another key of its object only."""
+
+    key: str
+    values: tuple[str, ...]
+
+
+def _plain(value: Any) -> Any:
+    """JSON has one kind of list, and writes integers as 1e3 too."""
+    if isinstance(value, list):
+        return tuple(map(_plain, value))
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class Strict(BaseModel):
+    """Refuses keys it does not know, values of another kind, NaN, and options not in use."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Old names of keys -> what they are called now. Both are read for two minor versions."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_names(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        given = {key: _plain(value) for key, value in given.items()}
+        for old, new in ((o, n) for o, n in cls.renamed.items() if o in given):
+            if new in given:
+                raise ValueError(f"{old} is the old name of {new}, and both are there: remove it")
+            warnings.warn(
+                f"{SECTION}: {old} is called {new} now; rename it in the config, since the old "
+                "name will be refused one day",
+                FutureWarning,
+                stacklevel=2,
+            )
+            given = {new if key == old else key: value for key, value in given.items()}
+        return given
+
+    @classmethod
+    def options(cls) -> dict[str, OptionOf]:
+        """The keys that depend on the value of another key."""
+        marks = {name: field.metadata for name, field in cls.model_fields.items()}
+        return {n: mark for n, of in marks.items() for mark in of if isinstance(mark, OptionOf)}
+
+    @model_validator(mode="after")
+    def _options_in_use(self) -> Strict:
+        for name, option in self.options().items():
+            value = getattr(self, option.key)
+            chosen = {value} if isinstance(value, str) else set(value)
+            if name in self.model_fields_set and not chosen & set(option.values):
+                raise ValueError(
+                    f"{name} means nothing with {option.key} {value!r}; remove it, or set "
+                    f"{option.key} to {' or '.join(option.values)}"
+                )
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: Any, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        conditions = []
+        for name, option in cls.options().items():
+            chosen = {"enum": list(option.values)}
+            one_of = {"anyOf": [chosen, {"type": "array", "contains": chosen}]}
+            then = {"required": [option.key], "properties": {option.key: one_of}}
+            conditions.append({"if": {"required": [name]}, "then": then})
+        return schema | ({"allOf": conditions} if conditions else {})
 
 
 Mode = Literal[
@@ -43,7 +123,7 @@ Mode = Literal[
 ]
 
 
-class Row(_Strict):
+class Row(Strict):
     """One row of the route table (see `routes.py`)."""
 
     mode: Mode = "local"
@@ -55,6 +135,11 @@ class Row(_Strict):
     """How overlapping combines the losses a segment hears."""
     weights: tuple[NonNegativeFloat, ...] | None = None
     """Factors of the losses of deep_supervision, one per segment. Default all 1."""
+
+    @property
+    def period(self) -> int:
+        """Steps after which schedules repeat: more than 1 where chunks shift."""
+        return self.window or 2 if self.mode == "shifted_chunked" else 1
 
 
 class MixEntry(Row):
@@ -101,10 +186,8 @@ class Scheme(Row):
 
     @property
     def period(self) -> int:
-        """Steps after which schedules repeat: more than 1 where chunks shift."""
-        return math.lcm(
-            *(entry.window or 2 for entry in self.mix or [self] if entry.mode == "shifted_chunked")
-        )
+        """Steps after which schedules repeat: that of the row, or of the mix."""
+        return math.lcm(*(entry.period for entry in self.mix)) if self.mix else super().period
 
 
 class Phase(Scheme):
@@ -118,17 +201,17 @@ class Phase(Scheme):
 CodecName = Literal["none", "bf16", "int8", "int4", "topk", "lowrank"]
 
 
-class LinkConfig(_Strict):
+class LinkConfig(Strict):
     """Messages between stages."""
 
-    depth: PositiveInt = 4
+    depth: Annotated[PositiveInt, Field(le=1024)] = 4
     """Messages a link holds before its sender waits; also the number of receives posted ahead."""
-    warn_seconds: PositiveFloat = 60.0
+    warn_seconds: Seconds = 60.0
     """A longer wait is reported, with who waits for whom."""
-    transfer: NonNegativeFloat = 0.0
+    transfer: Annotated[NonNegativeFloat, Field(le=1e6)] = 0.0
     """Time a message takes, in forwards of a stage, that the order of work should reckon with.
     Mixes need it on slow links."""
-    timeout_seconds: PositiveFloat = 300.0
+    timeout_seconds: Seconds = 300.0
     """Longest wait for a neighbour. Must exceed the longest pause of any stage (compilation, a slow
     disk)."""
     past_host: bool = False
@@ -137,42 +220,30 @@ class LinkConfig(_Strict):
     codec: CodecName | tuple[CodecName, ...] = "none"
     """How activations are compressed (see `codecs.py`); a list has one entry per segment but the
     last."""
-    group_size: Annotated[PositiveInt, Field(multiple_of=2)] | None = None
+    group_size: Annotated[
+        Annotated[PositiveInt, Field(multiple_of=2, le=2**16)] | None,
+        OptionOf("codec", ("int8", "int4")),
+    ] = None
     """int8, int4: features of a token that share a scale. Default: all."""
-    keep: float = Field(default=1 / 16, gt=0, le=1)
+    keep: Annotated[float, Field(gt=0, le=1), OptionOf("codec", ("topk",))] = 1 / 16
     """topk: share of a token's features that travel."""
-    rank: PositiveInt | None = None
+    rank: Annotated[PositiveInt | None, OptionOf("codec", ("lowrank",))] = None
     """lowrank: dimensions that a micro-batch's hidden state is projected to. Default: an eighth of
     its features."""
-
-    @model_validator(mode="after")
-    def _options_of_a_codec(self) -> LinkConfig:
-        codecs = {self.codec} if isinstance(self.codec, str) else set(self.codec)
-        for option, users in (
-            ("group_size", {"int8", "int4"}),
-            ("keep", {"topk"}),
-            ("rank", {"lowrank"}),
-        ):
-            if option in self.model_fields_set and not codecs & users:
-                raise ValueError(
-                    f"{option} is an option of the codec {' and '.join(sorted(users))}, but codec is {self.codec!r}: "
-                    "change the codec or remove the option"
-                )
-        return self
 
     def codec_above(self, segment: int) -> CodecName:
         """The codec of the link from `segment` to the next."""
         return self.codec if isinstance(self.codec, str) else self.codec[segment]
 
 
-class LayoutConfig(_Strict):
+class LayoutConfig(Strict):
     """Which ranks hold which stage."""
 
     stages: Literal["across_nodes", "within_node"] = "across_nodes"
     """What crosses machines: the edges between stages (rank = stage x replicas + replica), which
     send little and one way only under local losses, or the averages over the replicas of a stage
     (rank = replica x stages + stage)."""
-    start_timeout_seconds: PositiveFloat = 180.0
+    start_timeout_seconds: Seconds = 180.0
     """Longest wait for all ranks to come, at the start."""
 
     def rank(self, stage: int, replica: int, num_stages: int, num_replicas: int) -> int:
@@ -206,7 +277,7 @@ class LayoutConfig(_Strict):
         )
 
 
-class HeadConfig(_Strict):
+class HeadConfig(Strict):
     """Auxiliary heads of `causal_lm` models: private blocks -> norm -> bottleneck -> readout ->
     loss."""
 
@@ -253,51 +324,56 @@ class HeadConfig(_Strict):
         return min(asked, blocks_above)
 
 
-class ReplicasConfig(_Strict):
+class ReplicasConfig(Strict):
     """How the data-parallel replicas of a stage stay one model."""
 
     sync: Literal["gradients", "subnets", "periodic"] = "gradients"
     """Average gradients in every step; or deal the blocks' weights out, so that each replica trains
     a part of them alone; or train full replicas apart and average their weights now and then."""
-    every: PositiveInt = 15
+    every: Annotated[PositiveInt, OptionOf("sync", ("subnets", "periodic"))] = 15
     """Steps between two exchanges."""
-    partition: tuple[Literal["attention_heads", "mlp"], ...] = ("attention_heads", "mlp")
+    partition: Annotated[
+        tuple[Literal["attention_heads", "mlp"], ...], OptionOf("sync", ("subnets",))
+    ] = ("attention_heads", "mlp")
     """What subnets deal out; the rest is shared."""
-    scale: Literal["none", "train", "eval", "sqrt"] = "eval"
+    scale: Annotated[Literal["none", "train", "eval", "sqrt"], OptionOf("sync", ("subnets",))] = (
+        "eval"
+    )
     """Factor on the output of what is dealt out among R replicas: none; R in training; 1/R in the
     merged model; or sqrt(R) in training."""
-    optimizer_state: Literal["carry", "reset", "keep_second_moment"] = "carry"
+    optimizer_state: Annotated[
+        Literal["carry", "reset", "keep_second_moment"], OptionOf("sync", ("subnets",))
+    ] = "carry"
     """What becomes of the optimizer's moments at an exchange of subnets: they travel with the
     weights; all are forgotten; or the second travel and the first are zeroed."""
-    outer_lr: PositiveFloat = 0.7
+    outer_lr: Annotated[PositiveFloat, OptionOf("sync", ("periodic",))] = 0.7
     """Learning rate of the outer Nesterov step of periodic averaging; 1 without momentum is plain
     averaging."""
-    outer_momentum: float = Field(default=0.9, ge=0, lt=1)
+    outer_momentum: Annotated[float, Field(ge=0, lt=1), OptionOf("sync", ("periodic",))] = 0.9
     """Momentum of the outer step."""
 
     @model_validator(mode="after")
-    def _only_what_counts(self) -> ReplicasConfig:
-        belongs = {
-            "every": ("subnets", "periodic"),
-            "partition": ("subnets",),
-            "scale": ("subnets",),
-            "optimizer_state": ("subnets",),
-            "outer_lr": ("periodic",),
-            "outer_momentum": ("periodic",),
-        }
-        idle = sorted(
-            key for key in self.model_fields_set - {"sync"} if self.sync not in belongs[key]
-        )
-        if idle:
-            raise ValueError(
-                f"{', '.join(idle)} means nothing with sync {self.sync!r}; "
-                f"remove it, or set sync to {' or '.join(belongs[idle[0]])}"
-            )
+    def _parts_once_each(self) -> ReplicasConfig:
         if not self.partition or len(set(self.partition)) < len(self.partition):
             raise ValueError(
                 f"partition must name attention_heads, mlp or both, once each, got {list(self.partition)}"
             )
         return self
+
+
+class NonFiniteConfig(Strict):
+    """What becomes of a step whose loss, gradient or activations are not finite."""
+
+    skip: PositiveInt = 10
+    """The stage leaves out the update and says so; this many such steps in a row end the run."""
+
+
+def _or_stop(value: Any) -> Any:
+    if value == "stop":
+        return {"skip": 1}
+    if not isinstance(value, Mapping | NonFiniteConfig):
+        raise ValueError('must be "stop" or {"skip": n}')
+    return value
 
 
 class LocalParallelConfig(Scheme):
@@ -324,17 +400,25 @@ class LocalParallelConfig(Scheme):
     """Messages between stages."""
     head: HeadConfig = HeadConfig()
     """Auxiliary heads."""
-    split_backward: Literal[0, 1, 2] = 0
+    split_backward: Annotated[int, Field(ge=0, le=2)] = 0
     """Send input gradients first and put the weight gradients of linear layers off into the time in
     which a stage would wait, in chunks and under backpropagation; meant for one segment a stage. 1:
     with as many live micro-batches on every stage as 1F1B has on its first (ZB-H1); 2: with twice
     as many, which leaves no bubble from 2P - 1 micro-batches a step on (ZB-H2). What is put off
     keeps the inputs and output gradients of its layers, under activation checkpointing too."""
+    loss_weighting: Literal["micro_batch", "token"] = "micro_batch"
+    """What counts the same in a step: its micro-batches (and replicas), as in DeepSpeed, or the
+    tokens that they predict, as in an evaluation, over all micro-batches and the replicas that
+    average gradients. "token" reads a step's micro-batches before its first forward; it needs a
+    language model."""
     compile: bool = False
     """`torch.compile` every layer and head, as `engine.compile()` does, which also takes a backend
     and its options."""
     replicas: ReplicasConfig = ReplicasConfig()
     """The data-parallel axis."""
+    on_nonfinite: Annotated[NonFiniteConfig, BeforeValidator(_or_stop)] = NonFiniteConfig()
+    """What becomes of a step whose loss, gradient or activations are not finite. "stop": the first
+    one ends the run, as {"skip": 1} does."""
     seed: NonNegativeInt = 1234
     """Seed of weights and dropout."""
     diagnostics: bool = False

@@ -11,46 +11,83 @@ import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from ds_local.errors import DataError
+from ds_local.errors import DataError, first_line
 from ds_local.model.heads import IGNORE
+from ds_local.outputs import damage
 
-FORMAT = 1
+FORMAT = 2
+KIND = "data folder"
+SPLITS = ("train", "validation")
+CHECKED_BYTES = 2 << 30  # read at the start, to see whether they are what was written
+_MAKE = "make one with scripts/prepare_data.py"
+
+_Count = Annotated[int, Field(ge=0)]
+_Positive = Annotated[int, Field(gt=0)]
+
+
+class _Splits(TypedDict):
+    train: _Positive
+    validation: _Positive
+
+
+class Facts(TypedDict):
+    """What prepared.json says."""
+
+    format: int
+    sources: list[str]
+    tokenizer: str
+    tokenizer_fingerprint: str
+    seq_len: _Positive
+    vocab_size: _Positive
+    eos_token_id: _Count
+    documents: _Positive
+    skipped: dict[str, _Count]
+    skipped_names: dict[str, list[str]]
+    tokens: _Positive
+    bytes: _Splits
+    sequences: _Splits
+    fingerprint: str
 
 
 class TokenData:
     """A data folder that `corpus.prepare` wrote.
 
+    Args:
+        verify: compare the files with their checksums, all of them up to `CHECKED_BYTES`, of more
+            the small ones and a sample, another one each day. Their sizes are always compared.
+
     Raises:
         DataError: when it is missing, incomplete or damaged.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, verify: bool = True) -> None:
         self.folder = Path(folder)
+        self.facts = _read_facts(self.folder)
+        limit = CHECKED_BYTES if verify else 0
+        if damaged := damage(self.folder, limit, sample=date.today().toordinal()):
+            raise DataError(f"{self.folder} is damaged: {damaged}; prepare it again")
         try:
-            self.facts = json.loads((self.folder / "prepared.json").read_text())
             self._splits = datasets.load_from_disk(str(self.folder)).with_format("numpy")
-        except (OSError, json.JSONDecodeError, pa.ArrowInvalid) as error:
+            counts = {split: len(self._splits[split]) for split in SPLITS}
+        except Exception as error:  # a foreign folder can fail in many ways
             raise DataError(
-                f"{self.folder} is not a complete data folder ({error}); make one with scripts/prepare_data.py"
+                f"{self.folder} holds no sequences that can be read ({first_line(error)}); prepare it again"
             ) from error
-        if self.facts.get("format") != FORMAT:
+        if counts != self.facts["sequences"]:
             raise DataError(
-                f"{self.folder} has data format {self.facts.get('format')}, this version reads {FORMAT}; prepare it again"
+                f"{self.folder} holds {counts} sequences, prepared.json says {self.facts['sequences']}"
             )
-        for split, count in self.facts["sequences"].items():
-            if len(self._splits[split]) != count:
-                raise DataError(
-                    f"{self.folder}/{split} holds {len(self._splits[split])} sequences, prepared.json says {count}"
-                )
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -80,6 +117,28 @@ class TokenData:
                 "tokens; the data is damaged or belongs to another tokenizer"
             )
         return torch.from_numpy(ids)
+
+
+def _read_facts(folder: Path) -> Facts:
+    """What prepared.json says. Raises DataError when it is missing, or something else."""
+    path = folder / "prepared.json"
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{folder} is not a complete data folder ({first_line(error)}); {_MAKE}"
+        ) from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        told = found.get("format") if isinstance(found, dict) else None
+        raise DataError(
+            f"{path} has data format {told}, this version reads {FORMAT}; prepare it again"
+        )
+    try:
+        return TypeAdapter(Facts).validate_python(found, strict=True)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where = ".".join(map(str, wrong["loc"]))
+        raise DataError(f"{path}: {where}: {wrong['msg'].lower()}; prepare it again") from error
 
 
 @functools.lru_cache(maxsize=2)
@@ -128,25 +187,45 @@ def training_batches(
             yield ids_BT, ids_BT
 
 
+class ValidationBatches(Sequence[tuple[Tensor, Tensor]]):
+    """Micro-batches (ids, labels) of this replica over validation sequences, each read when it is
+    asked for. The last ones are filled up with sequences whose labels do not count."""
+
+    def __init__(self, data: TokenData, shape: BatchShape, indices: Sequence[int]) -> None:
+        self.data, self.shape, self.indices = data, shape, indices
+
+    def __len__(self) -> int:
+        together = self.shape.micro_batch_size * self.shape.num_replicas
+        return (len(self.indices) + together - 1) // together
+
+    def __getitem__(self, micro_batch: Any) -> Any:
+        micro_batch = range(len(self))[micro_batch]
+        indices = self.indices[self.shape.mine(micro_batch)]
+        ids_BT = torch.zeros(self.shape.micro_batch_size, self.data.seq_len, dtype=torch.int64)
+        labels_BT = torch.full_like(ids_BT, IGNORE)
+        if indices:
+            ids_BT[: len(indices)] = self.data.sequences("validation", indices)
+            labels_BT[: len(indices)] = ids_BT[: len(indices)]
+        return ids_BT, labels_BT
+
+
 def validation_batches(
     data: TokenData, shape: BatchShape, max_sequences: int | None = None
-) -> list[tuple[Tensor, Tensor]]:
-    """Micro-batches (ids, labels) of this replica over the first `max_sequences` validation
-    sequences (default all).
+) -> ValidationBatches:
+    """Micro-batches of this replica over validation sequences: all, or `max_sequences` of them,
+    evenly spaced."""
+    return ValidationBatches(
+        data, shape, evenly_spaced(data.num_sequences("validation"), max_sequences)
+    )
 
-    The last ones are filled up with sequences whose labels do not count.
+
+def evenly_spaced(total: int, count: int | None = None) -> list[int]:
+    """`count` of `total` indices, in order and as far apart as can be; default all.
+
+    Raises:
+        DataError: when `count` is less than 1.
     """
-    total = min(data.num_sequences("validation"), max_sequences or data.num_sequences("validation"))
-    together = shape.micro_batch_size * shape.num_replicas
-    batches = []
-    for micro_batch in range(-(-total // together)):
-        mine = shape.mine(micro_batch)
-        indices = range(mine.start, min(mine.stop, total))
-        ids_BT = torch.zeros(shape.micro_batch_size, data.seq_len, dtype=torch.int64)
-        labels_BT = torch.full_like(ids_BT, IGNORE)
-        if len(indices):
-            ids_BT[: len(indices)] = labels_BT[: len(indices)] = data.sequences(
-                "validation", indices
-            )
-        batches.append((ids_BT, labels_BT))
-    return batches
+    if count is not None and count < 1:
+        raise DataError(f"{count} validation sequences were asked for; give at least 1")
+    count = total if count is None else min(total, count)
+    return [number * total // count for number in range(count)]

@@ -1,1 +1,8 @@
-"""Runs a stage under DeepSpeed. The only room that imports it."""
+"""Runs it all under DeepSpeed, which is imported in this room alone.
+
+Importing the room checks DeepSpeed's version, `deepspeed_seam` that every private name is there.
+"""
+
+from ds_local.engine import deepspeed_version
+
+deepspeed_version.check()

@@ -1,70 +1,301 @@
-"""Parts of DeepSpeed that a local pipeline replaces with its own."""
+"""Every private or undocumented name of DeepSpeed that this package touches, and nothing else.
+
+`NAMES` lists them; importing this module checks that all are there. What other files need of them
+has a public name here: `PipelineModuleSeam` and `PipelineEngineSeam` are DeepSpeed's classes with
+the private hooks that a local pipeline replaces turned into methods of their own.
+"""
 
 from __future__ import annotations
 
 import zipfile
-from contextlib import suppress
+from collections.abc import Mapping
+from importlib import import_module
+from inspect import getmembers, isfunction
 from io import BytesIO
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import deepspeed
 import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor
 
-from ds_local.errors import CheckpointError
+from ds_local.engine.deepspeed_version import REMEDY
+from ds_local.errors import CheckpointError, UnsupportedDeepSpeed
+
+# owner -> the names of it that no page of DeepSpeed's documents
+NAMES: dict[Any, tuple[str, ...]] = {
+    deepspeed: ("set_optimizer_flags",),
+    import_module("deepspeed.comm.torch"): ("build_shm_op",),
+    dist.comm: ("cdb",),
+    PipelineEngine: (
+        "_INSTRUCTION_MAP",
+        "_backward_prologue_per_tensor",
+        "_config",
+        "_configure_python_gc",
+        "_copy_recovery_script",
+        "_exec_reduce_grads",
+        "_load_zero_checkpoint",
+        "_next_batch",
+        "_report_progress",
+        "_take_model_step",
+        "basic_optimizer",
+        "clip_fp32_gradients",
+        "using_bf16_optimizer",
+    ),
+    PipelineModule: (
+        "_build",
+        "_count_layer_params",
+        "_grid",
+        "_local_start",
+        "_partition_layers",
+        "_set_bounds",
+        "forward_funcs",
+    ),
+    PipelineParallelGrid: (
+        "_topo",
+        "dp_group",
+        "get_slice_parallel_group",
+        "get_slice_parallel_rank",
+        "get_slice_parallel_world_size",
+    ),
+    DeepSpeedEngine: ("_ADAM_HALF_KEYS", "_MUON_HALF_KEYS"),
+    BF16_Optimizer: ("mpu",),
+    DeepSpeedZeroOptimizer: (
+        "mpu",
+        "model_parallel_group",
+        "model_parallel_rank",
+        "model_parallel_world_size",
+    ),
+    DeepSpeedBF16Config: ("immediate_grad_update",),
+}
 
 
-def start_processes() -> None:
-    """`deepspeed.init_distributed`, without DeepSpeed's shared-memory op for CPUs.
+def _has(owner: Any, name: str) -> bool:
+    """Is `name` an attribute or field of `owner`, or do methods of that class use it?"""
+    if hasattr(owner, name) or name in getattr(owner, "model_fields", ()):
+        return True
+    methods = (method for _, method in getmembers(owner, isfunction))
+    return isinstance(owner, type) and any(name in m.__code__.co_names for m in methods)
 
-    Only inference uses that op, yet every start loads it: it is compiled first (a start killed
-    meanwhile leaves a lock on which all later ones wait in silence), and each run leaves 64 MB per
-    rank behind in /dev/shm.
-    """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
 
+def check_names(names: Mapping[Any, tuple[str, ...]] = NAMES) -> None:
+    """Raises UnsupportedDeepSpeed for the first name that the installed DeepSpeed lacks."""
+    for owner, wanted in names.items():
+        for name in wanted:
+            if not _has(owner, name):
+                raise UnsupportedDeepSpeed(
+                    f"DeepSpeed {deepspeed.__version__} has no {owner.__name__}.{name}; {REMEDY}"
+                )
+
+
+check_names()
+# Only inference uses DeepSpeed's shared-memory op for CPUs, yet every start loads it: it is
+# compiled first (a start killed meanwhile leaves a lock on which all later ones wait in silence),
+# and each run leaves 64 MB per rank behind in /dev/shm.
+import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+# --- processes ----------------------------------------------------------------------------------
 
 ENGINES: WeakSet[Any] = WeakSet()  # of this process
 
 
-def end_processes() -> None:
-    """Leave the process group, so that this process may join another one."""
-    for engine in list(ENGINES):
-        with suppress(RuntimeError):  # a neighbour may be gone
-            engine.destroy()  # hooks of DeepSpeed's bf16 and ZeRO optimizers would keep it, and its links' threads, for ever
-    ENGINES.clear()
-    if torch.distributed.is_initialized():
-        deepspeed.comm.destroy_process_group()
-    deepspeed.comm.comm.cdb = None
+# --- the module ---------------------------------------------------------------------------------
 
+
+class PipelineModuleSeam(PipelineModule):
+    """DeepSpeed's `PipelineModule`, which asks where this stage's layers are and builds them."""
+
+    def bounds(self) -> tuple[int, int]:
+        """First layer of this stage, and the one after its last. Called before they are built."""
+        raise NotImplementedError
+
+    def built(self) -> None:
+        """Called when this stage's layers are built."""
+
+    def _partition_layers(self, method: str = "parameters") -> None:
+        self._set_bounds(*self.bounds())
+
+    def _build(self) -> None:
+        super()._build()
+        self.built()
+
+    @property
+    def grid(self) -> Any:
+        """Who is where: stages, replicas and their process groups."""
+        return self._grid
+
+    @property
+    def first_layer(self) -> int:
+        """Number of this stage's first layer in the whole model."""
+        return self._local_start
+
+    def count_layer_parameters(self) -> list[int]:
+        """Of every layer of the whole model those that take gradients."""
+        return self._count_layer_params()
+
+
+# --- the engine ---------------------------------------------------------------------------------
+
+
+class PipelineEngineSeam(PipelineEngine):
+    """DeepSpeed's `PipelineEngine` with gradients scaled by nobody and norms of one stage alone.
+
+    A subclass names the method that runs each instruction in `INSTRUCTIONS`.
+    """
+
+    INSTRUCTIONS: ClassVar[dict[type, Any]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, **cls.INSTRUCTIONS}
+
+    def run_instruction(self, instruction: Any) -> None:
+        """Run it by the method that its class is mapped to."""
+        self._INSTRUCTION_MAP[type(instruction)](self, **instruction.kwargs)
+
+    def next_batch(self) -> Any:
+        """Of the data iterator, through DeepSpeed's `set_batch_fn`."""
+        return self._next_batch()
+
+    def average_gradients(self) -> None:
+        """Over the replicas of this stage."""
+        super()._exec_reduce_grads()
+
+    def step_optimizer(self, lr_kwargs: Any) -> None:
+        """Optimizer step and scheduler step, as DeepSpeed does them."""
+        super()._take_model_step(lr_kwargs)
+
+    def take_step(self, lr_kwargs: Any) -> None:
+        """What a step ends with; a subclass may look at the gradients first."""
+        self.step_optimizer(lr_kwargs)
+
+    def _take_model_step(self, lr_kwargs: Any, block_eigenvalue: Any = None) -> None:
+        self.take_step(lr_kwargs)
+
+    def load_zero_checkpoint(self, load_dir: str, tag: str) -> None:
+        """The optimizer's shards, from ZeRO's files."""
+        self._load_zero_checkpoint(load_dir, tag)
+
+    def rank_of(self, stage: int, replica: int) -> int:
+        """Global rank of one stage of one replica."""
+        return self.grid._topo.get_rank(pipe=stage, data=replica)
+
+    def stage_of(self, rank: int) -> int:
+        """Stage of a global rank."""
+        return self.grid._topo.get_coord(rank).pipe
+
+    def use_safe_checkpoints(self) -> None:
+        """Read checkpoint files without running what is in them."""
+        self.checkpoint_engine = SafeCheckpointEngine(self._config)
+
+    def keep_norms_local(self) -> None:
+        """Clip and check overflow per stage: the reductions over all stages would bring the bubble
+        back at every step."""
+        if hasattr(self.optimizer, "mpu"):
+            self.optimizer.mpu = _StageLocal(self.grid)
+        if hasattr(self.optimizer, "model_parallel_group"):  # ZeRO reads these at construction
+            self.optimizer.model_parallel_group = None
+            self.optimizer.model_parallel_world_size = 1
+            self.optimizer.model_parallel_rank = 0
+
+    def configure_garbage_collection(self) -> None:
+        """As `deepspeed.initialize` does at its end."""
+        self._configure_python_gc()
+
+    def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
+        return grad  # losses are scaled where they are computed
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        pass  # DeepSpeed's script knows no pipeline stages; `export_hf.py` does
+
+    def _report_progress(self, step: int) -> None:
+        pass  # `reports` tells of all stages in one line
+
+
+class _StageLocal:
+    """Stands in for the process grid where DeepSpeed would reduce over all stages: there this stage
+    is the whole model."""
+
+    def __init__(self, grid: Any) -> None:
+        self._of = grid
+
+    def get_model_parallel_group(self) -> Any:
+        return self._of.get_slice_parallel_group()
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._of.get_slice_parallel_world_size()
+
+    def get_model_parallel_rank(self) -> int:
+        return self._of.get_slice_parallel_rank()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of, name)
+
+
+def engine_config(ds_config: dict[str, Any], module: PipelineModuleSeam) -> DeepSpeedConfig:
+    """DeepSpeed's own view of a config, with what its optimizers need to know of the module."""
+    config = DeepSpeedConfig(ds_config, module.grid)
+    # the hand-over from bf16 to fp32 gradients must happen in every pass, on every stage: as a hook
+    # of the parameters
+    config.bfloat16_config.immediate_grad_update = config.bfloat16_config.enabled
+    deepspeed.set_optimizer_flags(config, module)
+    return config
+
+
+MUON_PARAMETERS: dict[str, Any] = {
+    **dict.fromkeys((*DeepSpeedEngine._MUON_HALF_KEYS, *DeepSpeedEngine._ADAM_HALF_KEYS)),
+    **dict.fromkeys(("lr", "muon_lr", "adam_lr", "momentum", "eps", "weight_decay"), float),
+    "per_head_muon": bool,
+}
+"""What the Muon optimizer reads of a config -> its kind; None for any."""
+
+
+# --- checkpoint files ---------------------------------------------------------------------------
 
 # what DeepSpeed pickles into its optimizer files besides tensors and plain data
 _PLAIN_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
 
 
-class StageLocal:
-    """Stands in for the process grid where DeepSpeed would reduce over all stages: there this stage
-    is the whole model."""
+# --- gradients that are not finite --------------------------------------------------------------
 
-    def __init__(self, grid: Any) -> None:
-        self._grid = grid
 
-    def get_model_parallel_group(self) -> Any:
-        return self._grid.get_slice_parallel_group()
+def gradient_of(parameter: Tensor) -> Tensor | None:
+    """What has been accumulated in this step, before replicas average: DeepSpeed's bf16 optimizer
+    and its ZeRO keep a sum of their own."""
+    for name in ("_hp_grad", "grad_accum", "grad"):
+        gradient = getattr(parameter, name, None)
+        if gradient is not None:
+            return gradient.coalesce().values() if gradient.is_sparse else gradient
+    return None
 
-    def get_model_parallel_world_size(self) -> int:
-        return self._grid.get_slice_parallel_world_size()
 
-    def get_model_parallel_rank(self) -> int:
-        return self._grid.get_slice_parallel_rank()
+def always_check_overflow(optimizer: Any) -> None:
+    """`bf16.check_grad_overflow: false` would let a gradient pass that is not finite."""
+    if hasattr(optimizer, "check_grad_overflow"):
+        optimizer.check_grad_overflow = True
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._grid, name)
+
+def spoil_gradients(optimizer: Any) -> None:
+    """Make DeepSpeed's bf16 or ZeRO optimizer refuse the coming step by its own overflow check: it
+    clears its gradients then, and leaves weights and moments alone."""
+    averaged = getattr(optimizer, "averaged_gradients", {}).values()
+    flat = getattr(optimizer, "fp32_groups_gradients_flat", [])
+    for gradient in [g for group in averaged for g in group or () if g is not None] + list(flat):
+        gradient.fill_(torch.nan)
 
 
 # what DeepSpeed itself puts into the files that `client_state` goes to

@@ -13,30 +13,37 @@ accumulation steps never applies.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from ds_local.engine import instructions, loading, saving
-from ds_local.engine.deepspeed_seam import ENGINES, SafeCheckpointEngine, StageLocal
+from ds_local.engine.deepspeed_seam import (
+    ENGINES,
+    always_check_overflow,
+)
 from ds_local.engine.evaluation import evaluate, mean_losses
 from ds_local.engine.executor import Executor
+from ds_local.engine.finite import KINDS, Events
 from ds_local.engine.instructions import StageSchedule
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import Reports, Traffic, monitor_listener
 from ds_local.engine.stopping import Stopping
-from ds_local.errors import CheckpointError, TransportError
-from ds_local.links.notices import first_failure, report_failure
+from ds_local.engine.updates import StageUpdates
+from ds_local.errors import CheckpointError
+from ds_local.links import notices
+from ds_local.links.failures import Failures, meeting
 from ds_local.links.transport import End, Sender, make_end
+from ds_local.links.watchdog import Watchdog
 from ds_local.replicas.head_copies import Copies, refresh_delay
-from ds_local.replicas.sync import Together
+from ds_local.replicas.sync import Together, replica_group
 from ds_local.schedules.replay import validate
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Link, Schedule
@@ -46,7 +53,7 @@ def _by_executor(method: str) -> Callable[..., None]:
     return lambda engine, **at: getattr(engine.executor, method)(**at)
 
 
-class LocalPipelineEngine(PipelineEngine):
+class LocalPipelineEngine(StageUpdates):
     """Trains a `LocalPipelineModule`. Use `initialize.initialize` to make one.
 
     `train_batch` returns this stage's own loss (the mean over the step's micro-batches, and over
@@ -64,15 +71,25 @@ class LocalPipelineEngine(PipelineEngine):
         self.num_segments = self.module.num_segments
         self.replica_id = self.grid.get_data_parallel_id()
         self.eval_losses: dict[int, float] = {}
-        self._stopping = Stopping(self.stage_id, self.global_rank)
+        self._look_after_each_other()
         self.recorder: Recorder | None = None  # set it to keep a trace
         self.replicas = Together()  # `initialize` puts here what the config asks for
-        self._grad_norms: dict[int, Tensor] = {}
-        self.checkpoint_engine = SafeCheckpointEngine(self._config)
+        self._grad_norms: dict[int, Any] = {}  # by segment, where DeepSpeed's is of a stage
+        self._one_by_one = not self.zero_optimization() and not self.using_bf16_optimizer
+        alone = self.section.replicas.sync != "gradients" and self.is_data_parallel
+        self.events = Events(
+            self.section.on_nonfinite.skip,
+            self.stage_id,
+            self.replica_id if alone else None,
+            speaks=alone or self.replica_id == 0,
+        )
+        self.events.tell = self._tell_event
+        self.use_safe_checkpoints()
         if hasattr(self.optimizer, "refresh_fp32_params"):
             # the optimizer steps from fp32 copies; those of a checkpoint come later, with its state
             self.module.on_load.append(self.optimizer.refresh_fp32_params)
-        self._keep_norms_local()
+        self.keep_norms_local()
+        always_check_overflow(self.optimizer)
         self._scale_by_segment()
         self._ends: dict[
             str, End | None
@@ -81,7 +98,7 @@ class LocalPipelineEngine(PipelineEngine):
         self._schedules: dict[Any, StageSchedule] = {}
         self.activation_links, self.gradient_links = self._make_links()
         self.copies = self._make_copies()
-        last = self.grid._topo.get_rank(pipe=self.num_stages - 1, data=0)
+        last = self.rank_of(self.num_stages - 1, 0)
         own = self.module.local_segments if self.replica_id == 0 else range(0)
         names = list(self._ends)
         self.reports = Reports(
@@ -91,6 +108,7 @@ class LocalPipelineEngine(PipelineEngine):
             last,
             own,
             names,
+            self.section.link.timeout_seconds,
         )
         self.executor = Executor(
             self.module,
@@ -100,62 +118,36 @@ class LocalPipelineEngine(PipelineEngine):
             self.activation_links,
             self.gradient_links,
             self.reports.figures,
+            self._replica_mean(),
         )
         self._traffic = Traffic(list(self._ends.values()))
         if self.global_rank == 0 and self.monitor.enabled:
             self.reports.listeners.append(monitor_listener(self.monitor, self.train_batch_size()))
+            self.monitor.enabled = False  # DeepSpeed would write learning rates ahead of reports
 
-    # --- what DeepSpeed would do over all stages
-    # ------------------------------------------------------------------------
+    def _look_after_each_other(self) -> None:
+        """What the ranks of this engine tell each other beside the steps."""
+        self._notices = notices.current()
+        number = 1 if self._notices is None else next(self._notices.numbers)
+        stages = map(self.stage_of, range(dist.get_world_size()))
+        names = [f"stage {stage} (rank {rank})" for rank, stage in enumerate(stages)]
+        self.failures = Failures(self._notices, number, names.__getitem__)
+        first_ranks = [self.rank_of(0, replica) for replica in range(self.dp_world_size)]
+        self._stopping = Stopping(self._notices, number, first_ranks)
+        heard: list[
+            dict[str, Any]
+        ] = []  # the notices must not keep the engine, and its links, alive
+        self._last_events = heard
+        self._event_topic = f"nonfinite/{number}"
+        if self._notices is not None:
+            self._notices.answer(self._event_topic, lambda told: heard.append(told["event"]))
+        self.watchdog: Watchdog | None = None
+        if self._notices is not None:
+            warn_seconds, chores = self.section.link.warn_seconds, [self._stopping.arrange]
+            self.watchdog = Watchdog(self._notices, self.failures.name, warn_seconds, chores)
+            weakref.finalize(self, self.watchdog.stop).atexit = False
 
-    def _keep_norms_local(self) -> None:
-        """Clip and check overflow per stage: the reductions over all stages would bring the bubble
-        back at every step."""
-        local = StageLocal(self.grid)
-        if hasattr(self.optimizer, "mpu"):
-            self.optimizer.mpu = local
-        if hasattr(
-            self.optimizer, "model_parallel_group"
-        ):  # ZeRO reads these once, at construction
-            self.optimizer.model_parallel_group = None
-            self.optimizer.model_parallel_world_size = 1
-            self.optimizer.model_parallel_rank = 0
-
-    def _scale_by_segment(self) -> None:
-        """Learning rates of the config's factors, in the parameter groups by segment that
-        `initialize` made."""
-        if not self.section.scales_learning_rates:
-            return
-        kept: list[float] = []
-
-        def scale(optimizer: Any, *_: Any) -> None:
-            kept[:] = [group["lr"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["lr"] *= self.section.lr_multiplier(group["segment"], self.global_steps)
-
-        def restore(optimizer: Any, *_: Any) -> None:
-            for group, rate in zip(optimizer.param_groups, kept, strict=True):
-                group["lr"] = rate
-
-        self.basic_optimizer.register_step_pre_hook(scale)
-        self.basic_optimizer.register_step_post_hook(restore)
-
-    def clip_fp32_gradients(self) -> None:
-        """Clip each segment by its own gradient norm. DeepSpeed's version takes stage 0's norm for
-        all stages."""
-        for segment in self.module.local_segments:
-            parameters = list(self.module.segment_parameters(segment))
-            limit = self.gradient_clipping() * self.section.clip_multiplier(segment)
-            self._grad_norms[segment] = torch.nn.utils.clip_grad_norm_(parameters, limit)
-
-    def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
-        return grad  # losses are scaled where they are computed
-
-    def _report_progress(self, step: int) -> None:
-        pass  # `metrics.py` reports all stages in one line
-
-    # --- links
-    # ----------------------------------------------------------------------------------------------------------
+    # --- links ------------------------------------------------------------------------------------
 
     def _make_links(self) -> tuple[dict[int, Any], dict[Link, Any]]:
         """All links of this rank: by lower segment for activations, by `Link` for gradients. A
@@ -190,9 +182,8 @@ class LocalPipelineEngine(PipelineEngine):
     def _make_end(self, name: str, source: int, target: int, depth: int) -> End | None:
         """This rank's end of a link between two segments. A collective call."""
         per_stage = self.section.segments_per_stage
-        get_rank = self.grid._topo.get_rank
         ranks = [
-            [get_rank(pipe=stage, data=replica) for stage in range(self.num_stages)]
+            [self.rank_of(stage, replica) for stage in range(self.num_stages)]
             for replica in range(self.dp_world_size)
         ]
         link, stages = self.section.link, (source // per_stage, target // per_stage)
@@ -209,11 +200,20 @@ class LocalPipelineEngine(PipelineEngine):
         self._ends[name] = end
         return end
 
+    def _replica_mean(self) -> Callable[[float], float]:
+        """The mean of a number over the replicas of a stage that average gradients. A collective
+        call."""
+        section = self.section
+        together = self.is_data_parallel and section.replicas.sync == "gradients"
+        if section.loss_weighting != "token" or not together:
+            return float
+        group = replica_group(self)
+        return lambda number: group.average([torch.tensor([number], dtype=torch.float64)])[0].item()
+
     def _links(self) -> list[End]:
         return [end for end in self._ends.values() if end is not None]
 
-    # --- a step
-    # ---------------------------------------------------------------------------------------------------------
+    # --- a step -----------------------------------------------------------------------------------
 
     def train_batch(self, data_iter: Any = None) -> Tensor | None:
         """One optimizer step.
@@ -227,7 +227,9 @@ class LocalPipelineEngine(PipelineEngine):
             step.
 
         Raises:
-            TransportError: when a neighbour is gone or silent; RuntimeError when the data runs out.
+            TransportError: when a neighbour is gone or silent.
+            NonFiniteError: after more steps in a row that are not finite than "on_nonfinite" allows.
+            RuntimeError: when the data runs out.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError(
@@ -238,36 +240,41 @@ class LocalPipelineEngine(PipelineEngine):
         self.module.train()
         started = time.perf_counter()
         self._traffic.begin(self.replicas)
-        with self._failures_reported():
-            self.executor.last_step |= self._stopping.is_last(self.global_steps, self.replicas)
+        with self._failures_reported(f"step {self.global_steps + 1}"):
+            if self.is_first_stage():
+                self.executor.last_step |= self._stopping.is_last(self.global_steps)
             self.copies.take(self.global_steps)
-            self._exec_schedule(self._train_schedule(), self._batches())
+            self._run(self._schedule_of_step(), self._batches())
             self.replicas.after_step()
             self.copies.send(self.global_steps)
-        traffic = self._traffic.end(self.replicas)
-        self.reports.close_step(
-            {
-                segment: {
-                    "step": self.global_steps,
-                    "loss": self.segment_losses.get(segment),
-                    "seconds": time.perf_counter() - started,
-                    "grad_norm": self._grad_norms.get(segment, self.get_global_grad_norm()),
-                    **traffic,
-                }
-                for segment in self.module.local_segments
-            }
-        )
+            traffic = self._traffic.end(self.replicas)
+            traffic["seconds"] = time.perf_counter() - started
+            own = self.module.local_segments
+            self.reports.close_step({segment: self._figures(segment) | traffic for segment in own})
+            self.events.check()
         with_loss = [
             self.segment_losses[s] for s in self.module.local_segments if s in self.segment_losses
         ]
         return with_loss[-1] if with_loss else None
 
-    def _exec_schedule(self, pipe_schedule: StageSchedule, data: Iterator[Any]) -> None:
+    def _figures(self, segment: int) -> dict[str, Any]:
+        """Of the step that ends, but for its traffic."""
+        kind, event = self.events.newest.get(segment, (None, None))
+        return {
+            "step": self.global_steps,
+            "grad_norm": self._grad_norms.get(segment, self.get_global_grad_norm()),
+            "nonfinite": None if kind is None else KINDS.index(kind),
+            "nonfinite_step": event,
+            "skipped": self.skipped_steps,
+            **self._read[segment],
+        }
+
+    def _run(self, pipe_schedule: StageSchedule, data: Iterator[Any]) -> None:
         step = self.global_steps
-        self.executor.begin(step, pipe_schedule.whole, pipe_schedule.num_losses, data)
+        self.executor.begin(step, pipe_schedule.whole, data)
         for group in pipe_schedule:
             for instruction in group:
-                run = partial(self._INSTRUCTION_MAP[type(instruction)], self, **instruction.kwargs)
+                run = partial(self.run_instruction, instruction)
                 if self.recorder is None:
                     run()
                 else:
@@ -275,7 +282,7 @@ class LocalPipelineEngine(PipelineEngine):
 
     def _batches(self) -> Iterator[Any]:
         """Micro-batches of the data iterator, through DeepSpeed's `set_batch_fn`."""
-        return iter(self._next_batch, object())
+        return iter(self.next_batch, object())
 
     def run_without_step(
         self, schedule: Schedule, micro_batch: Any, keep: Callable[[int, Any], None]
@@ -290,13 +297,13 @@ class LocalPipelineEngine(PipelineEngine):
         losses, self.executor.keep_output = self.segment_losses, keep
         whole = StageSchedule(schedule, self.stage_id, with_step=False)
         try:
-            with self._failures_reported():
-                self._exec_schedule(whole, iter([micro_batch]))
+            with self._failures_reported("a probe"):
+                self._run(whole, iter([micro_batch]))
         finally:
             self.executor.keep_output = None
             self.segment_losses = losses
 
-    def _train_schedule(self) -> StageSchedule:
+    def _schedule_of_step(self) -> StageSchedule:
         if self.plan.num_micro_batches != self.micro_batches:  # `set_train_batch_size` was called
             self.plan = RunPlan.of(self.section, self.num_stages, self.micro_batches)
             self._schedules.clear()
@@ -307,42 +314,40 @@ class LocalPipelineEngine(PipelineEngine):
         return self._schedules[key]
 
     @contextmanager
-    def _failures_reported(self) -> Iterator[None]:
-        """Tell every stage why this one ends, then let the error go on."""
+    def _failures_reported(self, what: str) -> Iterator[None]:
+        """Others see what this rank is in. Tells every rank why this one ends, then lets the error
+        go on."""
         try:
-            yield
+            with self.meeting(what):
+                yield
         except CheckpointError:
             raise  # all ranks have it, and have lost nothing
-        except BaseException as error:
-            failure = self._explained(error)
-            reason = getattr(failure, "reason", None)
-            if reason is None:
-                what = str(failure) or type(failure).__name__
-                reason = f"stage {self.stage_id} (rank {self.global_rank}) at step {self.global_steps}: {what}"
-                report_failure(reason)
+        except BaseException as failure:
+            where = f"{self.failures.name(self.global_rank)} at step {self.global_steps}"
+            reason = self.failures.report_error(failure, where)
             for link in self._links():
                 if isinstance(link, Sender):
                     link.fail(reason)
-            if failure is error:
-                raise
-            raise failure from error
+            raise
 
-    def _explained(self, error: BaseException) -> BaseException:
-        """A collective that broke does not say with whom; among replicas we can."""
-        text = str(error)
-        if (
-            isinstance(error, TransportError)
-            or not isinstance(error, RuntimeError)
-            or not any(word in text for word in ("gloo/transport", "NCCL", "ProcessGroup"))
-        ):
-            return error
-        others = ", ".join(
-            f"rank {rank}" for rank in self.grid.dp_group if rank != self.global_rank
-        )
-        return TransportError(
-            f"stage {self.stage_id} lost a replica ({others or 'another stage while all met'} gone or silent){first_failure()}; "
-            f"the process group said: {text.splitlines()[0][:200]}"
-        )
+    @property
+    def last_event(self) -> dict[str, Any] | None:
+        """What was not finite, if that ends the run."""
+        return self._last_events[-1] if self._last_events else None
+
+    def _tell_event(self, event: dict[str, Any]) -> None:
+        self._last_events.append(event)
+        if self._notices is not None:
+            self._notices.ask_all(self._event_topic, event=event)
+
+    def meeting(self, what: str) -> AbstractContextManager[None]:
+        """Around collectives of all ranks: a wait in them is limited by `link.timeout_seconds`, and
+        a `TransportError` names who is missing.
+
+        Args:
+            what: for messages, as in "the save after step 10".
+        """
+        return meeting(what, self.failures)
 
     # --- stopping -------------------------------------------------------------------------------
 
@@ -362,12 +367,18 @@ class LocalPipelineEngine(PipelineEngine):
 
     def request_stop(self) -> None:
         """Ask all ranks to leave their training loop at the same step, two steps from now at the
-        latest.
+        latest. An evaluation that is under way ends early, with what it has seen.
 
         May be called on any rank, from a signal handler too. Every rank learns of it as
-        `should_stop` after a `train_batch`.
+        `should_stop`, after a `train_batch`, an `eval_batch` or a `save_checkpoint`.
         """
         self._stopping.requested = True
+
+    def _agree_to_stop(self) -> None:
+        """Where all meet anyway a request needs no further step. A collective call."""
+        asked = torch.tensor(float(self.should_stop or self._stopping.pending), device=self.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        self.executor.last_step = bool(asked)
 
     # --- stages meet ----------------------------------------------------------------------------
 
@@ -393,12 +404,10 @@ class LocalPipelineEngine(PipelineEngine):
                 save_dir, partial, client_state, False, exclude_frozen_parameters
             )
 
-        with self._failures_reported():
+        with self._failures_reported(f"the save after step {self.global_steps}"):
             saving.save(self, write, save_dir, tag, client_state, save_latest)
+            self._agree_to_stop()
         return True
-
-    def _copy_recovery_script(self, save_path: str) -> None:
-        pass  # DeepSpeed's script knows no pipeline stages; `export_hf.py` does
 
     def load_checkpoint(
         self,
@@ -439,16 +448,17 @@ class LocalPipelineEngine(PipelineEngine):
                 load_module_only,
             )
 
-        return loading.load(
-            self,
-            read,
-            load_dir,
-            tag,
-            load_module_strict,
-            load_optimizer_states,
-            load_lr_scheduler_states,
-            load_module_only,
-        )
+        with self.meeting("the loading of a checkpoint"):
+            return loading.load(
+                self,
+                read,
+                load_dir,
+                tag,
+                load_module_strict,
+                load_optimizer_states,
+                load_lr_scheduler_states,
+                load_module_only,
+            )
 
     def eval_batch(
         self,
@@ -479,13 +489,23 @@ class LocalPipelineEngine(PipelineEngine):
         train_iterator, self.data_iterator = self.data_iterator, data_iter
         count = self.micro_batches if num_micro_batches is None else num_micro_batches
         try:
-            with torch.no_grad(), self._failures_reported(), self.replicas.whole():
+            what = f"the evaluation after step {self.global_steps}"
+            with torch.no_grad(), self._failures_reported(what), self.replicas.whole():
                 self.executor.step = self.global_steps
+                asked_before, self.executor.last_step = self.executor.last_step, False
                 sums, logits = evaluate(
-                    self.executor, self.module, self._batches(), count, compute_loss, return_logits
+                    self.executor,
+                    self.module,
+                    self._batches(),
+                    count,
+                    compute_loss,
+                    return_logits,
+                    stop=lambda: self._stopping.pending and not asked_before,
                 )
+                self.executor.last_step |= asked_before
                 dist.all_reduce(sums)
                 self.reports.flush()
+                self._agree_to_stop()
         finally:
             self.data_iterator = train_iterator
         self.eval_losses, own = mean_losses(sums)
@@ -494,35 +514,16 @@ class LocalPipelineEngine(PipelineEngine):
 
     def destroy(self) -> None:
         """As DeepSpeed's, once what this stage has sent is taken."""
+        if self.watchdog is not None:
+            self.watchdog.stop()
         for link in (one for one in self._links() if isinstance(one, Sender)):
             link.flush()
         super().destroy()
 
-    def _exec_reduce_grads(self) -> None:
-        """Average gradients and losses over the replicas of this stage, unless they train apart."""
-        if not self.replicas.reduces_gradients or (
-            not self.is_data_parallel and not self.zero_optimization()
-        ):
-            return
-        # DeepSpeed fills in zeros for parameters without a gradient; an optimizer would decay a
-        # head that is not in use
-        unused = [p for p in self.module.parameters() if p.requires_grad and p.grad is None]
-        super()._exec_reduce_grads()
-        if not self.zero_optimization() and not self.using_bf16_optimizer:
-            for parameter in unused:
-                parameter.grad = None
-        if self.is_data_parallel and self.segment_losses:
-            losses = torch.stack([loss.float() for loss in self.segment_losses.values()])
-            dist.all_reduce(losses, group=self.grid.get_data_parallel_group())
-            self.segment_losses = dict(
-                zip(self.segment_losses, losses / self.dp_world_size, strict=True)
-            )
-
-    _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
-        **PipelineEngine._INSTRUCTION_MAP,
+    INSTRUCTIONS: ClassVar[dict[type, Any]] = {
         **{
             instruction: _by_executor(method)
             for instruction, method in instructions.METHODS.items()
         },
-        instructions.ReduceGrads: _exec_reduce_grads,
+        instructions.ReduceGrads: StageUpdates.reduce_gradients,
     }

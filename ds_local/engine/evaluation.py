@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_local.engine.executor import Executor
+from ds_local.links.trees import map_tensors
 
 
 def evaluate(
@@ -19,6 +20,7 @@ def evaluate(
     num_micro_batches: int,
     compute_loss: bool = True,
     return_logits: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Tensor, Any]:
     """Run micro-batches forward through this stage.
 
@@ -26,6 +28,8 @@ def evaluate(
         executor: of this stage.
         module: the `LocalPipelineModule`, in evaluation mode.
         data: micro-batches; read where the first segment is.
+        stop: asked there before each micro-batch; once it says yes this is the last one of the
+            replica, and `executor.last_step` is set on all its ranks.
 
     Returns:
         (sums [2, K] float64: of weighted losses and of weights, zero for other stages' segments;
@@ -34,15 +38,18 @@ def evaluate(
     sums = torch.zeros(2, module.num_segments, dtype=torch.float64, device=executor.device)
     logits = None
     for micro_batch in range(num_micro_batches):
+        if executor.last_step:
+            break
+        executor.last_step = 0 in module.local_segments and stop()
         for segment in module.local_segments:
             at = {"segment": segment, "micro_batch": -1 - micro_batch}  # never one of training
             hidden, labels = executor.forward_only(data, **at)
+            if return_logits and segment + 1 == module.num_segments:
+                logits = module.logits_of(map_tensors(hidden, Tensor.clone))
             if compute_loss and module.has_loss(segment):
                 weight = module.weight_of(labels)
                 sums[0, segment] += module.loss_of(segment, hidden, labels) * weight
                 sums[1, segment] += weight
-            if return_logits and segment + 1 == module.num_segments:
-                logits = module.logits_of(hidden)
     return sums, logits
 
 

@@ -6,7 +6,8 @@ Gradients are accumulated by plain autograd passes, with losses scaled here. Eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,17 +16,19 @@ import torch
 from torch import Tensor
 
 from ds_local.config.schema import LocalParallelConfig
+from ds_local.engine import finite
+from ds_local.errors import ConfigError
 from ds_local.links.messages import (
+    Slots,
     activation_message,
     combine,
-    floating,
-    map_tensors,
-    pack,
+    gradient_message,
     parts_of_activation,
-    split_batch,
+    parts_of_gradient,
     to_device,
 )
 from ds_local.links.transport import End, Tag
+from ds_local.links.trees import CannotTravel, Tree
 from ds_local.model.seeds import seeded
 from ds_local.model.split_linear import PutOff, catch_up, left_out, put_off
 from ds_local.schedules.schedule import Link, Schedule
@@ -36,20 +39,32 @@ class Segments(Protocol):
 
     num_segments: int
 
+    def split_batch(self, batch: Any) -> tuple[Any, Any]: ...
+
+    def weight_of(self, labels: Any) -> float | Tensor: ...
+
     def run_segment(self, segment: int, inputs: Any) -> Any: ...
 
     def loss_of(self, segment: int, hidden: Any, labels: Any) -> Tensor: ...
+
+    def name_of_output(self, segment: int) -> str: ...
+
+
+_NOTHING = Tree([], None)
 
 
 @dataclass
 class _Live:
     """What a segment keeps of a micro-batch between its forward and its last pass."""
 
-    inputs: Any
-    labels: Any
-    outputs: Any = None
-    gradients: dict[int, list[Tensor]] = field(default_factory=dict)  # loss -> at the outputs
-    passed_on: list[Tensor] = field(default_factory=list)  # gradient at the inputs, to be sent
+    inputs: Tree  # until the forward
+    labels: Tree
+    weight: float = 1.0  # among the micro-batches of its step, 1 on average
+    learns: Sequence[bool] = ()  # by slot of the inputs: is a gradient wanted where they come from?
+    slots: list[Tensor] = field(default_factory=list)  # of the inputs, if gradients go down
+    outputs: Tree = _NOTHING
+    gradients: dict[int, Slots] = field(default_factory=dict)  # loss -> at the outputs
+    passed_on: Slots = field(default_factory=list)  # gradient at the inputs, to be sent
     passes_left: int = 0
 
 
@@ -64,6 +79,7 @@ class Executor:
         activation_links: by lower segment.
         gradient_links: by `Link`.
         figures: what rides along with activations, one row a segment; see `reports.py`.
+        mean_over_replicas: the mean of a number over the replicas that average gradients.
     """
 
     def __init__(
@@ -75,102 +91,169 @@ class Executor:
         activation_links: Mapping[int, End | None],
         gradient_links: Mapping[Link, End | None],
         figures: Tensor,
+        mean_over_replicas: Callable[[float], float] = float,
     ) -> None:
         self.segments, self.section = segments, section
         self.device, self.replica_id = device, replica_id
         self.activation_links: Mapping[int, Any] = activation_links
         self.gradient_links: Mapping[Link, Any] = gradient_links
         self.figures = figures
+        self.mean_over_replicas = mean_over_replicas
         self.step = 0
         self.last_step = False  # the run ends after this step; rides along with activations
         self.losses: dict[int, Tensor] = {}  # of this step, by segment
+        self.counted: dict[int, tuple[float, int]] = {}  # (weight, micro-batches) of these losses
+        self.watch = finite.Watch()
         self.live: dict[tuple[int, int], _Live] = {}
         self.keep_output: Callable[[int, Any], None] | None = None
         self._deferred: dict[tuple[int, int, int], PutOff] = {}  # (segment, micro-batch, pass)
         self._schedule: Schedule
-        self._num_losses: Mapping[int, int] = {}
         self._data: Iterator[Any] = iter(())
+        self._read: deque[tuple[Any, Any, float]] = deque()  # inputs, labels, weight
 
-    def begin(
-        self, step: int, schedule: Schedule, num_losses: Mapping[int, int], data: Iterator[Any]
-    ) -> None:
+    def begin(self, step: int, schedule: Schedule, data: Iterator[Any]) -> None:
         """Get ready for a step.
 
         Args:
-            num_losses: how many micro-batches compute the loss of each segment.
             data: micro-batches; read where the first segment is.
         """
-        self.step, self._schedule, self._num_losses, self._data = step, schedule, num_losses, data
-        self.losses = {}
+        self.step, self._schedule, self._data = step, schedule, data
+        self.losses, self.counted = {}, {}
+        self._read.clear()
+        self.watch.clear()
 
     # --- forward --------------------------------------------------------------------------------
 
     def load_micro_batch(self, segment: int, micro_batch: int) -> None:
+        if not self._read:
+            self._read.extend(self._read_on(micro_batch))
+        inputs, labels, weight = self._read.popleft()
+        try:
+            live = _Live(to_device(inputs, self.device), to_device(labels, self.device), weight)
+        except CannotTravel as error:
+            raise ConfigError(f"the data holds {error}") from None
+        self.live[segment, micro_batch] = live
+        self._see_inputs(segment, micro_batch)
+
+    def _read_on(self, micro_batch: int) -> Iterator[tuple[Any, Any, float]]:
+        """The next micro-batch, on the host; all of the step's where they are weighed."""
+        if not self._weighs_tokens:
+            yield *self._next(micro_batch), 1.0
+            return
+        count = self._schedule.num_micro_batches
+        pairs = [self._next(number) for number in range(count)]
+        targets = [float(self.segments.weight_of(labels)) for _, labels in pairs]
+        mean = self.mean_over_replicas(sum(targets) / count)
+        for (inputs, labels), number in zip(pairs, targets, strict=True):
+            yield inputs, labels, number / mean if mean else 0.0
+
+    def _next(self, micro_batch: int) -> tuple[Any, Any]:
         try:
             batch = next(self._data)
         except StopIteration:
+            number = max(micro_batch, -1 - micro_batch)  # those of an evaluation are negative
             raise RuntimeError(
-                f"the data ran out at micro-batch {micro_batch}; wrap the loader in "
+                f"the data ran out at micro-batch {number}; wrap the loader in "
                 "deepspeed.utils.RepeatingLoader, or stop earlier"
             ) from None
-        inputs, labels = split_batch(batch)
-        live = _Live(to_device(inputs, self.device), to_device(labels, self.device))
-        self.live[segment, micro_batch] = live
+        return self.segments.split_batch(batch)
 
     def recv_activation(self, segment: int, micro_batch: int) -> None:
         link = self.activation_links[segment - 1]
         tag, message = link.receive(Tag(self.step, micro_batch))
         self.last_step |= tag.last_step
-        self.figures[:segment] = message["figures"][:segment]
-        self.live[segment, micro_batch] = _Live(*parts_of_activation(message))
+        arrived = parts_of_activation(message)
+        self.figures[:segment] = arrived.figures[:segment]
+        live = _Live(arrived.hidden, arrived.labels, arrived.weight, arrived.learns)
+        self.live[segment, micro_batch] = live
+        self._see_inputs(segment, micro_batch)
+
+    def _see_inputs(self, segment: int, micro_batch: int) -> None:
+        live = self.live[segment, micro_batch]
+        learning = [
+            s for s, wanted in zip(live.inputs.slots(), live.learns, strict=False) if wanted
+        ]
+        seen = finite.state_in(live.inputs.slots(), learning)
+        self.watch.see(finite.BELOW, segment, seen, micro_batch)
 
     def forward_pass(self, segment: int, micro_batch: int) -> None:
         live = self.live[segment, micro_batch]
         passes = self._routes(micro_batch).passes[segment]
         live.passes_left = len(passes)
+        inputs, live.inputs = live.inputs, _NOTHING
         if any(one.sends is not None for one in passes):
-            for tensor in floating(live.inputs):
-                tensor.requires_grad_()
+            live.slots = inputs.slots()
+            for slot, wanted in zip(live.slots, live.learns, strict=True):
+                slot.requires_grad_(wanted)
+            inputs = inputs.map(_writable)
         dropout = self._seeded("dropout", segment, micro_batch)
         with dropout, torch.set_grad_enabled(bool(passes)):
-            live.outputs = self.segments.run_segment(segment, live.inputs)
+            self._run(segment, live, inputs)
+        slots = live.outputs.slots()
+        seen = finite.state_in(slots, [slot for slot in slots if slot.requires_grad])
+        self.watch.see(finite.OUTPUT, segment, seen, micro_batch)
         if self.keep_output is not None:
-            self.keep_output(segment, live.outputs)
+            self.keep_output(segment, live.outputs.value())
+
+    def _run(self, segment: int, live: _Live, inputs: Tree) -> None:
+        outputs = self.segments.run_segment(segment, inputs.value())
+        try:
+            live.outputs = Tree.of(outputs)
+        except CannotTravel as error:
+            raise self._refused(segment, error) from None
 
     def send_activation(self, segment: int, micro_batch: int) -> None:
         live = self.live[segment, micro_batch]
         tag = Tag(self.step, micro_batch, self.last_step)
-        message = activation_message(
-            live.outputs, live.labels, self.figures, self.section.link, segment
-        )
+        message = self.message(segment, live.outputs, live.labels, live.weight)
         self.activation_links[segment].send(tag, message)
         self._release(segment, micro_batch)  # if no loss of this micro-batch trains the segment
 
+    def message(
+        self, segment: int, outputs: Tree, labels: Tree, weight: float = 1.0
+    ) -> dict[str, Tensor]:
+        """What goes from a segment to the next. Raises ConfigError when something cannot travel."""
+        try:
+            return activation_message(
+                outputs,
+                labels,
+                self.figures,
+                self.section.link,
+                segment,
+                weight if self._weighs_tokens else None,
+            )
+        except CannotTravel as error:
+            raise self._refused(segment, error) from None
+
     def forward_only(self, data: Iterator[Any], segment: int, micro_batch: int) -> tuple[Any, Any]:
-        """(outputs, labels) of a micro-batch that trains nothing; it is sent onward first."""
-        self._data = data
+        """(outputs, labels) of a micro-batch that trains nothing; it is sent onward first. Both are
+        the caller's, who may change them."""
         if segment:
             self.recv_activation(segment, micro_batch)
         else:
+            self._data = data
+            self._read = deque([(*self._next(micro_batch), 1.0)])
             self.load_micro_batch(segment, micro_batch)
         live = self.live[segment, micro_batch]
-        live.outputs = self.segments.run_segment(segment, live.inputs)
+        self._run(segment, live, live.inputs)
         if segment + 1 < self.segments.num_segments:
             self.send_activation(segment, micro_batch)
         self.live.pop((segment, micro_batch), None)  # sending may have let go of it
-        return live.outputs, live.labels
+        outputs, labels = (self._for_head(segment, t) for t in (live.outputs, live.labels))
+        return outputs.value(), labels.value()
 
     # --- backward -------------------------------------------------------------------------------
 
     def recv_grad(self, segment: int, micro_batch: int, loss: int) -> None:
         link = self.gradient_links[Link("gradient", segment, loss - segment)]
         _, message = link.receive(Tag(self.step, micro_batch))
-        self.live[segment, micro_batch].gradients[loss] = list(message.values())
+        gradients = self.live[segment, micro_batch].gradients[loss] = parts_of_gradient(message)
+        self.watch.see(finite.ABOVE, segment, gradients, micro_batch)
 
     def send_grad(self, segment: int, micro_batch: int, loss: int) -> None:
         live = self.live[segment, micro_batch]
         link = self.gradient_links[Link("gradient", segment - 1, loss - (segment - 1))]
-        link.send(Tag(self.step, micro_batch), pack("gradient", tuple(live.passed_on)))
+        link.send(Tag(self.step, micro_batch), gradient_message(live.passed_on, live.slots))
         live.passed_on = []
         self._release(segment, micro_batch)
 
@@ -179,33 +262,37 @@ class Executor:
         one = self._routes(micro_batch).passes[segment][which]
         if any(loss == segment for loss, _ in one.reads) and segment not in live.gradients:
             self._run_head(segment, micro_batch, live)
-        outputs = [tensor for tensor in floating(live.outputs) if tensor.requires_grad]
         gradients = combine([(live.gradients[loss], factor) for loss, factor in one.reads])
+        pairs = zip(live.outputs.slots(), gradients, strict=True)
+        read = [(slot, g) for slot, g in pairs if g is not None and slot.requires_grad]
+        outputs, given = [slot for slot, _ in read], [g for _, g in read]
+        inputs = [slot for slot in live.slots if slot.requires_grad]
         live.passes_left -= 1
         keep_graph = live.passes_left > 0
-        inputs = [tensor for tensor in floating(live.inputs) if tensor.requires_grad]
-        passed_on: list[Any] = []
-        if not one.weights:
+        found: Sequence[Tensor | None] = [None] * len(inputs)
+        if outputs and inputs and not one.weights:
             with left_out():
-                passed_on = list(
-                    torch.autograd.grad(outputs, inputs, gradients, retain_graph=keep_graph)
+                found = torch.autograd.grad(
+                    outputs, inputs, given, retain_graph=keep_graph, allow_unused=True
                 )
-        elif outputs:
+        elif outputs and one.weights:
             with put_off() if split else nullcontext() as later:
-                torch.autograd.backward(outputs, gradients, retain_graph=keep_graph)
+                torch.autograd.backward(outputs, given, retain_graph=keep_graph)
             if later is not None:
                 self._deferred[segment, micro_batch, which] = later
-            passed_on = [tensor.grad for tensor in inputs]
-            for tensor in inputs:
-                tensor.grad = None
+            found = [slot.grad for slot in inputs]
+            for slot in inputs:
+                slot.grad = None
         if one.sends is None:
             self._release(segment, micro_batch)
         else:
-            scale = one.send_scale
-            live.passed_on = [g if scale == 1.0 else g * scale for g in passed_on]
+            by_slot = iter(found)
+            found = [next(by_slot) if slot.requires_grad else None for slot in live.slots]
+            live.passed_on = combine([(list(found), one.send_scale)])
+            self.watch.see(finite.SENT, segment, live.passed_on, micro_batch)
 
     def weight_gradient(self, segment: int, micro_batch: int, which: int) -> None:
-        catch_up(self._deferred.pop((segment, micro_batch, which)))
+        catch_up(self._deferred.pop((segment, micro_batch, which), []))
 
     def _run_head(self, segment: int, micro_batch: int, live: _Live) -> None:
         """Loss, gradients of the head's own parameters, and the loss's gradient at the output.
@@ -213,19 +300,32 @@ class Executor:
         The head works on a detached copy of the output, so it learns only from its own loss, and
         its logits are gone before the segment's own backward pass starts.
         """
-        hidden = map_tensors(
-            live.outputs, lambda t: t.detach().requires_grad_(t.is_floating_point())
-        )
+        slots = [s.detach().requires_grad_(s.requires_grad) for s in live.outputs.slots()]
+        hidden = self._for_head(segment, live.outputs.with_slots(slots))
+        labels = self._for_head(segment, live.labels).value()
         with self._seeded("head", segment, micro_batch):
-            loss = self.segments.loss_of(segment, hidden, live.labels)
-        routes = self._routes(micro_batch)
-        scale = routes.loss_weights[segment] / self._schedule.num_micro_batches
-        torch.autograd.backward(loss * scale)
-        live.gradients[segment] = [
-            tensor.grad for tensor in floating(hidden) if tensor.grad is not None
-        ]
-        share = loss.detach() / self._num_losses[segment]
-        self.losses[segment] = self.losses.get(segment, 0.0) + share
+            loss = self.segments.loss_of(segment, hidden.value(), labels)
+        if segment + 1 == self.segments.num_segments:
+            _note_changes(hidden.slots(), live.outputs.slots())
+        scale = self._routes(micro_batch).loss_weights[segment] * live.weight
+        if loss.requires_grad:
+            torch.autograd.backward(loss * (scale / self._schedule.num_micro_batches))
+        live.gradients[segment] = [slot.grad for slot in slots]
+        self.watch.see(finite.LOSS, segment, [loss], micro_batch)
+        self._book(segment, loss.detach(), live.weight)
+
+    def _for_head(self, segment: int, tree: Tree) -> Tree:
+        """A value that a head may change in place. What goes to the next segment is not touched,
+        since a device may still be copying it; logits, which may be large, are not copied."""
+        is_last = segment + 1 == self.segments.num_segments
+        return tree.map(_writable if is_last else Tensor.clone)
+
+    def _book(self, segment: int, loss: Tensor, weight: float) -> None:
+        """Take a micro-batch's loss into the mean of the step."""
+        total, count = self.counted.get(segment, (0.0, 0))
+        self.counted[segment] = total + weight, count + 1
+        share = weight / (total + weight or 1.0)
+        self.losses[segment] = torch.lerp(self.losses[segment], loss, share) if count else loss
 
     # --- helpers --------------------------------------------------------------------------------
 
@@ -239,3 +339,26 @@ class Executor:
 
     def _routes(self, micro_batch: int) -> Any:
         return self._schedule.rows[micro_batch]
+
+    @property
+    def _weighs_tokens(self) -> bool:
+        return self.section.loss_weighting == "token"
+
+    def _refused(self, segment: int, error: CannotTravel) -> ConfigError:
+        return ConfigError(f"{self.segments.name_of_output(segment)} passes on {error}")
+
+
+def _writable(tensor: Tensor) -> Tensor:
+    """The same memory, as a tensor that may be changed in place although it requires gradient.
+
+    It counts its changes by itself, see `_note_changes`.
+    """
+    return torch.ops.aten._unsafe_view(tensor, tensor.shape) if tensor.requires_grad else tensor
+
+
+def _note_changes(writable: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Let autograd know what was changed in place, so that it refuses to compute with what is not
+    any more what it kept."""
+    for changed, tensor in zip(writable, tensors, strict=True):
+        if changed.requires_grad and changed._version:
+            torch.autograd.graph.increment_version(tensor)

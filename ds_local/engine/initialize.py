@@ -3,21 +3,21 @@ other modules."""
 
 from __future__ import annotations
 
-import os
-import shutil
+import logging
 from typing import Any
 
-import deepspeed
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.utils import log_dist
 
-from ds_local.config.deepspeed import batch_sizes, check_deepspeed
-from ds_local.config.files import load_config, local_parallel
+from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.lr_schedule import scheduler_of
-from ds_local.config.schema import SECTION
+from ds_local.engine.deepspeed_checks import checked
+from ds_local.engine.deepspeed_seam import engine_config
 from ds_local.engine.engine import LocalPipelineEngine
+from ds_local.engine.loaders import data_for
 from ds_local.engine.module import LocalPipelineModule
+from ds_local.engine.optimizer_checks import check_client_parts
 from ds_local.errors import ConfigError
+from ds_local.links.failures import meeting
 from ds_local.replicas.subnets import make_sync
 
 
@@ -45,39 +45,25 @@ def initialize(
         (engine, optimizer, training data loader, learning-rate scheduler).
 
     Raises:
-        ConfigError: for a model of another kind, or a configuration that cannot work.
+        ConfigError: for a model or data of another kind, or a configuration that cannot work.
     """
     if not isinstance(model, LocalPipelineModule) or mpu is not None or mesh_param is not None:
         raise ConfigError(
             f"ds_local.initialize takes a LocalPipelineModule and neither mpu nor mesh_param, got {type(model).__name__}"
         )
-    source = (
-        config
-        if config is not None
-        else config_params
-        if config_params is not None
-        else getattr(args, "deepspeed_config", None)
-    )
+    given = (config, config_params, getattr(args, "deepspeed_config", None))
+    source = next((one for one in given if one is not None), None)
     if source is None:
         raise ConfigError("pass config=..., or args with --deepspeed_config")
-    ds_config = load_config(source)
-    check_deepspeed(ds_config)
-    if local_parallel(ds_config) != model.section:
+    ds_config, section = checked(source)
+    if section != model.section:
         raise ConfigError(
             "the module was built with another local_parallel section; pass both the same config"
         )
-    if model.section.compile and get_accelerator().device_name() == "cpu" and not _cpp_compiler():
-        raise ConfigError(
-            f"{SECTION}.compile needs a C++ compiler on a CPU and there is none; install g++, or remove the key"
-        )
-    batch_sizes(ds_config, model.mpu().get_data_parallel_world_size())
-    bf16 = ds_config.get("bf16", ds_config.get("bfloat16", {}))
-    config_class = DeepSpeedConfig(ds_config, model.mpu())
-    if bf16.get("enabled"):
-        # the hand-over from bf16 to fp32 gradients must happen in every pass, on every stage: as a
-        # hook of the parameters
-        config_class.bfloat16_config.immediate_grad_update = True
-    deepspeed.set_optimizer_flags(config_class, model)
+    check_client_parts(ds_config, optimizer, lr_scheduler)
+    num_replicas, replica = model.grid.data_parallel_size, model.grid.get_data_parallel_id()
+    batch_size, _ = batch_sizes(ds_config, num_replicas)
+    data, stream = data_for(training_data, batch_size, collate_fn, replica, num_replicas)
     if model.section.scales_learning_rates and (
         model_parameters is not None or optimizer is not None
     ):
@@ -90,28 +76,27 @@ def initialize(
             {"params": list(model.segment_parameters(segment)), "segment": segment}
             for segment in model.local_segments
         ]
-    engine = LocalPipelineEngine(
-        args=args,
-        model=model,
-        optimizer=optimizer,
-        model_parameters=model_parameters,
-        training_data=training_data,
-        lr_scheduler=lr_scheduler or scheduler_of(ds_config),
-        mpu=model.mpu(),
-        dist_init_required=dist_init_required,
-        collate_fn=collate_fn,
-        config=ds_config,
-        config_class=config_class,
-    )
-    engine.replicas = make_sync(engine)
-    engine._configure_python_gc()
-    if model.section.compile:
+    with meeting("the making of the engine"):
+        engine = LocalPipelineEngine(
+            args=args,
+            model=model,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            training_data=data,
+            lr_scheduler=lr_scheduler or scheduler_of(ds_config),
+            mpu=model.grid,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=ds_config,
+            config_class=engine_config(ds_config, model),
+        )
+        engine.replicas = make_sync(engine)
+    if stream is not None:
+        engine.set_dataloader(stream)
+        engine.training_dataloader = stream  # on the stages between first and last too
+    for note in engine.plan.notes:
+        log_dist(note, ranks=[0], level=logging.WARNING)
+    engine.configure_garbage_collection()
+    if section.compile:
         engine.compile()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
-
-
-def _cpp_compiler() -> str | None:
-    """What torch's compiler would use on a CPU."""
-    return os.environ.get("CXX") or next(
-        filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None
-    )

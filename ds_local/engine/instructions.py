@@ -3,9 +3,7 @@ put in where they belong."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from functools import cached_property
 
 from deepspeed.runtime.pipe.schedule import (
     OptimizerStep,
@@ -79,11 +77,6 @@ class StageSchedule(PipeSchedule):
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
         yield from self._instructions
-
-    @cached_property
-    def num_losses(self) -> Counter[int]:
-        """In a step, by segment."""
-        return Counter(loss for routes in self.whole.rows for loss in routes.weights)
 
     def num_pipe_buffers(self) -> int:
         """Micro-batches alive at once. The engine keeps them by name, not in numbered buffers."""

@@ -10,6 +10,7 @@ from deepspeed.utils import logger
 
 from ds_local.checkpoints.facts import layout_changes, read_facts
 from ds_local.checkpoints.folder import agreed_tag, gather, latest_tag, locate, together, verify
+from ds_local.engine.finite import check_state
 from ds_local.engine.saving import facts_of
 from ds_local.errors import CheckpointError
 from ds_local.replicas.subnets import saved_scaling
@@ -66,10 +67,11 @@ def load(
     unlooked_for = with_optimizer and engine.using_bf16_optimizer and not engine.zero_optimization()
     path, client_state = read(place.name, load_optimizer_states and not unlooked_for)
     if unlooked_for:
-        engine._load_zero_checkpoint(load_dir, place.name)
+        engine.load_zero_checkpoint(load_dir, place.name)
     own_files = str(place) if with_optimizer else None
     engine.replicas.load(own_files, facts)
     engine.copies.load(own_files, engine.global_steps, engine.replica_id)
+    check_state(engine, f"with {place}", "use another checkpoint")
     return path, client_state
 
 

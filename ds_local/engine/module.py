@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import ProcessTopology
 from deepspeed.utils import log_dist, logger
 from torch import Tensor, nn
@@ -27,12 +26,20 @@ from torch.utils.checkpoint import checkpoint
 from ds_local.checkpoints.facts import FACTS, head_options, read_facts
 from ds_local.checkpoints.folder import HEAD_FILE
 from ds_local.checkpoints.tensors import check_tensors
-from ds_local.config.deepspeed import batch_sizes, check_deepspeed
-from ds_local.config.files import load_config, local_parallel
+from ds_local.cluster.surroundings import complete_environment
+from ds_local.config.deepspeed import batch_sizes, check_number
 from ds_local.config.placement import num_stages_and_replicas
 from ds_local.config.schema import SECTION, LocalParallelConfig
-from ds_local.engine.deepspeed_seam import SafeCheckpointEngine, start_processes
+from ds_local.engine.batches import TokenBatches, split_batch
+from ds_local.engine.deepspeed_checks import checked
+from ds_local.engine.deepspeed_seam import (
+    PipelineModuleSeam,
+    SafeCheckpointEngine,
+)
+from ds_local.engine.process_group import start_processes
 from ds_local.errors import CheckpointError, ConfigError
+from ds_local.links.failures import meeting
+from ds_local.links.trees import map_tensors
 from ds_local.model import blocks, heads
 from ds_local.model.flops import choose_parts
 from ds_local.model.partition import balance
@@ -40,12 +47,12 @@ from ds_local.model.pretrained import Weights, find_weights, load_head, load_lay
 from ds_local.model.split_linear import make_splittable
 from ds_local.replicas.head_copies import Copy, planned_copies
 from ds_local.replicas.subnets import check_cut
-from ds_local.schedules.run_plan import head_segments
+from ds_local.schedules.run_plan import RunPlan, head_segments
 
 MakeHead = Callable[[int], nn.Module]
 
 
-class LocalPipelineModule(PipelineModule):
+class LocalPipelineModule(PipelineModuleSeam):
     """Layers, cut into segments and dealt to pipeline stages.
 
     Args:
@@ -80,32 +87,41 @@ class LocalPipelineModule(PipelineModule):
         topology: Any = None,
     ) -> None:
         layers = list(layers)
-        ds_config = load_config(config or {})
-        check_deepspeed(ds_config)
-        self.section = local_parallel(ds_config)
+        ds_config, self.section = checked(config or {})
         stages = _num_stages(self.section, num_stages, topology)
+        _check_arguments(loss_fn, head, activation_checkpoint_interval)
+        _check_batches(ds_config, self.section, stages)
         self.hf_config: Any = (
-            None  # of a Hugging Face model; set by `causal_lm`, as are the copies in its heads
+            None  # of a Hugging Face model; set by `causal_lm`, as are its batches and copies
         )
+        self.token_batches: TokenBatches | None = None
         self.copies: list[Copy] = []
         self.on_load: list[Callable[[], None]] = []  # called when weights have been loaded
         self._given_parts = self.section.parts or parts
         self._make_head = head
         self._check_layers(layers, stages)
-        if not dist.is_initialized():
-            start_processes()
+        if self.section.loss_weighting == "token" and loss_fn is not heads.lm_loss:
+            raise ConfigError(
+                f'{SECTION}.loss_weighting is "token", but only the loss of language models counts '
+                "tokens; leave it out, or pass loss_fn=ds_local.model.heads.lm_loss"
+            )
+        complete_environment()
+        start_processes(
+            self.section.layout.start_timeout_seconds, self.section.link.timeout_seconds
+        )
         if topology is None and self.section.layout.stages == "within_node":
             topology = ProcessTopology(
                 axes=["data", "pipe"], dims=[dist.get_world_size() // stages, stages]
             )
-        super().__init__(
-            layers=layers,
-            num_stages=stages,
-            topology=topology,
-            loss_fn=loss_fn,
-            partition_method="parameters",
-            activation_checkpoint_interval=activation_checkpoint_interval,
-        )
+        with meeting("the making of the model"):
+            super().__init__(
+                layers=layers,
+                num_stages=stages,
+                topology=topology,
+                loss_fn=loss_fn,
+                partition_method="parameters",
+                activation_checkpoint_interval=activation_checkpoint_interval,
+            )
         del self._make_head
         self.register_load_state_dict_post_hook(self._loaded)
 
@@ -143,24 +159,22 @@ class LocalPipelineModule(PipelineModule):
                 "the routes give segments before the last a loss; pass head=make_head to LocalPipelineModule"
             )
 
-    # --- building
-    # -------------------------------------------------------------------------------------------------------
+    # --- building ---------------------------------------------------------------------------------
 
-    def _partition_layers(self, method: str = "parameters") -> None:
+    def bounds(self) -> tuple[int, int]:
         per_stage = self.section.segments_per_stage
         self.num_segments = self.num_stages * per_stage
         if self._given_parts is not None:
             self.segment_parts = list(self._given_parts)
         else:
             self.segment_parts = balance(
-                [count + 1 for count in self._count_layer_params()], [0.0] * self.num_segments
+                [count + 1 for count in self.count_layer_parameters()], [0.0] * self.num_segments
             )
         self.parts = self.segment_parts[::per_stage]
         self.local_segments = range(self.stage_id * per_stage, (self.stage_id + 1) * per_stage)
-        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+        return self.parts[self.stage_id], self.parts[self.stage_id + 1]
 
-    def _build(self) -> None:
-        super()._build()
+    def built(self) -> None:
         if self.section.split_backward:
             make_splittable(self)
         self.heads = nn.ModuleDict()
@@ -171,6 +185,17 @@ class LocalPipelineModule(PipelineModule):
                 self.heads[str(segment)] = self._make_head(segment)
         for parameter in self.heads.parameters():
             setattr(parameter, "ds_pipe_replicated", False)  # noqa: B010 - DeepSpeed counts what is marked in its norms
+
+    def mpu(self) -> Any:
+        """Asked for by `deepspeed.initialize`, which would train this module by 1F1B.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "deepspeed.initialize would ignore the scheme of this model and train it by 1F1B; call "
+            "ds_local.initialize, with the same arguments"
+        )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """`torch.compile` every layer, as `PipelineModule` does, and every head. Arguments are
@@ -194,7 +219,7 @@ class LocalPipelineModule(PipelineModule):
         self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False
     ) -> None:
         super().save_state_dict(save_dir, checkpoint_engine, exclude_frozen_params)
-        if self._grid.data_parallel_id == 0:
+        if self.grid.data_parallel_id == 0:
             for segment, head in self.heads.items():
                 state = clone_tensors_for_torch_save(head.state_dict())
                 checkpoint_engine.save(
@@ -217,7 +242,7 @@ class LocalPipelineModule(PipelineModule):
             path = heads[segment]
             if path is not None:
                 head.load_state_dict(engine.load(path, map_location="cpu"), strict=strict)
-            elif self._grid.data_parallel_id == 0:
+            elif self.grid.data_parallel_id == 0:
                 layer = self.segment_parts[int(segment) + 1]
                 logger.warning(
                     f"{load_dir} has no head that fits after {layer} layers: that of segment "
@@ -288,15 +313,24 @@ class LocalPipelineModule(PipelineModule):
             raise
         return path
 
-    # --- running
-    # --------------------------------------------------------------------------------------------------------
+    # --- running ----------------------------------------------------------------------------------
 
     def layers_of(self, segment: int) -> list[Callable[[Any], Any]]:
         start, stop = (
-            self.segment_parts[segment] - self._local_start,
-            self.segment_parts[segment + 1] - self._local_start,
+            self.segment_parts[segment] - self.first_layer,
+            self.segment_parts[segment + 1] - self.first_layer,
         )
         return self.forward_funcs[start:stop]
+
+    def split_batch(self, batch: Any) -> tuple[Any, Any]:
+        """(inputs, labels) of a micro-batch. Raises DataError when it cannot be used."""
+        return self.token_batches.split(batch) if self.token_batches else split_batch(batch)
+
+    def name_of_output(self, segment: int) -> str:
+        """The layer whose output is the segment's."""
+        number = self.segment_parts[segment + 1] - 1 - self._computes_own_loss(segment)
+        layer = self.forward_funcs[number - self.first_layer]
+        return f"layer {number} ({getattr(layer, '__name__', type(layer).__name__)})"
 
     def run_segment(self, segment: int, inputs: Any) -> Any:
         """The segment's layers; of the last segment all but a readout that computes its own
@@ -306,16 +340,18 @@ class LocalPipelineModule(PipelineModule):
             layers = layers[:-1]
         interval = self.activation_checkpoint_interval or max(1, len(layers))
         for start in range(0, len(layers), interval):
-            run = partial(_apply, layers[start : start + interval])
+            part = layers[start : start + interval]
             if self.activation_checkpoint_interval and torch.is_grad_enabled():
-                inputs = checkpoint(run, inputs, use_reentrant=False)
+                inputs = checkpoint(_apply_to_copy, part, inputs, use_reentrant=False)
             else:
-                inputs = run(inputs)
+                inputs = _apply(part, inputs)
         return inputs
 
     def loss_of(self, segment: int, hidden: Any, labels: Any) -> Tensor:
         """The segment's loss (scalar): its auxiliary head's, or the model's own for the last
         segment."""
+        if self.token_batches:
+            labels = labels.long()
         if segment < self.num_segments - 1:
             return self.heads[str(segment)](hidden, labels)
         if self._computes_own_loss(segment):
@@ -383,12 +419,31 @@ class LocalPipelineModule(PipelineModule):
             yield from (p for p in self.heads[str(segment)].parameters() if p.requires_grad)
 
 
+def _check_arguments(loss_fn: Any, head: Any, activation_checkpoint_interval: Any) -> None:
+    for name, value in (("loss_fn", loss_fn), ("head", head)):
+        if value is not None and not callable(value):
+            raise ConfigError(f"{name} is a {type(value).__name__}; pass a function")
+    check_number("activation_checkpoint_interval", activation_checkpoint_interval, least=0)
+
+
+def _check_batches(
+    ds_config: Mapping[str, Any], section: LocalParallelConfig, num_stages: int
+) -> None:
+    """The steps' schedules can be made, where the config says how large a step is."""
+    if {"train_batch_size", "train_micro_batch_size_per_gpu"} & ds_config.keys():
+        _, num_micro_batches = batch_sizes(ds_config, _world_size() // num_stages)
+        _ = RunPlan.of(section, num_stages, num_micro_batches).schedules
+
+
 def _num_stages(section: LocalParallelConfig, num_stages: int | None, topology: Any) -> int:
     """Checked against the number of processes, which the launcher has announced even before they
     have met."""
-    return num_stages_and_replicas(
-        section, _world_size(), topology.get_dim("pipe") if topology else num_stages
-    )[0]
+    if topology is not None:
+        axes = sorted(topology.get_axis_names())
+        if axes != ["data", "pipe"]:
+            raise ConfigError(f"topology has the axes {axes}; make one of pipe and data")
+        num_stages = topology.get_dim("pipe")
+    return num_stages_and_replicas(section, _world_size(), num_stages)[0]
 
 
 def _world_size() -> int:
@@ -397,10 +452,31 @@ def _world_size() -> int:
     )
 
 
+def _check_widths(hf_config: Any, section: LocalParallelConfig, num_stages: int) -> None:
+    """A bottleneck is narrower than the model, and a stage's weights fit the machine's memory."""
+    if section.head.rank is not None and section.head.rank > hf_config.hidden_size:
+        raise ConfigError(
+            f"{SECTION}.head.rank is {section.head.rank}, wider than the model's hidden state of "
+            f"{hf_config.hidden_size}; lower it, or leave it out"
+        )
+    needed = 4 * sum(p.numel() for p in blocks.skeleton(hf_config).parameters()) // num_stages
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ConfigError(
+            f"a stage's weights take {needed / 2**30:,.0f} GiB in fp32, this machine has "
+            f"{memory / 2**30:,.0f} GiB; use more stages or a smaller model"
+        )
+
+
 def _apply(layers: Sequence[Callable[[Any], Any]], inputs: Any) -> Any:
     for layer in layers:
         inputs = layer(inputs)
     return inputs
+
+
+def _apply_to_copy(layers: Sequence[Callable[[Any], Any]], inputs: Any) -> Any:
+    """For a layer that changes its input in place: recomputing must start from what it was."""
+    return _apply(layers, map_tensors(inputs, Tensor.clone))
 
 
 def causal_lm(
@@ -430,13 +506,11 @@ def causal_lm(
         ConfigError: when the configuration contradicts the model or the number of processes.
         WeightsError: when the pretrained weights are damaged or of another model.
     """
+    ds_config, section = checked(config or {})
     hf_config = blocks.load_model_config(model)
     if weights is None and not from_scratch and isinstance(model, str | Path):
         weights = find_weights(model)
     pretrained = None if weights is None or from_scratch else Weights(weights, hf_config)
-    ds_config = load_config(config or {})
-    check_deepspeed(ds_config)
-    section = local_parallel(ds_config)
     depth = blocks.num_blocks(hf_config)
     stages = _num_stages(section, num_stages, topology)
     num_segments = stages * section.segments_per_stage
@@ -446,8 +520,11 @@ def causal_lm(
             f"{stages} stages x {section.segments_per_stage} segments need at least {num_segments} blocks, "
             f"the model has {depth}; lower num_stages or use a deeper model"
         )
+    _check_widths(hf_config, section, stages)
     check_cut(hf_config, section.replicas, _world_size() // stages, pretrained is not None)
     longest = blocks.num_positions(hf_config)
+    if seq_len is not None:
+        check_number("seq_len", seq_len)
     if seq_len is not None and seq_len > longest:
         raise ConfigError(
             f"sequences have {seq_len} tokens but the model takes at most {longest}; prepare data with --seq-len {longest}"
@@ -474,10 +551,11 @@ def causal_lm(
         topology=topology,
     )
     module.hf_config = hf_config
+    module.token_batches = TokenBatches(hf_config.vocab_size, blocks.learned_positions(hf_config))
     module.copies = planned_copies(section, num_segments, head_segments(section, num_segments))
     if pretrained is not None:
         log_dist(f"starting from the weights in {pretrained.folder}", ranks=[0])
-        for number, layer in enumerate(module.forward_funcs, module._local_start):
+        for number, layer in enumerate(module.forward_funcs, module.first_layer):
             load_layer(layer, number, pretrained)
         for segment, head in module.heads.items():
             load_head(head, int(segment), section.head, parts, pretrained)

@@ -1,5 +1,5 @@
 """Losses, idle time and throughput of every stage, from wherever they arise to whoever wants to see
-them.
+them. A figure may be NaN; one that is not there is marked as such.
 
 Each segment's figures ride along with the activations, so the last stage knows them all without a
 collective. At the reporting interval it mails them to rank 0, which hands them to DeepSpeed's
@@ -9,8 +9,7 @@ waits for any of this.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ds_local.links.notices import Mailbox
+from ds_local.engine.finite import KINDS
+from ds_local.links.mailbox import Mailbox
 from ds_local.links.transport import End, Sender
 
 # columns of the figures each segment reports
@@ -26,12 +26,33 @@ FIGURES = (
     "step",
     "loss",
     "grad_norm",
+    "lr",
     "seconds",
     "waited",
     "sent_bytes",
     "exchanged_bytes",
     "slowest_link",
+    "nonfinite",
+    "nonfinite_step",
+    "skipped",
 )
+_COLUMNS = len(FIGURES) + 1  # the last one has a bit for each figure that is there
+
+
+def to_row(figures: Mapping[str, float | None]) -> list[float]:
+    """One segment's figures as a row of numbers; `from_row` gives them back."""
+    values = [figures.get(name) for name in FIGURES]
+    there = sum(1 << column for column, value in enumerate(values) if value is not None)
+    return [0.0 if value is None else float(value) for value in values] + [float(there)]
+
+
+def from_row(row: Sequence[float]) -> dict[str, float | None]:
+    """Figure -> value, None for one that is not there."""
+    there = int(row[-1])
+    return {
+        name: value if there >> column & 1 else None
+        for column, (name, value) in enumerate(zip(FIGURES, row[:-1], strict=True))
+    }
 
 
 @dataclass(frozen=True)
@@ -41,17 +62,17 @@ class SegmentReport:
     step: int  # optimizer steps done
     segment: int
     stage: int
-    loss: (
-        float | None
-    )  # mean over micro-batches and replicas; None where the routes give the segment no loss
-    grad_norm: float | None  # before clipping; None when nothing clips
+    loss: float | None  # mean over micro-batches and replicas; None: the routes give it no loss
+    grad_norm: float | None  # before clipping; None where nobody needs to know it
+    lr: float | None  # that the step was taken with
     seconds: float  # of the step, on this stage
     idle_share: float  # part of it spent waiting for a neighbour
     sent_bytes: int  # to neighbouring stages
-    exchanged_bytes: (
-        int | None
-    )  # to other replicas of the stage; None where DeepSpeed averages gradients
+    exchanged_bytes: int | None  # to other replicas of the stage; None: DeepSpeed averages
     slowest_link: str | None  # the one the stage waited for longest; None when it waited for none
+    nonfinite: str | None  # one of `finite.KINDS`, if one came since the last report; the newest
+    nonfinite_step: int | None  # its step
+    skipped: int  # steps that the stage has left out so far
 
 
 class Traffic:
@@ -79,11 +100,13 @@ class Traffic:
 
     def _totals(self, replicas: Any) -> tuple[list[float], dict[str, float]]:
         waits = [0.0 if end is None else end.waited for end in self._ends]
-        return waits, {
+        totals = {
             "waited": sum(waits) + replicas.waited,
             "sent_bytes": sum(end.num_bytes for end in self._ends if isinstance(end, Sender)),
-            "exchanged_bytes": replicas.num_bytes,
         }
+        if replicas.num_bytes is not None:
+            totals["exchanged_bytes"] = replicas.num_bytes
+        return waits, totals
 
 
 Listener = Callable[[list[SegmentReport]], None]
@@ -99,6 +122,7 @@ class Reports:
         source: global rank of the last stage of replica 0.
         local_segments: this rank's segments, empty on replicas other than the first.
         links: names of all links; "slowest_link" is a number of one of them.
+        timeout_seconds: longest wait for reports that are on their way.
     """
 
     def __init__(
@@ -109,8 +133,9 @@ class Reports:
         source: int,
         local_segments: range,
         links: Sequence[str],
+        timeout_seconds: float = 300.0,
     ) -> None:
-        self.figures = torch.full((num_segments, len(FIGURES)), math.nan, dtype=torch.float64)
+        self.figures = torch.zeros((num_segments, _COLUMNS), dtype=torch.float64)
         self.listeners: list[Listener] = []  # called on rank 0
         self._per_stage = segments_per_stage
         self._every = every
@@ -121,23 +146,22 @@ class Reports:
         self._reads, self._writes = rank == 0, rank == source
         group = dist.new_group([0, source], backend="gloo") if source else None
         self._mailbox = (
-            Mailbox(group, 0, (num_segments, len(FIGURES))) if self._reads or self._writes else None
+            Mailbox(group, 0, (num_segments, _COLUMNS), timeout_seconds)
+            if self._reads or self._writes
+            else None
         )
 
     def close_step(self, rows: dict[int, dict[str, Any]]) -> None:
         """Book this rank's figures of the step that ends, and pass on those of the step before,
         which are complete by now."""
         if self._mailbox is not None:
-            step = self.figures[0, 0].item()
-            if self._writes and self._every and not math.isnan(step) and step % self._every == 0:
+            step = _step_of(self.figures)
+            if self._writes and self._every and step and step % self._every == 0:
                 self._mailbox.write(self.figures)
             if self._reads:
                 self._emit(self._mailbox.read())
         for segment, row in rows.items():
-            self.figures[segment] = torch.tensor(
-                [math.nan if row[f] is None else float(row[f]) for f in FIGURES],
-                dtype=torch.float64,
-            )
+            self.figures[segment] = torch.tensor(to_row(row), dtype=torch.float64)
 
     def flush(self) -> None:
         """Bring the reports up to the last step. A collective call over all ranks: stages meet
@@ -156,54 +180,66 @@ class Reports:
 
     def _emit(self, reports: list[Tensor]) -> None:
         for figures in reports:
-            step = figures[0, 0].item()
-            if math.isnan(step) or step <= self._last_emitted:
+            step, before = _step_of(figures), self._last_emitted
+            if step <= before:
                 continue
-            self._last_emitted = int(step)
-            rows = [self._report(segment, row) for segment, row in enumerate(figures.tolist())]
+            self._last_emitted = step
+            rows = [
+                self._report(segment, from_row(row), before)
+                for segment, row in enumerate(figures.tolist())
+            ]
             for listener in self.listeners:
                 listener(rows)
 
-    def _report(self, segment: int, row: list[float]) -> SegmentReport:
-        figures = {
-            name: None if math.isnan(value) else value
-            for name, value in zip(FIGURES, row, strict=True)
-        }
+    def _report(
+        self, segment: int, figures: Mapping[str, float | None], before: int
+    ) -> SegmentReport:
+        def whole(name: str) -> int | None:
+            value = figures[name]
+            return None if value is None else int(value)
+
         seconds, waited = figures["seconds"] or 0.0, figures["waited"] or 0.0
+        link, kind, event = map(whole, ("slowest_link", "nonfinite", "nonfinite_step"))
+        is_new = event is not None and event > before
         return SegmentReport(
-            int(figures["step"] or 0),
-            segment,
-            segment // self._per_stage,
-            figures["loss"],
-            figures["grad_norm"],
-            seconds,
-            waited / seconds if seconds else 0.0,
-            int(figures["sent_bytes"] or 0),
-            None if figures["exchanged_bytes"] is None else int(figures["exchanged_bytes"]),
-            None if figures["slowest_link"] is None else self._links[int(figures["slowest_link"])],
+            step=whole("step") or 0,
+            segment=segment,
+            stage=segment // self._per_stage,
+            loss=figures["loss"],
+            grad_norm=figures["grad_norm"],
+            lr=figures["lr"],
+            seconds=seconds,
+            idle_share=waited / seconds if seconds else 0.0,
+            sent_bytes=whole("sent_bytes") or 0,
+            exchanged_bytes=whole("exchanged_bytes"),
+            slowest_link=None if link is None else self._links[link],
+            nonfinite=KINDS[kind] if is_new and kind is not None else None,
+            nonfinite_step=event if is_new else None,
+            skipped=whole("skipped") or 0,
         )
 
 
+def _step_of(figures: Tensor) -> int:
+    """Of the first segment; 0 before there is one."""
+    return int(figures[0, FIGURES.index("step")].item())
+
+
 def monitor_listener(monitor: Any, samples_per_step: int) -> Listener:
-    """Writes every report to DeepSpeed's monitor, with tags per stage and segment."""
+    """Writes every report to DeepSpeed's monitor, with tags per stage and segment. All points of a
+    step go out together, the steps in order: W&B drops what comes later than that."""
 
     def write(reports: list[SegmentReport]) -> None:
-        events = []
+        points: dict[str, float | None] = {}
         for r in reports:
-            tag, samples = f"Train/stage_{r.stage}/segment_{r.segment}", r.step * samples_per_step
-            events += [
-                (f"{tag}/{name}", value, samples)
-                for name, value in (
-                    ("loss", r.loss),
-                    ("grad_norm", r.grad_norm),
-                    ("idle_share", r.idle_share),
-                )
-                if value is not None
-            ]
-        if reports[-1].loss is not None:
-            events.append(
-                ("Train/Samples/train_loss", reports[-1].loss, reports[-1].step * samples_per_step)
-            )
-        monitor.write_events(events)
+            tag = f"Train/stage_{r.stage}/segment_{r.segment}"
+            points |= {
+                f"{tag}/{name}": getattr(r, name)
+                for name in ("loss", "grad_norm", "lr", "idle_share", "skipped")
+            }
+        points |= {"Train/Samples/train_loss": reports[-1].loss, "Train/Samples/lr": reports[0].lr}
+        samples = reports[0].step * samples_per_step
+        monitor.write_events(
+            [(tag, value, samples) for tag, value in points.items() if value is not None]
+        )
 
     return write

@@ -12,6 +12,7 @@ from torch import Tensor
 from ds_local.checkpoints.files import reason
 from ds_local.checkpoints.folder import Writing, gather, together
 from ds_local.engine.deepspeed_seam import RESERVED, unloadable
+from ds_local.engine.finite import check_state
 from ds_local.errors import CheckpointError, SaveError
 from ds_local.model.blocks import config_dict
 from ds_local.schedules.run_plan import head_segments
@@ -35,11 +36,15 @@ def save(
     Raises:
         SaveError: on all ranks, when the disk of one does not take it; the checkpoint before it is
             whole and nothing is left of this one, so training can go on.
-        CheckpointError: for a tag that is no plain file name, or state that could not be loaded.
+        CheckpointError: for a tag that is no plain file name, state that could not be loaded, or
+            weights that are not finite.
     """
     engine.reports.flush()
     together(lambda: _check_state(engine, client_state))
-    writing = Writing(save_dir, str(tag or f"global_step{engine.global_steps}"))
+    tag = str(tag or f"global_step{engine.global_steps}")
+    kept = "what was saved before stays; go on from there"
+    check_state(engine, f"the checkpoint {save_dir}/{tag} is not written:", kept)
+    writing = Writing(save_dir, tag)
     files = engine.checkpoint_engine = _Files(engine.checkpoint_engine)
     try:
         target = str(writing.target)

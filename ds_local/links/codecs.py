@@ -39,25 +39,22 @@ class Codec(NamedTuple):
     decode: Callable[[Parts, int], Tensor]  # what travelled, D -> [N, D]
 
 
-def encode(message: Mapping[str, Tensor], name: str, link: LinkConfig) -> dict[str, Tensor]:
-    """A message with its hidden state encoded: the first floating-point tensor. Others (masks, ids)
-    stay as they are.
+def encode(
+    message: Mapping[str, Tensor], name: str, link: LinkConfig, hidden: str = "hidden"
+) -> dict[str, Tensor]:
+    """A message with its hidden state encoded. All else (masks, ids) stays as it is.
 
     Args:
-        message: named tensors, at least one of them floating point.
+        message: named tensors.
         name: of the codec, a key of `CODECS`, or "none".
         link: the codecs' options.
+        hidden: name of the hidden state, a floating-point tensor.
     """
-    first = next((key for key, tensor in message.items() if tensor.is_floating_point()), None)
-    if (
-        name == "none"
-        or first is None
-        or (name == "bf16" and message[first].dtype == torch.bfloat16)
-    ):
+    if name == "none" or (name == "bf16" and message[hidden].dtype == torch.bfloat16):
         return dict(message)
     encoded: dict[str, Tensor] = {}
     for key, tensor in message.items():
-        if key == first:
+        if key == hidden:
             like = torch.empty((0, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
             with torch.no_grad():
                 parts = CODECS[name].encode(
@@ -77,7 +74,7 @@ def decode(message: Mapping[str, Tensor]) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     encoded: dict[str, tuple[str, Parts]] = {}
     for key, tensor in message.items():
-        name, *coded = key.split(_MARK)
+        name, *coded = [key] if "=" in key else key.split(_MARK)
         whole[name] = tensor
         if coded:
             encoded.setdefault(name, (coded[0], {}))[1][coded[1]] = tensor
@@ -89,8 +86,7 @@ def decode(message: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return whole
 
 
-# --- rounding to few bits
-# ---------------------------------------------------------------------------------------------------
+# --- rounding to few bits -------------------------------------------------------------------------
 
 
 def _quantize(values: Tensor, bits: int) -> Parts:
@@ -129,8 +125,7 @@ def _decode_groups(parts: Parts, num_features: int) -> Tensor:
     return _dequantize(parts).flatten(1)[:, :num_features]
 
 
-# --- fewer numbers
-# ----------------------------------------------------------------------------------------------------------
+# --- fewer numbers --------------------------------------------------------------------------------
 
 
 def _encode_topk(hidden_ND: Tensor, link: LinkConfig) -> Parts:

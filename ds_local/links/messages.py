@@ -1,118 +1,159 @@
-"""What travels between segments: packed, encoded and unpacked here and nowhere else."""
+"""What travels between segments: packed, encoded and unpacked here and nowhere else.
+
+A message is a dict of named tensors. A value that is a tensor goes under its name; any other goes
+as its leaves, `hidden.0`, `hidden.1`, ..., and `hidden=FORM`, which has no bytes: names travel once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ds_local.config.schema import LinkConfig
-from ds_local.errors import ConfigError
 from ds_local.links import codecs
+from ds_local.links.trees import CannotTravel, Tree, as_leaves, as_tensor, form_of, text_of
+
+Slots = list[Tensor | None]  # a gradient, by slot; None: nothing reads the tensor
+
+_NO_BYTES = torch.empty(0, dtype=torch.uint8)
 
 
-def split_batch(batch: Any) -> tuple[Any, Any]:
-    """(inputs, labels) of a micro-batch: a pair, a dict of a Hugging Face data collator, or token
-    ids that are both."""
-    if isinstance(batch, Mapping):
-        return batch["input_ids"], batch.get("labels", batch["input_ids"])
-    if isinstance(batch, Tensor):
-        return batch, batch
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return tuple(batch)
-    raise ConfigError(
-        f"a micro-batch must be (inputs, labels), a dict with input_ids, or token ids; got {type(batch).__name__}"
-    )
+class Arrived(NamedTuple):
+    """What came from the segment below."""
+
+    hidden: Tree
+    learns: list[bool]  # by slot: is a gradient wanted where it comes from?
+    labels: Tree
+    weight: float  # of the micro-batch among those of its step; 1 on average
+    figures: Tensor
 
 
-def map_tensors(value: Any, function: Any) -> Any:
-    """Apply `function` to a tensor or to each of a tuple of tensors."""
-    return (
-        function(value)
-        if isinstance(value, Tensor)
-        else tuple(function(tensor) for tensor in value)
-    )
+def to_device(value: Any, device: torch.device) -> Tree:
+    """A copy of a value on the device, so that layers may change it in place. On a GPU by way of
+    pinned memory, so that the host need not wait for what the device still computes.
+
+    Raises:
+        CannotTravel: see `Tree.of`.
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        if device.type == "cuda" and tensor.device.type == "cpu":
+            return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor.to(device, copy=True)
+
+    return Tree.of(value).map(moved)
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """On a GPU by way of pinned memory, so that the host need not wait for what the device still
-    computes."""
-    if value is None:
-        return None
-    if device.type != "cuda":
-        return map_tensors(value, lambda t: t.to(device))
-    return map_tensors(
-        value,
-        lambda t: (
-            t.pin_memory().to(device, non_blocking=True) if t.device.type == "cpu" else t.to(device)
-        ),
-    )
-
-
-def floating(value: Any) -> list[Tensor]:
-    return [t for t in ([value] if isinstance(value, Tensor) else value) if t.is_floating_point()]
-
-
-def narrow(labels: Any) -> Any:
-    """Token ids take 4 bytes on a link, not 8."""
-    return (
-        None
-        if labels is None
-        else map_tensors(labels, lambda t: t.int() if t.dtype == torch.int64 else t)
-    )
-
-
-def widen(labels: Any) -> Any:
-    return (
-        None
-        if labels is None
-        else map_tensors(labels, lambda t: t.long() if t.dtype == torch.int32 else t)
-    )
-
-
-def combine(weighted: list[tuple[list[Tensor], float]]) -> list[Tensor]:
-    """The sum of gradients, each times its coefficient."""
-    if len(weighted) == 1 and weighted[0][1] == 1.0:
-        return weighted[0][0]
-    columns = zip(
-        *(
-            [gradient * coefficient for gradient in gradients]
-            for gradients, coefficient in weighted
-        ),
-        strict=True,
-    )
-    return [torch.stack(column).sum(0) if len(column) > 1 else column[0] for column in columns]
-
-
-def pack(name: str, value: Tensor | Sequence[Tensor] | None) -> dict[str, Tensor]:
-    if value is None:
+def pack(name: str, tree: Tree) -> dict[str, Tensor]:
+    """A value as named tensors; nothing for None."""
+    if tree.form is None:
         return {}
-    return (
-        {name: value}
-        if isinstance(value, Tensor)
-        else {f"{name}.{i}": t for i, t in enumerate(value)}
-    )
+    if tree.form == "tensor":
+        return {name: tree.leaves[0]}
+    leaves = {f"{name}.{i}": as_tensor(leaf) for i, leaf in enumerate(tree.leaves)}
+    return leaves | {f"{name}={text_of(tree.form)}": _NO_BYTES}
 
 
-def unpack(name: str, message: Mapping[str, Tensor]) -> Any:
-    """What `pack` was given, a sequence as a tuple."""
+def unpack(name: str, message: Mapping[str, Tensor]) -> Tree:
+    """What `pack` was given."""
     if name in message:
-        return message[name]
-    several = tuple(tensor for key, tensor in message.items() if key.startswith(f"{name}."))
-    return several or None
+        return Tree([message[name]], "tensor")
+    text = next((key for key in message if key.startswith(f"{name}=")), None)
+    if text is None:
+        return Tree([], None)
+    form = form_of(text.removeprefix(f"{name}="))
+    tensors = [tensor for key, tensor in message.items() if key.startswith(f"{name}.")]
+    return Tree(as_leaves(tensors, form), form)
 
 
 def activation_message(
-    hidden: Any, labels: Any, figures: Tensor, link: LinkConfig, segment: int
+    hidden: Tree,
+    labels: Tree,
+    figures: Tensor,
+    link: LinkConfig,
+    segment: int,
+    weight: float | None = None,
 ) -> dict[str, Tensor]:
-    """From `segment` to the next: hidden state, labels, and the figures of the segments so far."""
-    encoded = codecs.encode(pack("hidden", hidden), link.codec_above(segment), link)
-    return encoded | pack("labels", narrow(labels)) | {"figures": figures}
+    """From `segment` to the next.
+
+    Args:
+        figures: of the segments so far.
+        weight: of the micro-batch, None where all count the same.
+
+    Raises:
+        CannotTravel: when a codec does not know which of several tensors is the hidden state.
+    """
+    message = _encoded(pack("hidden", hidden), hidden, link, segment)
+    if hidden.form != "tensor":
+        message["learns"] = _flags(tuple(slot.requires_grad for slot in hidden.slots()))
+    if weight is not None:
+        message["weight"] = torch.tensor(weight, dtype=torch.float64)
+    return message | pack("labels", labels) | {"figures": figures}
 
 
-def parts_of_activation(message: Mapping[str, Tensor]) -> tuple[Any, Any]:
-    """(hidden, labels) of a message from the segment below."""
-    message = codecs.decode(message)
-    return unpack("hidden", message), widen(unpack("labels", message))
+def _encoded(
+    message: dict[str, Tensor], hidden: Tree, link: LinkConfig, segment: int
+) -> dict[str, Tensor]:
+    codec = link.codec_above(segment)
+    if codec == "none":
+        return message
+    states = [
+        key
+        for key, leaf in zip(message, hidden.leaves, strict=False)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
+    if len(states) > 1:
+        raise CannotTravel(
+            f"{len(states)} floating-point tensors, of which link.codec {codec!r} can compress one "
+            "(a mask may be bool)"
+        )
+    return codecs.encode(message, codec, link, states[0]) if states else message
+
+
+@lru_cache(maxsize=256)
+def _flags(values: tuple[bool, ...]) -> Tensor:
+    """On the host; shared, so never changed."""
+    return torch.tensor(values, dtype=torch.bool)
+
+
+def parts_of_activation(message: Mapping[str, Tensor]) -> Arrived:
+    """What the segment below sent."""
+    decoded = codecs.decode(message)
+    learns = decoded["learns"].tolist() if "learns" in decoded else [True]
+    weight = decoded["weight"].item() if "weight" in decoded else 1.0
+    hidden, labels = unpack("hidden", decoded), unpack("labels", decoded)
+    return Arrived(hidden, learns, labels, weight, message["figures"])
+
+
+def gradient_message(gradients: Slots, slots: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Gradients at `slots`. All of them travel, zeros for those that are not there, so that every
+    message of a link looks the same."""
+    message = {
+        str(i): torch.zeros_like(slot) if gradient is None else gradient
+        for i, (gradient, slot) in enumerate(zip(gradients, slots, strict=True))
+    }
+    return message | {"there": _flags(tuple(gradient is not None for gradient in gradients))}
+
+
+def parts_of_gradient(message: Mapping[str, Tensor]) -> Slots:
+    """The gradients of a message from the segment above."""
+    there = message["there"].tolist()
+    return [message[str(i)] if present else None for i, present in enumerate(there)]
+
+
+def combine(weighted: list[tuple[Slots, float]]) -> Slots:
+    """The sum of gradients, each times its coefficient."""
+    if len(weighted) == 1 and weighted[0][1] == 1.0:
+        return weighted[0][0]
+    factors = [factor for _, factor in weighted]
+    columns = zip(*(gradients for gradients, _ in weighted), strict=True)
+    return [_sum(column, factors) for column in columns]
+
+
+def _sum(gradients: Sequence[Tensor | None], factors: Sequence[float]) -> Tensor | None:
+    given = [g * f for g, f in zip(gradients, factors, strict=True) if g is not None]
+    return torch.stack(given).sum(0) if len(given) > 1 else given[0] if given else None

@@ -1,135 +1,196 @@
-"""Words between ranks off the step path: notices that every rank can read, and a mailbox for small
-reports.
+"""Words between ranks off the step path: each rank answers the others from a thread of its own.
 
-Nothing here makes a stage wait for another.
+A rank asks another what it is doing, or tells it something, over a plain connection of one question
+and one answer. That needs nobody's main thread and no store, so it works while main threads wait,
+and no rank's death takes with it what the others know.
 """
 
 from __future__ import annotations
 
-import math
+import hmac
+import json
+import os
+import secrets
+import socket
 import threading
-from collections import deque
-from collections.abc import Callable
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from enum import Enum
+from itertools import count
+from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from ds_local.links.logs import LOG
+from ds_local.links.observer import Observer
 
-_STORE_SECONDS = 10.0  # longest wait for the store
-
-
-def post_notice(name: str, text: str) -> None:
-    """Leave a notice for all ranks; the first one under a name stays. Needs nobody's
-    cooperation."""
-    _within_reach(lambda: _store().compare_set(f"ds_local/{name}", "", text))
-
-
-def change_notice(name: str, text: str) -> None:
-    """Like `post_notice`, but the newest stays."""
-    _within_reach(lambda: _store().set(f"ds_local/{name}", text))
+_ANSWER_SECONDS = 5.0  # longest wait for an answer
+_MOST_BYTES = 1 << 16
+_MOST_AT_ONCE = 32  # ranks that are asked at the same time
+_TRIES = 3  # of a connection that breaks while it is used
 
 
-def read_notice(name: str) -> str | None:
-    """The notice under `name`, without waiting for one."""
+class Absence(Enum):
+    """Why a rank gave no answer; of one rank, and of several."""
 
-    def read() -> str | None:
-        store, key = _store(), f"ds_local/{name}"
-        return store.get(key).decode() if store.check([key]) else None
-
-    return _within_reach(read)
+    GONE = "is gone: its process has ended", "are gone: their processes have ended"
+    SILENT = "does not answer: stopped, or out of reach", "do not answer: stopped, or out of reach"
 
 
-_lost: list[Any] = []  # the store that does not answer any more
+Answer = dict[str, Any] | Absence
 
 
-def _within_reach(ask: Callable[[], Any]) -> Any:
-    """What the store answers; None when it died with its host, or the way there is cut, which its
-    own client never notices."""
-    if not dist.is_initialized() or _store() in _lost:
-        return None
-    box: list[Any] = []
+class Card(NamedTuple):
+    """Where a rank can be asked."""
 
-    def run() -> None:
-        try:
-            box.append(ask())
-        except (RuntimeError, ValueError):
-            box.append(None)
-
-    asking = threading.Thread(target=run, daemon=True)
-    asking.start()
-    asking.join(_STORE_SECONDS)
-    if not box:
-        _lost[:] = [_store()]
-        return None
-    return box[0]
+    host: str
+    address: str
+    port: int
+    secret: str  # rank 0's goes with every question
 
 
-def report_failure(reason: str) -> None:
-    """Say why this rank ends; the first failure of a run is added to everybody's error messages."""
-    post_notice("first_failure", reason)
+# a forked child must not keep the ports open when this process is gone
+_LISTENERS: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: any(map(socket.socket.close, _LISTENERS)))
 
 
-def first_failure() -> str:
-    reason = read_notice("first_failure")
-    return "" if reason is None else f"; first failure reported: {reason}"
-
-
-def _store() -> Any:
-    """The key-value store that the process group was started with."""
-    return dist.distributed_c10d._get_default_store()
-
-
-class Mailbox:
-    """Small reports from one rank to another, off the step path: the sender never waits, the reader
-    only looks.
+class Notices:
+    """This rank's end of it. Answers from the start, asks once `meet` has been called.
 
     Args:
-        group: the two-rank group of writer and reader (gloo); None when they are the same rank.
-        reader: global rank that reads.
-        shape: of a report (float64).
+        rank: of this process.
+        address: at which the others can reach this machine.
     """
 
-    _RING = 16
+    def __init__(self, rank: int, address: str) -> None:
+        self.rank = rank
+        self.cards: list[Card] = []
+        self.numbers = count(1)  # of the engines of this process, in the same order on all ranks
+        self.observer = Observer()
+        self._handlers: dict[str, Callable[[dict[str, Any]], Any]] = {}
+        self.answer("state", self.observer.state)
+        self._listener, address = _listen(address)
+        port = self._listener.getsockname()[1]
+        self.card = Card(socket.gethostname(), address, port, secrets.token_hex(16))
+        threading.Thread(target=self._serve, daemon=True, name="notices").start()
+        _LISTENERS.add(self._listener)
 
-    def __init__(self, group: Any, reader: int, shape: tuple[int, ...]) -> None:
-        self.sent = self.taken = 0
-        self._group = group
-        self._reader = reader
-        self._shape = shape
-        self._kept: deque[tuple[dist.Work | None, Tensor]] = deque()
-        if group is not None and dist.get_rank() == reader:
-            for _ in range(self._RING):
-                self._post()
+    @property
+    def world_size(self) -> int:
+        return len(self.cards) or 1
 
-    def _post(self) -> None:
-        # the last entry stays 0 until the whole message has landed: gloo cannot be asked whether a
-        # receive is complete
-        buffer = torch.zeros(math.prod(self._shape) + 1, dtype=torch.float64)
-        self._kept.append((dist.irecv(buffer, group=self._group, group_src=self._writer()), buffer))
+    def meet(self, cards: Sequence[Sequence[Any]]) -> None:
+        """Learn where everybody is; `cards` are those of all ranks, in order."""
+        self.cards = [Card(*card) for card in cards]
 
-    def _writer(self) -> int:
-        return 1 - dist.get_group_rank(self._group, self._reader)
+    def close(self) -> None:
+        """Answer no more."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._listener.close()
 
-    def write(self, report: Tensor) -> None:
-        buffer = torch.cat([report.flatten(), torch.ones(1, dtype=torch.float64)])
+    # --- answering ------------------------------------------------------------------------------
+
+    def answer(self, topic: str, handler: Callable[[dict[str, Any]], Any]) -> None:
+        """Answer questions of this topic with what `handler` makes of them, a dict or None. It runs
+        in the answering thread, so it must not wait for another rank."""
+        self._handlers[topic] = handler
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            with closing(connection):
+                try:
+                    self._reply(connection)
+                except Exception as error:  # whatever it was that came, the next one is answered
+                    LOG.debug("no answer to a question: %r", error)
+
+    def _reply(self, connection: socket.socket) -> None:
+        connection.settimeout(_ANSWER_SECONDS)
+        question = json.loads(_read_line(connection))
+        secret = self.cards[0].secret if self.cards else ""
+        if not secret or not hmac.compare_digest(question.pop("secret"), secret):
+            return
+        handler = self._handlers.get(question.pop("topic"))
+        reply = (handler and handler(question)) or {}
+        connection.sendall(json.dumps({"rank": self.rank, **reply}).encode() + b"\n")
+
+    # --- asking ---------------------------------------------------------------------------------
+
+    def ask(self, rank: int, topic: str, **question: Any) -> Answer:
+        """Another rank's answer, within a few seconds."""
+        card = self.cards[rank]
+        if card.address.startswith("127.") and card.host != self.card.host:
+            return Absence.SILENT  # it gave no address that means anything here
+        question |= {"topic": topic, "secret": self.cards[0].secret}
+        for _ in range(_TRIES):
+            try:
+                with socket.create_connection(card[1:3], _ANSWER_SECONDS) as connection:
+                    connection.sendall(json.dumps(question).encode() + b"\n")
+                    answer = json.loads(_read_line(connection))
+            except ConnectionRefusedError:
+                return Absence.GONE
+            except (ConnectionError, ValueError):
+                continue  # it ended in this moment, or another program has its port
+            except OSError:
+                return Absence.SILENT
+            if answer.pop("rank", None) == rank:
+                return answer
+        return Absence.GONE
+
+    def ask_all(self, topic: str, ranks: Iterable[int] | None = None, **question: Any) -> Any:
+        """The answers of these ranks, by rank; by default all others."""
+        asked = [r for r in (range(self.world_size) if ranks is None else ranks) if r != self.rank]
+        if not asked:
+            return {}
+        with ThreadPoolExecutor(min(len(asked), _MOST_AT_ONCE)) as pool:
+            answers = pool.map(lambda rank: self.ask(rank, topic, **question), asked)
+            return dict(zip(asked, answers, strict=True))
+
+
+def _listen(address: str) -> tuple[socket.socket, str]:
+    """A listening socket at this address, or on this machine alone where it is no address of it."""
+    for candidate in (address, "127.0.0.1"):
+        listener = socket.socket()
         try:
-            work = None if self._group is None else dist.isend(buffer, self._reader, self._group)
-        except RuntimeError:
-            return  # the reader has finished and left; if it died, those who need its work will say so
-        if len(self._kept) >= self._RING and self._group is not None:
-            self._kept.popleft()  # long gone: the reader is at most a few steps away
-        self._kept.append((work, buffer))
-        self.sent += 1
+            listener.bind((candidate, 0))
+        except OSError:
+            listener.close()
+            continue
+        listener.listen(1024)
+        return listener, candidate
+    raise OSError("no port can be opened on this machine, not even on the loopback interface")
 
-    def read(self, at_least: int = 0) -> list[Tensor]:
-        """The reports that have come; waits until `at_least` have come in the mailbox's life."""
-        reports = []
-        while self._kept and (self.taken < at_least or self._kept[0][1][-1] != 0):
-            work, buffer = self._kept.popleft()
-            if work is not None:
-                work.wait()
-                self._post()
-            self.taken += 1
-            reports.append(buffer[:-1].view(self._shape))
-        return reports
+
+def _read_line(connection: socket.socket) -> bytes:
+    """What comes until the line ends; ConnectionError if it does not."""
+    data = b""
+    while not data.endswith(b"\n"):
+        more = connection.recv(4096)
+        if not more or len(data) > _MOST_BYTES:
+            raise ConnectionResetError("the line does not end")
+        data += more
+    return data
+
+
+_current: list[Notices] = []  # of the process group that this process is in
+
+
+def current() -> Notices | None:
+    return _current[0] if _current else None
+
+
+def begin(notices: Notices) -> Notices:
+    """Make these the notices of this process; earlier ones are closed."""
+    end()
+    _current.append(notices)
+    return notices
+
+
+def end() -> None:
+    """Close the notices of this process."""
+    while _current:
+        _current.pop().close()

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -29,9 +28,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_local.errors import TransportError
-from ds_local.links.notices import first_failure
+from ds_local.errors import LostConnection, TransportError
 from ds_local.links.staging import Departures, Direct, Staging
+from ds_local.links.waiting import Waiter, is_lost
 
 _SPEC_BYTES = 16384  # of the first message, which says what all others look like
 _HEADER = 4  # int64 entries: code, step, micro-batch, flags
@@ -56,7 +55,11 @@ class Tag(NamedTuple):
 
 
 class MemoryLink:
-    """Between two segments of the same stage: both ends in one object, nothing waits."""
+    """Between two segments of the same stage: both ends in one object, nothing waits.
+
+    Tensors are copied, as between stages: what the upper segment does to one in place, the lower
+    segment and its head never see.
+    """
 
     def __init__(self) -> None:
         self.waited = 0.0
@@ -64,7 +67,7 @@ class MemoryLink:
         self._queue: deque[tuple[Tag, Message]] = deque()
 
     def send(self, tag: Tag, tensors: Message) -> None:
-        self._queue.append((tag, {name: tensor.detach() for name, tensor in tensors.items()}))
+        self._queue.append((tag, {name: _copy_of(tensor) for name, tensor in tensors.items()}))
 
     def receive(self, tag: Tag) -> tuple[Tag, Message]:
         for position, (found, tensors) in enumerate(self._queue):
@@ -78,6 +81,10 @@ class MemoryLink:
 
     def fail(self, reason: str) -> None:
         """The other end is this very stage."""
+
+
+def _copy_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,16 @@ def _described(specs: Sequence[_Spec]) -> list[tuple[str, list[int], str, bool]]
     ]
 
 
+def _difference(old: Sequence[_Spec], new: Sequence[_Spec]) -> tuple[str, str]:
+    """What is only in one of two descriptions of a message, in words."""
+
+    def words(specs: Iterable[_Spec]) -> str:
+        kinds = _described([spec for spec in specs if spec.num_bytes or "=" in spec.name])
+        return ", ".join(f"{name} {dtype} {shape}" for name, shape, dtype, _ in kinds) or "less"
+
+    return words(s for s in old if s not in new), words(s for s in new if s not in old)
+
+
 class _Buffer:
     """The bytes of a message, and its header and tensors in them."""
 
@@ -174,7 +191,7 @@ class _Buffer:
         self.tensors = layout.views(data)
 
 
-class _GroupEnd:
+class _GroupEnd(Waiter):
     """What both ends of a link between two stages share.
 
     Args:
@@ -197,12 +214,10 @@ class _GroupEnd:
         staging: Staging,
         direct: Direct | None = None,
     ) -> None:
+        super().__init__(timeout_seconds)
         self.name = name
         self.peer = peer
         self.depth = depth
-        self.timeout_seconds = timeout_seconds
-        self.waited = 0.0  # seconds spent waiting for the other end
-        self.waiting: tuple[float, str] | None = None  # (since when, what for), for the watchdog
         self.num_bytes = 0  # through this end, headers included
         self._group = group
         self._form: _Form | None = None
@@ -218,25 +233,13 @@ class _GroupEnd:
         return self._form.num_bytes if self._form else 0
 
     def _wait(self, work: Any, purpose: str) -> None:
-        started = time.perf_counter()
-        self.waiting = (started, purpose)
-        try:
-            work.wait(timedelta(seconds=self.timeout_seconds))
-        except (RuntimeError, TimeoutError) as error:
-            waited = time.perf_counter() - started
-            cause = (
-                "the connection is gone"
-                if waited < self.timeout_seconds * 0.9
-                else f"nothing came within {waited:.0f} s"
-            )
-            raise TransportError(
-                f"waited for {self.peer} {purpose} on the {self.name}, but {cause}{first_failure()}"
-            ) from error
-        self.waiting = None
-        self.waited += time.perf_counter() - started
+        self.wait_for(work, self.peer.rank, str(self.peer), f"{purpose} on the {self.name}")
 
-    def _unreachable(self) -> TransportError:
-        return TransportError(f"cannot reach {self.peer} on the {self.name}{first_failure()}")
+    def _unreachable(self, error: RuntimeError) -> RuntimeError:
+        """What an operation that could not be started means."""
+        if not is_lost(error):
+            return error
+        return LostConnection(f"cannot reach {self.peer} on the {self.name}")
 
 
 class Sender(_GroupEnd):
@@ -261,9 +264,11 @@ class Sender(_GroupEnd):
             self._form = _Form(specs, self._direct is not None)
             self._opening = self._post(_spec_buffer({"layout": _described(specs)}))
         elif specs != self._form.specs:
+            old, new = _difference(self._form.specs, specs)
             raise TransportError(
-                f"the {self.name} to {self.peer} was opened for tensors {_described(self._form.specs)} but {tag} has "
-                f"{_described(specs)}; shapes must stay the same: drop incomplete batches"
+                f"the {self.name} to {self.peer} was opened for {old} but {tag} has {new}; shapes "
+                "must stay the same: drop incomplete batches, pad the others to one length, those "
+                "of evaluation too, and let layers pass on the same kinds of values every time"
             )
         staged = self._form.staged
         buffer = (
@@ -281,7 +286,7 @@ class Sender(_GroupEnd):
             if self._direct is not None:
                 works.append(self._direct.send(self._form.direct, tensors))
         except RuntimeError as error:
-            raise self._unreachable() from error
+            raise self._unreachable(error) from error
         self._under_way.append((works, buffer))
         self.num_bytes += self._form.num_bytes
 
@@ -301,7 +306,7 @@ class Sender(_GroupEnd):
         try:
             return [self._start(data)], data
         except RuntimeError as error:
-            raise self._unreachable() from error
+            raise self._unreachable(error) from error
 
     def flush(self) -> None:
         """Wait until everything sent has been taken."""
@@ -372,13 +377,15 @@ class Receiver(_GroupEnd):
         direct = (
             {} if self._direct is None else self._past_the_host(self._direct, form.direct, found)
         )
-        return found, {**buffer.tensors, **moved, **direct}
+        message = {**buffer.tensors, **moved, **direct}
+        # `data`: each with a version of its own, or changing one in place would count for all
+        return found, {name: tensor.data for name, tensor in message.items()}
 
     def _past_the_host(self, direct: Direct, layout: _Layout, tag: Tag) -> Message:
         try:
             work, payload = direct.receive(layout)
         except RuntimeError as error:
-            raise self._unreachable() from error
+            raise self._unreachable(error) from error
         self._wait(work, f"to send the tensors of {tag}")
         return layout.views(payload)
 
@@ -436,8 +443,7 @@ def _text(buffer: Tensor) -> str:
     return bytes(buffer.tolist()).rstrip(b"\0").decode(errors="replace")
 
 
-# --- links of a rank
-# ------------------------------------------------------------------------------------------------------
+# --- links of a rank ------------------------------------------------------------------------------
 
 End = MemoryLink | Sender | Receiver
 

@@ -70,7 +70,7 @@ def _serve(
 
 
 def _run(function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-    from ds_local.engine.deepspeed_seam import end_processes, start_processes
+    from ds_local.engine.process_group import end_processes, start_processes
 
     with open(os.environ.get("DS_LOCAL_RANKS_LOG", os.devnull), "a") as sink:
         saved = os.dup(1), os.dup(2)

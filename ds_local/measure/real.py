@@ -13,7 +13,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ class Job:
         ids = torch.randint(self.model["vocab_size"], (sequences, self.tokens), generator=generator)
         return itertools.repeat((ids, ids))
 
-    def validation(self) -> list[Any]:
+    def validation(self) -> Sequence[Any]:
         if self.data is None:
             return [next(self.batches(self.sequences, 1))]
         return validation_batches(
@@ -194,8 +194,7 @@ SYSTEMS: dict[tuple[str, str], tuple[int, Callable[[Job], Built]]] = {
 }
 
 
-# --- on a rank
-# ------------------------------------------------------------------------------------------------------------
+# --- on a rank ------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -259,8 +258,7 @@ def until_loss(
     return _pinned(system, job, work)
 
 
-# --- the command
-# ----------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+from ds_local.config import strict_json
+from ds_local.outputs import new_file, write_file
+
 Row = dict[str, Any]
 MISSING = "-"
 
@@ -33,8 +36,7 @@ def save(rows: Sequence[Row], path: Path | None, benchmark: str) -> None:
     comes from."""
     if path is not None:
         facts = {"benchmark": benchmark, "command": command(), "machine": machine()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([facts | row for row in rows], indent=1) + "\n")
+        write_file(path, strict_json.dumps([facts | row for row in rows], indent=1) + "\n")
 
 
 def load(paths: Iterable[Path]) -> list[Row]:
@@ -59,7 +61,7 @@ def _merged(rows: Sequence[Row]) -> list[Row]:
     """Repetitions of the same thing from several files, taken together; sorted by size."""
     same: dict[str, Row] = {}
     for row in rows:
-        key = json.dumps(
+        key = strict_json.dumps(
             [row[name] for name in ("system", "schedule", "stages", "micro_batches", "link")]
         )
         times = same.get(key, {"repetitions": []})["repetitions"] + row["repetitions"]
@@ -315,8 +317,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
 }
 
 
-# --- pictures
-# -------------------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def draw_bars(rows: Sequence[Row], path: Path) -> None:
@@ -372,7 +373,8 @@ def draw_bars(rows: Sequence[Row], path: Path) -> None:
         "% of ideal; bar: median of the repetitions, line: their spread, mark: simulated",
         fontsize=8,
     )
-    figure.savefig(path, dpi=130)
+    with new_file(path) as picture:
+        figure.savefig(picture, dpi=130)
     plt.close(figure)
 
 
@@ -400,4 +402,4 @@ def write_trace(events_of_ranks: Sequence[Sequence[tuple[str, float, float]]], p
             }
             for what, start, end in events
         ]
-    path.write_text(json.dumps({"traceEvents": rows}))
+    write_file(path, strict_json.dumps({"traceEvents": rows}))

@@ -1,8 +1,9 @@
 """A Hugging Face causal language model as a list of pipeline layers: embedding, blocks, readout.
 
-The layers wrap Hugging Face's own modules and call them by keyword, with the mask and the positions
-computed on the spot from the hidden state alone, so that one tensor is all that travels between
-stages. Every module is taken from a real `PreTrainedModel`: a block built from a bare config has no
+The layers wrap Hugging Face's own modules and call them by keyword, with the causal mask and the
+positions computed on the spot from the hidden state's shape, so that one tensor is all that travels
+between stages. Where a micro-batch has a mask or positions of its own, layers pass a dict of these
+and the hidden state. Every module is taken from a real `PreTrainedModel`: a block built from a bare config has no
 attention implementation and silently sees the future.
 
 A family of models is one entry of `FAMILIES`. Shapes: B sequences, T tokens, D hidden, V
@@ -27,8 +28,16 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.pytorch_utils import Conv1D
 
 from ds_local.config.schema import HeadConfig
-from ds_local.errors import UnsupportedModel
-from ds_local.model.heads import AuxiliaryHead, count_targets, linear_cross_entropy
+from ds_local.errors import ConfigError
+from ds_local.model.config_file import read_config, reason
+from ds_local.model.heads import (
+    HIDDEN,
+    AuxiliaryHead,
+    State,
+    count_targets,
+    hidden_of,
+    linear_cross_entropy,
+)
 from ds_local.model.seeds import seeded
 from ds_local.model.split_linear import SPLITTABLE, casts, linear
 
@@ -73,41 +82,31 @@ def load_model_config(source: str | Path | dict[str, Any] | PretrainedConfig) ->
     Raises:
         UnsupportedModel: when it cannot be read or its family is not supported; the message lists
             the families.
+        ConfigError: for a key that only resembles a real one, and numbers that do not fit.
     """
-    if isinstance(source, PretrainedConfig):
-        config = copy.deepcopy(source)
-    elif isinstance(source, dict):
-        config = AutoConfig.for_model(**source)
-    else:
-        config = _read_config(source)
-    if config.model_type not in FAMILIES:
-        raise UnsupportedModel(
-            f"model_type {config.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
-        )
+    config, where = read_config(source, FAMILIES)
     config.dtype = None  # that of the saved weights; in training the DeepSpeed config decides
+    try:
+        _run_one_block(config)
+    except Exception as error:  # whatever a model says about its numbers
+        raise ConfigError(
+            f"{where}: no {config.model_type} can be made of it: {reason(error, config)}"
+        ) from error
     return config
 
 
-def _read_config(source: str | Path) -> PretrainedConfig:
-    path = Path(source)
-    if path.is_file():
-        try:
-            fields = json.loads(path.read_text())
-            return AutoConfig.for_model(**fields)
-        except (json.JSONDecodeError, TypeError, KeyError, ValueError) as error:
-            raise UnsupportedModel(
-                f"{path} is not a Hugging Face model config with a model_type: {error}"
-            ) from error
-    if not path.is_dir() and (
-        path.is_absolute() or path.suffix == ".json" or str(source).count("/") > 1
-    ):
-        raise UnsupportedModel(
-            f"no model config at {path}; give a config.json, a model folder or a hub name"
-        )
-    try:
-        return AutoConfig.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"cannot read a model config from {source!r}: {error}") from error
+def _run_one_block(config: PretrainedConfig) -> None:
+    """Without storage: shapes that do not fit are found here."""
+    model, family = skeleton(config), family_of(config)
+    hidden_BTD = torch.empty(1, 2, config.hidden_size, device="meta")
+    positions = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    kwargs: dict[str, Any] = {"attention_mask": None, "position_ids": positions}
+    with torch.no_grad():
+        if family.rotary is not None:
+            kwargs["position_embeddings"] = model.get_submodule(family.rotary)(
+                hidden_BTD, positions
+            )
+        model.get_submodule(f"{family.blocks}.0")(hidden_BTD, use_cache=False, **kwargs)
 
 
 @functools.lru_cache(maxsize=4)
@@ -175,8 +174,14 @@ class _Context:
             else type(skeleton(config).get_submodule(rotary))(config=self.config)
         )
         self._kept: dict[tuple, dict[str, Any]] = {}
+        # the newest mask or positions that a micro-batch gave, and what came of them
+        self._newest: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
 
-    def kwargs(self, hidden_BTD: Tensor, attention: str) -> dict[str, Any]:
+    def kwargs(self, state: State, attention: str) -> dict[str, Any]:
+        """What a block takes besides the hidden state."""
+        hidden_BTD = hidden_of(state)
+        if isinstance(state, dict):
+            return self._of_given(state, hidden_BTD, attention)
         key = (
             attention,
             hidden_BTD.shape[0],
@@ -189,8 +194,25 @@ class _Context:
                 self._kept[key] = self._build(hidden_BTD.detach(), attention)
         return self._kept[key]
 
-    def _build(self, hidden_BTD: Tensor, attention: str) -> dict[str, Any]:
-        position_ids = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device).unsqueeze(0)
+    def _of_given(self, state: dict[str, Tensor], hidden_BTD: Tensor, attention: str) -> Any:
+        """Kept for the next block of the same micro-batch."""
+        given = {name: tensor for name, tensor in state.items() if name != HIDDEN}
+        known, kwargs = self._newest.get(attention, ({}, {}))
+        if known.keys() != given.keys() or any(known[name] is not given[name] for name in given):
+            with torch.no_grad():
+                kwargs = self._build(hidden_BTD.detach(), attention, **given)
+            self._newest[attention] = given, kwargs
+        return kwargs
+
+    def _build(
+        self,
+        hidden_BTD: Tensor,
+        attention: str,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> dict[str, Any]:
+        if position_ids is None:
+            position_ids = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device).unsqueeze(0)
         make_mask = (
             create_sliding_window_causal_mask
             if attention == "sliding_attention"
@@ -199,7 +221,7 @@ class _Context:
         mask = make_mask(
             config=self.config,
             inputs_embeds=hidden_BTD,
-            attention_mask=None,
+            attention_mask=attention_mask,
             past_key_values=None,
             position_ids=position_ids,
         )
@@ -220,7 +242,11 @@ def _context_of(config_json: str) -> _Context:
 
 
 class Embedding(nn.Module):
-    """Token ids [B, T] -> hidden [B, T, D]."""
+    """Token ids [B, T] -> hidden [B, T, D].
+
+    A dict of `input_ids`, and `attention_mask` or `position_ids` or both, becomes the same dict
+    with the hidden state in the place of the ids.
+    """
 
     def __init__(self, config: PretrainedConfig, seed: int) -> None:
         super().__init__()
@@ -239,17 +265,21 @@ class Embedding(nn.Module):
         """Nothing: a lookup gains nothing, and compiled for a GPU its gradient would be summed in
         any order."""
 
-    def forward(self, ids_BT: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor | dict[str, Tensor]) -> State:
+        beside = dict(inputs) if isinstance(inputs, dict) else {"input_ids": inputs}
+        ids_BT = beside.pop("input_ids")
         hidden_BTD = self.tokens(ids_BT)
         if self.positions is not None:
-            hidden_BTD = hidden_BTD + self.positions(
-                torch.arange(ids_BT.shape[1], device=ids_BT.device)
-            )
-        return hidden_BTD if self.dropout is None else self.dropout(hidden_BTD)
+            in_order = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+            hidden_BTD = hidden_BTD + self.positions(beside.get("position_ids", in_order))
+        if self.dropout is not None:
+            hidden_BTD = self.dropout(hidden_BTD)
+        return {HIDDEN: hidden_BTD, **beside} if beside else hidden_BTD
 
 
 class Block(nn.Module):
-    """One decoder layer: hidden [B, T, D] -> hidden [B, T, D]."""
+    """One decoder layer: hidden [B, T, D], alone or in a dict with what `Embedding` passes on, ->
+    the same."""
 
     def __init__(
         self,
@@ -270,8 +300,9 @@ class Block(nn.Module):
         compiled code."""
         self.block.compile(*args, **kwargs)
 
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return self.block(hidden_BTD, **self.context.kwargs(hidden_BTD, self.attention))
+    def forward(self, state: State) -> State:
+        hidden_BTD = self.block(hidden_of(state), **self.context.kwargs(state, self.attention))
+        return {**state, HIDDEN: hidden_BTD} if isinstance(state, dict) else hidden_BTD
 
 
 class Readout(nn.Module):
@@ -284,13 +315,14 @@ class Readout(nn.Module):
         self.norm = _materialize(config, family.norm, seed, "norm")
         self.readout = _materialize(config, family.readout, seed, "readout")
 
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return self.readout(self.norm(hidden_BTD))
+    def forward(self, state: State) -> Tensor:
+        return self.readout(self.norm(hidden_of(state)))
 
-    def loss(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+    def loss(self, state: State, labels_BT: Tensor) -> Tensor:
         """The scalar loss of `heads.lm_loss`; the engine calls this instead of `forward` followed
         by a loss function."""
-        hidden_ND, targets_N = hidden_BTD[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
+        hidden_ND = hidden_of(state)[:, :-1].flatten(0, 1)
+        targets_N = labels_BT[:, 1:].flatten()
         weight_VD: Tensor = self.readout.weight  # type: ignore[assignment]
         loss = linear_cross_entropy(self.norm(hidden_ND), weight_VD, targets_N, self.kernel)
         return loss / count_targets(labels_BT).clamp(min=1)
@@ -384,6 +416,11 @@ def num_blocks(config: PretrainedConfig) -> int:
 def num_positions(config: PretrainedConfig) -> int:
     """Longest sequence the model takes."""
     return config.max_position_embeddings
+
+
+def learned_positions(config: PretrainedConfig) -> int | None:
+    """How many positions the model has an embedding of, None where it computes them."""
+    return num_positions(config) if family_of(config).positions else None
 
 
 def forward_flops(config: PretrainedConfig, seq_len: int) -> tuple[float, float]:

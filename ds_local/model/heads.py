@@ -22,6 +22,14 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # label of a position that does not count, as in Hugging Face models
 
+State = Tensor | dict[str, Tensor]  # hidden [B, T, D], alone or with a mask and positions
+HIDDEN = "hidden_states"  # its name in a dict
+
+
+def hidden_of(state: State) -> Tensor:
+    return state[HIDDEN] if isinstance(state, dict) else state
+
+
 # below this many logits the plain loss is faster, and there is little memory to save
 _PLAIN_LOGITS = 1 << 20
 _CHUNK = (
@@ -52,8 +60,7 @@ def count_targets(labels_BT: Tensor) -> Tensor:
     return (labels_BT[:, 1:] != IGNORE).sum()
 
 
-# --- cross-entropy of a linear readout
-# ------------------------------------------------------------------------------------
+# --- cross-entropy of a linear readout ------------------------------------------------------------
 
 
 def linear_cross_entropy(
@@ -148,8 +155,7 @@ KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-# --- the auxiliary head
-# ---------------------------------------------------------------------------------------------------
+# --- the auxiliary head ---------------------------------------------------------------------------
 
 
 class AuxiliaryHead(nn.Module):
@@ -192,10 +198,9 @@ class AuxiliaryHead(nn.Module):
         for block in self.blocks:
             block.compile(*args, **kwargs)
 
-    def forward(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+    def forward(self, state: State, labels_BT: Tensor) -> Tensor:
         """The scalar loss of `lm_loss`, or in training an unbiased estimate of it."""
-        for block in self.blocks:
-            hidden_BTD = block(hidden_BTD)
+        hidden_BTD = self._after_blocks(state)
         hidden_ND, targets_N, factor = (
             hidden_BTD[:, :-1].flatten(0, 1),
             labels_BT[:, 1:].flatten(),
@@ -213,14 +218,17 @@ class AuxiliaryHead(nn.Module):
         )
         return loss * factor / count_targets(labels_BT).clamp(min=1)
 
+    def _after_blocks(self, state: State) -> Tensor:
+        for block in self.blocks:
+            state = block(state)
+        return hidden_of(state)
+
     def _before_readout(self, hidden: Tensor) -> Tensor:
         hidden = self.norm(hidden)
         if self.down is not None:
             hidden = self.down(hidden)
         return hidden if self.log_temperature is None else hidden * self.log_temperature.exp()
 
-    def logits(self, hidden_BTD: Tensor) -> Tensor:
+    def logits(self, state: State) -> Tensor:
         """Next-token logits, shape [B, T, V]."""
-        for block in self.blocks:
-            hidden_BTD = block(hidden_BTD)
-        return self.readout(self._before_readout(hidden_BTD))
+        return self.readout(self._before_readout(self._after_blocks(state)))

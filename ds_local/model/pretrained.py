@@ -8,24 +8,42 @@ prefix, and a few that older versions wrote, are found too.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from ds_local.config.schema import HeadConfig
-from ds_local.errors import WeightsError
+from ds_local.errors import WeightsError, first_line
 from ds_local.model import blocks
 
 HEADS_FILE = "auxiliary_heads.safetensors"  # beside an exported model, with its heads as they are
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_PIECE = (
-    4 << 20
-)  # bytes read at a time: a mapped file's pages count as memory of the process until it is closed
+# bytes read at a time: a mapped file's pages count as memory of the process until it is closed
+_PIECE = 4 << 20
 _OLD_NAMES = {"lm_head.weight": ("embed_out.weight",)}  # GPT-NeoX before transformers 5
+_FLOATS = ("F16", "BF16", "F32", "F64")  # types that are read
+# masks and frequencies, which are computed, and which older versions wrote among the weights
+_COMPUTED = re.compile(
+    r"(attn|attention)\.(masked_)?bias$|rotary_emb\.(inv_freq|(cos|sin)_cached)$"
+)
+# weights in forms that are not read
+_OTHER_FORMS = (
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.gguf",
+    "*.ggml",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+)
 
 
 def find_weights(model: str | Path) -> Path | None:
@@ -40,14 +58,28 @@ def find_weights(model: str | Path) -> Path | None:
         return None
     local = folder.is_dir()
     if not local:
+        if folder.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
+            raise WeightsError(f"{model} does not exist; give a model folder or a hub name")
         folder = _downloaded(str(model))
     if (folder / _INDEX).is_file() or (folder / _SINGLE).is_file():
         return folder
-    if local and not any(folder.glob("*.bin")):
+    others = sorted(
+        path.name
+        for form in ("*.safetensors", *_OTHER_FORMS)
+        for path in folder.glob(form)
+        if path.name != HEADS_FILE
+    )
+    if local and not others:
         return None
+    if others and others[0].endswith(".safetensors"):
+        raise WeightsError(
+            f"{model} has {others[0]}, but neither {_SINGLE} nor {_INDEX}; it is incomplete, or no "
+            "whole model"
+        )
     raise WeightsError(
-        f"{model} has no safetensors; pickled weights can run code when they are read. If you trust them, rewrite them with "
-        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...); for fresh weights use --from-scratch"
+        f"{model} has no safetensors{f' but {others[0]}' if others else ''}; pickled weights can run code when they are read. If "
+        "you trust them, rewrite them with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...); "
+        "for fresh weights use --from-scratch"
     )
 
 
@@ -59,16 +91,15 @@ def _downloaded(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # among them all errors of the hub's
-        raise WeightsError(
-            f"cannot fetch the weights of {name}: {str(error).splitlines()[0]}"
-        ) from error
+        raise WeightsError(f"cannot fetch the weights of {name}: {first_line(error)}") from error
 
 
 class Weights:
     """The tensors of a folder of safetensors, by Hugging Face's names.
 
     Raises:
-        WeightsError: when the index or a file is missing or damaged.
+        WeightsError: when the index or a file is missing or damaged, the tensors are not those of
+            a model of this config, or they are quantized.
     """
 
     def __init__(self, folder: str | Path, config: Any) -> None:
@@ -77,13 +108,31 @@ class Weights:
         self._files: dict[str, str] = (
             self._index() if (self.folder / _INDEX).is_file() else self._names_in(_SINGLE)
         )
+        if getattr(config, "quantization_config", None):
+            raise WeightsError(f"{self.folder} is quantized; give the model as it was before")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """All tensors of the model, and no others."""
+        wanted = blocks.skeleton(self.config).state_dict().keys()
+        used = {self.name_of(name) for name in wanted}
+        known = {other for name in wanted for other in self._names_of(name)}
+        strange = [
+            name for name in self._files if name not in used | known and not _COMPUTED.search(name)
+        ]
+        if strange:
+            raise WeightsError(
+                f"{self.folder} has {len(strange)} tensors that a model of its config lacks, as "
+                f"{strange[0]}; is it of another model?"
+            )
 
     def _index(self) -> dict[str, str]:
         try:
-            files = json.loads((self.folder / _INDEX).read_text())["weight_map"]
-        except (OSError, ValueError, KeyError) as error:
+            found = json.loads((self.folder / _INDEX).read_text())["weight_map"]
+            files = {str(name): Path(file).name for name, file in found.items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise WeightsError(
-                f"{self.folder / _INDEX} is no index of safetensors: {error}"
+                f"{self.folder / _INDEX} is no index of safetensors: {first_line(error)}"
             ) from error
         missing = sorted(name for name in set(files.values()) if not (self.folder / name).is_file())
         if missing:
@@ -98,7 +147,12 @@ class Weights:
         try:
             return safe_open(self.folder / file, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise WeightsError(f"cannot read {self.folder / file}: {error}") from error
+            raise WeightsError(f"cannot read {self.folder / file}: {first_line(error)}") from error
+
+    def _names_of(self, wanted: str) -> Iterator[str]:
+        """The names that a tensor of the model may have."""
+        base = blocks.family_of(self.config).tokens.partition(".")[0] + "."
+        yield from (wanted, wanted.removeprefix(base), *_OLD_NAMES.get(wanted, ()))
 
     def name_of(self, wanted: str) -> str:
         """The name under which the folder has a tensor of the model.
@@ -107,11 +161,7 @@ class Weights:
             WeightsError: when it has none.
         """
         family = blocks.family_of(self.config)
-        names = [
-            wanted,
-            wanted.removeprefix(family.tokens.partition(".")[0] + "."),
-            *_OLD_NAMES.get(wanted, ()),
-        ]
+        names = list(self._names_of(wanted))
         if wanted == f"{family.readout}.weight" and not any(name in self._files for name in names):
             if not self.config.tie_word_embeddings:
                 raise WeightsError(
@@ -139,7 +189,9 @@ class Weights:
                 raise WeightsError(
                     f"{self.folder / file} has no tensor {name}; {_INDEX} says it has"
                 )
-            shape = tensors.get_slice(name).get_shape()
+            kept = tensors.get_slice(name)
+            shape, dtype = kept.get_shape(), kept.get_dtype()
+        _check_type(self.folder / file, name, dtype)
         if list(shape) != list(target.shape):
             raise WeightsError(
                 f"{self.folder / file}: tensor {name} has shape {shape}, the model needs {list(target.shape)}"
@@ -148,6 +200,8 @@ class Weights:
         for start in range(0, target.shape[0], rows):
             with self._opened(file) as tensors:
                 target[start : start + rows].copy_(tensors.get_slice(name)[start : start + rows])
+            if not torch.isfinite(target[start : start + rows]).all():
+                raise WeightsError(f"{self.folder / file}: tensor {name} holds NaN or infinity")
 
 
 def load_layer(layer: nn.Module, number: int, weights: Weights) -> None:
@@ -200,7 +254,8 @@ def _exported_with(folder: Path, parts: Sequence[int]) -> bool:
     if not (folder / HEADS_FILE).is_file():
         return False
     with _open_heads(folder) as tensors:
-        return json.loads((tensors.metadata() or {}).get("segment_parts", "null")) == list(parts)
+        told = (tensors.metadata() or {}).get("segment_parts", "null")
+    return told == json.dumps(list(parts))
 
 
 def _read_exported(state: Mapping[str, Tensor], segment: int, folder: Path) -> None:
@@ -226,4 +281,52 @@ def _open_heads(folder: Path) -> Any:
     try:
         return safe_open(folder / HEADS_FILE, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"cannot read {folder / HEADS_FILE}: {error}") from error
+        raise WeightsError(f"cannot read {folder / HEADS_FILE}: {first_line(error)}") from error
+
+
+def whole_model(model: str | Path) -> Any:
+    """A causal language model as plain transformers makes it, all of its weights from safetensors.
+
+    Raises:
+        WeightsError: when weights are missing, damaged, pickled, or of another model.
+    """
+    folder = find_weights(model)
+    if folder is None:
+        raise WeightsError(f"{model} has no weights")
+    for path in sorted(folder.glob("model*.safetensors")):
+        _check_types(path)
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True
+        )
+    except Exception as error:  # a foreign folder can fail in many ways
+        raise WeightsError(f"cannot load the model in {model}: {first_line(error)}") from error
+    kinds = ("missing", "unexpected", "mismatched")
+    wrong = [f"{kind} {sorted(info[f'{kind}_keys'])[0]}" for kind in kinds if info[f"{kind}_keys"]]
+    if wrong:
+        raise WeightsError(
+            f"{model} has other weights than its config says ({', '.join(wrong)}); is it of another model?"
+        )
+    if not all(torch.isfinite(parameter).all() for parameter in loaded.parameters()):
+        raise WeightsError(f"{model} has weights that are NaN or infinite")
+    return loaded.eval()
+
+
+def _check_types(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"cannot read {path}: {first_line(error)}") from error
+    for name, dtype in types.items():
+        if not _COMPUTED.search(name):
+            _check_type(path, name, dtype)
+
+
+def _check_type(path: Path, name: str, dtype: str) -> None:
+    """Raises WeightsError for a type that means nothing without its quantization."""
+    if dtype not in _FLOATS:
+        raise WeightsError(
+            f"{path}: tensor {name} is of type {dtype}, which is no floating-point type that is "
+            "read; give the model as it was before it was quantized"
+        )

@@ -9,9 +9,7 @@ never meet here: each stage's replicas talk among themselves.
 
 from __future__ import annotations
 
-import math
 import os
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ds_local.config.schema import SECTION, ReplicasConfig
-from ds_local.errors import CheckpointError, TransportError
-from ds_local.links.notices import first_failure
+from ds_local.errors import CheckpointError, LostConnection
+from ds_local.links.waiting import Waiter, is_lost
 
 WEIGHTS = "weights"
 Write = Callable[[Any, str], None]  # state, path
@@ -37,11 +35,7 @@ class Together:
 
     reduces_gradients = True
     waited = 0.0
-    num_bytes = math.nan  # DeepSpeed's, not counted here
-
-    def next_meeting(self, step: int) -> int:
-        """The first step that no replica can have begun while another is in `step`."""
-        return step + 1
+    num_bytes: float | None = None  # DeepSpeed's, not counted here
 
     def after_step(self) -> None:
         """Called after every optimizer step."""
@@ -87,8 +81,7 @@ class Together:
         `folder` if it fits."""
 
 
-# --- talking
-# --------------------------------------------------------------------------------------------------------------
+# --- talking --------------------------------------------------------------------------------------
 
 
 class Parcels:
@@ -109,13 +102,13 @@ class Parcels:
                 group.num_bytes += self._sent[other].nbytes
 
     def wait(self) -> list[Tensor]:
-        """What each replica sent. Raises TransportError naming the replica that is gone or late."""
+        """What each replica sent. Raises LostConnection naming the replica that is gone or late."""
         for other, work in self._works:
             self._group.wait(other, work)
         return self._received
 
 
-class ReplicaGroup:
+class ReplicaGroup(Waiter):
     """The replicas of one stage. Each talks to each directly, so whoever is missing is named. Bytes
     travel over gloo.
 
@@ -129,11 +122,11 @@ class ReplicaGroup:
     def __init__(
         self, stage: int, ranks: Sequence[int], group: Any, timeout_seconds: float
     ) -> None:
-        self.stage, self.ranks, self.timeout_seconds = stage, list(ranks), timeout_seconds
+        super().__init__(timeout_seconds)
+        self.stage, self.ranks = stage, list(ranks)
         self.size = len(self.ranks)
         self.index = self.ranks.index(dist.get_rank())
         self.others = [replica for replica in range(self.size) if replica != self.index]
-        self.waited = 0.0  # seconds
         self.num_bytes = 0  # sent to others
         self._group = group
 
@@ -168,23 +161,16 @@ class ReplicaGroup:
         try:
             return operation(buffer, self.ranks[other], self._group)
         except RuntimeError as error:
-            raise TransportError(f"cannot reach {self._name(other)}{first_failure()}") from error
+            if not is_lost(error):
+                raise
+            raise LostConnection(f"cannot reach {self._name(other)}") from error
 
     def wait(self, other: int, work: Any) -> None:
-        started = time.perf_counter()
-        try:
-            work.wait(timedelta(seconds=self.timeout_seconds))
-        except RuntimeError as error:
-            waited = time.perf_counter() - started
-            gone = waited < self.timeout_seconds * 0.9
-            cause = "the connection is gone" if gone else f"nothing came within {waited:.0f} s"
-            raise TransportError(
-                f"waited for {self._name(other)}, but {cause}{first_failure()}"
-            ) from error
-        self.waited += time.perf_counter() - started
+        purpose = "at the exchange between replicas"
+        self.wait_for(work, self.ranks[other], self._name(other), purpose)
 
     def _name(self, other: int) -> str:
-        return f"replica {other} of stage {self.stage} (rank {self.ranks[other]}) at the exchange between replicas"
+        return f"replica {other} of stage {self.stage} (rank {self.ranks[other]})"
 
 
 def replica_group(engine: Any) -> ReplicaGroup:
@@ -192,10 +178,7 @@ def replica_group(engine: Any) -> ReplicaGroup:
     seconds = engine.section.link.timeout_seconds
     mine = None
     for stage in range(engine.num_stages):
-        ranks = [
-            engine.grid._topo.get_rank(pipe=stage, data=replica)
-            for replica in range(engine.dp_world_size)
-        ]
+        ranks = [engine.rank_of(stage, replica) for replica in range(engine.dp_world_size)]
         group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=seconds))
         if stage == engine.stage_id:
             mine = ReplicaGroup(stage, ranks, group, seconds)
@@ -203,8 +186,7 @@ def replica_group(engine: Any) -> ReplicaGroup:
     return mine
 
 
-# --- training apart
-# -------------------------------------------------------------------------------------------------------
+# --- training apart -------------------------------------------------------------------------------
 
 
 class Slot(NamedTuple):
@@ -244,10 +226,6 @@ class Apart(Together, ABC):
     @property
     def num_bytes(self) -> float:  # type: ignore[override]
         return self.group.num_bytes
-
-    def next_meeting(self, step: int) -> int:
-        every = self.settings.every if self.group.size > 1 else 1
-        return (step // every + 1) * every
 
     def after_step(self) -> None:
         if self.engine.global_steps % self.settings.every == 0:
@@ -302,8 +280,7 @@ class Apart(Together, ABC):
     def part_again(self) -> None:
         """Called when this replica's own weights are back in their places."""
 
-    # --- checkpoints
-    # ----------------------------------------------------------------------------------------------------
+    # --- checkpoints ------------------------------------------------------------------------------
 
     def save(self, write: Write, folder: str) -> None:
         tensors: dict[str, dict[str, Tensor]] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import cache, cached_property
+from itertools import takewhile
 
 from ds_local.config.schema import SECTION, LocalParallelConfig, Row, Scheme
 from ds_local.errors import ConfigError
@@ -18,6 +19,9 @@ from ds_local.schedules.schedule import Link, Schedule
 from ds_local.schedules.simulator import most_without_idling
 
 Rows = list[tuple[Routes, int]]  # (table, micro-batches that follow it)
+PLAIN_MODES = ("backprop", "local", "deep_supervision")
+MOST_SEGMENTS = 2**10
+MOST_FORWARDS = 2**18  # of all schedules of a run; more take minutes to make and gigabytes to hold
 
 
 class RunPlan:
@@ -27,6 +31,10 @@ class RunPlan:
         section: the "local_parallel" section.
         num_stages: pipeline stages; each holds `section.segments_per_stage` segments.
         num_micro_batches: of a step.
+
+    Raises:
+        ConfigError: when the schedules would be too large to hold; RouteError when a row does not
+            fit the number of segments.
     """
 
     def __init__(
@@ -36,6 +44,7 @@ class RunPlan:
         self.num_stages = num_stages
         self.num_segments = num_stages * section.segments_per_stage
         self.num_micro_batches = num_micro_batches
+        check_size(section, self.num_segments, num_micro_batches)
         self._schedules: dict[tuple[int, int], Schedule] = {}
 
     @staticmethod
@@ -75,6 +84,15 @@ class RunPlan:
     def schedules(self) -> list[Schedule]:
         """Every schedule of the run, in the order in which they first come."""
         return [self.schedule_at(step) for step in self.section.distinct_steps()]
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What rows come to on this number of segments, where a plainer one is the same."""
+        count = self.num_segments
+        rows = (row for _, scheme in self.section.schemes() for row in scheme.mix or [scheme])
+        found = dict.fromkeys((routes_of(row, count).mode, _plainer(row, count)) for row in rows)
+        where = f"on {count} segment{'s' if count > 1 else ''}"
+        return [f"{where} {row} is the same as {plain}" for row, plain in found if plain]
 
     @cached_property
     def probe_schedules(self) -> list[Schedule]:
@@ -148,12 +166,48 @@ def routes_of(row: Row, num_segments: int, step: int = 0) -> Routes:
     return make_routes(row.mode, num_segments, row.window, row.combine, row.weights, step)
 
 
+def _plainer(row: Row, num_segments: int) -> str | None:
+    """A plainer mode, without options, that is the same table as this row in every step."""
+    tables = [routes_of(row, num_segments, step) for step in range(row.period)]
+    for mode in takewhile(lambda mode: mode != row.mode, PLAIN_MODES):
+        plain = make_routes(mode, num_segments)
+        same = (t.weights == plain.weights and t.loss_weights == plain.loss_weights for t in tables)
+        if all(same):
+            return mode
+    return None
+
+
+def check_size(section: LocalParallelConfig, num_segments: int, num_micro_batches: int = 1) -> None:
+    """Before anything of this size is made, refuse schedules that could not be held.
+
+    Raises:
+        ConfigError, RouteError: with the numbers.
+    """
+    if num_segments > MOST_SEGMENTS:
+        raise ConfigError(
+            f"{num_segments} segments are more than {MOST_SEGMENTS}; lower num_stages or "
+            "segments_per_stage"
+        )
+    schemes = [scheme for _, scheme in section.schemes()]
+    for row in (row for scheme in schemes for row in scheme.mix or [scheme]):
+        routes_of(row, num_segments)
+    number = sum(scheme.period for scheme in schemes)
+    if number * num_segments * num_micro_batches > MOST_FORWARDS:
+        raise ConfigError(
+            f"gradient_accumulation_steps of {num_micro_batches} on {num_segments} segments in "
+            f"{number} schedule{'s' if number > 1 else ''} are "
+            f"{number * num_segments * num_micro_batches} forwards to plan, more than "
+            f"{MOST_FORWARDS}; use fewer and larger micro-batches"
+        )
+
+
 def head_segments(section: LocalParallelConfig, num_segments: int) -> set[int]:
     """Segments with an auxiliary head: before the last, with a loss that trains in any phase.
 
     Raises:
         RouteError: when a row does not fit the number of segments.
     """
+    check_size(section, num_segments)
     losses: set[int] = set()
     for step in section.distinct_steps():
         scheme = section.scheme_at(step)

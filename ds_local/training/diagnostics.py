@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ds_local.links.trees import Tree
 from ds_local.schedules.schedule import Schedule
 
 FIGURES = ("gradient_cosine", "activation_norm", "activation_rank")
@@ -70,7 +71,7 @@ def _gradients(
 def _spectrum(hidden: Any) -> dict[str, float]:
     """Mean norm per token; effective rank: the exponential of the singular values' entropy (Roy and
     Vetterli 2007)."""
-    matrix = (hidden if isinstance(hidden, Tensor) else hidden[0]).detach().float().flatten(0, -2)
+    matrix = Tree.of(hidden).slots()[0].detach().float().flatten(0, -2)
     if not torch.isfinite(matrix).all():
         return {"activation_norm": math.nan, "activation_rank": math.nan}
     values = torch.linalg.svdvals(matrix - matrix.mean(0))

@@ -6,9 +6,9 @@ metrics.jsonl (what came of it), checkpoints/ and loss.png.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
-import signal
 import sys
 import time
 from argparse import Namespace
@@ -24,20 +24,25 @@ from ds_local.checkpoints.files import reason
 from ds_local.checkpoints.folder import agreed_tag, clean, gather, newest_tag, together
 from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.cluster import start_check as cluster
-from ds_local.config.deepspeed import batch_sizes, check_deepspeed
-from ds_local.config.files import load_config, local_parallel
+from ds_local.cluster.surroundings import complete_environment
+from ds_local.config.command_line import read_settings
+from ds_local.config.deepspeed import batch_sizes
+from ds_local.config.files import local_parallel
 from ds_local.config.placement import num_stages_and_replicas
-from ds_local.config.schema import SECTION, Scheme
-from ds_local.data.corpus import check_same_tokenizer
 from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
+from ds_local.data.tokenizers import check_same_tokenizer
+from ds_local.engine.deepspeed_checks import checked
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.initialize import initialize
 from ds_local.engine.loading import load_what_fits
 from ds_local.engine.module import causal_lm
+from ds_local.engine.optimizer_checks import check_client_parts
 from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import SegmentReport
 from ds_local.errors import ConfigError, SaveError
-from ds_local.links.watchdog import LOG, Watchdog, say, start_log
+from ds_local.links import notices
+from ds_local.links.failures import meeting
+from ds_local.links.logs import LOG, say, start_log
 from ds_local.model import blocks
 from ds_local.model.flops import auxiliary_shares
 from ds_local.model.pretrained import find_weights
@@ -47,6 +52,7 @@ from ds_local.schedules.schedule import Schedule
 from ds_local.training import diagnostics, profiling
 from ds_local.training.pictures import draw_diagnostics, draw_losses, summary_table
 from ds_local.training.run_folder import RunFolder, opened, tokenizer_test
+from ds_local.training.signals import Signals
 
 # arguments that decide when stages meet: they must be the same on every rank
 _MEETINGS = (
@@ -64,20 +70,24 @@ VOCABULARY_PADDING = (
 )
 
 
-def train(args: Namespace) -> None:
+def train(args: Namespace, signals: Signals | None = None) -> None:
     """Run `scripts/train.py`; see there for the arguments.
+
+    Args:
+        signals: are to end the run from the first step on; None: the caller sees to that, with
+            `LocalPipelineEngine.request_stop`.
 
     Raises:
         ConfigError, DataError, CheckpointError, ...: in a sentence, before any training, with
         nothing lost.
     """
-    check_launcher(os.environ)
+    complete_environment()
     is_first = os.environ.get("RANK", "0") == "0"
     with opened(args.output, is_first, _say_first if is_first else _say_nothing) as run:
-        _train(args, run)
+        _train(args, run, signals)
 
 
-def _train(args: Namespace, run: RunFolder) -> None:
+def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:
     asked, tag = dict(vars(args)), run.begins_at(args.resume)
     args.resume = tag is not None  # a supervisor's one command line starts a run and continues it
     if asked["resume"] and not args.resume:
@@ -107,30 +117,27 @@ def _train(args: Namespace, run: RunFolder) -> None:
         )
         run.say(f"resuming at step {engine.global_steps}{afresh and '; ' + afresh}")
     shape = BatchShape(micro_batch_size, num_micro_batches, replicas, engine.replica_id)
-    hosts = cluster.stage_hosts(engine.stage_id)
-    if engine.global_rank == 0:
-        print(cluster.describe_hosts(hosts), flush=True)
-        layout = _layout_of(engine, data, hosts)
-        run.start({**facts, **layout}, engine.global_steps, tag)
-        run.keep_tokenizer(data.tokenizer_folder)
-    dist.barrier()
-    clean(run.checkpoints)
+    with engine.meeting("the start of the run"):
+        hosts = cluster.stage_hosts(engine.stage_id)
+        if engine.global_rank == 0:
+            print(cluster.describe_hosts(hosts), flush=True)
+            layout = _layout_of(engine, data, hosts)
+            run.start({**facts, **layout}, engine.global_steps, tag)
+            run.keep_tokenizer(data.tokenizer_folder)
+        dist.barrier()
+        clean(run.checkpoints)
     start_log(run.path / "logs", engine.stage_id, engine.global_rank)
-    watchdog = Watchdog(
-        engine.stage_id,
-        engine.global_rank,
-        world_size,
-        engine._links,
-        section.link.warn_seconds,
-        say=say,
-    )
+    if signals is not None:
+        signals.stop_with(engine.request_stop)
+    loop = _Loop(args, run, engine, data, shape)
     try:
-        _Loop(args, run, engine, data, shape).run()
+        loop.run()
     except BaseException as error:
-        LOG.error("%s", error)
+        engine.failures.report_error(error, engine.failures.name(engine.global_rank))
+        loop.note_last_event()
         raise
     finally:
-        watchdog.stop()
+        loop.bar.close()
 
 
 def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
@@ -139,11 +146,10 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
     Raises:
         ConfigError: naming the two values that contradict each other.
     """
-    config = load_config(args.deepspeed_config)
-    check_deepspeed(config)
-    config[SECTION] = overridden_section(config.get(SECTION, {}), args)
-    local_parallel(config)
-    data = TokenData(args.data)
+    config, _ = checked(read_settings(args))
+    check_client_parts(config, None, None)
+    # the files are compared with their checksums once on each host
+    data = TokenData(args.data, verify=os.environ.get("LOCAL_RANK", "0") == "0")
     hf_config = blocks.load_model_config(args.model)
     padding = hf_config.vocab_size - data.vocab_size
     weights = None if args.from_scratch or args.resume else find_weights(args.model)
@@ -160,48 +166,6 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
         )
     hf_config.bos_token_id = hf_config.eos_token_id = data.facts["eos_token_id"]
     return config, data, hf_config
-
-
-def overridden_section(section: dict[str, Any], args: Namespace) -> dict[str, Any]:
-    """The "local_parallel" section with what the command line says instead."""
-    section = dict(section)
-    if args.mode is not None or args.backprop_micro_batches is not None:
-        for key in (*Scheme.model_fields, "phases", "cycle_steps"):
-            section.pop(key, None)
-        row = {"mode": args.mode or "local"} | (
-            {} if args.window is None else {"window": args.window}
-        )
-        if args.backprop_micro_batches:
-            section["mix"] = [
-                {"mode": "backprop", "micro_batches": args.backprop_micro_batches},
-                row,
-            ]
-        else:
-            section |= row
-        if args.backprop_from is not None:
-            scheme = {key: section.pop(key) for key in ("mode", "window", "mix") if key in section}
-            section["phases"] = [{**scheme, "until_step": args.backprop_from}, {"mode": "backprop"}]
-    elif args.window is not None or args.backprop_from is not None:
-        raise ConfigError("--window and --backprop-from need --mode or --backprop-micro-batches")
-    for key in ("num_stages", "segments_per_stage", "seed"):
-        if getattr(args, key) is not None:
-            section[key] = getattr(args, key)
-    return section
-
-
-def check_launcher(environment: Mapping[str, str]) -> None:
-    """`accelerate launch --cpu --num_processes N` sets some variables for N processes and starts
-    one."""
-    names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-    if (
-        "ACCELERATE_USE_CPU" in environment
-        and "MASTER_ADDR" in environment
-        and not any(name in environment for name in names)
-    ):
-        raise ConfigError(
-            "accelerate launch started one process only, as it does with --cpu; replace --cpu by --multi_gpu, which needs no "
-            "GPU, or use torchrun or the deepspeed launcher"
-        )
 
 
 def _facts_of_start(
@@ -288,6 +252,7 @@ class _Loop:
         self.started = time.perf_counter()
         self.earlier_seconds = 0.0
         self.first_step = engine.global_steps
+        self.reported: list[float] = []  # seconds of the steps that tell the run's pace
         if self.is_first:
             self.earlier_seconds, damaged = self.metrics.keep_until(engine.global_steps)
             if damaged:
@@ -296,6 +261,7 @@ class _Loop:
                     f"{self.metrics.damaged_path.name}; all others are kept"
                 )
             engine.reports.listeners.append(self._on_report)
+        engine.events.say = _tell
         self.bar = tqdm(
             total=args.max_steps,
             initial=engine.global_steps,
@@ -307,7 +273,6 @@ class _Loop:
 
     def run(self) -> None:
         engine, args = self.engine, self.args
-        signal.signal(signal.SIGTERM, lambda *_: engine.request_stop())
         batches = None
         if engine.is_first_stage():
             batches = training_batches(
@@ -328,7 +293,7 @@ class _Loop:
                 LOG.info("step %d, loss of segments %s", step, own)
             if step == self.first_step + 1:
                 self.started = time.perf_counter()  # the first step pays for warm-up
-            if args.eval_every and step % args.eval_every == 0:
+            if args.eval_every and step % args.eval_every == 0 and not engine.should_stop:
                 evaluated = self._evaluate()
             if args.save_every and step % args.save_every == 0 and self._saves(step):
                 saved = step
@@ -337,7 +302,7 @@ class _Loop:
         if evaluated != engine.global_steps and not engine.should_stop:
             self._evaluate()
         self.bar.close()
-        if args.profile:
+        if args.profile and not engine.should_stop:
             profiling.write(engine, None if batches is None else next(batches), self.run_folder)
         if self.is_first:
             self._conclude()
@@ -357,9 +322,14 @@ class _Loop:
                     "stage": r.stage,
                     "split": "train",
                     "loss": r.loss,
+                    "has_loss": r.loss is not None,
                     "tokens": step * self.tokens_per_step,
                     "seconds": round(seconds, 3),
+                    "nonfinite": r.nonfinite,
+                    "nonfinite_step": r.nonfinite_step,
+                    "skipped": r.skipped,
                     "grad_norm": r.grad_norm,
+                    "lr": r.lr,
                     "idle_share": round(r.idle_share, 4),
                     "step_seconds": round(r.seconds, 4),
                     "sent_bytes": r.sent_bytes,
@@ -374,30 +344,50 @@ class _Loop:
         idle = sum(r.idle_share for r in reports) / len(reports)
         waits = f"idle {idle:.0%}, most on stage {most.stage} {most.idle_share:.0%}"
         waits += f" for the {most.slowest_link}" if most.slowest_link else ""
+        events = [
+            f"{r.nonfinite} of segment {r.segment} at step {r.nonfinite_step}, {r.skipped} skipped"
+            for r in reports
+            if r.nonfinite
+        ]
+        waits += f" | not finite: {'; '.join(events)}" if events else ""
         self.bar.set_postfix_str(
-            f"loss {losses} | {self._tokens_per_second(step):,.0f} tokens/s | {waits}",
+            f"loss {losses} | {self._tokens_per_second(reports):,.0f} tokens/s | {waits}",
             refresh=False,
         )
         self.bar.update(step - self.bar.n)
 
-    def _tokens_per_second(self, step: int) -> float:
-        elapsed = time.perf_counter() - self.started
-        return (
-            max(0, step - self.first_step - 1) * self.tokens_per_step / elapsed
-            if elapsed > 0
-            else 0.0
-        )
+    def note_last_event(self) -> None:
+        """What ended the run goes into metrics.jsonl too; its figures could not travel any more."""
+        event = self.engine.last_event if self.is_first else None
+        if event is not None:
+            tokens = event["step"] * self.tokens_per_step
+            seconds = round(self._seconds(), 3)
+            fixed = {"split": "event", "loss": None, "tokens": tokens, "seconds": seconds}
+            self.metrics.write([event | fixed])
+
+    def _tokens_per_second(self, reports: list[SegmentReport]) -> float:
+        """Of the steps that have been reported, the first left out, which pays for warm-up."""
+        slowest = max(r.seconds for r in reports)  # a stage that runs ahead is not the run's pace
+        if reports[0].step == self.first_step + 1:
+            return self.tokens_per_step / slowest
+        self.reported.append(slowest)
+        return self.tokens_per_step * len(self.reported) / sum(self.reported)
 
     def _evaluate(self) -> int:
         batches = validation_batches(self.data, self.shape, self.args.eval_sequences)
         began = time.perf_counter()
         self.engine.eval_batch(iter(batches), num_micro_batches=len(batches))
+        if self.engine.should_stop:  # not all of it has been seen
+            return -1
         probed = (
             diagnostics.probe(self.engine, batches[0]) if self.engine.section.diagnostics else {}
         )
         self.started += time.perf_counter() - began  # throughput is that of training
         step = self.engine.global_steps
         if self.is_first:
+            bad = [s for s, loss in self.engine.eval_losses.items() if not math.isfinite(loss)]
+            if bad:
+                _tell(f"step {step}: the validation loss of segments {bad} is not finite")
             per_stage = self.engine.section.segments_per_stage
             found: dict[str, Any] = {
                 "validation": {
@@ -487,6 +477,12 @@ class _Loop:
         sys.stdout.flush()
 
 
+def _tell(sentence: str) -> None:
+    """To the console and this rank's log."""
+    LOG.warning("%s", sentence)
+    say(sentence)
+
+
 def _say_first(sentence: str) -> None:
     """On the first rank, before and between progress lines."""
     print(sentence, flush=True)
@@ -496,13 +492,10 @@ def _say_nothing(sentence: str) -> None:
     """On all others."""
 
 
-def running() -> bool:
-    """Have the processes met? Before that all of them find the same mistakes."""
-    return dist.is_initialized()
-
-
 def end_quietly() -> None:
     """Leave together, so that no rank sees a neighbour's connection close while it still works."""
-    if running():
-        dist.barrier()
+    if dist.is_initialized():
+        with meeting("the end of the run"):
+            dist.barrier()
+        notices.end()
         dist.destroy_process_group()

@@ -7,30 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from ds_local.checkpoints.metrics_file import MetricsFile
+from ds_local.outputs import new_file
 
 
 def summary_table(rows: list[dict[str, Any]]) -> str:
     """What came of a run, from the rows of metrics.jsonl: last validation loss and idle share per
-    segment, throughput."""
+    segment, throughput, and the steps that were not finite."""
     train = [row for row in rows if row["split"] == "train"]
-    validation = {row["segment"]: row["loss"] for row in rows if row["split"] == "validation"}
-    lines = ["segment  stage  validation loss  perplexity  idle share"]
+    validation = {row["segment"]: row for row in rows if row["split"] == "validation"}
+    lines = ["segment  stage  validation loss  perplexity  idle share  skipped"]
     for segment, stage in sorted({(row["segment"], row["stage"]) for row in train}):
-        # the first report pays for the start
-        own = [row for row in train if row["segment"] == segment][1:]
+        mine = [row for row in train if row["segment"] == segment]
+        own = mine[1:]  # the first report pays for the start
         seconds = sum(row["step_seconds"] for row in own)
-        idle = (
-            f"{sum(row['idle_share'] * row['step_seconds'] for row in own) / seconds:>10.1%}"
-            if seconds
-            else f"{'-':>10}"
+        waited = sum(row["idle_share"] * row["step_seconds"] for row in own)
+        idle = f"{waited / seconds:.1%}" if seconds else "-"
+        loss, perplexity = _loss_words(validation.get(segment))
+        skipped = mine[-1].get("skipped", 0)
+        lines.append(
+            f"{segment:>7}  {stage:>5}  {loss:>15}  {perplexity:>10}  {idle:>10}  {skipped:>7}"
         )
-        loss = validation.get(segment)
-        figures = (
-            f"{loss:>15.4f}  {math.exp(loss):>10.2f}"
-            if loss is not None
-            else f"{'-':>15}  {'-':>10}"
-        )
-        lines.append(f"{segment:>7}  {stage:>5}  {figures}  {idle}")
+    lines += [
+        f"not finite: {row['nonfinite']} of segment {row['segment']} (stage {row['stage']}) at "
+        f"step {row['nonfinite_step']}"
+        for row in _events(rows)[-_LISTED:]
+    ]
     if train and train[-1]["seconds"] > train[0]["seconds"]:
         speed = (train[-1]["tokens"] - train[0]["tokens"]) / (
             train[-1]["seconds"] - train[0]["seconds"]
@@ -41,14 +42,33 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+_LISTED = 20  # events in a summary
+
+
+def _loss_words(row: dict[str, Any] | None) -> tuple[str, str]:
+    """(loss, perplexity) of a validation row, if there is one."""
+    if row is None:
+        return "-", "-"
+    if row["loss"] is None:
+        return "not finite", "-"
+    return f"{row['loss']:.4f}", f"{math.exp(min(row['loss'], 700.0)):.2f}"
+
+
+def _events(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that tell of steps that were not finite."""
+    return [row for row in rows if row.get("nonfinite_step") is not None]
+
+
 def draw_losses(metrics: str | Path, picture: str | Path) -> None:
-    """Loss curves of every segment: training thin, validation with dots."""
+    """Loss curves of every segment: training thin, validation with dots; steps that were not finite
+    as crosses at the bottom."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in MetricsFile(metrics).read() if row["loss"] is not None]
+    everything = MetricsFile(metrics).read()
+    rows = [row for row in everything if row["loss"] is not None]
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for segment in sorted({row["segment"] for row in rows}):
         for split, style in (
@@ -67,11 +87,23 @@ def draw_losses(metrics: str | Path, picture: str | Path) -> None:
                     label=f"segment {segment}, {split}",
                     **style,
                 )
+    events = _events(everything)
+    for segment in sorted({row["segment"] for row in events}):
+        steps = [row for row in events if row["segment"] == segment]
+        axis.plot(
+            [row["tokens"] * row["nonfinite_step"] / row["step"] for row in steps],
+            [0.02] * len(steps),
+            "x",
+            transform=axis.get_xaxis_transform(),
+            color=f"C{segment % 10}",
+            label=f"segment {segment}, not finite",
+        )
     axis.set_xlabel("tokens")
     axis.set_ylabel("loss (nats per token)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.savefig(picture, dpi=130)
+    with new_file(picture) as scratch:
+        figure.savefig(scratch, dpi=130)
     plt.close(figure)
 
 
@@ -102,5 +134,6 @@ def draw_diagnostics(metrics: str | Path, picture: str | Path) -> None:
         axis.set_title(name.replace("_", " "), fontsize=9)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    figure.savefig(picture, dpi=130)
+    with new_file(picture) as scratch:
+        figure.savefig(scratch, dpi=130)
     plt.close(figure)

@@ -9,7 +9,6 @@ with one lane per stage.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -23,10 +22,13 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ds_local.config import strict_json
 from ds_local.engine.recorder import Event
-from ds_local.links.messages import activation_message, parts_of_activation, to_device
+from ds_local.links.messages import parts_of_activation, to_device
 from ds_local.links.transport import Tag
+from ds_local.links.trees import Tree
 from ds_local.model.split_linear import left_out
+from ds_local.outputs import write_file
 from ds_local.schedules.simulator import Costs, simulate
 
 REPEATS = 10
@@ -51,7 +53,9 @@ def measure(engine: Any, inputs: Any) -> dict[str, list[float]]:
         The costs of all segments on every rank, in the form of `simulator.Costs`.
     """
     own: dict[str, dict[int, float]] = {}
-    inputs = None if inputs is None else tuple(to_device(part, engine.device) for part in inputs)
+    if inputs is not None:
+        parts = engine.module.split_batch(inputs)
+        inputs = tuple(to_device(part, engine.device).value() for part in parts)
     inputs_of = {}
     for stage in range(engine.num_stages):
         for segment in engine.module.local_segments if engine.stage_id == stage else ():
@@ -130,9 +134,7 @@ def _measure_link(
     link = engine.activation_links[lower]
     tags = [Tag(engine.global_steps, -1000 - n) for n in range(REPEATS)]
     if engine.stage_id == lower_stage:
-        message = activation_message(
-            inputs[0], inputs[1], engine.reports.figures, engine.section.link, lower
-        )
+        message = engine.executor.message(lower, *map(Tree.of, inputs))
         for tag in tags:
             link.send(tag, message)
         link.flush()
@@ -142,7 +144,8 @@ def _measure_link(
         _, received = link.receive(tag)
         times.append(time.perf_counter())
     own.setdefault("link", {})[lower] = (times[-1] - times[1]) / (len(times) - 2)
-    return parts_of_activation(received)
+    arrived = parts_of_activation(received)
+    return arrived.hidden.value(), arrived.labels.value()
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -206,10 +209,12 @@ def write(engine: Any, inputs: Any, folder: Path) -> None:
         "update_seconds": [_typical(stages[stage], "OptimizerStep") for stage in sorted(stages)],
         "parameters": [count for _, replica, *_, count in gathered if replica == 0],
     }
-    (folder / "profile.json").write_text(
-        json.dumps({"layout": layout, "costs": costs, "measured": measured}, indent=1) + "\n"
+    write_file(
+        folder / "profile.json",
+        strict_json.dumps({"layout": layout, "costs": costs, "measured": measured}, indent=1)
+        + "\n",
     )
-    (folder / "trace.json").write_text(json.dumps(_trace(gathered)))
+    write_file(folder / "trace.json", strict_json.dumps(_trace(gathered)))
 
 
 def _in_the_run(engine: Any, stage: int, events: list[Event], costs: dict[str, Any]) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 from ds_local.checkpoints.facts import read_facts
 from ds_local.checkpoints.files import reason, scratch_name, write_whole
 from ds_local.checkpoints.folder import complete_tags, locate, newest_tag
+from ds_local.config import strict_json
 from ds_local.config.changes import CHANGES
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
@@ -187,7 +188,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._set_aside("run.json", was is None, "run.damaged.json")
             text = {**facts, "weights": origin, "starts": [*starts, own]}
-            write_whole(self.path / "run.json", json.dumps(text, indent=1, default=str) + "\n")
+            write_whole(
+                self.path / "run.json", strict_json.dumps(text, indent=1, default=str) + "\n"
+            )
             self._set_aside("metrics.jsonl", tag is None, f"metrics-start-{len(starts)}.jsonl")
             self.checkpoints.mkdir(exist_ok=True)  # a folder without run.json is not known again
         except OSError as error:

@@ -14,7 +14,7 @@ from ds_local.model.flops import choose_parts
 from ds_local.schedules.run_plan import RunPlan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-MODELS = sorted(CONFIGS.glob("*.json"))
+MODELS = sorted(set(CONFIGS.glob("*.json")) - set(CONFIGS.glob("*.schema.json")))
 DEEPSPEED = sorted((CONFIGS / "deepspeed").glob("*.json"))
 
 # millions of parameters with a readout of its own; GPT-2's published sizes share it with the

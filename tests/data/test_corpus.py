@@ -2,15 +2,24 @@
 at."""
 
 import json
-from collections import Counter
+import os
+import shutil
+import subprocess
+import sys
 
 import datasets
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from launch import script
+from sentences import one_sentence
+from test_outputs import small_disk
+from tokenizers import Regex, Tokenizer, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ds_local.data.corpus import documents, prepare
+from ds_local import outputs
+from ds_local.data.corpus import prepare
 from ds_local.data.dataset import TokenData
+from ds_local.data.sources import Skipped, documents
 from ds_local.errors import DataError
 
 
@@ -68,7 +77,7 @@ def test_files_folders_jsonl_and_parquet(tmp_path, tokenizer):
     datasets.Dataset.from_dict({"text": [words(300, 4), words(300, 5)]}).to_parquet(
         str(folder / "d.parquet")
     )
-    skipped = Counter()
+    skipped = Skipped()
     names = [d.name for d in documents([str(tmp_path / "corpus")], skipped)]
     assert names == [
         "deep/a.txt:0",
@@ -93,7 +102,7 @@ def test_what_is_no_text_is_counted(tmp_path, tokenizer):
     facts = make(tmp_path, tokenizer, folder)
     assert facts["skipped"] == {"empty": 2, "NUL bytes": 1, "invalid UTF-8": 1}
     assert facts["documents"] == 3
-    first = next(d for d in documents([str(folder)], Counter()) if d.name.startswith("bom"))
+    first = next(d for d in documents([str(folder)], Skipped()) if d.name.startswith("bom"))
     assert not first.text.startswith("\ufeff")
 
 
@@ -119,7 +128,7 @@ def test_a_line_of_50_megabytes(tmp_path, tokenizer):
         ("a.jsonl", '{"content": "x"}\n', 'with a "text" field'),
         ("a.jsonl", "not json\n", "line 1"),
         ("short.txt", "abc", "too few for train and validation sequences"),
-        ("empty.txt", "", "Skipped: {'empty': 1}"),
+        ("empty.txt", "", "hold no text; left out: 1 empty (empty.txt)"),
     ],
 )
 def test_sources_that_cannot_be_used(tmp_path, tokenizer, name, content, said):
@@ -150,6 +159,19 @@ def test_bad_sources_and_tokenizers(tmp_path, source, spec, said):
     with pytest.raises(DataError) as error:
         prepare([source], spec, 16, tmp_path / "data", progress=False)
     assert said in str(error.value)
+
+
+def test_long_lines_alone_train_no_tokenizer(tmp_path):
+    (tmp_path / "a.txt").write_text(words(3000))
+    with one_sentence("no line of less than 4096 characters", error=DataError):
+        prepare([str(tmp_path / "a.txt")], "sentencepiece:300", 16, tmp_path / "data")
+
+
+def test_a_bad_line_is_named_while_a_tokenizer_is_trained(tmp_path):
+    lines = [json.dumps({"text": words(20, seed)}) for seed in range(50)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{"]))
+    with one_sentence("a.jsonl, line 51: every line", error=DataError):
+        prepare([str(tmp_path / "a.jsonl")], "sentencepiece:300", 16, tmp_path / "data")
 
 
 def test_too_little_text_for_a_large_tokenizer(tmp_path):
@@ -186,3 +208,209 @@ def test_ids_are_stored_as_wide_as_the_tokenizer_needs(tmp_path, tokenizer):
         for split in ("train", "validation")
     )
     assert largest == len(wide) - 1 > 2**16
+
+
+# --- where to
+
+
+PLACES = {
+    "unrelated files": (
+        lambda p: p.mkdir() or (p / "thesis.tex").write_text("x"),
+        "is no data folder",
+    ),
+    "a file": (lambda p: p.write_text("x"), "is not a folder"),
+    "a link": (lambda p: p.symlink_to("/usr"), "is a symbolic link"),
+    "another set": (
+        lambda p: datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(p),
+        "is no data folder",
+    ),
+    "sets": (lambda p: (p / "python" / "train").mkdir(parents=True), "is no data folder"),
+}
+
+
+@pytest.mark.parametrize("what", PLACES)
+def test_an_output_that_is_not_ours_is_left_alone(tmp_path, tokenizer, what):
+    (tmp_path / "a.txt").write_text(words(300))
+    build, said = PLACES[what]
+    build(tmp_path / "data")
+    before = sorted(os.walk(tmp_path))
+    with one_sentence(f"{tmp_path}/data", said, "is left alone", error=DataError):
+        make(tmp_path, tokenizer, tmp_path / "a.txt")
+    assert sorted(os.walk(tmp_path)) == before
+
+
+@pytest.mark.parametrize("source", ["data", "data/a.txt", "data/deep", ".", "link", "data/../data"])
+def test_sources_and_output_lie_apart(tmp_path, tokenizer, source):
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    for name in ("a.txt", "deep/b.txt"):
+        (tmp_path / "data" / name).write_text(words(300))
+    (tmp_path / "link").symlink_to("data")
+    before = sorted(os.walk(tmp_path))
+    with one_sentence(f"{tmp_path}/data", "are in one another", error=DataError):
+        make(tmp_path, tokenizer, f"{tmp_path}/{source}")
+    assert sorted(os.walk(tmp_path)) == before
+
+
+def test_files_added_to_a_data_folder_are_kept(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text(words(300))
+    make(tmp_path, tokenizer, tmp_path / "a.txt")
+    (tmp_path / "data" / "notes.md").write_text("mine")
+    with one_sentence("holds notes.md, which we did not write"):
+        make(tmp_path, tokenizer, tmp_path / "a.txt")
+    assert (tmp_path / "data" / "notes.md").read_text() == "mine"
+    TokenData(tmp_path / "data")  # it does no harm there
+
+
+def test_a_tokenizer_of_the_folder_that_is_replaced(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text(words(300))
+    make(tmp_path, tokenizer, tmp_path / "a.txt")
+    own = str(tmp_path / "data" / "tokenizer")
+    assert make(tmp_path, own, tmp_path / "a.txt", seq_len=8)["seq_len"] == 8
+
+
+def test_a_full_disk_while_preparing(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text(words(20_000))
+    (tmp_path / "few.txt").write_text(words(300))
+    make(tmp_path, tokenizer, tmp_path / "a.txt")
+    whole = outputs._size(tmp_path / "data") // 1024
+    with small_disk(tmp_path / "disk", f"size={whole * 3 // 2}k") as disk:
+        facts = prepare([str(tmp_path / "few.txt")], tokenizer, 16, disk / "data", progress=False)
+        for place in ("data", "new"):
+            with one_sentence(f"cannot write {disk}/{place}", "no space left", "bytes free"):
+                prepare([str(tmp_path / "a.txt")], tokenizer, 16, disk / place, progress=False)
+        assert [path.name for path in disk.iterdir()] == ["data"]
+        assert TokenData(disk / "data").facts == facts
+    for options in (
+        "size=8k",
+        "size=80k",
+        f"size={whole}k",
+        "size=4m,nr_inodes=6",
+        "size=4m,nr_inodes=14",
+    ):
+        with small_disk(tmp_path / options, options) as disk:
+            with one_sentence(f"cannot write {disk}/data", "no space left", error=DataError):
+                prepare([str(tmp_path / "a.txt")], tokenizer, 16, disk / "data", progress=False)
+            assert list(disk.iterdir()) == []
+
+
+# --- numbers and tokenizers
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"seq_len": 0}, "--seq-len is 0; give from 2"),
+        ({"seq_len": -128}, "--seq-len is -128"),
+        ({"seq_len": 1}, "--seq-len is 1"),
+        ({"seq_len": 10**12}, "--seq-len is 1000000000000"),
+        ({"seq_len": 100_000}, "too few for train and validation sequences of 100000"),
+        ({"validation_share": float("nan")}, "--validation-share is nan"),
+        ({"validation_share": -1.0}, "--validation-share is -1.0"),
+        ({"validation_share": 2.0}, "--validation-share is 2.0"),
+        ({"validation_share": 1.0}, "--validation-share is 1.0"),
+        ({"validation_share": float("inf")}, "--validation-share is inf"),
+        ({"tokenizer_spec": "sentencepiece"}, "give sentencepiece:SIZE"),
+        ({"tokenizer_spec": "sentencepiece:-5"}, "give sentencepiece:SIZE"),
+        ({"tokenizer_spec": "sentencepiece:\u00b2"}, "give sentencepiece:SIZE"),
+        ({"tokenizer_spec": "sentencepiece:" + "9" * 30}, "give sentencepiece:SIZE"),
+        ({"tokenizer_spec": "sentencepiece:900000"}, "cannot train a tokenizer of 900000 pieces"),
+        ({"tokenizer_spec": ""}, "cannot load the tokenizer ''"),
+        ({"tokenizer_spec": "."}, "cannot load the tokenizer '.'"),
+    ],
+    ids=str,
+)
+def test_numbers_and_tokenizers_that_make_no_sense(tmp_path, tokenizer, how, said):
+    (tmp_path / "a.txt").write_text(words(300))
+    settings = {"tokenizer_spec": tokenizer, "seq_len": 16, "progress": False} | how
+    with one_sentence(said, error=DataError):
+        prepare([str(tmp_path / "a.txt")], output=tmp_path / "data", **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def no_end(folder):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    tokenizer.save_pretrained(folder)
+
+
+def only_spaces(folder):
+    """A tokenizer that drops all letters."""
+    bare = Tokenizer(models.WordLevel({"</s>": 0, "1": 1}))
+    bare.normalizer = normalizers.Replace(Regex("[^0-9]"), "")
+    PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>").save_pretrained(folder)
+
+
+def letters_alone(folder):
+    """A tokenizer that stops at what it does not know."""
+    bare = Tokenizer(models.WordLevel({"</s>": 0, "a": 1}))
+    PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>").save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda p: (p / "tokenizer.json").write_text("{"), "cannot load the tokenizer"),
+        (lambda p: (p / "tokenizer.json").write_text('{"model": 3}'), "cannot load the tokenizer"),
+        (lambda p: [one.unlink() for one in p.iterdir()], "cannot load the tokenizer"),
+        (no_end, "has no end-of-text token"),
+        (only_spaces, "gives no tokens for this text"),
+        (letters_alone, "cannot take "),
+    ],
+)
+def test_damaged_tokenizers(tmp_path, tokenizer, change, said):
+    (tmp_path / "a.txt").write_text(words(300))
+    copy = shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    change(copy)
+    with one_sentence(str(copy), said, error=DataError):
+        make(tmp_path, str(copy), tmp_path / "a.txt")
+
+
+def test_a_piece_without_tokens(tmp_path):
+    """A document of which the tokenizer drops a whole piece."""
+    only_spaces(tmp_path / "tokenizer")
+    (tmp_path / "a.txt").write_text("x" * 250_000 + "1" + "x" * 10)
+    for number in range(40):
+        (tmp_path / f"b{number}.txt").write_text("1")
+    sources = sorted(tmp_path.glob("*.txt"))
+    facts = make(tmp_path, str(tmp_path / "tokenizer"), *sources, seq_len=4)
+    assert facts["documents"] == 41
+    assert facts["tokens"] == 41 + 41
+    assert sum(facts["sequences"].values()) == 20
+
+
+# --- as a command
+
+
+def test_the_command_says_what_it_left_out_and_what_it_refuses(tmp_path, tokenizer):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text(words(3000))
+    (folder / "b.txt").write_text("")
+    (folder / "c.csv").write_text("a,b\n")
+    common = ["--source", str(folder), "--tokenizer", tokenizer, "--seq-len", "16"]
+    output = ["--output", str(tmp_path / "data")]
+    refused = script("prepare_data.py", *common, *output)
+    assert refused.returncode == 1
+    assert refused.stdout == (
+        f"DataError: {folder}/c.csv is a table; write its text column as .jsonl or .parquet, "
+        "or leave it out with --skip '*.csv'\n"
+    )
+    done = script("prepare_data.py", *common, "--skip", "*.csv", *output)
+    assert done.returncode == 0
+    assert "left out: 1 left out by --skip (c.csv), 1 empty (b.txt)\n" in done.stdout
+
+
+def test_a_killed_preparation_leaves_the_old_data_whole(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text(words(3000))
+    facts = make(tmp_path, tokenizer, tmp_path / "a.txt")
+    code = (
+        "import sys, os; from ds_local.data import corpus\n"
+        "corpus._pack = lambda *_: os.kill(os.getpid(), 9)\n"
+        "corpus.prepare([sys.argv[1]], sys.argv[2], 16, sys.argv[3], progress=False)"
+    )
+    arguments = [str(tmp_path / "a.txt"), tokenizer, str(tmp_path / "data")]
+    killed = subprocess.run([sys.executable, "-c", code, *arguments], check=False)
+    assert killed.returncode == -9
+    assert TokenData(tmp_path / "data").facts == facts
+    assert len(list(tmp_path.glob(".data.*"))) == 1
+    assert make(tmp_path, tokenizer, tmp_path / "a.txt") == facts
+    assert not list(tmp_path.glob(".data.*"))

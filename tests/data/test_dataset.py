@@ -6,12 +6,16 @@ import shutil
 import datasets
 import pytest
 import torch
+from sentences import one_sentence
 from test_corpus import tokenizer, words  # noqa: F401 - a fixture
 
+from ds_local import outputs
 from ds_local.data.corpus import prepare
 from ds_local.data.dataset import (
     BatchShape,
+    Facts,
     TokenData,
+    evenly_spaced,
     step_indices,
     training_batches,
     validation_batches,
@@ -81,41 +85,198 @@ def test_validation_covers_every_sequence_once_and_fills_up_with_what_does_not_c
                 seen += int(counts.sum())
                 assert torch.equal(labels[counts], ids[counts])
         assert seen == total
-    some = validation_batches(data, BatchShape(2, 1, 1, 0), max_sequences=3)
-    assert sum(int((labels != IGNORE).any(1).sum()) for _, labels in some) == 3
+
+
+def test_some_validation_sequences_are_evenly_spaced_whatever_the_layout(folder):
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(3, 9) == evenly_spaced(3) == [0, 1, 2]
+    for count in (0, -1):
+        with one_sentence("give at least 1"):
+            evenly_spaced(10, count)
+    data = TokenData(folder)
+    wanted = data.sequences("validation", evenly_spaced(data.num_sequences("validation"), 3))
+    for size, replicas in ((2, 1), (1, 2), (5, 1)):
+        found = []
+        for replica in range(replicas):
+            some = validation_batches(data, BatchShape(size, 1, replicas, replica), max_sequences=3)
+            assert len(some) == -(-3 // (size * replicas))
+            for micro_batch, (ids, labels) in enumerate(some):
+                counts = (labels != IGNORE).any(1)
+                found += [(micro_batch, replica, row) for row in ids[counts].tolist()]
+        assert [row for _, _, row in sorted(found, key=lambda f: f[:2])] == wanted.tolist()
+
+
+def test_validation_batches_are_read_when_they_are_asked_for(folder, monkeypatch):
+    read = []
+    data = TokenData(folder)
+    whole = data.sequences
+    monkeypatch.setattr(data, "sequences", lambda split, i: read.append(len(i)) or whole(split, i))
+    batches = validation_batches(data, BatchShape(1, 1, 1, 0))
+    assert len(batches) == data.num_sequences("validation") > 1
+    assert read == []
+    next(iter(batches))
+    assert read == [1]
+    assert torch.equal(batches[-1][0], batches[len(batches) - 1][0])
+    with pytest.raises(IndexError):
+        batches[len(batches)]
 
 
 def test_ids_beyond_the_vocabulary_are_refused(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "data")
-    facts = json.loads((copy / "prepared.json").read_text())
-    (copy / "prepared.json").write_text(json.dumps({**facts, "vocab_size": 100}))
+    edit(copy, vocab_size=100)
     with pytest.raises(DataError, match="belongs to another tokenizer"):
         TokenData(copy).sequences("train", range(20))
 
 
-@pytest.mark.parametrize(
-    "damage",
-    ["no facts", "half facts", "truncated", "missing sequences", "other format", "nothing"],
-)
-def test_damaged_folders_are_refused(folder, tmp_path, damage):
-    copy = shutil.copytree(folder, tmp_path / "data")
-    facts = json.loads((copy / "prepared.json").read_text())
-    arrow = next((copy / "train").glob("*.arrow"))
-    if damage == "no facts":
-        (copy / "prepared.json").unlink()
-    elif damage == "half facts":
-        (copy / "prepared.json").write_text("{")
-    elif damage == "truncated":
-        arrow.write_bytes(arrow.read_bytes()[:1000])
-    elif damage == "missing sequences":
-        datasets.load_from_disk(str(copy))["train"].select(range(3)).save_to_disk(
-            str(tmp_path / "few")
+def edit(folder, drop=None, **changes):
+    """Change prepared.json as a program would that keeps the checksums right."""
+    facts = json.loads((folder / "prepared.json").read_text()) | changes
+    facts.pop(drop, None)
+    (folder / "prepared.json").write_text(json.dumps(facts))
+    reseal(folder)
+
+
+def reseal(folder):
+    listed = outputs.read_list(folder)
+    (folder / outputs.FILES).unlink()
+    outputs._seal(folder, listed["kind"], listed["about"])
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def arrow(folder, split="train"):
+    return next((folder / split).glob("*.arrow"))
+
+
+def other_split(folder, columns):
+    shutil.rmtree(folder / "train")
+    datasets.Dataset.from_dict(columns).save_to_disk(folder / "train")
+    reseal(folder)
+
+
+# what is done to a data folder, what is said
+DAMAGES = {
+    "nothing there": (shutil.rmtree, "is not a complete data folder"),
+    "a file": (lambda p: shutil.rmtree(p) or p.write_text("x"), "is not a complete data folder"),
+    "empty": (lambda p: shutil.rmtree(p) or p.mkdir(), "is not a complete data folder"),
+    "no facts": (lambda p: (p / "prepared.json").unlink(), "is not a complete data folder"),
+    "half facts": (
+        lambda p: (p / "prepared.json").write_text("{"),
+        "is not a complete data folder",
+    ),
+    "no text": (
+        lambda p: (p / "prepared.json").write_bytes(b"\xff"),
+        "is not a complete data folder",
+    ),
+    "facts of another kind": (
+        lambda p: (p / "prepared.json").write_text("[1]"),
+        "data format None",
+    ),
+    "other format": (
+        lambda p: edit(p, format=99),
+        "has data format 99, this version reads 2; prepare it again",
+    ),
+    "earlier format": (lambda p: edit(p, format=1), "has data format 1"),
+    "edited facts": (
+        lambda p: flip(p / "prepared.json", -9),
+        "prepared.json changed since it was written",
+    ),
+    "longer facts": (lambda p: (p / "prepared.json").open("a").write("\n"), "prepared.json has"),
+    "no list": (lambda p: (p / outputs.FILES).unlink(), "ds_local_files.json is missing"),
+    "half a list": (
+        lambda p: (p / outputs.FILES).write_text("{"),
+        "ds_local_files.json is missing or damaged",
+    ),
+    "a list of numbers": (
+        lambda p: (p / outputs.FILES).write_text("[3]"),
+        "ds_local_files.json is missing or",
+    ),
+    "first bit": (lambda p: flip(arrow(p), -400), "changed since it was written"),
+    "validation bit": (
+        lambda p: flip(arrow(p, "validation"), -400),
+        "validation/data-00000-of-00001.arrow changed",
+    ),
+    "truncated": (lambda p: arrow(p).write_bytes(arrow(p).read_bytes()[:-8]), "bytes instead of"),
+    "empty shard": (lambda p: arrow(p).write_bytes(b""), "has 0 bytes instead of"),
+    "missing shard": (lambda p: arrow(p).unlink(), "train/data-00000-of-00001.arrow is missing"),
+    "missing split": (lambda p: shutil.rmtree(p / "validation"), "is missing"),
+    "tokenizer gone": (lambda p: shutil.rmtree(p / "tokenizer"), "tokenizer.json is missing"),
+    "tokenizer edited": (
+        lambda p: flip(p / "tokenizer" / "tokenizer.json", 900),
+        "tokenizer.json changed",
+    ),
+    "fewer sequences": (
+        lambda p: other_split(p, {"input_ids": [[1] * 16] * 3}),
+        "holds {'train': 3",
+    ),
+    "no sequences": (
+        lambda p: edit(p, sequences={"train": 1}),
+        "sequences.validation: field required",
+    ),
+    "zero sequences": (
+        lambda p: edit(p, sequences={"train": 0, "validation": 1}),
+        "sequences.train: input should be greater",
+    ),
+    "split gone": (
+        lambda p: shutil.rmtree(p / "train") or reseal(p),
+        "holds no sequences that can be read",
+    ),
+    **{
+        f"without {key}": (
+            lambda p, key=key: edit(p, drop=key),
+            f"prepared.json: {key}: field required",
         )
-        shutil.rmtree(copy / "train")
-        shutil.copytree(tmp_path / "few", copy / "train")
-    elif damage == "other format":
-        (copy / "prepared.json").write_text(json.dumps({**facts, "format": 99}))
-    else:
-        shutil.rmtree(copy)
-    with pytest.raises(DataError):
-        TokenData(copy).sequences("train", [0])
+        for key in sorted(Facts.__annotations__.keys() - {"format"})
+    },
+    **{
+        f"{key} {value!r}": (
+            lambda p, key=key, value=value: edit(p, **{key: value}),
+            f"prepared.json: {key}",
+        )
+        for key, value in (
+            ("seq_len", -3),
+            ("seq_len", 0),
+            ("seq_len", "16"),
+            ("seq_len", 16.5),
+            ("seq_len", None),
+            ("seq_len", True),
+            ("vocab_size", -1),
+            ("vocab_size", [400]),
+            ("eos_token_id", -1),
+            ("tokens", float("inf")),
+            ("fingerprint", 12),
+            ("skipped", []),
+            ("sources", "a.txt"),
+            ("bytes", 3),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_damaged_folders_are_refused(folder, tmp_path, what):
+    copy = shutil.copytree(folder, tmp_path / "data")
+    change, said = DAMAGES[what]
+    change(copy)
+    with one_sentence(str(copy), said, error=DataError):
+        TokenData(copy)
+
+
+def test_every_flipped_bit_of_a_token_is_noticed(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "data")
+    ids = TokenData(copy).sequences("train", [5]).to(torch.uint16).numpy().tobytes()
+    start = arrow(copy).read_bytes().index(ids)
+    for bit in range(0, 8 * len(ids), 7):
+        content = bytearray(arrow(copy).read_bytes())
+        content[start + bit // 8] ^= 1 << bit % 8
+        whole = arrow(copy).read_bytes()
+        arrow(copy).write_bytes(content)
+        with pytest.raises(DataError, match=r"train/data-.*arrow changed"):
+            TokenData(copy)
+        assert TokenData(copy, verify=False).num_sequences("train")
+        arrow(copy).write_bytes(whole)
+    TokenData(copy)

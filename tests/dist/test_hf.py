@@ -19,7 +19,7 @@ from reference import batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_local.checkpoints import hf_export as hf
-from ds_local.data.corpus import check_same_tokenizer
+from ds_local.data.tokenizers import check_same_tokenizer
 from ds_local.errors import CheckpointError, ConfigError, DataError
 from ds_local.model import blocks
 from ds_local.model.pretrained import HEADS_FILE
@@ -108,7 +108,7 @@ def weights_of(model: str, section: dict[str, Any], stages: int) -> dict[str, An
     config = jobs.ds_config(section)
     module = ds_local.causal_lm(model, num_stages=stages, config=config)
     return {
-        "layers": {i: layer.state_dict() for i, layer in enumerate(module.forward_funcs, module._local_start)},
+        "layers": {i: layer.state_dict() for i, layer in enumerate(module.forward_funcs, module.first_layer)},
         "heads": {int(segment): head.state_dict() for segment, head in module.heads.items()},
     }
 
@@ -286,13 +286,3 @@ def test_a_pretrained_model_needs_its_own_tokenizer(fine_tuned):
     other.save_pretrained(folder / "other")
     with pytest.raises(DataError, match="has another tokenizer .* prepare the data with --tokenizer"):
         check_same_tokenizer(folder / "other", folder / "data" / "tokenizer")
-
-
-def test_accelerates_single_process_is_refused():
-    started = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
-    from ds_local.training.loop import check_launcher
-
-    with pytest.raises(ConfigError, match="replace --cpu by --multi_gpu"):
-        check_launcher(started)
-    check_launcher(started | {"WORLD_SIZE": "2"})
-    check_launcher({})

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from launch import ROOT, command, environment, launch, losses, metrics, script, write_inputs
-from train import parse_arguments
+from ds_local.cli.train import parse_arguments
 
 from ds_local.errors import ConfigError
 from ds_local.training.loop import read_inputs

@@ -140,7 +140,7 @@ def test_only_the_hidden_state_is_encoded_and_keeps_its_place(codec):
         "hidden.1": random_hidden(2, 3, 8),
         "hidden.2": torch.full((3, 3), -torch.inf),
     }
-    encoded = encode(message, codec, LinkConfig(codec=codec))
+    encoded = encode(message, codec, LinkConfig(codec=codec), "hidden.1")
     assert encoded["hidden.0"] is message["hidden.0"]
     assert encoded["hidden.2"] is message["hidden.2"]
     assert "hidden.1" not in encoded
@@ -167,8 +167,11 @@ def test_no_graph_crosses_a_link(codec):
     ("link", "words"),
     [
         ({"codec": "int9"}, "local_parallel.link.codec"),
-        ({"codec": "int8", "rank": 4}, "rank is an option of the codec lowrank"),
-        ({"keep": 0.5}, "keep is an option of the codec topk"),
+        (
+            {"codec": "int8", "rank": 4},
+            "rank means nothing with codec .int8.; remove it, or set codec to lowrank",
+        ),
+        ({"keep": 0.5}, "keep means nothing with codec .none."),
         ({"codec": "topk", "keep": 0}, "local_parallel.link.keep"),
         ({"codec": "int4", "group_size": 3}, "multiple of 2"),
     ],

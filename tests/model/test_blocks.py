@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from ds_local.checkpoints.hf_export import from_hf, to_hf
 from ds_local.config.schema import HeadConfig
+from ds_local.errors import UnsupportedModel
 from ds_local.model import blocks
 from ds_local.model.heads import lm_loss
 
@@ -82,13 +83,13 @@ def test_building_leaves_the_random_numbers_alone(config):
 
 
 def test_unsupported_families_are_named(tmp_path):
-    with pytest.raises(blocks.UnsupportedModel, match=r"supported are .*gpt2.*llama"):
+    with pytest.raises(UnsupportedModel, match=r"supported are .*gpt2.*llama"):
         blocks.load_model_config({"model_type": "bert"})
     path = tmp_path / "config.json"
     path.write_text("{")
-    with pytest.raises(blocks.UnsupportedModel, match="not a Hugging Face model config"):
+    with pytest.raises(UnsupportedModel, match="not a Hugging Face model config"):
         blocks.load_model_config(path)
-    with pytest.raises(blocks.UnsupportedModel, match="no model config at"):
+    with pytest.raises(UnsupportedModel, match="no model config at"):
         blocks.load_model_config(tmp_path / "missing.json")
 
 

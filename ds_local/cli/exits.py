@@ -22,7 +22,7 @@ def exits_of(model: str, scratch: str) -> dict[int, Path]:
     written = {
         int(path.name.removeprefix("segment_")): path
         for path in folder.glob("segment_*")
-        if path.is_dir()
+        if path.is_dir() and path.name.removeprefix("segment_").isdecimal()
     }
     if written:
         return dict(sorted(written.items()))

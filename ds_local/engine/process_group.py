@@ -1,0 +1,89 @@
+"""Joining and leaving the process group: with a limit for every wait in it, and the ranks' notices
+beside it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+from torch import distributed as dist
+from torch.distributed import distributed_c10d
+
+from ds_local.cluster.start_check import LIMIT_SECONDS, Assembly
+from ds_local.cluster.surroundings import own_address
+from ds_local.engine.deepspeed_seam import ENGINES
+from ds_local.links import notices
+from ds_local.links.failures import around, meeting
+from ds_local.links.notices import Notices
+
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LIMITS = {  # torch's own, for groups made without one
+    name: getattr(distributed_c10d, name)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout")
+}
+
+
+def start_processes(
+    start_seconds: float = LIMIT_SECONDS, wait_seconds: float = LIMIT_SECONDS
+) -> None:
+    """`deepspeed.init_distributed` where the caller has not done it, and what it lacks.
+
+    All ranks call it, as often as they like.
+
+    Args:
+        start_seconds: longest wait for all ranks to be here.
+        wait_seconds: longest wait in any collective from now on, those of DeepSpeed included.
+
+    Raises:
+        ClusterError: naming the ranks that do not come.
+        TransportError: naming the rank that was lost on the way.
+    """
+    launched = all(name in os.environ for name in _LAUNCHED)
+    if not dist.is_initialized() and launched and int(os.environ["WORLD_SIZE"]) > 1:
+        store = Assembly(start_seconds)
+        _begin(store.rank, lambda card: store.exchange("notices", card))
+    limit_waits(wait_seconds)
+    with meeting("the start of the process group"):
+        deepspeed.init_distributed(timeout=timedelta(seconds=wait_seconds))
+        if dist.get_world_size() > 1 and notices.current() is None:
+            _begin(dist.get_rank(), _gathered)
+
+
+def _begin(rank: int, exchange: Any) -> None:
+    own = Notices(rank, own_address())
+    around(own)  # hears from the start what failed
+    own.meet(exchange(own.card))
+    notices.begin(own)
+
+
+def _gathered(card: Any) -> list[Any]:
+    cards = [None] * dist.get_world_size()
+    dist.all_gather_object(cards, card)
+    return cards
+
+
+def limit_waits(seconds: float) -> None:
+    """No wait in a process group takes longer: in those there are, and those made from now on."""
+    limit = timedelta(seconds=seconds)
+    for name in _LIMITS:
+        setattr(distributed_c10d, name, limit)
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(limit, group)
+
+
+def end_processes() -> None:
+    """Leave the process group, so that this process may join another one."""
+    for engine in list(ENGINES):
+        with suppress(RuntimeError):  # a neighbour may be gone
+            engine.destroy()  # hooks of DeepSpeed's bf16 and ZeRO optimizers would keep it, and its links' threads, for ever
+    ENGINES.clear()
+    notices.end()
+    if dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+    Assembly.release()
+    for name, limit in _LIMITS.items():
+        setattr(distributed_c10d, name, limit)

@@ -1,0 +1,37 @@
+"""What a rank writes: a log file of its own, and sentences on the console."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+LOG = logging.getLogger("ds_local")
+
+
+def start_log(folder: Path, stage: int, rank: int) -> Path:
+    """Everything this rank logs, DeepSpeed's lines too, also goes to a file of its own:
+    `folder`/rank-003.log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank-{rank:03d}.log"
+    handler = logging.FileHandler(path)
+    prefix = f"stage {stage} rank {rank} {socket.gethostname()}"
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix} %(levelname)s %(message)s"))
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    for name in ("ds_local", "DeepSpeed"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+    return path
+
+
+def say(sentence: str) -> None:
+    """To the console, on a line of its own beside a progress bar of this or another rank."""
+    if not getattr(tqdm, "_instances", ()) and "RANK" in os.environ:
+        sentence = f"\n{sentence}"
+    tqdm.write(sentence, file=sys.stderr)
+    sys.stderr.flush()

@@ -1,0 +1,172 @@
+"""Reading a Hugging Face model config: from where, and whether its keys are keys of its class.
+
+A config class takes any key as an attribute, so a misspelt one leaves the default in force without
+a word. A key that the class does not know is refused when it resembles one that it knows and the
+file does not give; anything further off is left alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from ds_local.config.deepspeed import check_number
+from ds_local.config.files import check_finite, leaves
+from ds_local.errors import ConfigError, UnsupportedModel
+
+# what different families call the same thing
+_SAME = (
+    ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth"),
+    ("hidden_size", "n_embd", "n_embed", "d_model", "hidden_dim", "model_dim", "dim"),
+    ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    ("num_key_value_heads", "n_kv_heads", "num_kv_heads"),
+    ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "intermediate_dim"),
+    ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "block_size"),
+)
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "n_inner",
+    "max_position_embeddings",
+)
+
+
+def read_config(
+    source: str | Path | dict[str, Any] | PretrainedConfig, families: Collection[str]
+) -> tuple[PretrainedConfig, str]:
+    """(a Hugging Face config, what to call it), from a JSON file, a model folder, a hub name, a
+    dict or a config.
+
+    Args:
+        families: the model types that are supported.
+
+    Raises:
+        UnsupportedModel: when it cannot be read or its family is not supported; the message lists
+            the families.
+        ConfigError: for a key that only resembles a real one, and sizes that are none.
+    """
+    if isinstance(source, PretrainedConfig):
+        fields, where = source.to_dict(), "the model config"
+    else:
+        fields, where = _fields(source)
+    if fields["model_type"] not in families:
+        raise UnsupportedModel(
+            f"model_type {fields['model_type']!r} is not supported; supported are "
+            f"{', '.join(sorted(families))}"
+        )
+    check_finite(fields, where)
+    cls: Any = CONFIG_MAPPING[fields["model_type"]]
+    for key in {*SIZES, *cls.attribute_map.values()} & fields.keys():
+        if fields[key] is not None:
+            check_number(f"{where}: {key}", fields[key])
+    if isinstance(source, PretrainedConfig):
+        config = copy.deepcopy(source)
+    else:
+        try:
+            config = AutoConfig.for_model(**fields)
+        except (
+            Exception
+        ) as error:  # of huggingface_hub's strict dataclasses, which is no ValueError
+            raise ConfigError(f"{where}: {last_line(error)}") from error
+        _check_keys(fields, config, where)
+    _check_heads(config, where)
+    return config, where
+
+
+def reason(error: BaseException, config: PretrainedConfig) -> str:
+    """Why no model can be made of a config."""
+    if isinstance(error, KeyError):  # of a table of activations, say
+        named = (path for path, value in leaves(config.to_dict()) if value == error.args[0])
+        return f"{'.'.join(next(named, ('a key',)))} is {error}, which Hugging Face does not know"
+    return last_line(error)
+
+
+def last_line(error: BaseException) -> str:
+    """What a nested error of Hugging Face comes to."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[-1] if lines else type(error).__name__
+    return text.split("Error: ")[-1].strip(" .!")
+
+
+def _fields(source: str | Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """(the keys of a config, what to call it)."""
+    if isinstance(source, dict):
+        if not isinstance(source.get("model_type"), str):
+            raise UnsupportedModel('the model config has no model_type; add one, such as "gpt2"')
+        return source, "the model config"
+    path = Path(source)
+    if path.is_file():
+        try:
+            fields = json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise UnsupportedModel(f"{path} is no Hugging Face model config: {error}") from error
+        if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+            raise UnsupportedModel(
+                f'{path} is not a Hugging Face model config with a model_type, such as "gpt2"'
+            )
+        return fields, str(path)
+    if not path.is_dir() and (
+        path.is_absolute() or path.suffix == ".json" or str(source).count("/") > 1
+    ):
+        raise UnsupportedModel(
+            f"no model config at {path}; give a config.json, a model folder or a hub name"
+        )
+    try:
+        fields = PretrainedConfig.get_config_dict(str(source))[0]
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"cannot read a model config from {source!r}: {error}") from error
+    if "model_type" not in fields:
+        raise UnsupportedModel(f"{source} has no config.json with a model_type")
+    return fields, str(source)
+
+
+def _check_keys(fields: Mapping[str, Any], config: PretrainedConfig, where: str) -> None:
+    known = {key for key in vars(type(config)()) if not key.startswith("_")}
+    known |= set(config.attribute_map)
+    for key, value in fields.items():
+        # what Hugging Face turned into something else is no attribute any more
+        if key in known or key.startswith("_") or value in (None, False) or key not in vars(config):
+            continue
+        meant = _resembled(key, known)
+        given = {meant, config.attribute_map.get(meant, meant)} if meant else set()
+        if meant and not given & fields.keys():
+            raise ConfigError(
+                f"{where}: {key!r} is not a key of a {config.model_type} config; did you mean "
+                f"{config.attribute_map.get(meant, meant)!r}?"
+            )
+
+
+def _resembled(key: str, known: set[str]) -> str | None:
+    """The known key that this one may have been meant for."""
+    for names in _SAME:
+        if key in names and known & set(names):
+            return next(name for name in names if name in known)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    return close[0] if close else None
+
+
+def _check_heads(config: PretrainedConfig, where: str) -> None:
+    """Where a family does not look at this itself it rounds, or fails in the first forward pass."""
+    name = config.attribute_map.get
+    heads, width = config.num_attention_heads, config.hidden_size
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if getattr(config, "head_dim", None) is None and width % heads:
+        raise ConfigError(
+            f"{where}: {name('hidden_size', 'hidden_size')} is {width}, no multiple of "
+            f"{name('num_attention_heads', 'num_attention_heads')}, {heads}; change one of them"
+        )
+    if heads % groups:
+        raise ConfigError(
+            f"{where}: num_attention_heads is {heads}, no multiple of num_key_value_heads, "
+            f"{groups}; change one of them"
+        )

@@ -1,0 +1,300 @@
+"""Real runs of scripts/*.py, started by the fork server and watched from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+_ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+}  # fmt: skip
+_BY_LAUNCHER = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+def environment() -> dict[str, str]:
+    """Of a process that no launcher started."""
+    kept = {name: value for name, value in os.environ.items() if name not in _BY_LAUNCHER}
+    paths = [str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]
+    binaries = f"{Path(sys.executable).parent}:{kept.get('PATH', '')}"
+    # a lock that another job left in the common folder must not stop ours
+    own = {"TORCH_EXTENSIONS_DIR": str(ROOT / "runs" / "faults" / "extensions")}
+    return kept | _ENVIRONMENT | own | {"PYTHONPATH": ":".join(paths), "PATH": binaries}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, interval: float = 0.01) -> Any:
+    """What `condition` gives as soon as it is true, or at last."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < deadline:
+        time.sleep(interval)
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Does the process run? One that ended and that nobody has asked about does not."""
+    return state_of(pid) not in "ZX"
+
+
+def state_of(pid: int) -> str:
+    """One letter, as in /proc; X: there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+
+
+class Run:
+    """The ranks of one start of a script.
+
+    Attributes:
+        launcher: process that stands for the launcher.
+        pids: of the ranks.
+        began: when it was asked for, `time.monotonic()`.
+    """
+
+    def __init__(self, folder: Path, ranks: int) -> None:
+        self.folder = folder
+        self.began = time.monotonic()
+        self.ended = 0.0
+        if not wait_for((folder / "pids.json").exists, 30):
+            raise RuntimeError("the fork server does not start ranks any more")
+        self.launcher, *self.pids = json.loads((folder / "pids.json").read_text())
+
+    def status(self, rank: int) -> int | None:
+        """Exit code, the negative number of the signal that ended it, or None: it runs, or its launcher was killed."""
+        path = self.folder / f"rank-{rank}.status"
+        return int(path.read_text()) if path.exists() else None
+
+    def statuses(self) -> list[int | None]:
+        return [self.status(rank) for rank in range(len(self.pids))]
+
+    def output(self, rank: int) -> str:
+        return (self.folder / f"rank-{rank}.txt").read_text(errors="replace").replace("\r", "\n")
+
+    def outputs(self) -> str:
+        return "".join(self.output(rank) for rank in range(len(self.pids)))
+
+    def alive(self) -> list[int]:
+        """Ranks that still run."""
+        return [
+            rank
+            for rank, pid in enumerate(self.pids)
+            if self.status(rank) is None and is_alive(pid)
+        ]
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """To one rank, or to all of them."""
+        for pid in self.pids if rank is None else [self.pids[rank]]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def signal_launcher(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.launcher, number)
+
+    def is_stopped(self, rank: int) -> bool:
+        """By SIGSTOP."""
+        return state_of(self.pids[rank]) == "T"
+
+    def wait(self, seconds: float, ranks: Sequence[int] | None = None) -> bool:
+        """Have all these ranks ended within so many seconds?"""
+        wanted = set(range(len(self.pids)) if ranks is None else ranks)
+        done = wait_for(lambda: not wanted & set(self.alive()), seconds)
+        if done and is_alive(self.launcher):  # it notes the last end
+            wait_for(lambda: None not in map(self.status, wanted), 5)
+        self.ended = self.ended or time.monotonic()
+        return done
+
+    def wait_as_launchers_do(self, seconds: float) -> bool:
+        """Wait until all have ended, or one has failed: then the others are told to end, and killed at last.
+
+        `ended` is when the first one failed. Has everything ended by itself or been told to, in time?
+        """
+        ranks = range(len(self.pids))
+        wait_for(lambda: any(map(self.status, ranks)) or not self.alive(), seconds)
+        self.ended = time.monotonic()
+        if not any(map(self.status, ranks)):
+            return self.wait(5)
+        self.signal(signal.SIGTERM)
+        return self.wait(30)
+
+    def left(self) -> list[int]:
+        """Processes of the run's group that still run: ranks, and whatever they started."""
+        found = []
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+                if (
+                    int(fields[2]) == self.launcher
+                    and fields[0] not in "ZX"
+                    and int(entry) != self.launcher
+                ):
+                    found.append(int(entry))
+        return found
+
+    def close(self) -> list[int]:
+        """Kill what is left of the run; returns what was."""
+        left = self.left()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.launcher, signal.SIGKILL)
+        return left
+
+
+class Launched:
+    """A run started by a real launcher, with all it says in one file; seen from outside as a `Run` is."""
+
+    def __init__(self, folder: Path, launcher: str, argv: Sequence[str], ranks: int) -> None:
+        self.began, self.ended = time.monotonic(), 0.0
+        self._ranks, self._output = ranks, folder / "launcher.txt"
+        port = free_port()
+        start = {
+            "deepspeed": ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(port)],
+            "torchrun": ["torchrun", "--nproc_per_node", str(ranks), "--master_port", str(port)],
+        }[launcher]  # fmt: skip
+        binary = Path(sys.executable).parent / start[0]
+        self._mark = f"MASTER_PORT={port}".encode()
+        with self._output.open("w") as output:
+            self._process = subprocess.Popen(
+                [str(binary), *start[1:], str(ROOT / "scripts" / "train.py"), *argv], env=environment(), cwd=ROOT,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def pids(self) -> dict[int, int]:
+        """Rank -> process, of those that live."""
+        found = {}
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                variables = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+                ranks = [value for value in variables if value.startswith(b"RANK=")]
+                if self._mark in variables and ranks and is_alive(int(entry)):
+                    found.setdefault(int(ranks[0][5:]), int(entry))
+        return found
+
+    def statuses(self) -> list[int | None]:
+        """Of the launcher."""
+        return [self._process.poll()]
+
+    def outputs(self) -> str:
+        return self._output.read_text(errors="replace").replace("\r", "\n")
+
+    def alive(self) -> list[int]:
+        """Ranks that live; -1 stands for the launcher."""
+        return [*([-1] if self._process.poll() is None else []), *self.pids()]
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        for which, pid in self.pids().items():
+            if rank in (None, which):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def signal_launcher(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def wait(self, seconds: float, ranks: Sequence[int] | None = None) -> bool:
+        done = wait_for(lambda: not self.alive(), seconds, 0.1)
+        self.ended = self.ended or time.monotonic()
+        return bool(done)
+
+    def close(self) -> list[int]:
+        """Kill what is left; returns what was."""
+        left = [*self.pids().values()]
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        return left
+
+
+class Server:
+    """The fork server, as long as the `with` block lasts."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self._count = 0
+        work.mkdir(parents=True, exist_ok=True)
+        self._log = (work / "server.txt").open("a")
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "fork_server.py")], env=environment(), cwd=ROOT, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self._log,
+        )  # fmt: skip
+        self._runs: list[Run] = []
+        self._ready = False
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for run in self._runs:
+            run.close()
+        self._process.communicate(timeout=30)
+        self._log.close()
+
+    def start(
+        self, script: str, argv: Sequence[str], ranks: int = 1, env: Mapping[str, str] | None = None,
+        hooks: Mapping[int, Sequence[tuple[str, Mapping[str, Any]]]] | None = None,
+    ) -> Run:  # fmt: skip
+        """Start scripts/`script` on so many ranks.
+
+        Args:
+            hooks: rank -> functions of hooks.py and their arguments, called before the script.
+        """
+        self._wait_until_ready()
+        self._count += 1
+        folder = self.work / f"job-{self._count:05d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        together = {"MASTER_PORT": str(free_port())} if ranks > 1 else {}
+        job = {
+            "folder": str(folder), "script": script, "argv": list(argv), "ranks": ranks, "env": together | dict(env or {}),
+            "hooks": {str(rank): list(calls) for rank, calls in (hooks or {}).items()},
+        }  # fmt: skip
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        run = Run(folder, ranks)
+        self._runs.append(run)
+        return run
+
+    def finish(self, script: str, argv: Sequence[str], seconds: float = 60, **how: Any) -> Run:
+        """Start, and wait for the end; what has not ended by then is killed, which its statuses show."""
+        run = self.start(script, argv, **how)
+        run.wait(seconds)
+        run.close()
+        run.wait(5)
+        return run
+
+    def _wait_until_ready(self) -> None:
+        if not self._ready:
+            assert self._process.stdout is not None
+            if self._process.stdout.readline() != "ready\n":
+                raise RuntimeError(f"the fork server did not start, see {self._log.name}")
+            self._ready = True

@@ -1,0 +1,128 @@
+"""A process that has imported everything and forks ranks of real runs: a start costs a fraction of a second.
+
+    python tests/faults/fork_server.py        (started by `fork_client.Server`, which speaks to it)
+
+A job is a line of JSON on standard input: {"folder", "script", "argv", "ranks", "env", "hooks"}. For each job a process is
+forked that stands for the launcher; it forks the ranks and notes their ends:
+
+    server -> launcher (leads a process group) -> rank 0, rank 1, ...
+
+A rank runs the script as `python SCRIPT ARGV` would, as `__main__`, with the environment that a launcher sets, and ends as any
+Python process does. In the job's folder lie pids.json, rank-N.txt (what it said) and rank-N.status (exit code; negative: the
+signal that ended it). Nothing here may start a thread before a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = HERE.parents[1] / "scripts"
+
+
+def import_everything() -> None:
+    """All of the package and the heavy packages below it, wherever its modules lie."""
+    import ds_local
+
+    for module in pkgutil.walk_packages(ds_local.__path__, "ds_local."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    # and what they import at their first use
+    import deepspeed
+    import torch
+    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+    from matplotlib.backends import backend_agg  # noqa: F401
+
+    _ = deepspeed.ops.__compatible_ops__
+    torch.set_num_threads(1)
+
+
+def threads() -> list[str]:
+    """Names of this process's threads but the first; the allocator's own is used to forks."""
+    names = [
+        Path(f"/proc/self/task/{task}/comm").read_text().strip()
+        for task in os.listdir("/proc/self/task")
+    ]
+    return [name for name in names[1:] if name != "jemalloc_bg_thd"]
+
+
+def main() -> None:
+    import_everything()
+    if threads():
+        raise RuntimeError(f"cannot fork with threads about: {threads()}")
+    gc.collect()
+    gc.freeze()  # forked processes share these pages as long as nobody writes to them
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # launchers leave no zombies
+    launchers = []
+    print("ready", flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            return launch(job)
+        launchers.append(pid)
+    for pid in launchers:  # whoever asked for them is gone
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def launch(job: dict[str, Any]) -> None:
+    """Returns on a rank, with its script run; never on the launcher."""
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    folder = Path(job["folder"])
+    ranks: dict[int, int] = {}
+    for rank in range(job["ranks"]):
+        pid = os.fork()
+        if pid == 0:
+            return run_rank(job, rank, folder)
+        ranks[pid] = rank
+    write(folder / "pids.json", json.dumps([os.getpid(), *ranks]))
+    while ranks:
+        pid, status = os.wait()
+        write(folder / f"rank-{ranks.pop(pid)}.status", str(os.waitstatus_to_exitcode(status)))
+    os._exit(0)
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all: somebody is waiting for the file."""
+    scratch = path.with_suffix(".new")
+    scratch.write_text(text)
+    scratch.rename(path)
+
+
+def run_rank(job: dict[str, Any], rank: int, folder: Path) -> None:
+    output = os.open(folder / f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    if job["ranks"] > 1 or job["env"].get("MASTER_PORT"):
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]), LOCAL_SIZE=str(job["ranks"]),
+            LOCAL_WORLD_SIZE=str(job["ranks"]), MASTER_ADDR="127.0.0.1",
+        )  # fmt: skip
+    os.environ.update(job["env"])
+    script = SCRIPTS / job["script"]
+    sys.argv = [str(script), *job["argv"]]
+    sys.path[0] = str(SCRIPTS)
+    for name, arguments in job["hooks"].get(str(rank), []):
+        sys.path.insert(1, str(HERE))
+        getattr(importlib.import_module("hooks"), name)(**arguments)
+    runpy.run_path(str(script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
