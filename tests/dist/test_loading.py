@@ -14,7 +14,9 @@ LOCAL = {"mode": "local"}
 BF16 = {"bf16": {"enabled": True}}
 ZERO = {"zero_optimization": {"stage": 1}}
 PRECISIONS = {"fp32": {}, "bf16": BF16, "bf16 ZeRO-1": {**BF16, **ZERO}, "fp32 ZeRO-1": ZERO}
-SCHEDULER = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 1e-2}}}
+SCHEDULER = {
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 1e-2}}
+}
 
 
 def train(engine, steps, start=None):
@@ -40,9 +42,15 @@ def masters(engine):
     optimizer = engine.optimizer
     rank = torch.distributed.get_rank(engine.grid.get_data_parallel_group())
     if hasattr(optimizer, "fp32_groups_flat_partition"):
-        pairs = zip(optimizer.fp32_groups_flat_partition, optimizer.bf16_partitioned_groups, strict=True)
+        pairs = zip(
+            optimizer.fp32_groups_flat_partition, optimizer.bf16_partitioned_groups, strict=True
+        )
     elif hasattr(optimizer, "single_partition_of_fp32_groups"):
-        pairs = zip(optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups, strict=True)
+        pairs = zip(
+            optimizer.single_partition_of_fp32_groups,
+            optimizer.parallel_partitioned_bit16_groups,
+            strict=True,
+        )
     else:
         return []
     return [(master.detach(), parts[rank].detach()) for master, parts in pairs]
@@ -55,7 +63,7 @@ def load_in_every_way(folder, settings, ways):
     weights = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
     found = []
     for way in ways:
-        train(engine, 2, start=900)
+        train(engine, 4, start=900)  # the first two have a rate of 0
         step, exact = engine.global_steps, [master.clone() for master, _ in masters(engine)]
         if way == "module":
             engine.module.load_state_dir(f"{folder}/global_step3", engine.checkpoint_engine)
@@ -69,7 +77,9 @@ def load_in_every_way(folder, settings, ways):
                 "state": jobs.state_of(engine),
                 "rounded": all(torch.equal(master.to(w.dtype), w) for master, w in pairs),
                 "equal": all(torch.equal(master, w.float()) for master, w in pairs),
-                "changed": all(not torch.equal(a, b) for a, (b, _) in zip(exact, pairs, strict=True)),
+                "changed": all(
+                    not torch.equal(a, b) for a, (b, _) in zip(exact, pairs, strict=True)
+                ),
                 "step": engine.global_steps - step,
                 "losses": train(engine, 3, start=3),
             }
@@ -95,13 +105,19 @@ WAYS = [
 def test_fp32_copies_follow_whatever_was_loaded(tmp_path, precision):
     settings = {**PRECISIONS[precision], **SCHEDULER}
     straight = run_ranks(save, 4, str(tmp_path), 3, more=3, **settings)
-    for (losses, saved), results in zip(straight, run_ranks(load_in_every_way, 4, str(tmp_path), settings, WAYS), strict=True):
+    for (losses, saved), results in zip(
+        straight, run_ranks(load_in_every_way, 4, str(tmp_path), settings, WAYS), strict=True
+    ):
         for way, found in zip(WAYS, results, strict=True):
-            assert all(torch.equal(saved[name], tensor) for name, tensor in found["state"].items()), way
+            assert all(
+                torch.equal(saved[name], tensor) for name, tensor in found["state"].items()
+            ), way
             assert found["rounded"], way
             assert found["changed"], way
             of_optimizer = way == {} or (
-                isinstance(way, dict) and "load_optimizer_states" not in way and "load_module_only" not in way
+                isinstance(way, dict)
+                and "load_optimizer_states" not in way
+                and "load_module_only" not in way
             )
             assert found["equal"] or of_optimizer, way
             assert found["losses"][0] == losses[0], way
@@ -116,9 +132,14 @@ def test_fp32_copies_follow_whatever_was_loaded(tmp_path, precision):
 @pytest.mark.parametrize("precision", ["bf16", "bf16 ZeRO-1"])
 def test_fp32_copies_follow_when_the_config_leaves_the_saved_ones_alone(tmp_path, precision):
     settings = {**PRECISIONS[precision]}
-    settings["zero_optimization"] = {**settings.get("zero_optimization", {}), "load_from_fp32_weights": False}
+    settings["zero_optimization"] = {
+        **settings.get("zero_optimization", {}),
+        "load_from_fp32_weights": False,
+    }
     run_ranks(save, 2, str(tmp_path), 3, **settings)
-    for results in run_ranks(load_in_every_way, 2, str(tmp_path), settings, [{}, {"load_optimizer_states": False}]):
+    for results in run_ranks(
+        load_in_every_way, 2, str(tmp_path), settings, [{}, {"load_optimizer_states": False}]
+    ):
         assert all(found["equal"] and found["changed"] for found in results)
 
 
@@ -179,7 +200,9 @@ def first(content):
 
 FORGERIES = {
     "unknown": lambda content: {**content, "strange": torch.zeros(2)},
-    "missing": lambda content: {name: value for name, value in content.items() if name != first(content)},
+    "missing": lambda content: {
+        name: value for name, value in content.items() if name != first(content)
+    },
     "shape": lambda content: {**content, first(content): content[first(content)][..., :-1]},
     "no tensor": lambda content: {**content, first(content): 3},
     "no dict": lambda content: list(content.values()),
@@ -215,9 +238,18 @@ STATES = {
     "another step": (set_in("global_steps", value=9), "of step 9, ds_local.json of step 1"),
     "a step in words": (set_in("global_steps", value="1"), "'global_steps' is missing or wrong"),
     "no groups": (set_in("optimizer", "param_groups"), "another optimizer"),
-    "an empty group": (set_in("optimizer", "param_groups", 0, "params", value=[0]), "groups of [1] parameters"),
-    "a moment": (set_in("optimizer", "state", 2, "exp_avg", value=torch.ones(1)), "exp_avg of parameter 2"),
-    "a strange moment": (set_in("optimizer", "state", 999, value={"exp_avg": torch.ones(1)}), "parameter 999"),
+    "an empty group": (
+        set_in("optimizer", "param_groups", 0, "params", value=[0]),
+        "groups of [1] parameters",
+    ),
+    "a moment": (
+        set_in("optimizer", "state", 2, "exp_avg", value=torch.ones(1)),
+        "exp_avg of parameter 2",
+    ),
+    "a strange moment": (
+        set_in("optimizer", "state", 999, value={"exp_avg": torch.ones(1)}),
+        "parameter 999",
+    ),
 }
 
 
@@ -229,18 +261,38 @@ def test_states_that_are_not_a_stages(copy, state):
 
 
 def test_models_of_another_size(checkpoint):
-    refused(checkpoint, "tokens.weight is [64, 32] there, [64, 16] in this run", settings={"model": {"n_embd": 16}})
+    refused(
+        checkpoint,
+        "tokens.weight is [64, 32] there, [64, 16] in this run",
+        settings={"model": {"n_embd": 16}},
+    )
     refused(checkpoint, "6 layers, this run has 7", settings={"model": {"n_layer": 5}})
-    refused(checkpoint, "6 layers, this run has 5", settings={"model": {"n_layer": 3}}, how={"load_module_only": True})
-    refused(checkpoint, "[64, 32] there, [65, 32]", settings={"model": {"vocab_size": 65}}, how={"load_module_only": True})
+    refused(
+        checkpoint,
+        "6 layers, this run has 5",
+        settings={"model": {"n_layer": 3}},
+        how={"load_module_only": True},
+    )
+    refused(
+        checkpoint,
+        "[64, 32] there, [65, 32]",
+        settings={"model": {"vocab_size": 65}},
+        how={"load_module_only": True},
+    )
 
 
 NAMED = "keep the layout, or load weights only: load_optimizer_states=False"
 OTHER_RUNS = {
-    "stages": ({"section": {**LOCAL, "segments_per_stage": 2}, "stages": 1, "ranks": 1}, "stages 2, this run has stages 1"),
+    "stages": (
+        {"section": {**LOCAL, "segments_per_stage": 2}, "stages": 1, "ranks": 1},
+        "stages 2, this run has stages 1",
+    ),
     "precision": ({"settings": BF16}, "precision fp32, this run has precision bf16"),
     "ZeRO": ({"settings": ZERO}, "ZeRO stage 0, this run has ZeRO stage 1"),
-    "optimizer": ({"settings": {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}}, "optimizer adamw, this run has optimizer sgd"),
+    "optimizer": (
+        {"settings": {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}},
+        "optimizer adamw, this run has optimizer sgd",
+    ),
     "heads": ({"section": {**LOCAL, "head": {"temperature": True}}}, "'temperature': False"),
 }
 
@@ -254,16 +306,30 @@ def test_another_layout_is_refused_with_what_helps(checkpoint, other):
 def test_what_helps_does(checkpoint):
     for other in ("precision", "ZeRO", "optimizer"):
         where = OTHER_RUNS[other][0]
-        for said, _ in run_ranks(refusal, 2, str(checkpoint), how={"load_optimizer_states": False}, **where):
+        for said, _ in run_ranks(
+            refusal, 2, str(checkpoint), how={"load_optimizer_states": False}, **where
+        ):
             assert said == "loaded"
 
 
 def test_a_scheduler_that_the_checkpoint_does_not_have(checkpoint, tmp_path):
-    refused(checkpoint, "has no scheduler, this run has WarmupLR", "load_lr_scheduler_states=False", settings=SCHEDULER)
+    refused(
+        checkpoint,
+        "has no scheduler, this run has WarmupLR",
+        "load_lr_scheduler_states=False",
+        settings=SCHEDULER,
+    )
     how = {"load_lr_scheduler_states": False}
-    assert [said for said, _ in run_ranks(refusal, 2, str(checkpoint), how=how, settings=SCHEDULER)] == ["loaded"] * 2
+    assert [
+        said for said, _ in run_ranks(refusal, 2, str(checkpoint), how=how, settings=SCHEDULER)
+    ] == ["loaded"] * 2
     run_ranks(save, 2, str(tmp_path), 1, **SCHEDULER)
-    other = {"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 9, "warmup_num_steps": 2}}}
+    other = {
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {"total_num_steps": 9, "warmup_num_steps": 2},
+        }
+    }
     refused(tmp_path, "has WarmupLR, this run has WarmupCosineLR", settings=other)
 
 
@@ -272,7 +338,11 @@ def test_shards_of_another_optimizer(tmp_path):
     name = "bf16_zero_pp_rank_0_mp_rank_01_optim_states.pt"
     path = ("optimizer_state_dict", "single_partition_of_fp32_groups")
     whole = (tmp_path / "global_step1" / name).read_bytes()
-    for change in (set_in(*path), set_in(*path, value=[torch.zeros(3)]), set_in("optimizer_state_dict", value=3)):
+    for change in (
+        set_in(*path),
+        set_in(*path, value=[torch.zeros(3)]),
+        set_in("optimizer_state_dict", value=3),
+    ):
         forge(tmp_path, name, change)
         refused(tmp_path, name, settings=BF16)
         (tmp_path / "global_step1" / name).write_bytes(whole)
@@ -281,7 +351,13 @@ def test_shards_of_another_optimizer(tmp_path):
 def test_edited_facts(copy):
     path = copy / "global_step1" / "ds_local.json"
     text = path.read_text()
-    for change in ({"num_stages": 1}, {"segment_parts": [0, 2, 6]}, {"step": 7}, {"local_parallel": {"seed": 7}}, {"model": None}):
+    for change in (
+        {"num_stages": 1},
+        {"segment_parts": [0, 2, 6]},
+        {"step": 7},
+        {"local_parallel": {"seed": 7}},
+        {"model": None},
+    ):
         path.write_text(json.dumps({**json.loads(text), **change}))
         refused(copy, "ds_local.json")
 
@@ -351,7 +427,12 @@ def test_a_checkpoint_of_the_stock_pipeline_is_named_and_its_weights_can_be_take
     run_ranks(stock_save, 2, str(tmp_path))
     folder = tmp_path / "global_step2"
     for how in ({}, {"tag": "global_step2"}, {"load_module_only": True}):
-        refused(tmp_path, "DeepSpeed's own PipelineEngine", f"module.load_state_dir('{folder}')", how=how)
+        refused(
+            tmp_path,
+            "DeepSpeed's own PipelineEngine",
+            f"module.load_state_dir('{folder}')",
+            how=how,
+        )
     for settings in ({}, BF16):
         for state, followed in run_ranks(take_weights, 2, str(folder), settings):
             assert followed
@@ -359,7 +440,9 @@ def test_a_checkpoint_of_the_stock_pipeline_is_named_and_its_weights_can_be_take
                 if name.startswith("heads"):
                     continue
                 number, own = name.split(".", 1)
-                saved = torch.load(folder / f"layer_{int(number):02d}-model_states.pt", weights_only=False)[own]
+                saved = torch.load(
+                    folder / f"layer_{int(number):02d}-model_states.pt", weights_only=False
+                )[own]
                 assert torch.equal(saved.to(torch.bfloat16).float() if settings else saved, tensor)
 
 
@@ -377,7 +460,9 @@ class Told(logging.Handler):
 
 
 def test_a_head_goes_where_the_cut_agrees_and_nowhere_else(checkpoint, tmp_path):
-    saved = torch.load(checkpoint / "global_step1" / "head_00-model_states.pt", weights_only=False)  # after layer 3
+    saved = torch.load(
+        checkpoint / "global_step1" / "head_00-model_states.pt", weights_only=False
+    )  # after layer 3
 
     def loaded(section, stages, **settings):
         told, before, after = [], {}, {}
@@ -428,13 +513,29 @@ SUBNETS = {"every": 3, "scale": "none"}
 # (saved with, loaded with, is what the replicas had of their own left out?)
 REPLICAS = {
     "the same": (apart("subnets", **SUBNETS), apart("subnets", **SUBNETS), False),
-    "another rule for moments": (apart("subnets", **SUBNETS), apart("subnets", **SUBNETS, optimizer_state="reset"), False),
-    "another interval of subnets": (apart("subnets", **SUBNETS), apart("subnets", **{**SUBNETS, "every": 4}), True),
-    "another partition": (apart("subnets", **SUBNETS), apart("subnets", **SUBNETS, partition=["mlp"]), True),
+    "another rule for moments": (
+        apart("subnets", **SUBNETS),
+        apart("subnets", **SUBNETS, optimizer_state="reset"),
+        False,
+    ),
+    "another interval of subnets": (
+        apart("subnets", **SUBNETS),
+        apart("subnets", **{**SUBNETS, "every": 4}),
+        True,
+    ),
+    "another partition": (
+        apart("subnets", **SUBNETS),
+        apart("subnets", **SUBNETS, partition=["mlp"]),
+        True,
+    ),
     "another seed": (apart("subnets", **SUBNETS), {**apart("subnets", **SUBNETS), "seed": 7}, True),
     "gradients": (apart("subnets", **SUBNETS), apart("gradients"), True),
     "another interval of averages": (apart("periodic", every=3), apart("periodic", every=5), False),
-    "no outer step": (apart("periodic", every=3), apart("periodic", every=3, outer_lr=1.0, outer_momentum=0.0), True),
+    "no outer step": (
+        apart("periodic", every=3),
+        apart("periodic", every=3, outer_lr=1.0, outer_momentum=0.0),
+        True,
+    ),
     "from gradients": (apart("gradients"), apart("periodic", every=3), False),
 }
 
@@ -444,7 +545,9 @@ def test_what_replicas_have_of_their_own_is_never_left_out_in_silence(tmp_path, 
     saved_with, loaded_with, left_out = REPLICAS[case]
     own = run_ranks(save, 2, str(tmp_path), 4, saved_with, 1)  # in the middle of a round
     found = run_ranks(load_and_compare, 2, str(tmp_path), loaded_with)
-    told = [sentence for sentences, _ in found for sentence in sentences if "is left out" in sentence]
+    told = [
+        sentence for sentences, _ in found for sentence in sentences if "is left out" in sentence
+    ]
     assert len(told) == (1 if left_out else 0), told
     if not left_out:
         for (_, state), (_, mine) in zip(own, found, strict=True):
@@ -469,7 +572,12 @@ def test_a_replicas_file_that_is_not_one(tmp_path):
     run_ranks(save, 2, str(tmp_path), 1, section, 1)
     name = "replica_01-stage_00-model_states.pt"
     whole = (tmp_path / "global_step1" / name).read_bytes()
-    for change in (set_in("tensors"), set_in("tensors", "1.block.ln_1.weight"), set_in("common"), set_in("velocity", value={})):
+    for change in (
+        set_in("tensors"),
+        set_in("tensors", "1.block.ln_1.weight"),
+        set_in("common"),
+        set_in("velocity", value={}),
+    ):
         forge(tmp_path, name, change)
         refused(tmp_path, name, section=section, stages=1)
         (tmp_path / "global_step1" / name).write_bytes(whole)
