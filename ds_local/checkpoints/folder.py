@@ -26,7 +26,7 @@ import torch.distributed as dist
 from ds_local.checkpoints.facts import FACTS, read_facts, whose, write_facts
 from ds_local.checkpoints.files import leftovers, reason, remove, scratch_name, sync_folder
 from ds_local.checkpoints.files import write_whole as _write_whole
-from ds_local.errors import CheckpointError, SaveError
+from ds_local.errors import CheckpointError, DsLocalError, SaveError
 
 HEAD_FILE = "head_{:02d}-model_states.pt"  # of a segment's auxiliary head
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -50,8 +50,8 @@ def together(action: Callable[[], T]) -> T:
     """What `action` returns here, once it has ended on every rank. A collective call.
 
     Raises:
-        What it raised here; where it went well here but not elsewhere, a SaveError or
-        CheckpointError with the words of the first rank that failed.
+        What it raised here, if that is no error of ours; else what the first rank that failed
+        raised, a CheckpointError where that is no error of ours.
     """
     failure: Exception | None = None
     try:
@@ -70,8 +70,8 @@ def together(action: Callable[[], T]) -> T:
     return result
 
 
-def _kind(error: Exception) -> type[CheckpointError] | None:
-    return next((kind for kind in (SaveError, CheckpointError) if isinstance(error, kind)), None)
+def _kind(error: Exception) -> type[DsLocalError] | None:
+    return type(error) if isinstance(error, DsLocalError) else None
 
 
 def _words(error: Exception) -> str:

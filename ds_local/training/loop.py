@@ -112,19 +112,16 @@ def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:
     model = causal_lm(hf_config, stages, config, data.seq_len, weights=weights)
     engine = initialize(model=model, config=config)[0]
     if args.resume:
-        afresh = load_what_fits(
-            engine, str(run.checkpoints), agreed_tag(run.checkpoints, newest_tag), args.allow_change
-        )
+        with engine.meeting("the loading of a checkpoint"):
+            found = agreed_tag(run.checkpoints, newest_tag)
+            afresh = load_what_fits(engine, str(run.checkpoints), found, args.allow_change)
         run.say(f"resuming at step {engine.global_steps}{afresh and '; ' + afresh}")
     shape = BatchShape(micro_batch_size, num_micro_batches, replicas, engine.replica_id)
     with engine.meeting("the start of the run"):
         hosts = cluster.stage_hosts(engine.stage_id)
-        if engine.global_rank == 0:
-            print(cluster.describe_hosts(hosts), flush=True)
-            layout = _layout_of(engine, data, hosts)
-            run.start({**facts, **layout}, engine.global_steps, tag)
-            run.keep_tokenizer(data.tokenizer_folder)
-        dist.barrier()
+        facts |= _layout_of(engine, data, hosts)
+        run.say(cluster.describe_hosts(hosts))
+        together(lambda: run.start(facts, engine.global_steps, tag, data.tokenizer_folder))
         clean(run.checkpoints)
     start_log(run.path / "logs", engine.stage_id, engine.global_rank)
     if signals is not None:
@@ -431,7 +428,8 @@ class _Loop:
         found = self.is_first and any(
             row["step"] == step and row.get("split") == "validation" for row in self.metrics.read()
         )
-        return step if gather(found)[0] else -1
+        with self.engine.meeting("the start of the run"):
+            return step if gather(found)[0] else -1
 
     def _saves(self, step: int) -> bool:
         """Save; where the disk does not take it, training goes on."""

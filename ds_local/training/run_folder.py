@@ -163,14 +163,20 @@ class RunFolder:
 
     # --- what is kept ----------------------------------------------------------------------------
 
-    def start(self, facts: Mapping[str, Any], step: int, tag: str | None) -> None:
-        """Write down a start; from here on the folder is a run's.
+    def start(self, facts: Mapping[str, Any], step: int, tag: str | None, tokenizer: Path) -> None:
+        """Write down a start, on the first rank; from here on the folder is a run's.
 
         Args:
             facts: of run.json, "weights" being those that the model was built with.
             step: optimizer steps done.
             tag: of the checkpoint that it goes on from.
+            tokenizer: folder to keep a copy of.
+
+        Raises:
+            RunError: when it cannot be written.
         """
+        if not self.is_first:
+            return
         was = self.recorded()
         starts = [] if was is None else was.get("starts") or [_kept(was)]
         own = {
@@ -193,6 +199,7 @@ class RunFolder:
             )
             self._set_aside("metrics.jsonl", tag is None, f"metrics-start-{len(starts)}.jsonl")
             self.checkpoints.mkdir(exist_ok=True)  # a folder without run.json is not known again
+            self._keep_tokenizer(tokenizer)
         except OSError as error:
             raise RunError(
                 f"cannot write to {self.path}: {reason(error, self.path)}; make room, or choose "
@@ -205,22 +212,22 @@ class RunFolder:
             self.say(f"{path} is of an earlier start; kept as {new_name}")
             path.rename(path.with_name(new_name))
 
-    def keep_tokenizer(self, folder: Path) -> None:
+    def _keep_tokenizer(self, folder: Path) -> None:
         """Copy the data's tokenizer beside the checkpoints, whole or not at all."""
-        copy = self.checkpoints / "tokenizer"
-        if copy.is_dir() and _content(copy) == _content(folder):
+        copy, content = self.checkpoints / "tokenizer", _content(folder)
+        if copy.is_dir() and _content(copy) == content:
             return
         scratch = copy.with_name(scratch_name(copy.name))
         try:
-            shutil.copytree(folder, scratch)
+            for name, text in content.items():
+                (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+                (scratch / name).write_bytes(text)
             if copy.exists():
                 shutil.rmtree(copy)
             scratch.rename(copy)
-        except OSError as error:
+        except OSError:
             shutil.rmtree(scratch, ignore_errors=True)
-            raise RunError(
-                f"cannot copy the tokenizer to {copy}: {reason(error, self.checkpoints)}"
-            ) from error
+            raise
 
 
 @contextmanager
@@ -244,7 +251,9 @@ def _kept(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+    """What is in the files of a folder, by their names in it."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 # --- comparing ----------------------------------------------------------------------------------

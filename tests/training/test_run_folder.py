@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from kills import killed_everywhere
+from small_disks import small_disk
 from test_folder import save
 
 from ds_local.config.changes import CHANGES
@@ -43,6 +44,10 @@ def section(**change):
     return config(local_parallel={**CONFIG["local_parallel"], **change})
 
 
+def start(run, what, step, tag):
+    run.start(what, step, tag, run.path.parent / "tokenizer")
+
+
 @pytest.fixture
 def said():
     return []
@@ -53,10 +58,9 @@ def run(tmp_path, said):
     """A run that was started at step 0 and saved at step 4."""
     run = RunFolder(tmp_path / "run", said.append)
     assert run.begins_at(resume=False) is None
-    run.start(facts(), 0, None)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
-    run.keep_tokenizer(tmp_path / "tokenizer")
+    start(run, facts(), 0, None)
     save(run.checkpoints, "global_step4", 4)
     return run
 
@@ -142,15 +146,19 @@ def test_every_start_is_kept_and_the_origin_of_the_weights(run):
     assert first["starts"][0]["step"] == 0
     later = facts(weights=None, arguments={"max_steps": 20}, config=section(seed=9))
     run.check_same("global_step4", later, ["seed"], same)
-    run.start(later, 4, "global_step4")
+    start(run, later, 4, "global_step4")
     found = json.loads((run.path / "run.json").read_text())
     assert found["weights"] == "gpt2"
     assert found["config"] == later["config"]
     assert found["starts"][0] == first["starts"][0]
-    start = found["starts"][1]
-    assert (start["step"], start["checkpoint"], start["changed"]) == (4, "global_step4", ["seed"])
-    assert start["config"]["local_parallel"]["seed"] == 9
-    assert {"time", "host", "pid", "versions", "arguments", "data"} <= start.keys()
+    second = found["starts"][1]
+    assert (second["step"], second["checkpoint"], second["changed"]) == (
+        4,
+        "global_step4",
+        ["seed"],
+    )
+    assert second["config"]["local_parallel"]["seed"] == 9
+    assert {"time", "host", "pid", "versions", "arguments", "data"} <= second.keys()
     # from now on the run has that seed
     run.check_same("global_step4", later, (), same)
 
@@ -160,7 +168,7 @@ def test_a_run_json_without_starts_counts_as_one(run):
     old = {key: value for key, value in json.loads(path.read_text()).items() if key != "starts"}
     path.write_text(json.dumps(old))
     run.check_same("global_step4", facts(), (), same)
-    run.start(facts(weights=None), 4, "global_step4")
+    start(run, facts(weights=None), 4, "global_step4")
     found = json.loads(path.read_text())
     assert [start["arguments"] for start in found["starts"]] == [{"max_steps": 8}] * 2
     assert found["weights"] == "gpt2"
@@ -177,7 +185,7 @@ def test_a_lost_run_json_makes_unknown_what_only_it_knew(run, said, damage):
         run.check_same("global_step4", facts(), (), same)
     needed = str(error.value).split()[-1].split(",")
     run.check_same("global_step4", facts(), needed, same)
-    run.start(facts(weights=None), 4, "global_step4")
+    start(run, facts(weights=None), 4, "global_step4")
     assert len(json.loads(path.read_text())["starts"]) == 1
     if damage is not None:
         assert (run.path / "run.damaged.json").read_text() == damage
@@ -199,7 +207,7 @@ def test_a_run_that_never_saved_starts_again(run, said, resume):
     (run.checkpoints / "latest").unlink()
     (run.path / "metrics.jsonl").write_text('{"step": 3}\n')
     assert run.begins_at(resume) is None
-    run.start(facts(weights="other"), 0, None)
+    start(run, facts(weights="other"), 0, None)
     found = json.loads((run.path / "run.json").read_text())
     assert len(found["starts"]) == 2
     assert found["weights"] == "other"
@@ -233,17 +241,15 @@ def test_killed_at_any_file_operation_of_a_start_it_can_be_started_again(tmp_pat
     (tokenizer / "tokenizer.json").write_text("{}")
     place = tmp_path / "run"
 
-    def start():
+    def begin():
         run = RunFolder(place, lambda _: None)
         assert run.begins_at(resume=False) is None
-        place.mkdir(exist_ok=True)
-        run.start(facts(), 0, None)
-        run.keep_tokenizer(tokenizer)
+        run.start(facts(), 0, None, tokenizer)
 
     number = 0
-    for _ in killed_everywhere(start, place):
+    for _ in killed_everywhere(begin, place):
         number += 1
-        start()
+        begin()
         copy = place / "checkpoints" / "tokenizer"
         assert (copy / "tokenizer.json").read_text() == "{}"
         shutil.rmtree(place)
@@ -253,9 +259,20 @@ def test_killed_at_any_file_operation_of_a_start_it_can_be_started_again(tmp_pat
 def test_the_tokenizer_is_copied_anew_when_it_changed(run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    (other / "vocab.json").write_text("{}")
-    run.keep_tokenizer(other)
-    assert [p.name for p in (run.checkpoints / "tokenizer").iterdir()] == ["vocab.json"]
+    (other / "templates").mkdir()
+    (other / "templates" / "chat.txt").write_text("{}")
+    run.start(facts(), 4, "global_step4", other)
+    copy = run.checkpoints / "tokenizer"
+    assert [str(p.relative_to(copy)) for p in copy.rglob("*.*")] == ["templates/chat.txt"]
+
+
+def test_a_disk_that_takes_no_start_is_said(tmp_path):
+    with small_disk(tmp_path / "disk", "size=16k") as disk:
+        (disk / "filler").write_bytes(b"x" * 9_000)
+        (tmp_path / "tokenizer").mkdir()
+        (tmp_path / "tokenizer" / "tokenizer.json").write_text("x" * 20_000)
+        with pytest.raises(RunError, match=r"cannot write to .*No space left on device; make room"):
+            RunFolder(disk / "run", print).start(facts(), 0, None, tmp_path / "tokenizer")
 
 
 def test_tokenizers_are_the_same_by_their_files_or_by_what_they_do(run, tmp_path):
