@@ -207,6 +207,7 @@ def check_start(
     neighbours: Sequence[int] = (),
     limit_seconds: float = LIMIT_SECONDS,
     environment: Mapping[str, str] = os.environ,
+    builds: str | None = None,
 ) -> dict[int, Any]:
     """Every rank is here, the same as rank 0, and reaches its neighbours. All ranks call it before
     they make a process group.
@@ -214,6 +215,7 @@ def check_start(
     Args:
         facts: from `own_facts`.
         neighbours: ranks that this one will exchange messages with.
+        builds: what DeepSpeed may have to build; see `builds_of`.
 
     Returns:
         On rank 0 everybody's facts.
@@ -221,7 +223,7 @@ def check_start(
     Raises:
         ClusterError: the same sentence on all ranks, within the limit and a few seconds.
     """
-    check_surroundings(environment)
+    check_surroundings(environment, builds=builds)
     assembly = Assembly(limit_seconds, environment)
     with socket.socket() as listener:
         listener.bind(("", 0))

@@ -8,6 +8,7 @@ from typing import Any
 
 from deepspeed.utils import log_dist
 
+from ds_local.cluster.surroundings import builds_of, check_builds
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.lr_schedule import scheduler_of
 from ds_local.engine.deepspeed_checks import checked
@@ -61,6 +62,8 @@ def initialize(
             "the module was built with another local_parallel section; pass both the same config"
         )
     check_client_parts(ds_config, optimizer, lr_scheduler)
+    if optimizer is None:
+        check_builds(builds_of(ds_config))
     num_replicas, replica = model.grid.data_parallel_size, model.grid.get_data_parallel_id()
     batch_size, _ = batch_sizes(ds_config, num_replicas)
     data, stream = data_for(training_data, batch_size, collate_fn, replica, num_replicas)
