@@ -21,7 +21,6 @@ VERBS = {
     "evaluate": ("evaluate", "loss of a model and of each of its exits"),
     "generate": ("generate", "continue a text"),
     "summarize": ("summarize", "what came of a run"),
-    "study": ("study", "methods on equal tokens: quality"),
     "benchmark": ("benchmark", "beside other pipelines: speed and memory"),
 }
 

@@ -147,8 +147,7 @@ def test_links_carry_bf16_when_training_in_bf16():
     assert second["message_bytes"] == HEADER + HIDDEN["bf16"] + LABELS + FIGURES
 
 
-# --- when things travel
-# -----------------------------------------------------------------------------------------------------
+# --- when things travel ---------------------------------------------------------------------------
 
 
 def on_time(which, stages=2):

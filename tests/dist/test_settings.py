@@ -93,10 +93,3 @@ def test_train_without_a_launcher_is_one_process(inputs, tmp_path, monkeypatch):
     rows = metrics(tmp_path / "run")
     assert {(row["segment"], row["stage"]) for row in rows} == {(0, 0)}
     assert "RANK" not in os.environ
-
-
-def test_what_two_stages_come_to_is_said_at_the_start(inputs, tmp_path):
-    given = changed(inputs, tmp_path, local_parallel={"mode": "chunked", "window": 2})
-    result = launch(given, "--max-steps", "1")
-    assert result.returncode == 0, result.stdout
-    assert result.stdout.count("on 2 segments chunked(2) is the same as backprop") == 1
