@@ -151,7 +151,9 @@ def test_a_failure_is_told_once_and_other_errors_stay_as_they_are():
     assert own.explained(error) is error
     own.report_error(error, "stage 0 (rank 0) at step 5")
     own.report_error(ValueError("another"), "stage 0 (rank 0) at step 5")
-    assert ranks.told == [("failed/1", {"reason": "stage 0 (rank 0) at step 5: KeyError('labels')"})]
+    assert ranks.told == [
+        ("failed/1", {"reason": "stage 0 (rank 0) at step 5: KeyError('labels')"})
+    ]
 
 
 def test_engines_of_one_process_do_not_quote_each_other():

@@ -43,7 +43,13 @@ def test_strangers_get_no_answer_and_do_no_harm(ranks):
     heard = []
     ranks[1].answer("stop", heard.append)
     address = ranks[1].card.address, ranks[1].card.port
-    for words in (b"\n", b"GET / HTTP/1.1\r\n", b"[]\n", b'{"topic": "stop", "secret": "x"}\n', b""):
+    for words in (
+        b"\n",
+        b"GET / HTTP/1.1\r\n",
+        b"[]\n",
+        b'{"topic": "stop", "secret": "x"}\n',
+        b"",
+    ):
         with socket.create_connection(address, 10) as connection:
             connection.sendall(words)
             connection.shutdown(socket.SHUT_WR)
