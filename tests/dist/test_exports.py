@@ -153,10 +153,6 @@ RUNS = {
         lambda p: edited(p / "run.json", config=[1]),
         "run.json or metrics.jsonl is not",
     ),
-    "metrics of a kind": (
-        lambda p: (p / "metrics.jsonl").write_text('{"a": 3}\n'),
-        "metrics.jsonl is not what",
-    ),
     "no checkpoints": (lambda p: shutil.rmtree(p / "checkpoints"), "nothing to resume in"),
     "another folder": (lambda p: shutil.rmtree(p) or p.mkdir(), "nothing to resume in"),
 }
