@@ -17,6 +17,7 @@ from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.loaders import data_for
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.optimizer_checks import check_client_parts
+from ds_local.engine.process_group import limit_waits
 from ds_local.errors import ConfigError
 from ds_local.links.failures import meeting
 from ds_local.replicas.subnets import make_sync
@@ -97,6 +98,7 @@ def initialize(
     if stream is not None:
         engine.set_dataloader(stream)
         engine.training_dataloader = stream  # on the stages between first and last too
+    limit_waits(section.link.timeout_seconds)
     for note in engine.plan.notes:
         log_dist(note, ranks=[0], level=logging.WARNING)
     engine.configure_garbage_collection()

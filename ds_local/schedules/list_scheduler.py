@@ -55,7 +55,9 @@ def make_schedule(
     mix = [(routes, count) for routes, count in mix if count > 0]
     num_segments = mix[0][0].num_segments
     if any(routes.num_segments != num_segments for routes, _ in mix) or num_segments % num_stages:
-        raise ScheduleError(f"{num_segments} segments cannot be dealt evenly to {num_stages} stages")
+        raise ScheduleError(
+            f"{num_segments} segments cannot be dealt evenly to {num_stages} stages"
+        )
     name = (
         " + ".join(f"{count} x {routes.mode}" for routes, count in mix)
         if len(mix) > 1

@@ -23,6 +23,7 @@ WORKS = {"doing": "step 3", "seconds": 9.0, "at": "b.py:2 in g", "waiting": None
     [
         (BROKEN, True, False),
         (LATE, True, True),
+        (RuntimeError("Application timeout caused pair closure"), True, True),
         (dist.DistStoreError("wait timeout after 300000ms, keys: /default_pg/0//1"), True, True),
         (dist.DistNetworkError("The client socket has failed to connect"), True, False),
         (dist.DistBackendError("NCCL error: remote process exited or there was a network error"), True, False),

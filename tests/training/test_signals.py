@@ -81,7 +81,10 @@ def test_a_second_interrupt_leaves_at_once():
 
 
 def test_nohup_keeps_its_word():
-    ignoring = "import signal, os, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    ignoring = (
+        "import signal, os, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
     process = start(command=(sys.executable, "-c", ignoring))
     process.send_signal(signal.SIGHUP)
     time.sleep(0.2)
