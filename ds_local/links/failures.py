@@ -171,6 +171,7 @@ def meeting(what: str, failures: Failures | None = None) -> Iterator[None]:
             yield
         except Exception as error:
             if failures is None:
+                notices = the_notices.current()  # they may have met inside
                 failures = Failures(None) if notices is None else around(notices)
             explained = failures.explained(error)
             if explained is error:

@@ -77,7 +77,8 @@ class Notices:
 
     @property
     def world_size(self) -> int:
-        return len(self.cards) or 1
+        """Ranks that can be asked, this one included; none before all have met."""
+        return len(self.cards)
 
     def meet(self, cards: Sequence[Sequence[Any]]) -> None:
         """Learn where everybody is; `cards` are those of all ranks, in order."""

@@ -91,7 +91,8 @@ def train(args: Namespace, signals: Signals | None = None) -> None:
     complete_environment()
     is_first = os.environ.get("RANK", "0") == "0"
     with opened(args.output, is_first, _say_first if is_first else _say_nothing) as run:
-        _train(args, run, signals)
+        with meeting("the run"):
+            _train(args, run, signals)
 
 
 def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:
@@ -139,7 +140,8 @@ def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:
         signals.stop_with(engine.request_stop)
     loop = _Loop(args, run, engine, data, shape)
     try:
-        loop.run()
+        with engine.meeting("what is done between steps"):
+            loop.run()
     except BaseException:
         loop.note_last_event()
         raise
