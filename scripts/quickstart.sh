@@ -16,7 +16,12 @@ fi
 
 if [ ! -e "$run/checkpoints/global_step$steps/ds_local.json" ]; then
     deepspeed --num_gpus "$stages" scripts/train.py --model configs/gpt2-nano.json --data "$data" --output "$run" \
-        --max-steps "$steps" --eval-every 100 --save-every 100 --resume --deepspeed --deepspeed_config ds_config.json
+        --max-steps "$steps" --eval-every 100 --save-every 100 --resume --deepspeed --deepspeed_config ds_config.json &
+    job=$!
+    # a signal goes on to the ranks, which save and leave; the same command goes on from there
+    trap 'pkill -TERM -P "$job" || kill -TERM "$job"; wait "$job"; exit 143' TERM INT HUP
+    wait "$job"
+    trap - TERM INT HUP
 else
     python scripts/summarize.py "$run"
 fi

@@ -42,6 +42,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 def _failed(error: Exception, text: str) -> int:
     """Tell of an error. Returns the exit status."""
+    if failures := sys.modules.get("ds_local.links.failures"):  # else nobody has been met
+        failures.report_uncaught(error)
     if LOG.handlers:
         LOG.info("ended by an error", exc_info=error)
     if os.environ.get("LOCAL_RANK", "0") != "0" and not _have_met():

@@ -209,6 +209,7 @@ def check_start(
     neighbours: Sequence[int] = (),
     limit_seconds: float = LIMIT_SECONDS,
     environment: Mapping[str, str] = os.environ,
+    builds: str | None = None,
 ) -> dict[int, Any]:
     """Every rank is here, the same as rank 0, and reaches its neighbours. All ranks call it before
     they make a process group.
@@ -216,6 +217,7 @@ def check_start(
     Args:
         facts: from `own_facts`.
         neighbours: ranks that this one will exchange messages with.
+        builds: what DeepSpeed may have to build; see `builds_of`.
 
     Returns:
         On rank 0 everybody's facts.
@@ -223,7 +225,7 @@ def check_start(
     Raises:
         ClusterError: the same sentence on all ranks, within the limit and a few seconds.
     """
-    check_surroundings(environment)
+    check_surroundings(environment, builds=builds)
     assembly = Assembly(limit_seconds, environment)
     with socket.socket() as listener:
         listener.bind(("", 0))

@@ -12,11 +12,13 @@ from collections.abc import Mapping, MutableMapping
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from ds_local.errors import ClusterError
 from ds_local.links.staging import ranks_here
 
 STALE_LOCK_SECONDS = 600.0
+_BUILT = ("adam", "lamb", "lion", "adagrad")  # optimizers whose updates are compiled
 # what other launchers call RANK, WORLD_SIZE and LOCAL_RANK
 _SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 _LAUNCHERS = (
@@ -85,12 +87,15 @@ def _free_port() -> int:
 
 
 def check_surroundings(
-    environment: Mapping[str, str] = os.environ, parent: int | None = None
+    environment: Mapping[str, str] = os.environ,
+    parent: int | None = None,
+    builds: str | None = None,
 ) -> None:
     """What a rank can find out alone, in no time.
 
     Args:
         parent: the process that may be a launcher, or have one above it; default this one's parent.
+        builds: as `builds_of` says; None: that is not known.
 
     Raises:
         ClusterError: no hostfile where the launcher was told one, a network interface that does not
@@ -124,11 +129,26 @@ def check_surroundings(
             f"{where}: the master address is {master}, but {ranks - here} of the {ranks} ranks are on other machines; "
             "pass --master_addr with an address of rank 0's machine that they can reach"
         )
-    lock = stale_lock()
+    check_builds(builds)
+
+
+def check_builds(builds: str | None = None) -> None:
+    """Raises ClusterError for a lock that a build of this start would wait for without end."""
+    lock = stale_lock(builds)
     if lock is not None:
         raise ClusterError(
-            f"{where}: {lock} was left behind by a build that was killed, and builds wait for it without end; remove it"
+            f"on {socket.gethostname()} (rank {os.environ.get('RANK', '0')}): {lock} was left behind by a build that was "
+            "killed, and builds wait for it without end; remove it"
         )
+
+
+def builds_of(config: Mapping[str, Any]) -> str:
+    """What DeepSpeed may have to build for the optimizer of its config; "" for nothing."""
+    optimizer = config.get("optimizer") or {}
+    own = str(optimizer.get("type", "")).lower()
+    if (optimizer.get("params") or {}).get("torch_adam"):
+        return ""
+    return next((name for name in _BUILT if name in own), "")
 
 
 def _hostfiles_of_launchers(process: int) -> list[str]:
@@ -147,14 +167,18 @@ def _hostfiles_of_launchers(process: int) -> list[str]:
     return found
 
 
-def stale_lock() -> Path | None:
-    """A lock of torch's extension builder that nobody can be holding any more.
+def stale_lock(builds: str | None = None) -> Path | None:
+    """A lock of torch's extension builder that nobody can be holding any more, of what is built.
 
-    One is never waited for: of the op that a start under this package does not build.
+    Args:
+        builds: an end of names of DeepSpeed's ops; None: any but the one that is never built here.
     """
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     for lock in Path(folder).glob("**/lock"):
-        if lock.parent.name == "deepspeed_shm_comm":
+        name = lock.parent.name
+        if name == "deepspeed_shm_comm" or (
+            builds is not None and not name.endswith(builds or "/")
+        ):
             continue
         if time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS:
             return lock

@@ -8,6 +8,7 @@ from typing import Any
 
 from deepspeed.utils import log_dist
 
+from ds_local.cluster.surroundings import builds_of, check_builds
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.lr_schedule import scheduler_of
 from ds_local.engine.deepspeed_checks import checked
@@ -16,6 +17,7 @@ from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.loaders import data_for
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.optimizer_checks import check_client_parts
+from ds_local.engine.process_group import limit_waits
 from ds_local.errors import ConfigError
 from ds_local.links.failures import meeting
 from ds_local.replicas.subnets import make_sync
@@ -61,6 +63,8 @@ def initialize(
             "the module was built with another local_parallel section; pass both the same config"
         )
     check_client_parts(ds_config, optimizer, lr_scheduler)
+    if optimizer is None:
+        check_builds(builds_of(ds_config))
     num_replicas, replica = model.grid.data_parallel_size, model.grid.get_data_parallel_id()
     batch_size, _ = batch_sizes(ds_config, num_replicas)
     data, stream = data_for(training_data, batch_size, collate_fn, replica, num_replicas)
@@ -94,6 +98,7 @@ def initialize(
     if stream is not None:
         engine.set_dataloader(stream)
         engine.training_dataloader = stream  # on the stages between first and last too
+    limit_waits(section.link.timeout_seconds)
     for note in engine.plan.notes:
         log_dist(note, ranks=[0], level=logging.WARNING)
     engine.configure_garbage_collection()

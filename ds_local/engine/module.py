@@ -106,9 +106,8 @@ class LocalPipelineModule(PipelineModuleSeam):
                 "tokens; leave it out, or pass loss_fn=ds_local.model.heads.lm_loss"
             )
         complete_environment()
-        start_processes(
-            self.section.layout.start_timeout_seconds, self.section.link.timeout_seconds
-        )
+        limits = self.section.layout.start_timeout_seconds, self.section.link.timeout_seconds
+        start_processes(limits[0], max(limits))  # reading a model takes some ranks longer
         if topology is None and self.section.layout.stages == "within_node":
             topology = ProcessTopology(
                 axes=["data", "pipe"], dims=[dist.get_world_size() // stages, stages]

@@ -171,6 +171,7 @@ def meeting(what: str, failures: Failures | None = None) -> Iterator[None]:
             yield
         except Exception as error:
             if failures is None:
+                notices = the_notices.current()  # they may have met inside
                 failures = Failures(None) if notices is None else around(notices)
             explained = failures.explained(error)
             if explained is error:
@@ -179,16 +180,21 @@ def meeting(what: str, failures: Failures | None = None) -> Iterator[None]:
             raise explained from error
 
 
+def report_uncaught(error: BaseException) -> None:
+    """Tell the others of an error that ends this process."""
+    for failures in list(Failures._alive):
+        rank = failures._notices.rank if failures._notices else 0
+        failures.report_error(error, failures.name(rank))
+
+
 def _report_uncaught() -> None:
-    """Tell the others of an error that ends this process outside an engine's own calls."""
+    """Also of one that no command of ours catches."""
     before = sys.excepthook
     if before.__name__ == "_uncaught":
         return
 
     def _uncaught(kind: Any, error: Any, trace: Any) -> None:
         before(kind, error, trace)
-        for failures in list(Failures._alive):
-            rank = failures._notices.rank if failures._notices else 0
-            failures.report_error(error, failures.name(rank))
+        report_uncaught(error)
 
     sys.excepthook = _uncaught

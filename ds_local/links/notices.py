@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from ds_local.links.logs import LOG
 from ds_local.links.observer import Observer
 
-_ANSWER_SECONDS = 5.0  # longest wait for an answer
+_ANSWER_SECONDS = 10.0  # longest wait for an answer
 _MOST_BYTES = 1 << 16
 _MOST_AT_ONCE = 32  # ranks that are asked at the same time
 _TRIES = 3  # of a connection that breaks while it is used
@@ -77,7 +77,8 @@ class Notices:
 
     @property
     def world_size(self) -> int:
-        return len(self.cards) or 1
+        """Ranks that can be asked, this one included; none before all have met."""
+        return len(self.cards)
 
     def meet(self, cards: Sequence[Sequence[Any]]) -> None:
         """Learn where everybody is; `cards` are those of all ranks, in order."""

@@ -330,7 +330,7 @@ class Sender(_GroupEnd):
         try:
             self._under_way.append(self._post(buffer))
             self.flush()
-        except TransportError:
+        except RuntimeError:
             return  # the peer is gone as well
 
 
@@ -470,15 +470,10 @@ def make_end(
     if source == target:
         return MemoryLink() if stage == source else None
     mine: End | None = None
-    limit = timedelta(seconds=timeout_seconds)
     for replica in ranks:
         pair = [replica[source], replica[target]]
-        group = dist.new_group(pair, backend="gloo", timeout=limit)
-        beside = (
-            dist.new_group(pair, backend=Direct.backend(device), timeout=limit)
-            if past_host
-            else None
-        )
+        group = dist.new_group(pair, backend="gloo")
+        beside = dist.new_group(pair, backend=Direct.backend(device)) if past_host else None
         if dist.get_rank() in pair:
             is_source = dist.get_rank() == pair[0]
             peer = Peer(target, pair[1]) if is_source else Peer(source, pair[0])

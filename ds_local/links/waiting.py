@@ -15,6 +15,7 @@ from ds_local.errors import LostConnection
 # what gloo and NCCL say when the other end, or the way there, is gone or silent
 _BROKEN = (
     "gloo/",
+    "caused pair closure",
     "ncclRemoteError",
     "remote process exited",
     "collective operation timeout",

@@ -13,7 +13,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -179,7 +178,7 @@ def replica_group(engine: Any) -> ReplicaGroup:
     mine = None
     for stage in range(engine.num_stages):
         ranks = [engine.rank_of(stage, replica) for replica in range(engine.dp_world_size)]
-        group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=seconds))
+        group = dist.new_group(ranks, backend="gloo")
         if stage == engine.stage_id:
             mine = ReplicaGroup(stage, ranks, group, seconds)
     assert mine is not None, "every rank has a stage"

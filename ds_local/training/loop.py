@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from argparse import Namespace
+from collections import deque
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from ds_local.checkpoints.files import reason
 from ds_local.checkpoints.folder import agreed_tag, clean, gather, newest_tag, together
 from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.cluster import start_check as cluster
-from ds_local.cluster.surroundings import complete_environment
+from ds_local.cluster.surroundings import builds_of, complete_environment
 from ds_local.config.command_line import read_settings
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
@@ -50,7 +51,12 @@ from ds_local.schedules.replay import grid_of
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Schedule
 from ds_local.training import diagnostics, profiling
-from ds_local.training.pictures import draw_diagnostics, draw_losses, summary_table
+from ds_local.training.pictures import (
+    draw_diagnostics,
+    draw_losses,
+    summary_table,
+    tokens_per_second,
+)
 from ds_local.training.run_folder import RunFolder, opened, tokenizer_test
 from ds_local.training.signals import Signals
 
@@ -65,6 +71,7 @@ _MEETINGS = (
     "from_scratch",
     "allow_change",
 )
+_RECENT = 50  # reports that the pace on the progress line is of
 VOCABULARY_PADDING = (
     128  # a model's vocabulary may be rounded up by less than this, as is usual for speed
 )
@@ -84,7 +91,8 @@ def train(args: Namespace, signals: Signals | None = None) -> None:
     complete_environment()
     is_first = os.environ.get("RANK", "0") == "0"
     with opened(args.output, is_first, _say_first if is_first else _say_nothing) as run:
-        _train(args, run, signals)
+        with meeting("the run"):
+            _train(args, run, signals)
 
 
 def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:
@@ -106,7 +114,8 @@ def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:
         neighbours = section.layout.neighbours(int(os.environ["RANK"]), stages, replicas)
         meetings = {key: value for key, value in vars(args).items() if key in _MEETINGS}
         own = cluster.own_facts([config, blocks.config_dict(hf_config), meetings], args.data)
-        cluster.check_start(own, neighbours, section.layout.start_timeout_seconds)
+        limit = section.layout.start_timeout_seconds
+        cluster.check_start(own, neighbours, limit, builds=builds_of(config))
 
     weights = None if args.from_scratch or args.resume else find_weights(args.model)
     model = causal_lm(hf_config, stages, config, data.seq_len, weights=weights)
@@ -128,9 +137,9 @@ def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:
         signals.stop_with(engine.request_stop)
     loop = _Loop(args, run, engine, data, shape)
     try:
-        loop.run()
-    except BaseException as error:
-        engine.failures.report_error(error, engine.failures.name(engine.global_rank))
+        with engine.meeting("what is done between steps"):
+            loop.run()
+    except BaseException:
         loop.note_last_event()
         raise
     finally:
@@ -249,7 +258,7 @@ class _Loop:
         self.started = time.perf_counter()
         self.earlier_seconds = 0.0
         self.first_step = engine.global_steps
-        self.reported: list[float] = []  # seconds of the steps that tell the run's pace
+        self.recent: deque[list[dict[str, Any]]] = deque(maxlen=_RECENT)  # rows of reports
         if self.is_first:
             self.earlier_seconds, damaged = self.metrics.keep_until(engine.global_steps)
             if damaged:
@@ -311,7 +320,7 @@ class _Loop:
         """Called on rank 0 with all segments' figures of a step."""
         step = reports[0].step
         seconds = self._seconds()
-        self._write(
+        self.recent.append(
             [
                 {
                     "step": step,
@@ -336,6 +345,8 @@ class _Loop:
                 for r in reports
             ]
         )
+        self._write(self.recent[-1])
+        speed = tokens_per_second([row for rows in self.recent for row in rows])
         losses = " ".join(f"{r.loss:.3f}" if r.loss is not None else "-" for r in reports)
         most = max(reports, key=lambda r: r.idle_share)
         idle = sum(r.idle_share for r in reports) / len(reports)
@@ -348,7 +359,7 @@ class _Loop:
         ]
         waits += f" | not finite: {'; '.join(events)}" if events else ""
         self.bar.set_postfix_str(
-            f"loss {losses} | {self._tokens_per_second(reports):,.0f} tokens/s | {waits}",
+            f"loss {losses} | {speed:,.0f} tokens/s | {waits}",
             refresh=False,
         )
         self.bar.update(step - self.bar.n)
@@ -361,14 +372,6 @@ class _Loop:
             seconds = round(self._seconds(), 3)
             fixed = {"split": "event", "loss": None, "tokens": tokens, "seconds": seconds}
             self.metrics.write([event | fixed])
-
-    def _tokens_per_second(self, reports: list[SegmentReport]) -> float:
-        """Of the steps that have been reported, the first left out, which pays for warm-up."""
-        slowest = max(r.seconds for r in reports)  # a stage that runs ahead is not the run's pace
-        if reports[0].step == self.first_step + 1:
-            return self.tokens_per_step / slowest
-        self.reported.append(slowest)
-        return self.tokens_per_step * len(self.reported) / sum(self.reported)
 
     def _evaluate(self) -> int:
         batches = validation_batches(self.data, self.shape, self.args.eval_sequences)

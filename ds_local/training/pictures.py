@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,24 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
         f"step {row['nonfinite_step']}"
         for row in _events(rows)[-_LISTED:]
     ]
-    if train and train[-1]["seconds"] > train[0]["seconds"]:
-        speed = (train[-1]["tokens"] - train[0]["tokens"]) / (
-            train[-1]["seconds"] - train[0]["seconds"]
-        )
-        lines.append(
-            f"{train[-1]['step']} steps, {train[-1]['tokens']:,} tokens, {speed:,.0f} tokens/s"
-        )
+    if train:
+        last, speed = train[-1], tokens_per_second(train)
+        lines.append(f"{last['step']} steps, {last['tokens']:,} tokens, {speed:,.0f} tokens/s")
     return "\n".join(lines)
+
+
+def tokens_per_second(rows: list[dict[str, Any]]) -> float:
+    """The pace of the slowest stage in the steps of `rows`, the first left out, which pays for the
+    start. Saves and validations do not count."""
+    first, last = rows[0]["step"], rows[-1]
+    seconds: Counter[int] = Counter()
+    steps: Counter[int] = Counter()
+    for row in rows:
+        if row["step"] > first or last["step"] == first:
+            seconds[row["segment"]] += row["step_seconds"]
+            steps[row["segment"]] += 1
+    slowest = max(seconds[segment] / steps[segment] for segment in seconds)
+    return last["tokens"] / last["step"] / max(slowest, 1e-9)
 
 
 _LISTED = 20  # events in a summary

@@ -57,7 +57,10 @@ class Signals:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 self._before[number] = signal.signal(number, lambda *_: None)
         self._wakeup = signal.set_wakeup_fd(self._writes.fileno(), warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=self._forget)
+        # what comes to a child in the moment of its birth must not be taken for ours
+        os.register_at_fork(
+            before=self._hold_back, after_in_parent=self._let_come, after_in_child=self._in_child
+        )
         threading.Thread(target=self._hear, daemon=True, name="signals").start()
         return self
 
@@ -65,8 +68,18 @@ class Signals:
         self._forget()
         self._writes.close()  # ends the thread
 
+    def _hold_back(self) -> None:
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def _let_come(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def _in_child(self) -> None:
+        self._forget()
+        self._let_come()
+
     def _forget(self) -> None:
-        """Handlers as they were; in a forked child, whose signals are none of ours, too."""
+        """Handlers as they were."""
         if self._before:
             signal.set_wakeup_fd(self._wakeup)
             for number, handler in self._before.items():

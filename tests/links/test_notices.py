@@ -98,6 +98,12 @@ def test_the_state_says_what_the_main_thread_does_and_waits_for(ranks):
     assert ranks[0].ask(1, "state")["waiting"] is None
 
 
+def test_before_the_ranks_have_met_there_is_nobody_to_tell():
+    one = Notices(1, "127.0.0.1")
+    assert one.ask_all("failed/0", reason="a port is in use") == {}
+    one.close()
+
+
 def test_an_address_of_another_machine_falls_back_to_the_loopback():
     one = Notices(0, "192.0.2.1")  # for documentation, nobody's
     assert one.card.address == "127.0.0.1"

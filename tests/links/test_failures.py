@@ -1,0 +1,187 @@
+"""What failed first is told once; of a broken connection, who is missing; nobody who lives is
+blamed."""
+
+import pytest
+from torch import distributed as dist
+
+from ds_local.errors import ConfigError, LostConnection, TransportError
+from ds_local.links import failures as module
+from ds_local.links.failures import Failures, around, meeting
+from ds_local.links.notices import Absence, Notices
+from ds_local.links.observer import Wait
+from ds_local.links.waiting import Waiter, is_late, is_lost
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
+BROKEN = RuntimeError(f"{GLOO}pair.cc:553] Connection closed by peer [127.0.0.1]:5313. 🏖️")
+LATE = RuntimeError(f"{GLOO}unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation")
+WAITS = {"doing": "step 3", "seconds": 9.0, "at": "a.py:1 in f", "waiting": Wait(1, "to send", 8.0)}
+WORKS = {"doing": "step 3", "seconds": 9.0, "at": "b.py:2 in g", "waiting": None}
+
+
+@pytest.mark.parametrize(
+    ("error", "lost", "late"),
+    [
+        (BROKEN, True, False),
+        (LATE, True, True),
+        (RuntimeError("Application timeout caused pair closure"), True, True),
+        (dist.DistStoreError("wait timeout after 300000ms, keys: /default_pg/0//1"), True, True),
+        (dist.DistNetworkError("The client socket has failed to connect"), True, False),
+        (dist.DistBackendError("NCCL error: remote process exited or there was a network error"), True, False),
+        (RuntimeError("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)"), True, True),
+        (LostConnection("waited for stage 1", late=True), True, True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False, None),
+        (dist.DistBackendError("NCCL error: unhandled cuda error, Cuda failure 'out of memory'"), False, None),
+        (RuntimeError(f"[enforce fail at {GLOO}pair.cc:446] op.preamble.length <= op.nbytes"), False, None),
+        (RuntimeError("CUDA error: the launch timed out and was terminated"), False, None),
+        (ValueError("the request timed out"), False, None),
+        (RuntimeError("my own timeout"), False, None),
+        (ConnectionResetError("the hub"), False, None),
+        (TransportError("other shapes"), False, None),
+    ],
+)  # fmt: skip
+def test_only_errors_of_the_connection_are_taken_for_one(error, lost, late):
+    assert is_lost(error) is lost
+    if lost:
+        assert is_late(error) is late
+
+
+class Work:
+    def __init__(self, error=None):
+        self.error = error
+
+    def wait(self, limit):
+        if self.error is not None:
+            raise self.error
+
+
+def test_waiting_names_whom_and_lets_other_errors_pass():
+    waiter = Waiter(5.0)
+    waiter.wait_for(Work(), 1, "stage 1 (rank 1)", "to send step 2")
+    with pytest.raises(
+        LostConnection, match=r"waited for stage 1 \(rank 1\) to send step 2, but the connection"
+    ) as gone:
+        waiter.wait_for(Work(BROKEN), 1, "stage 1 (rank 1)", "to send step 2")
+    assert not gone.value.late
+    for error in (LATE, TimeoutError()):
+        with pytest.raises(LostConnection, match="but nothing came within") as late:
+            waiter.wait_for(Work(error), 1, "stage 1 (rank 1)", "to send step 2")
+        assert late.value.late
+    with pytest.raises(RuntimeError, match="CUDA error") as other:
+        waiter.wait_for(Work(RuntimeError("CUDA error: bad")), 1, "stage 1", "to send step 2")
+    assert not isinstance(other.value, TransportError)
+
+
+class Ranks:
+    """Notices of rank 0 of four, with made-up answers."""
+
+    rank, world_size = 0, 4
+
+    def __init__(self, *answers):
+        self.answers = dict(enumerate(answers, 1))
+        self.told = []
+        self.handlers = {}
+
+    def answer(self, topic, handler):
+        self.handlers[topic] = handler
+
+    def ask_all(self, topic, **question):
+        if topic == "state":
+            return self.answers
+        self.told.append((topic, question))
+        return {}
+
+
+def engine(notices, number=1):
+    return Failures(notices, number, lambda rank: f"stage {rank} (rank {rank})")
+
+
+@pytest.fixture(autouse=True)
+def no_grace(monkeypatch):
+    monkeypatch.setattr(module, "_GRACE_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("error", "answers", "said"),
+    [
+        (BROKEN, (WAITS, Absence.GONE, WORKS), "stage 2 (rank 2) is gone: its process has ended"),
+        (LATE, (WAITS, Absence.GONE, WORKS), "stage 2 (rank 2) is gone: its process has ended"),
+        (
+            BROKEN,
+            (Absence.GONE, Absence.GONE, Absence.SILENT),
+            "stage 1 (rank 1) and stage 2 (rank 2) are gone: their processes have ended",
+        ),
+        (LATE, (WAITS, Absence.SILENT, WORKS), "stage 2 (rank 2) does not answer: stopped, or out of reach"),
+        (LATE, (WAITS, WAITS, WORKS), "stage 3 (rank 3) has not come: in step 3 for 9 s, b.py:2 in g"),
+        (BROKEN, (WAITS, WAITS, WORKS), "a connection broke, though all ranks answer"),
+        (LATE, (WAITS, WAITS, WAITS), "a connection broke, though all ranks answer"),
+    ],
+)  # fmt: skip
+def test_who_is_missing(error, answers, said):
+    explained = engine(Ranks(*answers)).explained(error)
+    assert isinstance(explained, TransportError)
+    assert str(explained).startswith(said)
+    living = [f"rank {rank})" for rank, answer in enumerate(answers, 1) if answer is WAITS]
+    assert not any(name in str(explained) for name in living)
+
+
+def test_a_rank_that_has_not_answered_yet_is_asked_again(monkeypatch):
+    """Until the grace is over a broken connection is only blamed on who is gone."""
+    monkeypatch.setattr(module, "_GRACE_SECONDS", 60.0)
+    ranks = Ranks(WORKS, Absence.SILENT, WORKS)
+    monkeypatch.setattr(module.time, "sleep", lambda _: ranks.answers.update({3: Absence.GONE}))
+    assert str(engine(ranks).explained(BROKEN)).startswith("stage 3 (rank 3) is gone")
+
+
+def test_what_a_rank_said_comes_before_what_can_be_seen():
+    ranks = Ranks(Absence.GONE, WORKS, WORKS)
+    known = engine(ranks)
+    ranks.handlers["failed/1"]({"reason": "stage 1 (rank 1) at step 5: the disk is on fire"})
+    ranks.handlers["failed/1"]({"reason": "stage 2 (rank 2): a consequence"})
+    explained = known.explained(BROKEN)
+    reason = "stage 1 (rank 1) at step 5: the disk is on fire"
+    assert str(explained) == f"the run ended elsewhere: {reason}"
+    assert explained.reason == reason
+    known.report_error(explained, "stage 0 (rank 0)")
+    assert ranks.told == []  # everybody knows
+
+
+def test_a_failure_is_told_once_and_other_errors_stay_as_they_are():
+    ranks = Ranks(WORKS, WORKS, WORKS)
+    own = engine(ranks)
+    error = KeyError("labels")
+    assert own.explained(error) is error
+    own.report_error(error, "stage 0 (rank 0) at step 5")
+    own.report_error(ValueError("another"), "stage 0 (rank 0) at step 5")
+    assert ranks.told == [
+        ("failed/1", {"reason": "stage 0 (rank 0) at step 5: KeyError('labels')"})
+    ]
+
+
+def test_engines_of_one_process_do_not_quote_each_other():
+    ranks = Ranks(WAITS, WAITS, WAITS)
+    first, second = engine(ranks, 1), engine(ranks, 2)
+    ranks.handlers["failed/1"]({"reason": "of the first"})
+    assert first.first == "of the first"
+    assert second.first is None
+
+
+def test_what_happens_around_the_engines_ends_them_all():
+    notices = Notices(0, "127.0.0.1")
+    notices.close()
+    own = engine(notices)
+    around(notices)._told({"reason": "rank 1: no memory"})
+    assert own.first == "rank 1: no memory"
+
+
+def test_a_meeting_explains_a_break_and_passes_the_rest_on():
+    ranks = Ranks(WAITS, Absence.GONE, WAITS)
+    own = engine(ranks)
+    with (
+        pytest.raises(TransportError, match=r"^stage 2 \(rank 2\) is gone"),
+        meeting("the save", own),
+    ):
+        raise BROKEN
+    assert [topic for topic, _ in ranks.told] == ["failed/1"]
+    with pytest.raises(ConfigError, match="all have it"), meeting("the loading", engine(ranks, 2)):
+        raise ConfigError("all have it")
+    assert len(ranks.told) == 1
