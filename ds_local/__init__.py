@@ -78,5 +78,5 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"ds_local.{_HOME[name]}"), name)
 
 
-if "deepspeed" in sys.modules:  # a script that starts the processes itself: see the seam
+if sys.modules.get("deepspeed"):  # a script that starts the processes itself: see the seam
     import ds_local.engine.deepspeed_seam  # noqa: F401

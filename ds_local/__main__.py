@@ -1,7 +1,5 @@
 """`python -m ds_local VERB ...`, the same as `ds-local VERB ...`."""
 
-import sys
+from ds_local.cli import command
 
-from ds_local.cli import main
-
-sys.exit(main())
+command()

@@ -1,8 +1,7 @@
 """`ds-local benchmark`, from a checkout."""
 
-import sys
-
 from ds_local.cli.benchmark import main
+from ds_local.cli.ending import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -103,8 +103,7 @@ def _row(layout: Candidate, expected: float, found: float, **more: Any) -> dict[
     return {"layout": str(layout), "predicted": expected, "measured": found, "error": error, **more}
 
 
-# --- real compute
-# ---------------------------------------------------------------------------------------------------------
+# --- real compute ---------------------------------------------------------------------------------
 
 
 def profiled(layout: Candidate, folder: str, steps: int) -> float:

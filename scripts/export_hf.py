@@ -1,53 +1,7 @@
-"""Write a run as an ordinary Hugging Face folder.
+"""`ds-local export`, from a checkout."""
 
-python scripts/export_hf.py runs/nano --output out/nano
-python scripts/export_hf.py runs/nano --output out/nano --all-segments
-"""
-
-from __future__ import annotations
-
-import argparse
-import sys
-
-from ds_local.cli.arguments import Parser, whole
-
-
-def main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="run folder (its latest checkpoint) or checkpoint folder")
-    parser.add_argument(
-        "--output",
-        required=True,
-        help="folder to write; an earlier export there is replaced, anything else is not",
-    )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--segment",
-        type=whole(),
-        help="the prefix up to this segment, with its head, as a smaller model",
-    )
-    which.add_argument(
-        "--all-segments", action="store_true", help="a model for every exit, as OUTPUT/segment_I"
-    )
-    parser.add_argument(
-        "--heads",
-        action="store_true",
-        help="auxiliary heads into a second file beside the full model, to train on with them",
-    )
-    args = parser.parse_args()
-    from ds_local.checkpoints.hf_export import export, export_all
-    from ds_local.errors import DsLocalError
-
-    try:
-        if args.all_segments:
-            print("\n".join(map(str, export_all(args.run, args.output, args.heads).values())))
-        else:
-            print(export(args.run, args.output, args.segment, args.heads))
-    except DsLocalError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
-
+from ds_local.cli.ending import run
+from ds_local.cli.export import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

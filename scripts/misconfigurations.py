@@ -20,8 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from check_cluster import check_hosts
-
+from ds_local.cli.check import check_hosts
 from ds_local.cluster import start_check as cluster
 from ds_local.cluster.surroundings import check_surroundings, read_hostfile
 from ds_local.config.files import local_parallel

@@ -1,72 +1,7 @@
-"""Make a data folder: text -> tokens -> fixed-length sequences, with a tokenizer.
+"""`ds-local prepare`, from a checkout."""
 
-    python scripts/prepare_data.py --source python-stdlib --tokenizer sentencepiece:4096 \\
-        --seq-len 128 --output data/python
-"""
-
-from __future__ import annotations
-
-import argparse
-import sys
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--source",
-        nargs="+",
-        default=["python-stdlib"],
-        help="python-stdlib, hub:NAME[:CONFIG], files or folders: .jsonl, .ndjson and .json with a "
-        '"text" field, .parquet with a "text" column, anything else is plain text',
-    )
-    parser.add_argument(
-        "--tokenizer",
-        default="sentencepiece:4096",
-        help="sentencepiece:SIZE to train one, or a folder or hub name",
-    )
-    parser.add_argument("--seq-len", type=int, default=128, help="tokens in a sequence")
-    parser.add_argument(
-        "--validation-share", type=float, default=0.02, help="share of the documents held out"
-    )
-    parser.add_argument(
-        "--skip",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="files in folders to leave out, as in '*.csv' 'build/*'",
-    )
-    parser.add_argument(
-        "--output",
-        required=True,
-        help="folder to write; an earlier data folder there is replaced, anything else is not",
-    )
-    args = parser.parse_args()
-    from ds_local.data.corpus import prepare
-    from ds_local.data.sources import Skipped
-    from ds_local.errors import DsLocalError
-
-    try:
-        facts = prepare(
-            args.source,
-            args.tokenizer,
-            args.seq_len,
-            args.output,
-            args.validation_share,
-            skip=args.skip,
-        )
-    except DsLocalError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    counts = ", ".join(f"{number:,} {split}" for split, number in facts["sequences"].items())
-    print(
-        f"{facts['documents']:,} documents, {facts['tokens']:,} tokens -> {counts} sequences of {args.seq_len} in {args.output}"
-    )
-    if facts["skipped"]:
-        print(f"left out: {Skipped(facts['skipped'], facts['skipped_names'])}")
-    return 0
-
+from ds_local.cli.ending import run
+from ds_local.cli.prepare import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

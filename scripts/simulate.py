@@ -1,8 +1,7 @@
 """`ds-local simulate`, from a checkout."""
 
-import sys
-
+from ds_local.cli.ending import run
 from ds_local.cli.simulate import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -36,6 +36,8 @@ from statistics import mean
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from ds_local.config import strict_json
+
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL, BACKPROP = {"mode": "local"}, {"mode": "backprop"}
 CHUNKED = {"mode": "chunked", "window": 2}
@@ -313,8 +315,7 @@ def ds_config(run: Run) -> dict[str, Any]:
     }
 
 
-# --- running
-# --------------------------------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------
 
 
 def work(args: argparse.Namespace) -> int:
@@ -486,7 +487,7 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
         "parts": facts["layout"]["segment_parts"], "versions": facts["versions"], "machine": facts["machine"],
         "data": facts["data"]["fingerprint"], "seconds": seconds[-1] if seconds else None,
     }  # fmt: skip
-    (place / "result.json").write_text(json.dumps(result, indent=1))
+    (place / "result.json").write_text(strict_json.dumps(result, indent=1))
     needed = {run.steps} | (
         {run.switch(tail) for tail in TAILS} if not METHODS[run.method].tail else set()
     )
@@ -682,7 +683,7 @@ def all_runs(kept: Path, folder: Path) -> list[dict[str, Any]]:
         if result["preset"] != TRIAL
     }
     runs = [latest[identity] for identity in sorted(latest)]
-    kept.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    kept.write_text("".join(strict_json.dumps(run) + "\n" for run in runs))
     return runs
 
 
@@ -718,6 +719,23 @@ def gap_to(yardsticks: Mapping[int, float | None], runs: list[dict[str, Any]]) -
     there is none."""
     gaps = [run["loss"] - loss for run in runs if (loss := yardsticks.get(run["seed"])) is not None]
     return mean(gaps) if gaps else None
+
+
+def depth_pays(
+    results: list[dict[str, Any]], yardsticks: Mapping[int, Mapping[float, float]], longer: float
+) -> bool | None:
+    """Does backprop end below every lower exit of the runs of this length? None if none is known.
+
+    Where it does not, a shorter model would have done as well, and gaps say nothing about depth.
+    """
+    pairs = [
+        (loss, yardsticks[run["seed"]][longer])
+        for run in results
+        if run["step_factor"] == longer and not METHODS[run["method"]].tail
+        for segment, loss in run.get("exits", {}).items()
+        if int(segment) < run["segments"] - 1 and longer in yardsticks.get(run["seed"], {})
+    ]
+    return all(exit_loss > whole for exit_loss, whole in pairs) if pairs else None
 
 
 def tokens_to(loss: float, runs: list[dict[str, Any]]) -> float | None:
@@ -768,7 +786,7 @@ def table(args: argparse.Namespace) -> int:
         print("no backprop run is finished yet; run it first", file=sys.stderr)
         return 1
     (docs / "quality.json").write_text(
-        json.dumps([row for rows in rows_of.values() for row in rows], indent=1) + "\n"
+        strict_json.dumps([row for rows in rows_of.values() for row in rows], indent=1) + "\n"
     )
     at_ratio = {name: rows for name, rows in rows_of.items() if "ratio" in name}
     others = {name: rows for name, rows in rows_of.items() if name not in at_ratio}
@@ -853,6 +871,7 @@ def _rows_under(schedule: str, preset: str, results: list[dict[str, Any]]) -> li
                 "gap_percent": percent(gap),
                 "gap_nats": round(gap, 4),
                 "schedule": schedule,
+                "depth_pays": depth_pays(results, yardsticks, longer),
                 "exits": {} if METHODS[method].tail else runs[0].get("exits", {}),
                 "aux_flops_share": round(forecast.aux_share, 4),
                 "predicted_time_ratio": ratios_of(forecast.time).get("M=8, c/F=0"),
@@ -934,6 +953,14 @@ def ratio_markdown(rows_of: Mapping[str, list[dict[str, Any]]]) -> str:
             "|" + 7 * "---|",
             *(_ratio_line(row, round(facts.steps * row["step_factor"])) for row in rows),
         ]
+        for length in sorted({r["step_factor"] for r in rows if r["depth_pays"] is False}):
+            lines += [
+                "",
+                *_wrapped(
+                    f"**With {round(facts.steps * length):,} steps depth does not pay yet**: "
+                    "a lower exit ends below backpropagation, so these gaps are no ranking."
+                ),
+            ]
     return "\n".join(lines) + "\n"
 
 

@@ -104,8 +104,7 @@ def build(
     )[0]
 
 
-# --- costs
-# ----------------------------------------------------------------------------------------------------------------
+# --- costs ----------------------------------------------------------------------------------------
 
 
 def costs_of(
@@ -135,10 +134,10 @@ def costs_of(
     ids = torch.randint(0, model["vocab_size"], (batch, model["n_positions"]))
     seconds, sent = [], []
     for _ in range(steps):
-        began, before = time.process_time(), engine.replicas.num_bytes
+        began, before = time.process_time(), engine.replicas.num_bytes or 0
         engine.train_batch(iter([(ids, ids)]))
         seconds.append(time.process_time() - began)
-        sent.append(engine.replicas.num_bytes - before)
+        sent.append((engine.replicas.num_bytes or 0) - before)
     moments = [
         v.numel()
         for state in engine.optimizer.state.values()
@@ -191,8 +190,7 @@ def study_costs(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-# --- quality
-# --------------------------------------------------------------------------------------------------------------
+# --- quality --------------------------------------------------------------------------------------
 
 
 def quality_of(
@@ -214,20 +212,21 @@ def quality_of(
     shape = BatchShape(batch, 1, engine.dp_world_size, engine.replica_id)
     batches = training_batches(data, seed, 0, shape)
     validation = validation_batches(data, shape, 256)
-    seconds, sent, losses = 0.0, 0.0, {}
+    seconds, losses = 0.0, {}
+    before = engine.replicas.num_bytes
     for step in range(1, steps + 1):
-        began, before = time.process_time(), engine.replicas.num_bytes
+        began = time.process_time()
         engine.train_batch(batches)
         seconds += time.process_time() - began
-        sent += engine.replicas.num_bytes - before
         if step % max(1, steps // 3) == 0 or step == steps:
             engine.eval_batch(iter(validation), num_micro_batches=len(validation))
             losses[step] = engine.eval_losses[engine.num_segments - 1]
     tokens = steps * shape.per_step * data.seq_len
+    sent = engine.replicas.num_bytes
     return {
         "losses": losses,
         "cpu_seconds": seconds,
-        "sent_bytes": None if math.isnan(sent) else sent,
+        "sent_bytes": None if sent is None else sent - before,
         "tokens": tokens,
     }
 

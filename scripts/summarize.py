@@ -1,8 +1,7 @@
 """`ds-local summarize`, from a checkout."""
 
-import sys
-
+from ds_local.cli.ending import run
 from ds_local.cli.summarize import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

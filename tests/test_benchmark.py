@@ -36,8 +36,7 @@ def command(monkeypatch, capsys, *arguments):
     return code, capsys.readouterr()
 
 
-# --- counting
-# -------------------------------------------------------------------------------------------------------------
+# --- counting -------------------------------------------------------------------------------------
 
 
 def test_saved_tensors_are_counted_once_and_weights_never():
@@ -99,8 +98,7 @@ def test_tables_take_repetitions_of_several_runs_together():
     assert "| a b | 80.0 (50-100) / 100 |" in report.markdown([row, faster])
 
 
-# --- runs
-# -----------------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 def rows_of(names, times=QUICK, stages=2, micro_batches=4):
@@ -211,8 +209,7 @@ def test_real_systems_train_the_same_model():
     assert min(run_ranks(real.speed, 2, ("ds_local", "local"), job, 1)) > 0
 
 
-# --- commands
-# -------------------------------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------
 
 
 def test_gpu_dry_run_on_the_cpu(tmp_path, monkeypatch, capsys):

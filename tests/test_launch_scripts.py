@@ -35,7 +35,7 @@ def started(tmp_path, script, **environment):
 
 
 def job_of(words):
-    import train
+    from ds_local.cli import train
 
     arguments = train.parse_arguments(words)
     assert Path(ROOT, arguments.model).is_file()

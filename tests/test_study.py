@@ -153,9 +153,12 @@ def test_each_schedule_has_its_own_yardstick():
         "backprop, WSD": 0.0,
         "chunked 2, WSD": 0.125,
     }
+    assert [row["depth_pays"] for row in rows.values()] == [False, False, True, True]
     table = study.ratio_markdown({"cpu-gpt2-ratio": list(rows.values())})
     assert "| chunked 2, WSD, K = 4 | 1,600 | 1 | 1.6250 | 1.7500 | +0.1250 | +13.3 % |" in table
     assert "| backprop, K = 4 | 1,600 | 1 | 2.0000 | - | +0.0000 | +0.0 % |" in table
+    assert "**With 1,600 steps depth does not pay yet**" in table
+    assert "depth" not in study.ratio_markdown({"cpu-gpt2-ratio": list(rows.values())[2:]})
 
 
 def test_rates_are_compared_on_the_seeds_they_share():

@@ -21,7 +21,6 @@ VERBS = {
     "evaluate": ("evaluate", "loss of a model and of each of its exits"),
     "generate": ("generate", "continue a text"),
     "summarize": ("summarize", "what came of a run"),
-    "study": ("study", "methods on equal tokens: quality"),
     "benchmark": ("benchmark", "beside other pipelines: speed and memory"),
 }
 
@@ -40,6 +39,14 @@ def main(arguments: list[str] | None = None) -> int:
         usage = f"usage: ds-local VERB ...; ds-local VERB --help says more\n\n{verbs}"
         print(usage, file=sys.stdout if known else sys.stderr)
         return 0 if known else 2
+    sys.argv[0] = f"ds-local {arguments[0]}"  # for help and sentences
     verb = importlib.import_module(f"ds_local.cli.{VERBS[arguments[0]][0]}")
     code: int = verb.main(arguments[1:])
     return code
+
+
+def command() -> None:
+    """The console command: `main`, ended as every command of ours ends."""
+    from ds_local.cli.ending import run
+
+    run(main)

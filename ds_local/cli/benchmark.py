@@ -214,6 +214,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     sub.add_argument("--activation-bytes", type=int, default=1_250_000)
 
+    _add_real_compute(command, compared)
+
+    sub = commands.add_parser("table", help="Markdown tables from --json files")
+    sub.add_argument("files", type=Path, nargs="+")
+    sub.add_argument("--png", type=PICTURE, help="bars of the schedules in them")
+    return parser.parse_args(arguments)
+
+
+def _add_real_compute(
+    command: Callable[..., argparse.ArgumentParser],
+    compared: Callable[[argparse.ArgumentParser, int], None],
+) -> None:
+    """The benchmarks whose compute is real."""
     sub = command(memory, "what stays alive for the backward passes, and how far processes grow")
     compared(sub, 1)
     sub.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
@@ -271,11 +284,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="on the CPU, with a tiny model: shows that it runs, times mean nothing",
     )
-
-    sub = commands.add_parser("table", help="Markdown tables from --json files")
-    sub.add_argument("files", type=Path, nargs="+")
-    sub.add_argument("--png", type=PICTURE, help="bars of the schedules in them")
-    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:

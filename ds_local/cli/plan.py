@@ -8,7 +8,6 @@ needs no device.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,6 @@ from ds_local.cluster.candidates import GIB, HEADS, ROWS, Cluster, Model, Price,
 from ds_local.cluster.planner import Plan, plan
 from ds_local.cluster.pricing import Pricing
 from ds_local.config import strict_json
-from ds_local.errors import ConfigError, UnsupportedModel
 from ds_local.model import blocks
 from ds_local.outputs import write_file
 
@@ -120,24 +118,20 @@ def as_json(price: Price) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     started = time.perf_counter()
-    try:
-        cluster = Cluster(
-            args.nodes,
-            args.devices_per_node,
-            args.device_tflops,
-            args.memory_gib,
-            args.link_gbps,
-            args.intra_gbps,
-            args.latency_us * 1e-6,
-        )
-        model = Model.of(blocks.load_model_config(args.model), args.seq_len, 4 if args.fp32 else 2)
-        if args.profile:
-            model = measured_model(model, args.profile)
-        pricing = Pricing(model, cluster, int(args.batch_tokens) // model.seq_len)
-        found = plan(pricing, args.heads, args.rows)
-    except (ConfigError, UnsupportedModel) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    cluster = Cluster(
+        args.nodes,
+        args.devices_per_node,
+        args.device_tflops,
+        args.memory_gib,
+        args.link_gbps,
+        args.intra_gbps,
+        args.latency_us * 1e-6,
+    )
+    model = Model.of(blocks.load_model_config(args.model), args.seq_len, 4 if args.fp32 else 2)
+    if args.profile:
+        model = measured_model(model, args.profile)
+    pricing = Pricing(model, cluster, int(args.batch_tokens) // model.seq_len)
+    found = plan(pricing, args.heads, args.rows)
     if args.json:
         result = {
             "best": [as_json(p) for p in found.best],

@@ -27,7 +27,6 @@ from ds_local.cli.arguments import (
 from ds_local.config import strict_json
 from ds_local.config.files import local_parallel
 from ds_local.config.schema import SECTION, LocalParallelConfig
-from ds_local.errors import OutputError
 from ds_local.outputs import new_file, write_file
 from ds_local.schedules.drawing import chrome_trace, draw
 from ds_local.schedules.peers import PEERS
@@ -214,27 +213,20 @@ def describe(timeline: Timeline) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    try:
-        modes = [(args.mode, True), *((mode, False) for mode in args.compare)]
-        schedules = [build(mode, args, main) for mode, main in modes]
-        modelled = (
-            [
-                of_model(steps[0], mode, args, main)
-                for steps, (mode, main) in zip(schedules, modes, strict=True)
-            ]
-            if args.model
-            else []
-        )
-        costs = [costs for costs, _ in modelled] or [
-            costs_for(steps[0], args) for steps in schedules
+    modes = [(args.mode, True), *((mode, False) for mode in args.compare)]
+    schedules = [build(mode, args, main) for mode, main in modes]
+    modelled = (
+        [
+            of_model(steps[0], mode, args, main)
+            for steps, (mode, main) in zip(schedules, modes, strict=True)
         ]
-        timelines = [
-            simulate(steps, cost, args.link_depth)
-            for steps, cost in zip(schedules, costs, strict=True)
-        ]
-    except ValueError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        if args.model
+        else []
+    )
+    costs = [costs for costs, _ in modelled] or [costs_for(steps[0], args) for steps in schedules]
+    timelines = [
+        simulate(steps, cost, args.link_depth) for steps, cost in zip(schedules, costs, strict=True)
+    ]
     reports = [timeline.report() for timeline in timelines]
     for report, (_, shares) in zip(reports, modelled, strict=False):
         report["auxiliary_flops"] = shares
@@ -252,15 +244,11 @@ def main(arguments: list[str] | None = None) -> int:
                     "  auxiliary share of the work, by stage: "
                     + ", ".join(f"{s:.1%}" for s in report["auxiliary_flops"])
                 )
-    try:
-        if args.json and str(args.json) != "-":
-            write_file(args.json, strict_json.dumps(result, indent=1) + "\n")
-        if args.png:
-            with new_file(args.png) as picture:
-                draw(timelines, picture)
-        if args.trace:
-            write_file(args.trace, strict_json.dumps(chrome_trace(timelines[0])))
-    except OutputError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    if args.json and str(args.json) != "-":
+        write_file(args.json, strict_json.dumps(result, indent=1) + "\n")
+    if args.png:
+        with new_file(args.png) as picture:
+            draw(timelines, picture)
+    if args.trace:
+        write_file(args.trace, strict_json.dumps(chrome_trace(timelines[0])))
     return 0

@@ -23,8 +23,7 @@ from ds_local.cluster.candidates import (
 from ds_local.cluster.pricing import Pricing
 from ds_local.errors import ConfigError
 
-# --- legal layouts
-# -----------------------------------------------------------------------------------------------------------
+# --- legal layouts --------------------------------------------------------------------------------
 
 
 def layouts(
@@ -62,8 +61,7 @@ def is_legal(layout: Candidate) -> bool:
     return ROWS[layout.row].get("window", 1) < layout.stages
 
 
-# --- search
-# ------------------------------------------------------------------------------------------------------------------
+# --- search ---------------------------------------------------------------------------------------
 
 
 @dataclass

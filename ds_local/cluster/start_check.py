@@ -43,8 +43,7 @@ REMEDIES = {
 }
 
 
-# --- all ranks together
-# -----------------------------------------------------------------------------------------------------
+# --- all ranks together ---------------------------------------------------------------------------
 
 
 def fingerprint(*parts: Any) -> str:
@@ -61,7 +60,7 @@ def data_fingerprint(folder: str | Path) -> str:
 
 def own_facts(config: Any = None, data: str | Path | None = None) -> dict[str, Any]:
     """What this rank tells the others about itself."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     return {
         "host": socket.gethostname(),
         "address": own_address(),
@@ -69,7 +68,10 @@ def own_facts(config: Any = None, data: str | Path | None = None) -> dict[str, A
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in PACKAGES},
         "code": fingerprint(
-            [(path.name, path.read_text()) for path in sorted(package.glob("*.py"))]
+            [
+                (str(path.relative_to(package)), path.read_text())
+                for path in sorted(package.rglob("*.py"))
+            ]
         ),
         "config": fingerprint(config),
         "data": None if data is None else data_fingerprint(data),
@@ -296,8 +298,7 @@ def _unreachable(assembly: Assembly, facts: dict[str, Any], ranks: Iterable[int]
     return ""
 
 
-# --- who is where
-# -----------------------------------------------------------------------------------------------------------
+# --- who is where ---------------------------------------------------------------------------------
 
 
 def spans(numbers: Iterable[int]) -> str:
@@ -336,8 +337,7 @@ def describe_hosts(hosts: Mapping[str, Any]) -> str:
     )
 
 
-# --- links
-# ------------------------------------------------------------------------------------------------------------------
+# --- links ----------------------------------------------------------------------------------------
 
 
 def measure_edges(

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ds_local.config.files import check_finite, leaves
+from ds_local.config.files import check_finite, leaves, nearest
 from ds_local.config.lr_schedule import scheduler_of
 from ds_local.config.schema import SECTION
 from ds_local.errors import ConfigError
@@ -107,6 +107,12 @@ SECTIONS = (
     "zero_optimization",
     SECTION,
 )
+
+# what is made by name -> the keys it takes, and an example of a name
+_NAMED: dict[str, tuple[list[str], str]] = {
+    "optimizer": (["type", "params", "legacy_fusion"], "AdamW"),
+    "scheduler": (["type", "params"], "WarmupCosineLR"),
+}
 
 Path = tuple[str, ...]  # keys from the top down
 
@@ -315,6 +321,14 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{key} must be an object with keys of its own{hint}, got {config[key]!r}"
             )
+    for section, (keys, example) in _NAMED.items():
+        for key in config.get(section, {}):
+            if key not in keys:
+                raise ConfigError(
+                    f"{section}.{key} is not a key DeepSpeed knows; {nearest(str(key), keys)}"
+                )
+        if section in config and not config[section].get("type"):
+            raise ConfigError(f'{section} has no type; write one, such as "type": "{example}"')
     for path, (kind, least, most) in _NUMBERS.items():
         value = _at(config, path)
         if value is not None:

@@ -45,6 +45,7 @@ NAMES: dict[Any, tuple[str, ...]] = {
         "_backward_prologue_per_tensor",
         "_config",
         "_configure_python_gc",
+        "_copy_recovery_script",
         "_exec_reduce_grads",
         "_load_zero_checkpoint",
         "_next_batch",
@@ -193,6 +194,10 @@ class PipelineEngineSeam(PipelineEngine):
         """Global rank of one stage of one replica."""
         return self.grid._topo.get_rank(pipe=stage, data=replica)
 
+    def stage_of(self, rank: int) -> int:
+        """Stage of a global rank."""
+        return self.grid._topo.get_coord(rank).pipe
+
     def use_safe_checkpoints(self) -> None:
         """Read checkpoint files without running what is in them."""
         self.checkpoint_engine = SafeCheckpointEngine(self._config)
@@ -213,6 +218,9 @@ class PipelineEngineSeam(PipelineEngine):
 
     def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
         return grad  # losses are scaled where they are computed
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        pass  # DeepSpeed's script knows no pipeline stages; `export_hf.py` does
 
     def _report_progress(self, step: int) -> None:
         pass  # `reports` tells of all stages in one line

@@ -16,30 +16,27 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from deepspeed import comm as dist
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ds_local.engine import instructions, loading, saving
 from ds_local.engine.deepspeed_seam import (
     ENGINES,
-    PipelineEngineSeam,
     always_check_overflow,
-    gradient_of,
-    spoil_gradients,
 )
 from ds_local.engine.evaluation import evaluate, mean_losses
 from ds_local.engine.executor import Executor
-from ds_local.engine.finite import KINDS, WEIGHTS, Events
+from ds_local.engine.finite import KINDS, Events
 from ds_local.engine.instructions import StageSchedule
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import Reports, Traffic, monitor_listener
 from ds_local.engine.stopping import Stopping
+from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError
 from ds_local.links import notices
 from ds_local.links.failures import Failures, meeting
@@ -56,7 +53,7 @@ def _by_executor(method: str) -> Callable[..., None]:
     return lambda engine, **at: getattr(engine.executor, method)(**at)
 
 
-class LocalPipelineEngine(PipelineEngineSeam):
+class LocalPipelineEngine(StageUpdates):
     """Trains a `LocalPipelineModule`. Use `initialize.initialize` to make one.
 
     `train_batch` returns this stage's own loss (the mean over the step's micro-batches, and over
@@ -132,58 +129,25 @@ class LocalPipelineEngine(PipelineEngineSeam):
         """What the ranks of this engine tell each other beside the steps."""
         self._notices = notices.current()
         number = 1 if self._notices is None else next(self._notices.numbers)
-        coordinates = map(self.grid._topo.get_coord, range(dist.get_world_size()))
-        names = [f"stage {at.pipe} (rank {rank})" for rank, at in enumerate(coordinates)]
+        stages = map(self.stage_of, range(dist.get_world_size()))
+        names = [f"stage {stage} (rank {rank})" for rank, stage in enumerate(stages)]
         self.failures = Failures(self._notices, number, names.__getitem__)
-        first_ranks = self.grid._topo.get_axis_list("pipe", 0)
+        first_ranks = [self.rank_of(0, replica) for replica in range(self.dp_world_size)]
         self._stopping = Stopping(self._notices, number, first_ranks)
-        self.last_event: dict[str, Any] | None = None  # not finite, and it ends the run
+        heard: list[
+            dict[str, Any]
+        ] = []  # the notices must not keep the engine, and its links, alive
+        self._last_events = heard
+        self._event_topic = f"nonfinite/{number}"
         if self._notices is not None:
-            self._event_topic = f"nonfinite/{number}"
-            self._notices.answer(self._event_topic, lambda q: self._hear_event(q["event"]))
+            self._notices.answer(self._event_topic, lambda told: heard.append(told["event"]))
         self.watchdog: Watchdog | None = None
         if self._notices is not None:
             warn_seconds, chores = self.section.link.warn_seconds, [self._stopping.arrange]
             self.watchdog = Watchdog(self._notices, self.failures.name, warn_seconds, chores)
             weakref.finalize(self, self.watchdog.stop).atexit = False
 
-    # --- what DeepSpeed would do over all stages
-    # ------------------------------------------------------------------------
-
-    def _scale_by_segment(self) -> None:
-        """Learning rates of the config's factors, in the parameter groups by segment that
-        `initialize` made."""
-        if not self.section.scales_learning_rates:
-            return
-        kept: list[float] = []
-
-        def scale(optimizer: Any, *_: Any) -> None:
-            kept[:] = [group["lr"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["lr"] *= self.section.lr_multiplier(group["segment"], self.global_steps)
-
-        def restore(optimizer: Any, *_: Any) -> None:
-            for group, rate in zip(optimizer.param_groups, kept, strict=True):
-                group["lr"] = rate
-
-        self.basic_optimizer.register_step_pre_hook(scale)
-        self.basic_optimizer.register_step_post_hook(restore)
-
-    def clip_fp32_gradients(self) -> None:
-        """Clip each segment by its own gradient norm. DeepSpeed's version takes stage 0's norm for
-        all stages."""
-        for segment, parameters in self._weights.items():
-            learning = [p for p in parameters if p.grad is not None]
-            if learning:
-                limit = self.gradient_clipping() * self.section.clip_multiplier(segment)
-                if segment not in self._grad_norms:  # replicas have averaged since it was measured
-                    self._grad_norms[segment] = get_total_norm(
-                        [p.grad for p in learning if p.grad is not None]
-                    )
-                clip_grads_with_norm_(learning, limit, self._grad_norms[segment])
-
-    # --- links
-    # ----------------------------------------------------------------------------------------------------------
+    # --- links ------------------------------------------------------------------------------------
 
     def _make_links(self) -> tuple[dict[int, Any], dict[Link, Any]]:
         """All links of this rank: by lower segment for activations, by `Link` for gradients. A
@@ -249,8 +213,7 @@ class LocalPipelineEngine(PipelineEngineSeam):
     def _links(self) -> list[End]:
         return [end for end in self._ends.values() if end is not None]
 
-    # --- a step
-    # ---------------------------------------------------------------------------------------------------------
+    # --- a step -----------------------------------------------------------------------------------
 
     def train_batch(self, data_iter: Any = None) -> Tensor | None:
         """One optimizer step.
@@ -367,11 +330,13 @@ class LocalPipelineEngine(PipelineEngineSeam):
                     link.fail(reason)
             raise
 
-    def _hear_event(self, event: dict[str, Any]) -> None:
-        self.last_event = event
+    @property
+    def last_event(self) -> dict[str, Any] | None:
+        """What was not finite, if that ends the run."""
+        return self._last_events[-1] if self._last_events else None
 
     def _tell_event(self, event: dict[str, Any]) -> None:
-        self.last_event = event
+        self._last_events.append(event)
         if self._notices is not None:
             self._notices.ask_all(self._event_topic, event=event)
 
@@ -443,9 +408,6 @@ class LocalPipelineEngine(PipelineEngineSeam):
             saving.save(self, write, save_dir, tag, client_state, save_latest)
             self._agree_to_stop()
         return True
-
-    def _copy_recovery_script(self, save_path: str) -> None:
-        pass  # DeepSpeed's script knows no pipeline stages; `export_hf.py` does
 
     def load_checkpoint(
         self,
@@ -558,98 +520,10 @@ class LocalPipelineEngine(PipelineEngineSeam):
             link.flush()
         super().destroy()
 
-    @cached_property
-    def _weights(self) -> dict[int, list[torch.nn.Parameter]]:
-        return {s: list(self.module.segment_parameters(s)) for s in self.module.local_segments}
-
-    def reduce_gradients(self) -> None:
-        """Average gradients and losses over the replicas of this stage, unless they train apart."""
-        watch, norms = self.executor.watch, {}
-        for segment, parameters in self._weights.items():
-            gradients = [g for g in map(gradient_of, parameters) if g is not None]
-            if gradients:
-                norms[segment] = get_total_norm(gradients)
-                watch.see(WEIGHTS, segment, [norms[segment]])
-        averages = self.is_data_parallel and self.replicas.reduces_gradients
-        self._grad_norms = norms if self._one_by_one and not averages else {}
-        self._flags = watch.flags(self.device)
-        if not self.replicas.reduces_gradients or (
-            not self.is_data_parallel and not self.zero_optimization()
-        ):
-            return
-        # DeepSpeed fills in zeros for parameters without a gradient; an optimizer would decay a
-        # head that is not in use
-        unused = [p for p in self.module.parameters() if p.requires_grad and p.grad is None]
-        self.average_gradients()
-        if self._one_by_one:
-            for parameter in unused:
-                parameter.grad = None
-        if averages:
-            self._average_losses()
-
-    def _average_losses(self) -> None:
-        """Means over the replicas, weighted as their micro-batches are; what one replica found not
-        finite, all have found."""
-        count = len(self.segment_losses)
-        counted = [self.executor.counted[segment] for segment in self.segment_losses]
-        weights = torch.tensor([weight / number for weight, number in counted])
-        weights = weights.to(self.device, non_blocking=True)
-        losses = [loss.float().view(1) for loss in self.segment_losses.values()]
-        weighted = torch.cat(losses) * weights if losses else weights
-        numbers = torch.cat([weighted, weights, self._flags])
-        dist.all_reduce(numbers, group=self.grid.get_data_parallel_group())
-        sums, weights, self._flags = numbers.split([count, count, len(numbers) - 2 * count])
-        means = sums / weights.clamp(min=torch.finfo(weights.dtype).tiny)
-        self.segment_losses = dict(zip(self.segment_losses, means, strict=True))
-
-    def take_step(self, lr_kwargs: Any) -> None:
-        """DeepSpeed's, but for segments whose numbers are not finite. Their weights and moments
-        stay as they are, and all else goes on as on other stages.
-
-        DeepSpeed's bf16 and ZeRO optimizers update a stage whole or not at all.
-        """
-        kinds = self._judge()
-        if kinds and not self._one_by_one:
-            spoil_gradients(self.optimizer)
-        elif kinds:
-            for segment in kinds:
-                self._grad_norms.pop(segment, None)  # it has been read
-                for parameter in (p for p in self._weights[segment] if p.grad is not None):
-                    # replicas that train apart exchange moments, so each must have some
-                    first = not self.optimizer.state.get(parameter)
-                    apart = not self.replicas.reduces_gradients
-                    parameter.grad = torch.zeros_like(parameter) if first and apart else None
-        self.step_optimizer(lr_kwargs)
-        if not self._one_by_one and self.optimizer.overflow:
-            kinds = kinds or dict.fromkeys(self.module.local_segments, "gradient")
-            if self.lr_scheduler is not None:
-                self.lr_scheduler.step(**(lr_kwargs or {}))
-        elif kinds:
-            self.skipped_steps += 1
-        self.events.book(self.global_steps, kinds, self.skipped_steps)
-
-    def _judge(self) -> dict[int, str]:
-        """The segments that must not be updated, and why. The one time in a step that the host
-        waits for the device; what the reports need is read on the same occasion."""
-        rate, step = self.get_lr()[0], self.global_steps
-        self._read = {
-            segment: {"lr": rate * self.section.lr_multiplier(segment, step)}
-            for segment in self.module.local_segments
-        }
-        wanted = [
-            (segment, name, value)
-            for name, values in (("loss", self.segment_losses), ("grad_norm", self._grad_norms))
-            for segment, value in values.items()
-        ]
-        numbers = torch.cat([*(value.view(1) for *_, value in wanted), self._flags]).tolist()
-        for (segment, name, _), number in zip(wanted, numbers, strict=False):
-            self._read[segment][name] = number
-        return self.executor.watch.judge(numbers[len(wanted) :])
-
     INSTRUCTIONS: ClassVar[dict[type, Any]] = {
         **{
             instruction: _by_executor(method)
             for instruction, method in instructions.METHODS.items()
         },
-        instructions.ReduceGrads: reduce_gradients,
+        instructions.ReduceGrads: StageUpdates.reduce_gradients,
     }

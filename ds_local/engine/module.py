@@ -159,8 +159,7 @@ class LocalPipelineModule(PipelineModuleSeam):
                 "the routes give segments before the last a loss; pass head=make_head to LocalPipelineModule"
             )
 
-    # --- building
-    # -------------------------------------------------------------------------------------------------------
+    # --- building ---------------------------------------------------------------------------------
 
     def bounds(self) -> tuple[int, int]:
         per_stage = self.section.segments_per_stage
@@ -314,8 +313,7 @@ class LocalPipelineModule(PipelineModuleSeam):
             raise
         return path
 
-    # --- running
-    # --------------------------------------------------------------------------------------------------------
+    # --- running ----------------------------------------------------------------------------------
 
     def layers_of(self, segment: int) -> list[Callable[[Any], Any]]:
         start, stop = (

@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ds_local.config.deepspeed import bf16_enabled, zero_stage
 from ds_local.config.files import nearest
+from ds_local.config.lr_schedule import scheduler_of
 from ds_local.engine.deepspeed_seam import MUON_PARAMETERS
 from ds_local.engine.trials import check_keys, check_kind, try_out
 from ds_local.errors import ConfigError
@@ -48,9 +49,7 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
     settings = config.get("optimizer")
     if settings is None:
         return
-    name = settings.get("type")
-    if not name:
-        raise ConfigError('optimizer has no type; write one, such as "type": "AdamW"')
+    name = settings["type"]
     params = dict(settings.get("params") or {})
     if "max_grad_norm" in params:
         raise ConfigError(
@@ -170,9 +169,9 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
     settings = config.get("scheduler")
     if settings is None:
         return
-    name = settings.get("type")
-    if not name:
-        raise ConfigError('scheduler has no type; write one, such as "type": "WarmupCosineLR"')
+    if scheduler_of(config) is not None:
+        return  # ours, and checked there
+    name = settings["type"]
     params = settings.get("params")
     if params is None:
         raise ConfigError('scheduler has no params; write them, at least "params": {}')

@@ -86,8 +86,7 @@ def decode(message: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return whole
 
 
-# --- rounding to few bits
-# ---------------------------------------------------------------------------------------------------
+# --- rounding to few bits -------------------------------------------------------------------------
 
 
 def _quantize(values: Tensor, bits: int) -> Parts:
@@ -126,8 +125,7 @@ def _decode_groups(parts: Parts, num_features: int) -> Tensor:
     return _dequantize(parts).flatten(1)[:, :num_features]
 
 
-# --- fewer numbers
-# ----------------------------------------------------------------------------------------------------------
+# --- fewer numbers --------------------------------------------------------------------------------
 
 
 def _encode_topk(hidden_ND: Tensor, link: LinkConfig) -> Parts:

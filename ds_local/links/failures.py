@@ -68,7 +68,8 @@ class Failures:
         self._first = reason[:_MOST_CHARACTERS]
         LOG.info("telling all others that the run ends: %s", self._first)
         if self._notices is not None:
-            self._notices.ask_all(self._topic, reason=self._first)
+            with waiting(EVERYBODY, "to hear of a failure"):
+                self._notices.ask_all(self._topic, reason=self._first)
 
     def report_error(self, error: BaseException, where: str) -> str:
         """`report` for an exception. Returns the first failure of the run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def start_log(folder: Path, stage: int, rank: int) -> Path:
 
 def say(sentence: str) -> None:
     """To the console, on a line of its own beside a progress bar of this or another rank."""
-    if not getattr(tqdm, "_instances", ()):
+    if not getattr(tqdm, "_instances", ()) and "RANK" in os.environ:
         sentence = f"\n{sentence}"
     tqdm.write(sentence, file=sys.stderr)
     sys.stderr.flush()

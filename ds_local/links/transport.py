@@ -443,8 +443,7 @@ def _text(buffer: Tensor) -> str:
     return bytes(buffer.tolist()).rstrip(b"\0").decode(errors="replace")
 
 
-# --- links of a rank
-# ------------------------------------------------------------------------------------------------------
+# --- links of a rank ------------------------------------------------------------------------------
 
 End = MemoryLink | Sender | Receiver
 

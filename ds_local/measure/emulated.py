@@ -119,8 +119,7 @@ def loss_fn(hidden: Tensor, labels: Tensor) -> Tensor:
     return hidden.square().mean()
 
 
-# --- systems
-# --------------------------------------------------------------------------------------------------------------
+# --- systems --------------------------------------------------------------------------------------
 
 
 def ds_local(
@@ -290,8 +289,7 @@ def _data(times: Times, number: int) -> Any:
     return iter([(torch.ones(1, times.floats), torch.zeros(1))] * number)
 
 
-# --- measuring
-# ------------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def _run(step: Callable[[], Any], steps: int, times: Times, link: network.Shape) -> dict[str, Any]:

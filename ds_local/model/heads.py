@@ -60,8 +60,7 @@ def count_targets(labels_BT: Tensor) -> Tensor:
     return (labels_BT[:, 1:] != IGNORE).sum()
 
 
-# --- cross-entropy of a linear readout
-# ------------------------------------------------------------------------------------
+# --- cross-entropy of a linear readout ------------------------------------------------------------
 
 
 def linear_cross_entropy(
@@ -156,8 +155,7 @@ KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-# --- the auxiliary head
-# ---------------------------------------------------------------------------------------------------
+# --- the auxiliary head ---------------------------------------------------------------------------
 
 
 class AuxiliaryHead(nn.Module):

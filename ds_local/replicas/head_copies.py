@@ -130,8 +130,7 @@ class Copies:
             return list(self._in[copy].receive(Tag(due, 0))[1].values())
         return self._pending.pop((copy, due))
 
-    # --- checkpoints
-    # ----------------------------------------------------------------------------------------------------
+    # --- checkpoints ------------------------------------------------------------------------------
 
     def collect(self, step: int) -> None:
         """Receive all that has been sent in the first `step` steps, to be put in place in its

@@ -190,8 +190,7 @@ def deal(
     return [piece.sort().values for piece in order.view(num_replicas, -1)]
 
 
-# --- moving slices
-# --------------------------------------------------------------------------------------------------------
+# --- moving slices --------------------------------------------------------------------------------
 
 
 def take(tensor: Tensor, dim: int, repeats: int, held: Tensor, units: Tensor) -> Tensor:
@@ -218,8 +217,7 @@ def common(a: Tensor, b: Tensor) -> Tensor:
 Deal = dict[str, list[Tensor]]  # kind -> units of each replica
 
 
-# --- the feature
-# ----------------------------------------------------------------------------------------------------------
+# --- the feature ----------------------------------------------------------------------------------
 
 
 class Subnets(Apart):
@@ -263,8 +261,7 @@ class Subnets(Apart):
         )
         return args if factor == 1.0 else (args[0] * factor, *args[1:])
 
-    # --- who holds what
-    # ---------------------------------------------------------------------------------------------------
+    # --- who holds what ---------------------------------------------------------------------------
 
     def deal_of(self, part: str, round_: int) -> Deal:
         seed, replicas = self.engine.section.seed, self.group.size
@@ -311,8 +308,7 @@ class Subnets(Apart):
                 cut.append((slot, *layout))
         return cut, shared
 
-    # --- exchanges
-    # --------------------------------------------------------------------------------------------------------
+    # --- exchanges --------------------------------------------------------------------------------
 
     def meet(self) -> None:
         rule = self.settings.optimizer_state
@@ -411,8 +407,7 @@ class Subnets(Apart):
                     if key not in _WITHOUT_FIRST and key != "step" and isinstance(value, Tensor):
                         moments[key] = torch.zeros_like(parameter)
 
-    # --- whole and cut
-    # ----------------------------------------------------------------------------------------------------
+    # --- whole and cut ----------------------------------------------------------------------------
 
     def _resize(self, round_: int | None) -> None:
         """Tell Hugging Face's modules how many units they have."""

@@ -81,8 +81,7 @@ class Together:
         `folder` if it fits."""
 
 
-# --- talking
-# --------------------------------------------------------------------------------------------------------------
+# --- talking --------------------------------------------------------------------------------------
 
 
 class Parcels:
@@ -187,8 +186,7 @@ def replica_group(engine: Any) -> ReplicaGroup:
     return mine
 
 
-# --- training apart
-# -------------------------------------------------------------------------------------------------------
+# --- training apart -------------------------------------------------------------------------------
 
 
 class Slot(NamedTuple):
@@ -282,8 +280,7 @@ class Apart(Together, ABC):
     def part_again(self) -> None:
         """Called when this replica's own weights are back in their places."""
 
-    # --- checkpoints
-    # ----------------------------------------------------------------------------------------------------
+    # --- checkpoints ------------------------------------------------------------------------------
 
     def save(self, write: Write, folder: str) -> None:
         tensors: dict[str, dict[str, Tensor]] = {}

@@ -28,6 +28,7 @@ import heapq
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 
+from ds_local.errors import ScheduleError
 from ds_local.schedules.replay import unit_cost
 from ds_local.schedules.routes import Routes
 from ds_local.schedules.schedule import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Action, Schedule
@@ -48,13 +49,15 @@ def make_schedule(
             1F1B's first stage, on all stages; 2 in twice that.
 
     Raises:
-        ValueError: when the rows disagree on the number of segments or it is not a multiple of
+        ScheduleError: when the rows disagree on the number of segments or it is not a multiple of
             `num_stages`.
     """
     mix = [(routes, count) for routes, count in mix if count > 0]
     num_segments = mix[0][0].num_segments
     if any(routes.num_segments != num_segments for routes, _ in mix) or num_segments % num_stages:
-        raise ValueError(f"{num_segments} segments cannot be dealt evenly to {num_stages} stages")
+        raise ScheduleError(
+            f"{num_segments} segments cannot be dealt evenly to {num_stages} stages"
+        )
     name = (
         " + ".join(f"{count} x {routes.mode}" for routes, count in mix)
         if len(mix) > 1

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from ds_local.errors import ScheduleError
 from ds_local.schedules.list_scheduler import make_schedule
 from ds_local.schedules.routes import make_routes
 from ds_local.schedules.schedule import BACKWARD, FORWARD, Action, Schedule
@@ -48,10 +49,10 @@ def interleaved(num_stages: int, num_micro_batches: int, per_stage: int = 2) -> 
     then the next.
 
     Raises:
-        ValueError: when the micro-batches do not fill whole groups.
+        ScheduleError: when the micro-batches do not fill whole groups.
     """
     if num_micro_batches % num_stages:
-        raise ValueError(
+        raise ScheduleError(
             f"interleaved 1F1B needs micro-batches in multiples of the {num_stages} stages, got {num_micro_batches}"
         )
     num_segments = num_stages * per_stage

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ds_local.errors import ScheduleError
 from ds_local.schedules.list_scheduler import make_schedule
 from ds_local.schedules.replay import Program, replay
 from ds_local.schedules.routes import Routes
@@ -57,7 +58,7 @@ class Costs:
         """Costs that a run has measured (`profile.json`).
 
         Raises:
-            ValueError: when the file holds something else.
+            ScheduleError: when the file holds something else.
         """
         try:
             profile = json.loads(Path(path).read_text())
@@ -69,7 +70,7 @@ class Costs:
                 }
             )
         except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise ScheduleError(
                 f"{path} is not a profile written by scripts/train.py --profile: {error}"
             ) from error
 
@@ -133,7 +134,7 @@ def simulate(
             after the last.
 
     Raises:
-        ValueError: when the schedule deadlocks at this link depth, or all costs are 0.
+        ScheduleError: when the schedule deadlocks at this link depth, or all costs are 0.
     """
     schedules = [schedules] if isinstance(schedules, Schedule) else schedules
     first = schedules[0]
@@ -147,10 +148,10 @@ def simulate(
 
     alone, stuck = replay(first, cost, link_time, link_depth)
     if stuck is not None:
-        raise ValueError(f"{first.name}: {stuck}; links hold {link_depth} messages")
+        raise ScheduleError(f"{first.name}: {stuck}; links hold {link_depth} messages")
     makespan = max(e.end for e in alone)
     if makespan <= 0:
-        raise ValueError("all costs are 0; give at least --forward a time")
+        raise ScheduleError("all costs are 0; give at least --forward a time")
     busy = [
         sum(cost(schedule, action) for schedule in schedules for action in schedule.stages[stage])
         / len(schedules)
@@ -219,7 +220,7 @@ class StepTimer:
         link_depth: as in `simulate`.
 
     Raises:
-        ValueError: when the schedules deadlock at this link depth.
+        ScheduleError: when the schedules deadlock at this link depth.
     """
 
     def __init__(
@@ -232,7 +233,7 @@ class StepTimer:
         together = 1 if link_depth is None else self._least + MAX_ROUNDS
         self._program = Program([*self._schedules] * together, link_depth)
         if self._program.stuck is not None:
-            raise ValueError(
+            raise ScheduleError(
                 f"{self._schedules[0].name}: {self._program.stuck}; links hold {link_depth} messages"
             )
 

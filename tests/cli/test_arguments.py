@@ -2,10 +2,10 @@
 
 import pytest
 from sentences import assert_one_sentence
-from simulate import parse_arguments as of_simulate
-from train import parse_arguments as of_train
 
 from ds_local.cli.arguments import number, number_or_auto, whole
+from ds_local.cli.simulate import parse_arguments as of_simulate
+from ds_local.cli.train import parse_arguments as of_train
 
 TRAIN = ["--model", "m", "--data", "d", "--output", "o", "--deepspeed_config", "c"]
 SIMULATE = ["--stages", "2", "--micro-batches", "4", "--mode", "local"]

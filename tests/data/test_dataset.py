@@ -230,7 +230,7 @@ DAMAGES = {
             lambda p, key=key: edit(p, drop=key),
             f"prepared.json: {key}: field required",
         )
-        for key in Facts.__annotations__.keys() - {"format"}
+        for key in sorted(Facts.__annotations__.keys() - {"format"})
     },
     **{
         f"{key} {value!r}": (

@@ -45,8 +45,7 @@ def test_a_split_backward_changes_no_bit(precision, replicas):
         assert a["own"] == b["own"]
 
 
-# --- no waiting
-# -------------------------------------------------------------------------------------------------------------
+# --- no waiting -----------------------------------------------------------------------------------
 
 
 def collectives_of_a_step(section, stages, **extra):
@@ -145,8 +144,7 @@ def test_a_slow_first_stage_keeps_nobody_from_finishing():
     assert all(len(steps) == 4 for steps in seconds)
 
 
-# --- labels
-# -----------------------------------------------------------------------------------------------------------------
+# --- labels ---------------------------------------------------------------------------------------
 
 
 def mismatch(section, stages, replicas_differ, gas=4):
@@ -199,8 +197,7 @@ def test_labels_belong_to_their_inputs(section, ranks, stages):
     assert run_ranks(mismatch, ranks, section, stages, True) == [0.0] * ranks
 
 
-# --- memory
-# -----------------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def live_bytes(section, stages, gas):
@@ -259,8 +256,7 @@ def test_backprop_keeps_one_micro_batch_for_each_stage_above():
     assert ratios[1] == pytest.approx(3, rel=0.1)
 
 
-# --- DeepSpeed's habits
-# -----------------------------------------------------------------------------------------------------
+# --- DeepSpeed's habits ---------------------------------------------------------------------------
 
 
 def tuples(stages, section):

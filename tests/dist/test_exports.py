@@ -11,8 +11,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import evaluate
-import generate
+from ds_local.cli import evaluate
+from ds_local.cli import generate
 import pytest
 import torch
 from families import VARIANTS
@@ -152,10 +152,6 @@ RUNS = {
     "config of a kind": (
         lambda p: edited(p / "run.json", config=[1]),
         "run.json or metrics.jsonl is not",
-    ),
-    "metrics of a kind": (
-        lambda p: (p / "metrics.jsonl").write_text('{"a": 3}\n'),
-        "metrics.jsonl is not what",
     ),
     "no checkpoints": (lambda p: shutil.rmtree(p / "checkpoints"), "nothing to resume in"),
     "another folder": (lambda p: shutil.rmtree(p) or p.mkdir(), "nothing to resume in"),

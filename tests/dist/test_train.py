@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from launch import ROOT, command, environment, launch, losses, metrics, script, write_inputs
-from train import parse_arguments
+from ds_local.cli.train import parse_arguments
 
 from ds_local.errors import ConfigError
 from ds_local.training.loop import read_inputs
@@ -177,7 +177,6 @@ def rank_process(launcher: int) -> int:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (("--resume",), "nothing to resume"),
         (("--num-stages", "3"), "2 processes cannot be divided into 3 stages"),
         pytest.param(("--num-stages", "1", "--segments-per-stage", "5"), "need at least 5 blocks, the model has 4", marks=pytest.mark.slow),
         pytest.param(("--mode", "interlocking", "--window", "3"), "window is 3 but the model has 2 segments", marks=pytest.mark.slow),

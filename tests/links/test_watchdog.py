@@ -1,54 +1,80 @@
+"""Who is waited for without waiting is named; nothing is said before a wait is long."""
+
 import logging
-from types import SimpleNamespace
+import threading
 
-from ds_local.links import watchdog
-from ds_local.links.watchdog import Wait, Watchdog, explain, longest_wait, start_log
-
-
-def end(stage, rank, since, purpose="to send step 5", name="activation link 0 -> 1"):
-    waiting = None if since is None else (since, purpose)
-    return SimpleNamespace(peer=SimpleNamespace(stage=stage, rank=rank), name=name, waiting=waiting)
+from ds_local.links.logs import start_log
+from ds_local.links.notices import Absence
+from ds_local.links.observer import Wait
+from ds_local.links.waiting import EVERYBODY
+from ds_local.links.watchdog import Watchdog, explain
 
 
-def test_the_longest_wait_counts():
-    links = [end(0, 0, None), end(2, 2, 40.0), end(0, 0, 10.0)]
-    wait = longest_wait(1, 1, links, now=100.0)
-    assert wait == Wait(1, 1, 0, 0, "to send step 5 on the activation link 0 -> 1", 90.0)
-    assert (
-        str(wait)
-        == "stage 1 (rank 1) has waited 90 s for stage 0 (rank 0) to send step 5 on the activation link 0 -> 1"
-    )
-    assert longest_wait(1, 1, [end(0, 0, None), SimpleNamespace()], now=100.0) is None
+def name(rank):
+    return f"stage {rank} (rank {rank})"
+
+
+def state(waiting=None, doing="step 6"):
+    return {"doing": doing, "seconds": 70.0, "at": "user.py:7 in forward", "waiting": waiting}
 
 
 def test_who_is_waited_for_without_waiting_is_named():
-    waits = {
-        0: Wait(0, 0, 1, 1, "to take", 70),
-        1: Wait(1, 1, 2, 2, "to take", 65),
-        3: Wait(3, 3, 2, 2, "to send", 61),
+    answers = {
+        0: state(Wait(1, "to send step 5", 70.0)),
+        1: state(Wait(2, "to take step 5", 65.0)),
+        2: state(),
     }
-    assert explain(waits).startswith(
-        "no progress: all wait for stage 2 (rank 2); stage 0 (rank 0) has waited 70 s for stage 1"
+    assert explain(answers, name) == (
+        "no progress: stage 2 (rank 2) has not come: in step 6 for 70 s, user.py:7 in forward; "
+        "stage 0 (rank 0) has waited 70 s for stage 1 (rank 1) to send step 5; "
+        "stage 1 (rank 1) has waited 65 s for stage 2 (rank 2) to take step 5"
     )
-    circle = {0: Wait(0, 0, 1, 1, "to take", 70), 1: Wait(1, 1, 0, 0, "to send", 70)}
-    assert "each other in a circle" in explain(circle)
 
 
-def test_the_watchdog_speaks_once_a_wait_is_long_and_not_before(monkeypatch):
-    notices = {}
-    monkeypatch.setattr(watchdog, "change_notice", notices.__setitem__)
-    monkeypatch.setattr(watchdog, "read_notice", notices.get)
-    clock, said = [0.0], []
-    monkeypatch.setattr(watchdog.time, "perf_counter", lambda: clock[0])
-    dog = Watchdog(0, 0, 2, lambda: [end(1, 1, 0.0)], 0.02, said.append)
-    dog._stopped.wait(0.1)
-    assert not said
-    clock[0] = 5.0
-    dog._stopped.wait(0.3)
-    dog.stop()
-    assert said[0].startswith(
-        "no progress: all wait for stage 1 (rank 1); stage 0 (rank 0) has waited 5 s for stage 1 (rank 1)"
+def test_who_is_gone_is_named_and_a_circle_is_one():
+    waits = {0: state(Wait(1, "to send", 70.0)), 1: state(Wait(0, "to take", 70.0))}
+    assert explain(waits, name).startswith("no progress: all wait for each other; stage 0")
+    gone = {0: state(Wait(EVERYBODY, "in a save", 70.0)), 1: Absence.GONE}
+    assert explain(gone, name) == (
+        "no progress: stage 1 (rank 1) is gone: its process has ended; "
+        "stage 0 (rank 0) has waited 70 s for all in a save"
     )
+
+
+class Notices:
+    """Of rank 0 of two; rank 1 is at work."""
+
+    rank = 0
+
+    def __init__(self):
+        self.observer, self.seconds, self.looks = self, 0.0, threading.Semaphore(0)
+
+    def state(self):
+        self.looks.release()
+        return state(Wait(1, "to send step 5", self.seconds))
+
+    def ask_all(self, topic):
+        return {0: self.state(), 1: state()}
+
+
+def test_the_watchdog_speaks_once_a_wait_is_long_and_not_before():
+    notices, said, spoke = Notices(), [], threading.Event()
+
+    def say(sentence):
+        said.append(sentence)
+        spoke.set()
+
+    dog = Watchdog(notices, name, 0.05, say=say)
+    try:
+        for _ in range(3):
+            assert notices.looks.acquire(timeout=60)
+        assert not said
+        notices.seconds = 5.0
+        assert spoke.wait(60)
+    finally:
+        dog.stop()
+    assert said[0].startswith("no progress: stage 1 (rank 1) has not come: in step 6 for 70 s")
+    assert "stage 0 (rank 0) has waited 5 s for stage 1 (rank 1) to send step 5" in said[0]
 
 
 def test_every_rank_has_a_log_of_its_own(tmp_path):
@@ -59,9 +85,9 @@ def test_every_rank_has_a_log_of_its_own(tmp_path):
         logging.getLogger("DeepSpeed").warning("there")
         lines = path.read_text().splitlines()
     finally:
-        for name, handlers in before.items():
-            for handler in set(logging.getLogger(name).handlers) - set(handlers):
-                logging.getLogger(name).removeHandler(handler)
+        for logger, handlers in before.items():
+            for handler in set(logging.getLogger(logger).handlers) - set(handlers):
+                logging.getLogger(logger).removeHandler(handler)
                 handler.close()
     assert path.name == "rank-003.log"
     assert [line.partition(" stage 1 rank 3 ")[2].split(" ", 2)[1:] for line in lines] == [

@@ -87,7 +87,7 @@ def test_unsupported_families_are_named(tmp_path):
         blocks.load_model_config({"model_type": "bert"})
     path = tmp_path / "config.json"
     path.write_text("{")
-    with pytest.raises(UnsupportedModel, match="not a Hugging Face model config"):
+    with pytest.raises(UnsupportedModel, match="no Hugging Face model config"):
         blocks.load_model_config(path)
     with pytest.raises(UnsupportedModel, match="no model config at"):
         blocks.load_model_config(tmp_path / "missing.json")

@@ -61,6 +61,34 @@ def test_logits_equal_hugging_faces_and_weights_survive(config):
     assert all(torch.equal(tensor, state[name]) for name, tensor in back.items())
 
 
+PADDED = torch.ones(3, 16, dtype=torch.int64)
+PADDED[0, :5] = PADDED[2, :1] = 0
+BESIDE = {
+    "left padding": {"attention_mask": PADDED},
+    "right padding": {"attention_mask": PADDED.flip(1)},
+    "left padding, its own positions": {
+        "attention_mask": PADDED,
+        "position_ids": (PADDED.cumsum(1) - 1).clamp(min=0),
+    },
+    "packed": {"position_ids": torch.cat([torch.arange(6), torch.arange(10)]).expand(3, 16)},
+    "a mask of one's own": {"attention_mask": torch.ones(3, 1, 16, 16).tril(3).tril().bool()},
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_masks_and_positions_count_as_in_hugging_faces_models(config, beside):
+    model = random_model(config)
+    layers = layers_of(config)
+    for layer, tensors in zip(layers, from_hf(config, model.state_dict()).values(), strict=True):
+        layer.load_state_dict(tensors)
+    given = {"input_ids": tokens(3, 16), **BESIDE[beside]}
+    with torch.no_grad():
+        ours, theirs = run(layers, given), model(**given, use_cache=False).logits
+        assert torch.equal(ours, theirs)
+        if beside != "a mask of one's own" and "right" not in beside:
+            assert not torch.equal(ours, run(layers, given["input_ids"]))
+
+
 def test_changing_a_token_changes_no_earlier_logits(config):
     check_no_look_into_the_future(config, tokens(1, 16))
 

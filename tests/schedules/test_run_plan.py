@@ -58,7 +58,7 @@ def test_rows_that_are_rows_of_their_own(section, stages):
 def test_the_simulator_says_it_beside_the_figures(capsys, monkeypatch):
     import json
 
-    import simulate
+    from ds_local.cli import simulate
 
     arguments = ["--stages", "2", "--micro-batches", "4", "--mode", "chunked", "--json", "-"]
     monkeypatch.setattr("sys.argv", ["simulate.py", *arguments])

@@ -191,8 +191,7 @@ def test_a_link_that_is_too_short_is_named_with_the_remedy():
         validate(schedule_of(("backprop", None, 2), ("local", None, 6), stages=4), 1)
 
 
-# --- random cases
-# ---------------------------------------------------------------------------------------------------------
+# --- random cases ---------------------------------------------------------------------------------
 
 
 def random_case(rng):
@@ -372,8 +371,7 @@ def test_chunks_split_leave_no_bubble():
     assert " ".join(map(str, upper)) == "F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3"
 
 
-# --- DeepSpeed's checks on pipeline schedules, for ours
-# ---------------------------------------------------------------------
+# --- DeepSpeed's checks on pipeline schedules, for ours -------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)

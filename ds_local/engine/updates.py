@@ -1,0 +1,155 @@
+"""The end of a step, stage by stage: averages over replicas, clipping, the finite check, the update.
+
+What DeepSpeed computes over all stages here (norms, overflow) is computed per stage.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from ds_local.config.schema import LocalParallelConfig
+from ds_local.engine.deepspeed_seam import PipelineEngineSeam, gradient_of, spoil_gradients
+from ds_local.engine.executor import Executor
+from ds_local.engine.finite import WEIGHTS, Events
+from ds_local.engine.module import LocalPipelineModule
+from ds_local.replicas.sync import Together
+
+
+class StageUpdates(PipelineEngineSeam):
+    """How a stage ends a step by itself. A part of `LocalPipelineEngine`."""
+
+    module: LocalPipelineModule
+    section: LocalParallelConfig
+    executor: Executor
+    events: Events
+    replicas: Together
+    segment_losses: Any  # by segment
+    _one_by_one: bool  # segments can be updated one by one: fp32 without ZeRO
+    _grad_norms: dict[int, Any]
+    _flags: torch.Tensor
+    _read: dict[int, dict[str, Any]]
+
+    def _scale_by_segment(self) -> None:
+        """Learning rates of the config's factors, in the parameter groups by segment that
+        `initialize` made."""
+        if not self.section.scales_learning_rates:
+            return
+        kept: list[float] = []
+
+        def scale(optimizer: Any, *_: Any) -> None:
+            kept[:] = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] *= self.section.lr_multiplier(group["segment"], self.global_steps)
+
+        def restore(optimizer: Any, *_: Any) -> None:
+            for group, rate in zip(optimizer.param_groups, kept, strict=True):
+                group["lr"] = rate
+
+        self.basic_optimizer.register_step_pre_hook(scale)
+        self.basic_optimizer.register_step_post_hook(restore)
+
+    def clip_fp32_gradients(self) -> None:
+        """Clip each segment by its own gradient norm. DeepSpeed's version takes stage 0's norm for
+        all stages."""
+        for segment, parameters in self._weights.items():
+            learning = [p for p in parameters if p.grad is not None]
+            if learning:
+                limit = self.gradient_clipping() * self.section.clip_multiplier(segment)
+                if segment not in self._grad_norms:  # replicas have averaged since it was measured
+                    self._grad_norms[segment] = get_total_norm(
+                        [p.grad for p in learning if p.grad is not None]
+                    )
+                clip_grads_with_norm_(learning, limit, self._grad_norms[segment])
+
+    @cached_property
+    def _weights(self) -> dict[int, list[torch.nn.Parameter]]:
+        return {s: list(self.module.segment_parameters(s)) for s in self.module.local_segments}
+
+    def reduce_gradients(self) -> None:
+        """Average gradients and losses over the replicas of this stage, unless they train apart."""
+        watch, norms = self.executor.watch, {}
+        for segment, parameters in self._weights.items():
+            gradients = [g for g in map(gradient_of, parameters) if g is not None]
+            if gradients:
+                norms[segment] = get_total_norm(gradients)
+                watch.see(WEIGHTS, segment, [norms[segment]])
+        averages = self.is_data_parallel and self.replicas.reduces_gradients
+        self._grad_norms = norms if self._one_by_one and not averages else {}
+        self._flags = watch.flags(self.device)
+        if not self.replicas.reduces_gradients or (
+            not self.is_data_parallel and not self.zero_optimization()
+        ):
+            return
+        # DeepSpeed fills in zeros for parameters without a gradient; an optimizer would decay a
+        # head that is not in use
+        unused = [p for p in self.module.parameters() if p.requires_grad and p.grad is None]
+        self.average_gradients()
+        if self._one_by_one:
+            for parameter in unused:
+                parameter.grad = None
+        if averages:
+            self._average_losses()
+
+    def _average_losses(self) -> None:
+        """Means over the replicas, weighted as their micro-batches are; what one replica found not
+        finite, all have found."""
+        count = len(self.segment_losses)
+        counted = [self.executor.counted[segment] for segment in self.segment_losses]
+        weights = torch.tensor([weight / number for weight, number in counted])
+        weights = weights.to(self.device, non_blocking=True)
+        losses = [loss.float().view(1) for loss in self.segment_losses.values()]
+        weighted = torch.cat(losses) * weights if losses else weights
+        numbers = torch.cat([weighted, weights, self._flags])
+        dist.all_reduce(numbers, group=self.grid.get_data_parallel_group())
+        sums, weights, self._flags = numbers.split([count, count, len(numbers) - 2 * count])
+        means = sums / weights.clamp(min=torch.finfo(weights.dtype).tiny)
+        self.segment_losses = dict(zip(self.segment_losses, means, strict=True))
+
+    def take_step(self, lr_kwargs: Any) -> None:
+        """DeepSpeed's, but for segments whose numbers are not finite. Their weights and moments
+        stay as they are, and all else goes on as on other stages.
+
+        DeepSpeed's bf16 and ZeRO optimizers update a stage whole or not at all.
+        """
+        kinds = self._judge()
+        if kinds and not self._one_by_one:
+            spoil_gradients(self.optimizer)
+        elif kinds:
+            for segment in kinds:
+                self._grad_norms.pop(segment, None)  # it has been read
+                for parameter in (p for p in self._weights[segment] if p.grad is not None):
+                    # replicas that train apart exchange moments, so each must have some
+                    first = not self.optimizer.state.get(parameter)
+                    apart = not self.replicas.reduces_gradients
+                    parameter.grad = torch.zeros_like(parameter) if first and apart else None
+        self.step_optimizer(lr_kwargs)
+        if not self._one_by_one and self.optimizer.overflow:
+            kinds = kinds or dict.fromkeys(self.module.local_segments, "gradient")
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step(**(lr_kwargs or {}))
+        elif kinds:
+            self.skipped_steps += 1
+        self.events.book(self.global_steps, kinds, self.skipped_steps)
+
+    def _judge(self) -> dict[int, str]:
+        """The segments that must not be updated, and why. The one time in a step that the host
+        waits for the device; what the reports need is read on the same occasion."""
+        rate, step = self.get_lr()[0], self.global_steps
+        self._read = {
+            segment: {"lr": rate * self.section.lr_multiplier(segment, step)}
+            for segment in self.module.local_segments
+        }
+        wanted = [
+            (segment, name, value)
+            for name, values in (("loss", self.segment_losses), ("grad_norm", self._grad_norms))
+            for segment, value in values.items()
+        ]
+        numbers = torch.cat([*(value.view(1) for *_, value in wanted), self._flags]).tolist()
+        for (segment, name, _), number in zip(wanted, numbers, strict=False):
+            self._read[segment][name] = number
+        return self.executor.watch.judge(numbers[len(wanted) :])
