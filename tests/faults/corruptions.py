@@ -17,18 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from hooks import TOUCHED
-from judging import (
-    FINISHED_STEPS,
-    MIX,
-    SAVED_EVERY,
-    Bench,
-    Outcome,
-    ended,
-    finished_run,
-    last_words,
-    refused,
-    tree_of,
-)
+from judging import Outcome, ended, last_words, refused, tree_of
+from workbench import FINISHED_STEPS, MIX, SAVED_EVERY, Bench, finished_run
 
 # how many of a hundred cases damage what
 SHARES = {"tensors": 40, "facts": 24, "latest": 9, "prepared": 12, "run": 6, "metrics": 9}

@@ -19,20 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from fork_client import Run, wait_for
-from judging import (
-    LAYOUTS,
-    MIX,
-    TRACEBACK,
-    Bench,
-    Outcome,
-    differences,
-    ended,
-    finished_run,
-    last_words,
-    left_by,
-    refused,
-    tree_of,
-)
+from judging import TRACEBACK, Outcome, differences, ended, last_words, left_by, refused, tree_of
+from workbench import LAYOUTS, MIX, Bench, finished_run
 
 DISK_BYTES, INODES = 24 << 20, 2000
 NEARLY = 100_000  # bytes left for a line of metrics, but not for a checkpoint
@@ -137,8 +125,11 @@ def _run(bench: Bench, case: dict[str, Any], folder: Path, disk: Path) -> Outcom
     run = bench.server.start("train.py", command, ranks=stages * replicas)
     first = checkpoints / "latest"
     wait_for(lambda: _step(first) >= case["after"] * SAVE_EVERY or not run.alive(), 120)
-    began = time.monotonic()
     outcome = Outcome()
+    if not first.exists():
+        run.close()
+        return Outcome([f"it did not save: {run.outputs()[-300:]}"])
+    began = time.monotonic()
     with no_room(disk, case["how"], checkpoints):
         said = wait_for(
             lambda: _complaint(run, checkpoints, case["how"]) or not run.alive(), 60, 0.05

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from judging import MIX, MODEL, Bench, Outcome, finished_run, refused, tree_of
+from judging import Outcome, refused, tree_of
+from workbench import MIX, MODEL, Bench, finished_run
 
 Start = tuple[str, list[str], int]  # script, arguments, ranks
 Maker = Callable[[Bench, Path], Start]

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fork_client import HERE
-from judging import TRACEBACK, Bench, Outcome, ended, last_words
+from judging import TRACEBACK, Outcome, ended, last_words
+from workbench import Bench
 
 STEPS, FIRST = 6, 3  # of a run; the first bad one
 PER_STAGE = 2  # segments: four of them on two ranks, so that every row is another one

@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fork_client import ROOT, Server
-from judging import Bench
+from workbench import Bench
 
 # campaign -> cases of a full one
 CAMPAIGNS = {
@@ -41,6 +42,8 @@ RESULTS = ROOT / "docs" / "results"
 
 
 def main() -> int:
+    # told to end, leave by way of everybody's tidying: small disks are unmounted, runs killed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fork_client import HERE, Run
-from judging import MIX, Bench, Outcome, differences, ended, last_words, left_by
+from judging import Outcome, differences, ended, last_words, left_by
+from workbench import MIX, Bench
 
 RANKS = 2
 KINDS = ("first", "other", "again")
@@ -136,9 +137,7 @@ def _of_a_run(bench: Bench, case: dict[str, Any]) -> Outcome:
     hook = _hook(folder, "train", case["operation"])
     run = _start(bench, folder, "train", {case["rank"]: [("kill_at_operation", hook)]})
     outcome = _died(run, case["rank"])
-    again = bench.server.finish(
-        "train.py", bench.arguments(folder, MIX, **bench.resuming(folder)), ranks=RANKS
-    )
+    again = bench.server.finish("train.py", bench.arguments(folder, MIX, resume=True), ranks=RANKS)
     if any(again.statuses()):
         outcome.wrong.append(f"not resumed: {last_words(again.outputs())[:300]}")
     else:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from judging import MODEL, SETTINGS, Bench, Outcome, refused
+from judging import Outcome, refused
+from workbench import MODEL, SETTINGS, Bench
 
 NAN, INFINITE = float("nan"), float("inf")
 

@@ -13,22 +13,11 @@ import random
 import re
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 from fork_client import Launched, Run, wait_for
-from judging import (
-    LAYOUTS,
-    MIX,
-    TRACEBACK,
-    Bench,
-    Outcome,
-    blamed,
-    ended,
-    figures_of,
-    last_words,
-    metrics,
-)
+from judging import TRACEBACK, Outcome, blamed, ended, figures_of, last_step, last_words
+from workbench import LAYOUTS, MIX, Bench
 
 LEAVE_SECONDS = 30.0
 AT_ONCE_SECONDS = 8.0
@@ -88,8 +77,8 @@ def _told(bench: Bench, case: dict[str, Any]) -> Outcome:
     else:
         run = bench.server.start("train.py", command, ranks=ranks)
     outcome = Outcome()
-    wait_for(lambda: _last_step(folder / "run") >= case["after"] or not run.alive(), 120, 0.05)
-    if _last_step(folder / "run") < case["after"]:
+    wait_for(lambda: last_step(folder / "run") >= case["after"] or not run.alive(), 120, 0.05)
+    if last_step(folder / "run") < case["after"]:
         run.close()
         return Outcome([f"it does not train: {run.outputs()[-500:]}"])
     _tell(run, case)
@@ -117,8 +106,8 @@ def _told(bench: Bench, case: dict[str, Any]) -> Outcome:
         return outcome
     step = int(latest.read_text().removeprefix("global_step"))
     outcome.expect(
-        step >= _last_step(folder / "run"),
-        f"saved at step {step}, trained to {_last_step(folder / 'run')}",
+        step >= last_step(folder / "run"),
+        f"saved at step {step}, trained to {last_step(folder / 'run')}",
     )
     command = bench.arguments(folder, MIX, max_steps=step + 2, resume=True, **options)
     resumed = bench.server.finish("train.py", command, ranks=ranks)
@@ -147,13 +136,6 @@ def _tell(run: Run | Launched, case: dict[str, Any]) -> None:
         run.signal(signal.SIGINT)
     else:
         run.signal(signal.Signals[case["signal"]], case["rank"] if case["to"] == "one" else None)
-
-
-def _last_step(run: Path) -> int:
-    try:
-        return max((row["step"] for row in metrics(run)), default=0)
-    except ValueError:  # a line that is being written
-        return 0
 
 
 def _reference(bench: Bench, layout: str) -> list[str]:
