@@ -90,9 +90,11 @@ def train(args: Namespace, signals: Signals | None = None) -> None:
     """
     complete_environment()
     is_first = os.environ.get("RANK", "0") == "0"
-    with opened(args.output, is_first, _say_first if is_first else _say_nothing) as run:
-        with meeting("the run"):
-            _train(args, run, signals)
+    with (
+        opened(args.output, is_first, _say_first if is_first else _say_nothing) as run,
+        meeting("the run"),
+    ):
+        _train(args, run, signals)
 
 
 def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:

@@ -12,7 +12,7 @@ import torch
 from launch import launch, losses, metrics, script, write_inputs
 from ranks import run_ranks
 from reference import MODELS, Reference, batch, table_of
-from test_failures import finish, start
+from test_lost_ranks import finish, start
 
 from ds_local.replicas.subnets import deal
 
