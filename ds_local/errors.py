@@ -31,6 +31,10 @@ class DataError(DsLocalError, ValueError):
     """Data that cannot be used; the message names the file and the remedy."""
 
 
+class OutOfData(DataError, RuntimeError):
+    """A loader that ended before the step had its micro-batches."""
+
+
 class UnsupportedModel(DsLocalError, ValueError):
     """A model that cannot be cut into pipeline layers."""
 

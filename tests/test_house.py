@@ -86,6 +86,12 @@ def test_every_room_has_its_place():
     assert folders | {"errors", "outputs"} == set(ROOMS)
 
 
+def test_no_two_test_files_share_a_name():
+    """All test folders are on the path: the second of a name would hide behind the first."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_tests_of_several_processes_are_collected(pytestconfig):
     assert "dist" not in pytestconfig.getini("norecursedirs")
 

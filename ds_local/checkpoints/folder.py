@@ -81,9 +81,13 @@ def _words(error: Exception) -> str:
 # --- finding ------------------------------------------------------------------------------------
 
 
+def _is_tag(tag: str) -> bool:
+    return bool(_TAG.fullmatch(tag)) and not tag.endswith(".partial")
+
+
 def checked_tag(tag: str) -> str:
     """Raises CheckpointError for a tag that is no plain file name."""
-    if not _TAG.fullmatch(tag) or tag.endswith(".partial"):
+    if not _is_tag(tag):
         raise CheckpointError(
             f"checkpoint tag {tag!r} must be letters, digits, dots, dashes and underscores, not end in .partial"
         )
@@ -116,9 +120,7 @@ def complete_tags(folder: str | Path) -> list[str]:
     """Tags of the complete checkpoints in `folder`."""
     names = {path.parent.name for path in Path(folder).glob(f"*/{FACTS}")}
     aside = {name[1:].removesuffix(".old") for name in names if re.match(r"\..*\.old$", name)}
-    return sorted(
-        name for name in names | aside if _TAG.fullmatch(name) and not name.endswith(".partial")
-    )
+    return sorted(name for name in names | aside if _is_tag(name))
 
 
 def _listed(folder: Path) -> str:
@@ -133,11 +135,16 @@ def latest_tag(folder: str | Path) -> str:
     """
     folder = Path(folder)
     try:
-        tag = checked_tag((folder / "latest").read_text().strip())
+        tag = (folder / "latest").read_text().strip()
     except (OSError, UnicodeDecodeError):
         raise CheckpointError(
             f"nothing to resume in {folder}: the file 'latest' is missing; complete checkpoints: {_listed(folder)}"
         ) from None
+    if not _is_tag(tag):
+        raise CheckpointError(
+            f"{folder}/latest is damaged: it says {tag[:80]!r}, which is no checkpoint's name; "
+            f"complete checkpoints: {_listed(folder)}"
+        )
     if tag not in complete_tags(folder):
         raise CheckpointError(
             whose(folder / tag)

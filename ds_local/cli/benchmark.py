@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from ds_local.cli.arguments import PICTURE, output_file
 from ds_local.measure import network, report
 from ds_local.measure.emulated import Times
-from ds_local.measure.ranks import Pool, RankError
+from ds_local.measure.ranks import Pool
 from ds_local.measure.relay import Relay
 from ds_local.measure.sweep import Setting, sweep
 from ds_local.measure.systems import System, choose
@@ -288,25 +287,21 @@ def _add_real_compute(
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    try:
-        if args.benchmark == "table":
-            rows = report.load(args.files)
-            print(report.markdown(rows))
-            if args.png:
-                report.draw_bars([row for row in rows if row["benchmark"] == "schedules"], args.png)
-            return 0
-        rows = args.run(args)
-        report.save(rows, args.json, args.benchmark)
-        if rows:
-            facts = {
-                "benchmark": args.benchmark,
-                "command": report.command(),
-                "machine": report.machine(),
-            }
-            print(report.markdown([facts | row for row in rows]))
-        if rows and getattr(args, "png", None):
-            report.draw_bars(rows, args.png)
-    except (ValueError, RankError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    if args.benchmark == "table":
+        rows = report.load(args.files)
+        print(report.markdown(rows))
+        if args.png:
+            report.draw_bars([row for row in rows if row["benchmark"] == "schedules"], args.png)
+        return 0
+    rows = args.run(args)
+    report.save(rows, args.json, args.benchmark)
+    if rows:
+        facts = {
+            "benchmark": args.benchmark,
+            "command": report.command(),
+            "machine": report.machine(),
+        }
+        print(report.markdown([facts | row for row in rows]))
+    if rows and getattr(args, "png", None):
+        report.draw_bars(rows, args.png)
     return 0

@@ -27,6 +27,7 @@ from ds_local.cli.arguments import (
 from ds_local.config import strict_json
 from ds_local.config.files import local_parallel
 from ds_local.config.schema import SECTION, LocalParallelConfig
+from ds_local.errors import ConfigError
 from ds_local.outputs import new_file, write_file
 from ds_local.schedules.drawing import chrome_trace, draw
 from ds_local.schedules.peers import PEERS
@@ -135,7 +136,7 @@ def section_for(
         )
         count = args.backprop_micro_batches
         if count != "auto" and count > args.micro_batches:
-            raise ValueError(
+            raise ConfigError(
                 f"--backprop-micro-batches {count} exceeds --micro-batches {args.micro_batches}"
             )
         if count:

@@ -229,7 +229,7 @@ class LocalPipelineEngine(StageUpdates):
         Raises:
             TransportError: when a neighbour is gone or silent.
             NonFiniteError: after more steps in a row that are not finite than "on_nonfinite" allows.
-            RuntimeError: when the data runs out.
+            OutOfData: when the data runs out.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError(

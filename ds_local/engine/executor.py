@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.engine import finite
-from ds_local.errors import ConfigError
+from ds_local.errors import ConfigError, OutOfData
 from ds_local.links.messages import (
     Slots,
     activation_message,
@@ -152,7 +152,7 @@ class Executor:
             batch = next(self._data)
         except StopIteration:
             number = max(micro_batch, -1 - micro_batch)  # those of an evaluation are negative
-            raise RuntimeError(
+            raise OutOfData(
                 f"the data ran out at micro-batch {number}; wrap the loader in "
                 "deepspeed.utils.RepeatingLoader, or stop earlier"
             ) from None

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_local.config.files import local_parallel
+from ds_local.errors import ConfigError
 from ds_local.model import blocks
 from ds_local.model.flops import choose_parts
 from ds_local.schedules.list_scheduler import make_schedule
@@ -63,17 +64,17 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of `benchmark.py gpu`.
 
     Raises:
-        ValueError: without a CUDA device, except in a dry run.
+        ConfigError: without a CUDA device, except in a dry run.
     """
     if args.dry_run:
         args.models, args.tokens, args.sequences, args.repeats = ["tiny"], 16, 2, 2
     elif not torch.cuda.is_available():
-        raise ValueError(
+        raise ConfigError(
             "benchmark.py gpu needs a CUDA device; --dry-run shows on the CPU that it works"
         )
     unknown = set(args.models) - set(MODELS)
     if unknown:
-        raise ValueError(
+        raise ConfigError(
             f"no model is called {sorted(unknown)[0]!r}; there are {', '.join(MODELS)}"
         )
     bench = _Bench(args)

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
+from ds_local.errors import DsLocalError
+
 TIMEOUT_SECONDS = 120
 
 
@@ -29,7 +31,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-class RankError(AssertionError):
+class RankError(DsLocalError, RuntimeError):
     """A rank failed; the message is its traceback."""
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ds_local.config.files import local_parallel
 from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
+from ds_local.errors import ConfigError
 from ds_local.measure.ranks import Pool
 from ds_local.model.flops import choose_parts
 
@@ -265,10 +266,10 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of `benchmark.py real`.
 
     Raises:
-        ValueError: for arguments that contradict each other.
+        ConfigError: for arguments that contradict each other.
     """
     if args.target_loss is not None and args.data is None:
-        raise ValueError("--target-loss needs --data DIR, a folder of scripts/prepare_data.py")
+        raise ConfigError("--target-loss needs --data DIR, a folder of scripts/prepare_data.py")
     systems = [
         key
         for key in SYSTEMS

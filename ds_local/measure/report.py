@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ds_local.config import strict_json
+from ds_local.errors import DataError
 from ds_local.outputs import new_file, write_file
 
 Row = dict[str, Any]
@@ -43,7 +44,7 @@ def load(paths: Iterable[Path]) -> list[Row]:
     """Rows of files written by `save`.
 
     Raises:
-        ValueError: naming the file that is none.
+        DataError: naming the file that is none.
     """
     rows: list[Row] = []
     for path in paths:
@@ -52,7 +53,7 @@ def load(paths: Iterable[Path]) -> list[Row]:
             if not all("benchmark" in row for row in found):
                 raise ValueError("rows without a benchmark")
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} was not written by --json: {error}") from error
+            raise DataError(f"{path} was not written by --json: {error}") from error
         rows += found
     return rows
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_local.config.files import local_parallel
+from ds_local.errors import ConfigError
 from ds_local.measure import emulated
 from ds_local.schedules.peers import gpipe, one_f_one_b
 from ds_local.schedules.routes import make_routes
@@ -195,14 +196,14 @@ def choose(names: Sequence[str] | None) -> list[System]:
     """The systems with these names, or with names that contain them; all without.
 
     Raises:
-        ValueError: for a name that fits none.
+        ConfigError: for a name that fits none.
     """
     everything = [system.name for system in SYSTEMS]
     chosen: set[str] = set() if names else set(everything)
     for name in names or ():
         fits = [name] if name in everything else [one for one in everything if name in one]
         if not fits:
-            raise ValueError(f"no system is called {name!r}; there are {', '.join(everything)}")
+            raise ConfigError(f"no system is called {name!r}; there are {', '.join(everything)}")
         chosen.update(fits)
     return [system for system in SYSTEMS if system.name in chosen]
 

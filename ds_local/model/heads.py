@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ds_local.errors import ConfigError
+
 IGNORE = -100  # label of a position that does not count, as in Hugging Face models
 
 State = Tensor | dict[str, Tensor]  # hidden [B, T, D], alone or with a mask and positions
@@ -142,7 +144,7 @@ def _optional(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise RuntimeError(
+        raise ConfigError(
             f"head.kernel needs the package {package}: pip install {package}, or use kernel 'torch'"
         ) from error
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+from ds_local.errors import ConfigError
+
 
 def balance(costs: Sequence[float], extras: Sequence[float]) -> list[int]:
     """Boundaries [0, ..., len(costs)] of `len(extras)` consecutive segments whose largest cost is
@@ -19,11 +21,11 @@ def balance(costs: Sequence[float], extras: Sequence[float]) -> list[int]:
     needlessly heavy.
 
     Raises:
-        ValueError: when there are fewer layers than segments.
+        ConfigError: when there are fewer layers than segments.
     """
     num_layers, num_segments = len(costs), len(extras)
     if num_layers < num_segments:
-        raise ValueError(
+        raise ConfigError(
             f"{num_layers} layers cannot be cut into {num_segments} segments; use fewer stages or a deeper model"
         )
     total = [0.0, *accumulate(costs)]

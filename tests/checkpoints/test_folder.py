@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from kills import killed_everywhere
+from killed import killed_everywhere
 
 from ds_local.checkpoints.facts import FACTS
 from ds_local.checkpoints.folder import (

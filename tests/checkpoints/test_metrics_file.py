@@ -5,7 +5,7 @@ import json
 import math
 
 import pytest
-from kills import killed_everywhere
+from killed import killed_everywhere
 from small_disks import small_disk
 
 from ds_local.checkpoints.metrics_file import MetricsFile

@@ -338,7 +338,6 @@ def test_between_exchanges_replicas_do_not_talk():
 
 
 @pytest.mark.parametrize(("fate", "cause"), [("SIGKILL", "rank 1"), ("SIGSTOP", "nothing came within")])
-@pytest.mark.xfail(reason="the sentence about a killed replica changed; to be mended", strict=False)
 def test_a_replica_that_dies_or_lags_at_an_exchange_is_named(tmp_path, fate, cause):
     section = {"mode": "local", "link": {"timeout_seconds": 8}, "replicas": {"sync": "subnets", "every": 4}}
     processes = start(tmp_path, f"os.kill(os.getpid(), signal.{fate})", 1, stages=1, ranks=2, section=section)

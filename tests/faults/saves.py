@@ -94,6 +94,7 @@ def play(bench: Bench, case: dict[str, Any]) -> Outcome:
     kind, rank = case["kind"], case["rank"]
     if kind == "train":
         return _of_a_run(bench, case)
+    operations(bench, kind, rank)  # what an undisturbed run saves
     folder = bench.folder()
     hooks = {rank: [("kill_at_operation", _hook(folder, kind, case["operation"]))]}
     run = _start(bench, folder, kind, hooks)

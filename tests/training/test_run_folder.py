@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from kills import killed_everywhere
+from killed import killed_everywhere
 from small_disks import small_disk
 from test_folder import save
 

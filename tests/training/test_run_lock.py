@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from kills import in_child, killed_everywhere
+from killed import in_child, killed_everywhere
 
 from ds_local.errors import RunError
 from ds_local.training import run_lock
