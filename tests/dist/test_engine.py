@@ -2,6 +2,7 @@
 DeepSpeed's habits."""
 
 import time
+from functools import cache
 
 import jobs
 import pytest
@@ -21,19 +22,20 @@ PRECISIONS = {
 MIX = {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}
 
 
+SECTIONS = {"local": {"mode": "local"}, "mixed": MIX, "overlapping": {"mode": "overlapping"}}
+
+
+@cache
+def reports_of(name, replicas, precision=None, steps=20):
+    settings = PRECISIONS[precision] if precision else {}
+    return run_ranks(jobs.train, 2 * replicas, SECTIONS[name], 2, steps, **settings)[0]["reports"]
+
+
 @pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize(
-    "section",
-    [{"mode": "local"}, MIX, {"mode": "overlapping"}],
-    ids=["local", "mixed", "overlapping"],
-)
+@pytest.mark.parametrize("section", SECTIONS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_stage_learns_in_every_precision(precision, section, replicas):
-    steps = 20
-    plain = run_ranks(jobs.train, 2 * replicas, section, 2, steps)[0]["reports"]
-    other = run_ranks(jobs.train, 2 * replicas, section, 2, steps, **PRECISIONS[precision])[0][
-        "reports"
-    ]
+    plain, other = reports_of(section, replicas), reports_of(section, replicas, precision)
     for segment in plain[0]:
         fall = plain[0][segment] - plain[-1][segment]
         assert fall > 0.2
