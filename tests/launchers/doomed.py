@@ -14,7 +14,7 @@ import jobs, torch, signal
 section, stages, doom, step = {section!r}, {stages}, {doom}, {step}
 engine = jobs.build(section, stages)
 data = jobs.batches(engine)
-for number in range(200):
+for number in range(5000):
     if engine.global_rank == doom and number == step:
         {fate}
     engine.train_batch(data)
@@ -39,7 +39,7 @@ def start(tmp_path, fate, doom, stages=3, step=5, section=None, ranks=None) -> R
     return launch.start(str(script), ranks=ranks or stages)
 
 
-def finish(run: Run, timeout: float = 120, ranks: list[int] | None = None) -> list[str]:
+def finish(run: Run, timeout: float = 200, ranks: list[int] | None = None) -> list[str]:
     """Output of each rank, once all of them, or those named, have ended."""
     in_time = run.wait(timeout, ranks)
     run.close()
