@@ -15,6 +15,7 @@ Reading order, one room after the other; a room imports only from rooms above it
     engine       runs it all under DeepSpeed
     training     the loop around it, profiles, pictures
     measure      benchmarks beside other pipelines, and the ranks they run on
+    study        methods beside each other on equal tokens: what they cost in quality
     cli          the commands
 
 Words

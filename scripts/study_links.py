@@ -23,6 +23,7 @@ from ds_local.config.files import load_config
 from ds_local.links.trees import Tree
 from ds_local.measure.ranks import Pool
 from ds_local.outputs import write_file
+from ds_local.study.recipes import adamw, cosine
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -72,23 +73,8 @@ def config_of(args: argparse.Namespace, codec: str) -> dict[str, Any]:
             "gradient_clipping": 1.0,
             "steps_per_print": 10**9,
             "bf16": {"enabled": args.bf16},
-            "optimizer": {
-                "type": "AdamW",
-                "params": {
-                    "lr": args.learning_rate,
-                    "betas": [0.9, 0.95],
-                    "weight_decay": 0.1,
-                    "torch_adam": True,
-                },
-            },
-            "scheduler": {
-                "type": "WarmupCosineLR",
-                "params": {
-                    "total_num_steps": args.steps,
-                    "warmup_num_steps": max(1, args.steps // 10),
-                    "cos_min_ratio": 0.1,
-                },
-            },
+            "optimizer": adamw(args.learning_rate),
+            "scheduler": cosine(args.steps, max(1, args.steps // 10)),
             "local_parallel": {
                 "mode": args.mode,
                 "segments_per_stage": args.segments,

@@ -26,6 +26,7 @@ ROOMS = [
     "engine",
     "training",
     "measure",
+    "study",
     "cli",
 ]
 PURE = ["errors", "config", "schedules"]  # neither torch nor DeepSpeed
