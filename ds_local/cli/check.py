@@ -92,7 +92,7 @@ def check_ranks(args: argparse.Namespace) -> None:
     from torch import distributed as dist
 
     from ds_local.cluster import start_check as cluster
-    from ds_local.config.placement import num_stages_and_replicas
+    from ds_local.config.degrees import num_stages_and_replicas
     from ds_local.engine.deepspeed_checks import checked
     from ds_local.engine.process_group import end_processes, start_processes
     from ds_local.model import blocks

@@ -71,7 +71,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=int,
         choices=[0, 1, 2],
         default=0,
-        help="put weight gradients off: 1 as ZB-H1, 2 as ZB-H2",
+        help="defer weight gradients: 1 as ZB-H1, 2 as ZB-H2",
     )
     add("--segments-per-stage", type=whole(1), default=1)
     add(

@@ -61,7 +61,7 @@ class Sample(NamedTuple):
     rows: tuple[Any, ...]
     losses: list[float]  # of each stage, the share of micro-batches that compute its loss
     peak_live: tuple[int, ...]
-    peak_put_off: tuple[int, ...]
+    peak_deferred: tuple[int, ...]
     sends_gradients: bool
 
 
@@ -77,7 +77,7 @@ def sample_of(row: str, stages: int, micro_batches: int) -> Sample:
         rows,
         losses,
         schedule.peak_live,
-        schedule.peak_put_off,
+        schedule.peak_deferred,
         schedule.message_counts()["gradients"] > 0,
     )
 
@@ -244,9 +244,8 @@ class CandidateCost:
             or self.candidate.stages == 1
         ):
             return 0.0
-        passes = (
-            2 if split_backward_of(self.candidate.row) else 3
-        )  # without the weight gradient, which is put off
+        # a split backward defers the weight gradient
+        passes = 2 if split_backward_of(self.candidate.row) else 3
         others = sum(
             passes * one + again
             for one, again in zip(self.pass_seconds[:-1], self.recompute[:-1], strict=True)
@@ -264,8 +263,8 @@ class CandidateCost:
         fixed = 2 * model.itemsize if model.itemsize < 4 else 8
         sharded = (12 if model.itemsize < 4 else 8) / (candidate.replicas if self.zero_stage else 1)
         totals = []
-        for stage, (live, put_off) in enumerate(
-            zip(self.sample.peak_live, self.sample.peak_put_off, strict=True)
+        for stage, (live, deferred) in enumerate(
+            zip(self.sample.peak_live, self.sample.peak_deferred, strict=True)
         ):
             trained, copied = self._head_params(stage)
             state = (self._params(stage) + trained) * (fixed + sharded) + copied * model.itemsize
@@ -275,9 +274,9 @@ class CandidateCost:
             )
             logits = 0 if model.config is None else LOGIT_ROWS * model.config.vocab_size * 8
             # recomputed: one block at a time, and all blocks of a micro-batch whose weight
-            # gradients are put off
+            # gradients are deferred
             recomputed = (
-                one_block * (1 + put_off * self.blocks[stage]) if candidate.recompute else 0
+                one_block * (1 + deferred * self.blocks[stage]) if candidate.recompute else 0
             )
             totals.append(state + live * per_live + recomputed + logits)
         return max(totals) + self.cluster.reserve_gib * GIB

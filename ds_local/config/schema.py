@@ -405,11 +405,11 @@ class LocalParallelConfig(Scheme):
     head: HeadConfig = HeadConfig()
     """Auxiliary heads."""
     split_backward: Annotated[int, Field(ge=0, le=2)] = 0
-    """Send input gradients first and put the weight gradients of linear layers off into the time in
+    """Send input gradients first and defer the weight gradients of linear layers to the time in
     which a stage would wait, in chunks and under backpropagation; meant for one segment a stage. 1:
     with as many live micro-batches on every stage as 1F1B has on its first (ZB-H1); 2: with twice
-    as many, which leaves no bubble from 2P - 1 micro-batches a step on (ZB-H2). What is put off
-    keeps the inputs and output gradients of its layers, under activation checkpointing too."""
+    as many, which leaves no bubble from 2P - 1 micro-batches a step on (ZB-H2). Deferred gradients
+    keep the inputs and output gradients of their layers, under activation checkpointing too."""
     loss_weighting: Literal["micro_batch", "token"] = "micro_batch"
     """What counts the same in a step: its micro-batches (and replicas), as in DeepSpeed, or the
     tokens that they predict, as in an evaluation, over all micro-batches and the replicas that

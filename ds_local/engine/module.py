@@ -28,7 +28,7 @@ from ds_local.checkpoints.folder import HEAD_FILE
 from ds_local.checkpoints.tensors import check_tensors
 from ds_local.cluster.surroundings import complete_environment
 from ds_local.config.deepspeed import batch_sizes, check_number
-from ds_local.config.placement import num_stages_and_replicas
+from ds_local.config.degrees import num_stages_and_replicas
 from ds_local.config.schema import SECTION, LocalParallelConfig
 from ds_local.engine.batches import TokenBatches, split_batch
 from ds_local.engine.deepspeed_checks import checked
@@ -41,8 +41,8 @@ from ds_local.errors import CheckpointError, ConfigError
 from ds_local.links.failures import meeting
 from ds_local.links.trees import map_tensors
 from ds_local.model import blocks, heads
+from ds_local.model.cut import balance
 from ds_local.model.flops import choose_parts
-from ds_local.model.partition import balance
 from ds_local.model.pretrained import Weights, find_weights, load_head, load_layer
 from ds_local.model.split_linear import make_splittable
 from ds_local.replicas.head_copies import Copy, planned_copies

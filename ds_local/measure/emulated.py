@@ -21,7 +21,7 @@ from torch import distributed as dist
 
 from ds_local.measure import network
 from ds_local.measure.live import LiveTensors
-from ds_local.model.split_linear import now_or_later
+from ds_local.model.split_linear import weight_grad
 
 EVENTS: list[
     tuple[str, float, float]
@@ -69,7 +69,7 @@ class _SleepBackward(torch.autograd.Function):
             sleep(ctx.what, ctx.seconds)
             return gradient
 
-        return slowly() if ctx.weight is None else now_or_later(ctx.weight, slowly), None, None
+        return slowly() if ctx.weight is None else weight_grad(ctx.weight, slowly), None, None
 
 
 class Stage(nn.Module):

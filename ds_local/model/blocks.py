@@ -146,7 +146,7 @@ def _materialize(config: PretrainedConfig, name: str, *key: int | str) -> nn.Mod
 
 
 class _Conv1D(Conv1D):
-    """GPT-2's linear layer, whose weight is transposed, with a weight gradient that can wait."""
+    """GPT-2's linear layer, whose weight is transposed, with a weight gradient that can be deferred."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ds_local.config.schema import HeadConfig, LocalParallelConfig
 from ds_local.errors import ConfigError
 from ds_local.model import blocks
-from ds_local.model.partition import balance
+from ds_local.model.cut import balance
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import BACKWARD, FORWARD, INPUT_GRADIENT, Schedule
 

@@ -275,7 +275,7 @@ class Subnets(Apart):
 
     def whole_shape(self, tensor: Tensor) -> torch.Size:
         part, name = self._places.get(id(tensor), ("", ""))
-        where = self.layout(part, name)
+        where = self.cut_of(part, name)
         if where is None or self.round is None:
             return tensor.shape
         _, dim, _ = where
@@ -286,7 +286,7 @@ class Subnets(Apart):
     def everything(self) -> Deal:
         return {kind: [torch.arange(units)] * self.group.size for kind, units in self.units.items()}
 
-    def layout(self, part: str, name: str) -> tuple[str, int, int] | None:
+    def cut_of(self, part: str, name: str) -> tuple[str, int, int] | None:
         """(kind, dimension, repeats) of a parameter that is cut, None for one that is shared."""
         if part in self.blocks:
             for kind, cut in self.cuts.items():
@@ -298,14 +298,14 @@ class Subnets(Apart):
     def split(
         self, part: str, slots: Iterable[Slot]
     ) -> tuple[list[tuple[Slot, str, int, int]], list[Slot]]:
-        """(what is cut, with its layout; what is shared)."""
+        """(what is cut, and how; what is shared)."""
         cut, shared = [], []
         for slot in slots:
-            layout = self.layout(part, slot.name)
-            if layout is None:
+            found = self.cut_of(part, slot.name)
+            if found is None:
                 shared.append(slot)
             else:
-                cut.append((slot, *layout))
+                cut.append((slot, *found))
         return cut, shared
 
     # --- exchanges --------------------------------------------------------------------------------

@@ -216,8 +216,8 @@ class Schedule:
         return tuple(peaks)
 
     @cached_property
-    def peak_put_off(self) -> tuple[int, ...]:
-        """Per stage the largest number of split passes whose weight gradients wait at once."""
+    def peak_deferred(self) -> tuple[int, ...]:
+        """Per stage the largest number of split passes with deferred weight gradients at once."""
         peaks = []
         for stage in self.stages:
             halves = {action[1:] for action in stage if action.kind == WEIGHT_GRADIENT}

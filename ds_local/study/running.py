@@ -75,7 +75,7 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
         return False
     result = result_of(run, rows, json.loads((place / "run" / "run.json").read_text()))
     write_file(place / "result.json", strict_json.dumps(result, indent=1))
-    _thin_out(run, place / "run" / "checkpoints")
+    thin_out(run, place / "run" / "checkpoints")
     print(f"{run.name}: {result['loss']:.4f}")
     return True
 
@@ -147,7 +147,7 @@ def result_of(run: Run, rows: list[dict[str, Any]], facts: dict[str, Any]) -> di
     }
 
 
-def _thin_out(run: Run, checkpoints: Path) -> None:
+def thin_out(run: Run, checkpoints: Path) -> None:
     """Remove the checkpoints that no other run begins with."""
     method = METHODS[run.method]
     needed = {run.steps}

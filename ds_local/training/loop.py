@@ -28,8 +28,8 @@ from ds_local.cluster import start_check as cluster
 from ds_local.cluster.surroundings import builds_of, complete_environment
 from ds_local.config.command_line import read_settings
 from ds_local.config.deepspeed import batch_sizes
+from ds_local.config.degrees import num_stages_and_replicas
 from ds_local.config.files import local_parallel
-from ds_local.config.placement import num_stages_and_replicas
 from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
 from ds_local.data.tokenizers import check_same_tokenizer
 from ds_local.engine.deepspeed_checks import checked

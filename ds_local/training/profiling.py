@@ -27,7 +27,7 @@ from ds_local.engine.recorder import Event
 from ds_local.links.messages import parts_of_activation, to_device
 from ds_local.links.transport import Tag
 from ds_local.links.trees import Tree
-from ds_local.model.split_linear import left_out
+from ds_local.model.split_linear import no_weight_grads
 from ds_local.outputs import write_file
 from ds_local.schedules.simulator import Costs, simulate
 
@@ -98,7 +98,8 @@ def _measure_segment(engine: Any, segment: int, hidden: Any, labels: Any) -> dic
         of the run."""
 
         def run() -> None:
-            with context():  # left_out: layers that can split would compute weight gradients although nobody asks for them
+            # no_weight_grads: layers that can defer them would compute them although nobody asks
+            with context():
                 torch.autograd.grad(
                     module.run_segment(segment, hidden), inputs, gradient, allow_unused=True
                 )
@@ -107,7 +108,7 @@ def _measure_segment(engine: Any, segment: int, hidden: Any, labels: Any) -> dic
 
     forward = _seconds(lambda: module.run_segment(segment, hidden))
     backward = through([*wanted, *parameters]) - forward
-    input_grad = through(wanted, left_out) - forward if wanted else backward / 2
+    input_grad = through(wanted, no_weight_grads) - forward if wanted else backward / 2
     costs = {
         "forward": forward,
         "input_grad": max(0.0, input_grad),

@@ -124,7 +124,7 @@ def test_a_mix_keeps_its_share_of_backpropagation(row, micro_batches, backprop):
 
 @pytest.mark.parametrize("mode", ["backprop", "chunked"])
 def test_a_run_is_taken_for_the_row_that_splits_as_it_does(mode):
-    """More micro-batches are alive on every stage; put off, their blocks are kept whole even where
+    """More micro-batches are alive on every stage; deferred, their blocks are kept whole even where
     they were recomputed."""
     from ds_local.model.blocks import load_model_config
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from ds_local.config.deepspeed import SECTIONS, batch_sizes, check_deepspeed
+from ds_local.config.degrees import num_stages_and_replicas
 from ds_local.config.files import load_config, local_parallel
-from ds_local.config.placement import num_stages_and_replicas
 from ds_local.errors import ConfigError
 from ds_local.schedules.run_plan import RunPlan, head_segments
 from ds_local.schedules.simulator import Costs, simulate

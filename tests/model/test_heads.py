@@ -64,18 +64,18 @@ def test_a_head_is_the_familys_norm_and_a_readout(family):
 
 
 @pytest.mark.parametrize("kernel", ["torch", "checkpointed"])
-def test_chunked_loss_equals_plain_loss_in_value_and_gradients(kernel):
+def test_sliced_loss_equals_plain_loss_in_value_and_gradients(kernel):
     hidden, weight = (
         torch.randn(1100, 24),
         torch.randn(2000, 24) / 5,
-    )  # large enough for chunks, and an incomplete last one
+    )  # large enough for slices, and an incomplete last one
     targets = torch.randint(0, 2000, (1100,))
     targets[::7] = IGNORE
     assert hidden.shape[0] * weight.shape[0] > heads._PLAIN_LOGITS
     results = []
-    for chunked in (True, False):
+    for sliced in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        if chunked:
+        if sliced:
             loss = linear_cross_entropy(h, w, targets, kernel)
         else:
             loss = F.cross_entropy(h @ w.T, targets, ignore_index=IGNORE, reduction="sum")
@@ -85,7 +85,7 @@ def test_chunked_loss_equals_plain_loss_in_value_and_gradients(kernel):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_chunked_loss_in_bf16_is_near_plain_loss():
+def test_sliced_loss_in_bf16_is_near_plain_loss():
     torch.manual_seed(0)
     hidden, weight, targets = (
         torch.randn(1100, 24),
@@ -93,10 +93,10 @@ def test_chunked_loss_in_bf16_is_near_plain_loss():
         torch.randint(0, 2000, (1100,)),
     )
     plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
-    chunked = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
-    assert chunked.dtype == torch.float32
+    sliced = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
+    assert sliced.dtype == torch.float32
     # bf16 keeps 8 bits; over four seeds the two differ by 0.2 to 0.8 %
-    assert chunked.item() == pytest.approx(plain.item(), rel=1e-2)
+    assert sliced.item() == pytest.approx(plain.item(), rel=1e-2)
 
 
 def test_kernels_of_missing_packages_say_what_to_install():

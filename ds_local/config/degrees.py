@@ -1,4 +1,4 @@
-"""How the processes of a run divide into pipeline stages and replicas."""
+"""The degrees of parallelism: how many pipeline stages, how many replicas."""
 
 from __future__ import annotations
 
