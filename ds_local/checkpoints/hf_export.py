@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
-from ds_local.checkpoints.folder import FACTS, HEAD_FILE, check_file, latest_tag, locate, read_facts
+from ds_local.checkpoints.facts import FACTS, read_facts
+from ds_local.checkpoints.folder import HEAD_FILE, check_file, latest_tag, locate
 from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.checkpoints.model_card import model_card
 from ds_local.data.tokenizers import fingerprint, load_tokenizer, save_tokenizer

@@ -200,7 +200,7 @@ class PipelineEngineSeam(PipelineEngine):
 
     def use_safe_checkpoints(self) -> None:
         """Read checkpoint files without running what is in them."""
-        self.checkpoint_engine = SafeCheckpointEngine(self._config)
+        self.checkpoint_engine: Any = SafeCheckpointEngine(self._config)
 
     def keep_norms_local(self) -> None:
         """Clip and check overflow per stage: the reductions over all stages would bring the bubble

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.pipe.schedule import ReduceGrads
 from torch import Tensor
 
 from ds_local.engine import instructions, loading, saving
@@ -525,5 +526,5 @@ class LocalPipelineEngine(StageUpdates):
             instruction: _by_executor(method)
             for instruction, method in instructions.METHODS.items()
         },
-        instructions.ReduceGrads: StageUpdates.reduce_gradients,
+        ReduceGrads: StageUpdates.reduce_gradients,
     }

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from ds_local.errors import CheckpointError, NonFiniteError
@@ -181,7 +181,18 @@ def _ordinal(count: int) -> str:
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
-def check_state(engine: Any, what: str, remedy: str) -> None:
+class Holder(Protocol):
+    """A rank with its weights and its optimizer: an engine."""
+
+    stage_id: int
+    global_rank: int
+    basic_optimizer: Any
+
+    @property
+    def module(self) -> nn.Module: ...
+
+
+def check_state(engine: Holder, what: str, remedy: str) -> None:
     """Weights and the optimizer's state on all ranks are finite. A collective call.
 
     Args:

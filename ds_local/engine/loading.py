@@ -12,6 +12,7 @@ from ds_local.checkpoints.facts import layout_changes, read_facts
 from ds_local.checkpoints.folder import agreed_tag, gather, latest_tag, locate, together, verify
 from ds_local.engine.finite import check_state
 from ds_local.engine.saving import facts_of
+from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError
 from ds_local.replicas.subnets import saved_scaling
 
@@ -33,7 +34,7 @@ _OF_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", 
 
 
 def load(
-    engine: Any,
+    engine: StageUpdates,
     read: Callable[[str, bool], tuple[str | None, dict[str, Any]]],
     load_dir: str,
     tag: str | None,
@@ -75,7 +76,9 @@ def load(
     return path, client_state
 
 
-def load_what_fits(engine: Any, load_dir: str, tag: str | None, allowed: Collection[str]) -> str:
+def load_what_fits(
+    engine: StageUpdates, load_dir: str, tag: str | None, allowed: Collection[str]
+) -> str:
     """Load a checkpoint as `load_checkpoint` does, without the optimizer's state or the scheduler's
     where that is of another kind and may be: with "layout" or "scheduler" among what is allowed.
 
@@ -97,7 +100,7 @@ def load_what_fits(engine: Any, load_dir: str, tag: str | None, allowed: Collect
     return f"{' and '.join(said)} starts afresh" if said else ""
 
 
-def same_scheduler(facts: Mapping[str, Any], engine: Any) -> bool:
+def same_scheduler(facts: Mapping[str, Any], engine: StageUpdates) -> bool:
     """Is the checkpoint's scheduler of this run's kind, as far as is known?"""
     own = facts_of(engine)["scheduler"]
     return (
@@ -109,7 +112,12 @@ class _Checks:
     """What this rank would read, against what it has."""
 
     def __init__(
-        self, engine: Any, place: Path, facts: Mapping[str, Any], strict: bool, with_optimizer: bool
+        self,
+        engine: StageUpdates,
+        place: Path,
+        facts: Mapping[str, Any],
+        strict: bool,
+        with_optimizer: bool,
     ) -> None:
         self.engine, self.place, self.facts = engine, place, facts
         self.strict, self.with_optimizer = strict, with_optimizer

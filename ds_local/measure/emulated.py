@@ -123,7 +123,12 @@ def loss_fn(hidden: Tensor, labels: Tensor) -> Tensor:
 
 
 def ds_local(
-    times: Times, stages: int, micro_batches: int, steps: int, link: network.Shape, section: dict
+    times: Times,
+    stages: int,
+    micro_batches: int,
+    steps: int,
+    link: network.Shape,
+    section: dict[str, Any],
 ) -> dict[str, Any]:
     """This package with any `local_parallel` section."""
     import ds_local as package

@@ -173,7 +173,7 @@ class _Context:
             if rotary is None
             else type(skeleton(config).get_submodule(rotary))(config=self.config)
         )
-        self._kept: dict[tuple, dict[str, Any]] = {}
+        self._kept: dict[tuple[Any, ...], dict[str, Any]] = {}
         # the newest mask or positions that a micro-batch gave, and what came of them
         self._newest: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
 

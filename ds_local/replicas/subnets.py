@@ -30,6 +30,7 @@ from ds_local.config.schema import SECTION, ReplicasConfig
 from ds_local.errors import ConfigError
 from ds_local.model import blocks
 from ds_local.model.seeds import seed_for
+from ds_local.replicas.engine import Engine
 from ds_local.replicas.sync import WEIGHTS, Apart, Parcels, Periodic, Slot, Together
 
 
@@ -224,15 +225,16 @@ class Subnets(Apart):
     """Cuts the blocks of an engine and exchanges their parts. Made from outside, after the engine;
     see `make_sync`."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.config = engine.module.hf_config
         self.cuts = {kind: CUTS[self.config.model_type][kind] for kind in self.settings.partition}
-        self.units = {kind: cut.units(self.config) for kind, cut in self.cuts.items()}
+        self.units: dict[str, int] = {
+            kind: cut.units(self.config) for kind, cut in self.cuts.items()
+        }
+        layers = {part: engine.module.get_submodule(part) for part in self.parts}
         self.blocks: dict[str, nn.Module] = {
-            part: engine.module.get_submodule(part).block
-            for part in self.parts
-            if isinstance(engine.module.get_submodule(part), blocks.Block)
+            part: layer.block for part, layer in layers.items() if isinstance(layer, blocks.Block)
         }
         self._full_sizes = {
             (part, path): _attribute(block, path)
@@ -452,13 +454,13 @@ def _attribute(block: nn.Module, path: str) -> int:
     return getattr(block.get_submodule(owner), name)
 
 
-_SYNCS: dict[str, Any] = {
+_SYNCS: dict[str, Callable[[Engine], Together]] = {
     "gradients": lambda engine: Together(),
     "subnets": Subnets,
     "periodic": Periodic,
 }
 
 
-def make_sync(engine: Any) -> Together:
+def make_sync(engine: Engine) -> Together:
     """What the config's "replicas" section asks for. A collective call."""
     return _SYNCS[engine.section.replicas.sync](engine)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from ds_local.config.schema import SECTION, ReplicasConfig
 from ds_local.errors import CheckpointError, LostConnection
 from ds_local.links.waiting import Waiter, is_lost
+from ds_local.replicas.engine import Engine, Module
 
 WEIGHTS = "weights"
 Write = Callable[[Any, str], None]  # state, path
@@ -172,7 +173,7 @@ class ReplicaGroup(Waiter):
         return f"replica {other} of stage {self.stage} (rank {self.ranks[other]})"
 
 
-def replica_group(engine: Any) -> ReplicaGroup:
+def replica_group(engine: Engine) -> ReplicaGroup:
     """A group of this rank's own, for every stage of the engine. A collective call."""
     seconds = engine.section.link.timeout_seconds
     mine = None
@@ -212,7 +213,7 @@ class Apart(Together, ABC):
 
     reduces_gradients = False
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.settings = engine.section.replicas
         self.group = replica_group(engine)
@@ -367,7 +368,7 @@ class Periodic(Apart):
     momentum) costs none.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.has_outer_step = (self.settings.outer_lr, self.settings.outer_momentum) != (1.0, 0.0)
         self.common: dict[str, Tensor] = {}
@@ -412,7 +413,7 @@ def _unlike_steps(state: Mapping[str, Any]) -> list[Tensor]:
     return [value for key, value in state.items() if key != "step"]
 
 
-def parts_of(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+def parts_of(module: Module) -> dict[str, dict[str, nn.Parameter]]:
     """The parameters of a stage by layer or head: part -> name in the stage -> parameter."""
     parts: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in module.named_parameters():

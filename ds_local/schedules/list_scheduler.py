@@ -121,12 +121,10 @@ class _ListScheduler:
         self.peak: list[int] = [0] * num_segments
         self.passes_left: dict[tuple[int, int], int] = {}  # (segment, micro-batch)
         self.missing: dict[Action, int] = {}  # inputs a pass still waits for
-        self.readers: dict[tuple[int, int, int], list[Action]] = defaultdict(
-            list
-        )  # (segment, micro-batch, loss)
-        self.ready: list[list[tuple]] = [
-            [] for _ in range(num_stages)
-        ]  # heaps of passes whose inputs are there
+        # by (segment, micro-batch, loss)
+        self.readers: dict[tuple[int, int, int], list[Action]] = defaultdict(list)
+        # heaps of passes whose inputs are there, most urgent first
+        self.ready: list[list[tuple[bool, int, int, int, Action]]] = [[] for _ in range(num_stages)]
         # weight gradients
         self.deferred: list[deque[Action]] = [deque() for _ in range(num_stages)]
         self.busy = [False] * num_stages

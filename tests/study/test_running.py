@@ -64,7 +64,8 @@ def test_checkpoints_that_no_run_begins_with_are_removed(tmp_path, method, kept)
 def test_a_run_is_trained_once_and_its_tail_goes_on_from_it(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcde"), 3)) for _ in range(16_000)]
-    (tmp_path / "text.txt").write_text(" ".join(words))
+    lines_of_text = (" ".join(words[i : i + 40]) for i in range(0, len(words), 40))
+    (tmp_path / "text.txt").write_text("\n".join(lines_of_text))
     preset = PRESETS[TRIAL]
     small = preset._replace(
         source=str(tmp_path / "text.txt"),
@@ -86,7 +87,7 @@ def test_a_run_is_trained_once_and_its_tail_goes_on_from_it(tmp_path, monkeypatc
         assert result["tokens"] == 20 * small.step_tokens
         assert [tokens for tokens, _ in result["curve"]] == [512 * i for i in range(1, 11)]
     steps = {path.name for path in (trunk / "run" / "checkpoints").glob("global_step*")}
-    assert steps == {f"global_step{step}" for step in (6, 12, 14, 16, 18, 19, 20)}
+    assert steps == {f"global_step{step}" for step in (6, 12, 16, 18, 19, 20)}
     written = (trunk / "result.json").stat().st_mtime_ns
     assert study.main(command) == 0
     assert (trunk / "result.json").stat().st_mtime_ns == written
