@@ -75,7 +75,7 @@ def predicted(layout: Candidate, times: emulated.Times) -> float:
     return pricing.simulate(pricing.price(layout)).step_seconds
 
 
-def measured(pool: Any, layout: Candidate, times: emulated.Times, steps: int) -> float:
+def measured(pool: Pool, layout: Candidate, times: emulated.Times, steps: int) -> float:
     section = section_for(layout.row, layout.micro_batches)
     settings = times, layout.stages, layout.micro_batches, steps, network.Shape(), section
     results = pool.run(emulated.ds_local, layout.stages * layout.replicas, *settings, timeout=300)
@@ -83,7 +83,7 @@ def measured(pool: Any, layout: Candidate, times: emulated.Times, steps: int) ->
 
 
 def compare(
-    pool: Any, layouts: Any = LAYOUTS, seconds: float = SECONDS, steps: int = 6
+    pool: Pool, layouts: Any = LAYOUTS, seconds: float = SECONDS, steps: int = 6
 ) -> list[dict[str, Any]]:
     rows = []
     for row, stages, replicas, micro_batches, head in layouts:
@@ -137,7 +137,7 @@ def profiled(layout: Candidate, folder: str, steps: int) -> float:
 
 
 def compare_real(
-    pool: Any, layouts: Any = REAL_LAYOUTS, repeats: int = 3, steps: int = 20
+    pool: Pool, layouts: Any = REAL_LAYOUTS, repeats: int = 3, steps: int = 20
 ) -> list[dict[str, Any]]:
     """Layouts take turns, so that a busy moment of the machine meets all of them."""
     found: dict[Candidate, list[float]] = {layout: [] for layout in layouts}

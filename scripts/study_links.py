@@ -141,7 +141,8 @@ def main() -> None:
     pool.close()
     plain = {row["seed"]: row["loss"] for row in rows if row["codec"] == "none"}
     print(
-        f"{'codec':<24} {'seed':>5} {'bytes/token':>11} {'of fp32':>8} {'loss':>8} {'change':>8} {'exported':>9}"
+        f"{'codec':<24} {'seed':>5} {'bytes/token':>11} {'of fp32':>8} {'loss':>8} {'change':>8} "
+        f"{'exported':>9}"
     )
     for row in rows:
         change = (
@@ -150,8 +151,9 @@ def main() -> None:
             else f"{'-':>8}"
         )
         print(
-            f"{row['codec']:<24} {row['seed']:>5} {row['bytes_per_token']:>11.1f} {1 / row['ratio_to_fp32']:>8.1%} "
-            f"{row['loss']:>8.4f} {change} {row['loss_exported']:>9.4f}"
+            f"{row['codec']:<24} {row['seed']:>5} {row['bytes_per_token']:>11.1f} "
+            f"{1 / row['ratio_to_fp32']:>8.1%} {row['loss']:>8.4f} {change} "
+            f"{row['loss_exported']:>9.4f}"
         )
 
 

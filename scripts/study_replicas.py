@@ -21,6 +21,7 @@ from typing import Any
 
 from ds_local.cli.arguments import output_file
 from ds_local.config import strict_json
+from ds_local.measure.ranks import Pool
 from ds_local.outputs import write_file
 from ds_local.study.recipes import adamw, cosine, gpt2
 
@@ -153,7 +154,7 @@ def expected_bytes(
     }
 
 
-def study_costs(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+def study_costs(pool: Pool, args: argparse.Namespace) -> list[dict[str, Any]]:
     model = model_config(256, 4, 512, 64)
     rows: list[dict[str, Any]] = []
     for count in (1, 2, 4):
@@ -211,7 +212,7 @@ def quality_of(
     }
 
 
-def study_quality(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+def study_quality(pool: Pool, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def result_of(name: str, steps: int) -> dict[str, Any]:
@@ -253,7 +254,8 @@ def quality_table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row, replicas in sorted({(r["row"], r["replicas"]) for r in rows}):
         lines += [
-            f"| {row}, R = {replicas} | steps | seeds | loss (lowest-highest) | processor seconds of a replica | sent (MB) |"
+            f"| {row}, R = {replicas} | steps | seeds | loss (lowest-highest) | processor seconds "
+            "of a replica | sent (MB) |"
         ]
         lines += ["|---|---|---|---|---|---|"]
         here = [r for r in rows if (r["row"], r["replicas"]) == (row, replicas)]
@@ -308,8 +310,6 @@ def main() -> None:
     if args.study == "table":
         print(quality_table([row for file in args.files for row in json.loads(file.read_text())]))
         return
-    from ds_local.measure.ranks import Pool
-
     pool = Pool()
     try:
         rows = {"costs": study_costs, "quality": study_quality}[args.study](pool, args)

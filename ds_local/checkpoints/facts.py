@@ -114,7 +114,8 @@ def read_facts(checkpoint: str | Path) -> dict[str, Any]:
     facts = {**found.model_dump(), SECTION: section}
     if found.format >= 2 and found.seal not in (_seal(json.loads(text)), _seal(facts)):
         raise CheckpointError(
-            f"{path} was changed since it was written, its seal does not fit; use another checkpoint"
+            f"{path} was changed since it was written, its seal does not fit; use another "
+            "checkpoint"
         )
     return facts
 

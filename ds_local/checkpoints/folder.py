@@ -89,7 +89,8 @@ def checked_tag(tag: str) -> str:
     """Raises CheckpointError for a tag that is no plain file name."""
     if not _is_tag(tag):
         raise CheckpointError(
-            f"checkpoint tag {tag!r} must be letters, digits, dots, dashes and underscores, not end in .partial"
+            f"checkpoint tag {tag!r} must be letters, digits, dots, dashes and underscores, not "
+            "end in .partial"
         )
     return tag
 
@@ -138,7 +139,8 @@ def latest_tag(folder: str | Path) -> str:
         tag = (folder / "latest").read_text().strip()
     except (OSError, UnicodeDecodeError):
         raise CheckpointError(
-            f"nothing to resume in {folder}: the file 'latest' is missing; complete checkpoints: {_listed(folder)}"
+            f"nothing to resume in {folder}: the file 'latest' is missing; complete checkpoints: "
+            f"{_listed(folder)}"
         ) from None
     if not _is_tag(tag):
         raise CheckpointError(
@@ -148,7 +150,8 @@ def latest_tag(folder: str | Path) -> str:
     if tag not in complete_tags(folder):
         raise CheckpointError(
             whose(folder / tag)
-            or f"{folder}/latest names {tag!r}, which is not complete; complete are: {_listed(folder)}"
+            or f"{folder}/latest names {tag!r}, which is not complete; complete are: "
+            f"{_listed(folder)}"
         )
     return tag
 
@@ -305,7 +308,8 @@ def verify(checkpoint: str | Path) -> dict[str, Any]:
     damaged = [name for name in expected if list(found[name]) != list(expected[name])]
     if damaged:
         raise CheckpointError(
-            f"{checkpoint} is damaged: {', '.join(damaged)} changed since it was written; use another checkpoint"
+            f"{checkpoint} is damaged: {', '.join(damaged)} changed since it was written; use "
+            "another checkpoint"
         )
     return facts
 

@@ -80,13 +80,15 @@ def check_layer(
     missing, unknown = sorted(names.keys() - tensors.keys()), sorted(tensors.keys() - names.keys())
     if missing or unknown:
         raise ExportError(
-            f"{where}: tensors missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
+            f"{where}: tensors missing: {', '.join(missing) or 'none'}; unknown: "
+            f"{', '.join(unknown) or 'none'}"
         )
     for name, tensor in tensors.items():
         wanted = whole[names[name]].shape
         if tensor.shape != wanted:
             raise ExportError(
-                f"{where}: tensor {name} has shape {list(tensor.shape)}, the model needs {list(wanted)}"
+                f"{where}: tensor {name} has shape {list(tensor.shape)}, the model needs "
+                f"{list(wanted)}"
             )
 
 
@@ -143,7 +145,8 @@ class Checkpoint:
             ) from error
         if self.parts[-1] != layers:
             raise ExportError(
-                f"{self.folder}/{FACTS}: segments are cut at {self.parts}, the model has {layers} layers"
+                f"{self.folder}/{FACTS}: segments are cut at {self.parts}, the model has {layers} "
+                "layers"
             )
         # stages cannot share a matrix, so the readout is one of its own
         self.config.tie_word_embeddings = False
@@ -193,8 +196,8 @@ class Checkpoint:
             )
         if segment not in self.exits:
             raise ExportError(
-                f"segment {segment} has no head in {self.folder}: its loss trains no segment in this run; "
-                f"there are exits after the segments {', '.join(map(str, self.exits))}"
+                f"segment {segment} has no head in {self.folder}: its loss trains no segment in "
+                f"this run; there are exits after the segments {', '.join(map(str, self.exits))}"
             )
         return self._load(HEAD_FILE.format(segment))
 
@@ -366,7 +369,8 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
         raise ExportError(str(error)) from error
     if known and fingerprint(tokenizer) != known:
         raise ExportError(
-            f"{source} is not the tokenizer that the run was trained with; copy it from the data folder"
+            f"{source} is not the tokenizer that the run was trained with; copy it from the data "
+            "folder"
         )
     save_tokenizer(tokenizer, folder, ExportError)
 

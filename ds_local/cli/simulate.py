@@ -58,7 +58,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=number_or_auto,
         default=0,
         metavar="N|auto",
-        help="micro-batches of the step that run real backpropagation; auto: as many as the pipeline hides",
+        help="micro-batches of the step that run real backpropagation; auto: as many as the "
+        "pipeline hides",
     )
     add(
         "--correction",
@@ -102,7 +103,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     costs.add_argument(
         "--model",
-        help="Hugging Face config: times from its floating-point operations, stages balanced by them",
+        help="Hugging Face config: times from its floating-point operations, stages balanced by "
+        "them",
     )
     costs.add_argument(
         "--deepspeed_config", help="with --model: head and partition options from this file"
@@ -204,10 +206,13 @@ def describe(timeline: Timeline) -> str:
     report = timeline.report()
     live = timeline.schedule.peak_live
     lines = [
-        f"{report['schedule']}: one step alone {report['makespan']:g}, in a long run {report['steady_period']:g} a step, "
-        f"idle {report['idle_share']:.1%} (alone {report['idle_share_alone']:.1%})",
-        f"  live micro-batches {', '.join(map(str, live)) if len(live) <= WIDEST else f'at most {max(live)}'}; "
-        f"messages a step: {report['messages']['activations']} activations, {report['messages']['gradients']} gradients",
+        f"{report['schedule']}: one step alone {report['makespan']:g}, in a long run "
+        f"{report['steady_period']:g} a step, idle {report['idle_share']:.1%} (alone "
+        f"{report['idle_share_alone']:.1%})",
+        "  live micro-batches "
+        f"{', '.join(map(str, live)) if len(live) <= WIDEST else f'at most {max(live)}'}; "
+        f"messages a step: {report['messages']['activations']} activations, "
+        f"{report['messages']['gradients']} gradients",
     ]
     return "\n".join(lines)
 

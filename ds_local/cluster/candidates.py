@@ -55,7 +55,8 @@ class Cluster:
 
     nodes: int
     devices_per_node: int
-    tflops: float  # sustained in matrix products of training, per device: peak times the share that is reached
+    # sustained in matrix products of training, per device: peak times the share that is reached
+    tflops: float
     memory_gib: float  # per device
     link_gbps: float  # of a node's network card, each way, shared by its devices
     intra_gbps: float  # between two devices of a node, each way
@@ -133,7 +134,8 @@ class Candidate:
         heads = f" ({self.heads} heads)" if self.heads else ""
         return (
             f"{self.row}{heads}: {self.stages} stages{where} x {self.replicas} replicas, "
-            f"{self.micro_batches} x {self.micro_batch} sequences{', recomputing' if self.recompute else ''}"
+            f"{self.micro_batches} x {self.micro_batch} "
+            f"sequences{', recomputing' if self.recompute else ''}"
         )
 
 

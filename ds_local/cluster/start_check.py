@@ -35,7 +35,8 @@ PACKAGES = ("ds_local", "torch", "deepspeed", "transformers")
 
 # what must be equal on all ranks -> remedy
 REMEDIES = {
-    "world_size": "start all ranks with one launcher command, or give every node the same --nnodes and hostfile",
+    "world_size": "start all ranks with one launcher command, or give every node the same "
+    "--nnodes and hostfile",
     "versions": "install the same packages everywhere (constraints.txt)",
     "code": "bring every node to the same checkout",
     "config": "give every node the same config files and arguments",
@@ -107,7 +108,8 @@ class Assembly:
         serves = self.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         if serves and _is_taken(port):
             raise ClusterError(
-                f"{self.here}: port {port} is in use, perhaps by another job; pass --master_port with a free one"
+                f"{self.here}: port {port} is in use, perhaps by another job; pass --master_port "
+                "with a free one"
             )
         try:
             return dist.TCPStore(
@@ -122,8 +124,8 @@ class Assembly:
         except (RuntimeError, ValueError) as error:  # torch raises several kinds, all of these
             raise ClusterError(
                 f"{self.here} cannot reach rank 0 at {address}:{port} within "
-                f"{self.limit_seconds:.0f} s; is rank 0 running, is this an address of its machine, does a "
-                f"firewall close the port? ({str(error).splitlines()[0][:120]})"
+                f"{self.limit_seconds:.0f} s; is rank 0 running, is this an address of its "
+                f"machine, does a firewall close the port? ({str(error).splitlines()[0][:120]})"
             ) from error
 
     def gather(self, name: str, value: Any) -> dict[int, Any]:
@@ -178,7 +180,8 @@ class Assembly:
                 verdict = self._store.get(key).decode()
             except RuntimeError as error:
                 raise ClusterError(
-                    f"{self.here} waited {time.monotonic() - began:.0f} s for rank 0's word; see what rank 0 says"
+                    f"{self.here} waited {time.monotonic() - began:.0f} s for rank 0's word; see "
+                    "what rank 0 says"
                 ) from error
         if verdict:
             self._leave_last(f"{name}/read")
@@ -254,8 +257,9 @@ def _absent(found: Mapping[int, Any], assembly: Assembly) -> str:
         for host, ranks in _by_host({r: f for r, f in found.items() if isinstance(f, dict)}).items()
     )
     return (
-        f"{'rank' if len(missing) == 1 else 'ranks'} {spans(missing)} of {assembly.world_size} did not come within "
-        f"{assembly.limit_seconds:.0f} s (here are {present or 'all others'}); start them, or look why they ended"
+        f"{'rank' if len(missing) == 1 else 'ranks'} {spans(missing)} of {assembly.world_size} did "
+        f"not come within {assembly.limit_seconds:.0f} s (here are {present or 'all others'}); "
+        "start them, or look why they ended"
     )
 
 
@@ -272,8 +276,8 @@ def _different(everybody: Mapping[int, dict[str, Any]]) -> str:
                         for of in (theirs, ours)
                     )
                 return (
-                    f"rank {rank} on {facts['host']} differs from rank 0 on {first['host']} in its {key.replace('_', ' ')}: "
-                    f"{theirs} instead of {ours}; {remedy}"
+                    f"rank {rank} on {facts['host']} differs from rank 0 on {first['host']} in its "
+                    f"{key.replace('_', ' ')}: {theirs} instead of {ours}; {remedy}"
                 )
     return ""
 
@@ -294,8 +298,9 @@ def _unreachable(assembly: Assembly, facts: dict[str, Any], ranks: Iterable[int]
             except OSError as error:
                 why = f"{other['address']} does not answer ({error.strerror or error})"
         return (
-            f"rank {assembly.rank} on {facts['host']} cannot reach rank {rank} on {other['host']}: {why}; set "
-            "GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) on every node to the interface that connects them"
+            f"rank {assembly.rank} on {facts['host']} cannot reach rank {rank} on {other['host']}: "
+            f"{why}; set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) on every node to the "
+            "interface that connects them"
         )
     return ""
 

@@ -135,7 +135,8 @@ _REFUSED: tuple[tuple[Path, Any, str], ...] = (
     (
         ("fp16", "enabled"),
         bool,
-        "fp16 needs an overflow check over all stages, and DeepSpeed leaves the loss unscaled under ZeRO-0; use bf16",
+        "fp16 needs an overflow check over all stages, and DeepSpeed leaves the loss unscaled "
+        "under ZeRO-0; use bf16",
     ),
     (("torch_autocast", "enabled"), bool, "autocast is not wired into the stages; use bf16"),
     (
@@ -204,7 +205,8 @@ _REFUSED: tuple[tuple[Path, Any, str], ...] = (
     (
         ("compile", "deepcompile"),
         bool,
-        f"DeepCompile works through ZeRO's hooks, which a pipeline stage does not run; set {SECTION}.compile instead",
+        "DeepCompile works through ZeRO's hooks, which a pipeline stage does not run; set "
+        f"{SECTION}.compile instead",
     ),
     (
         ("tensor_parallel", "autotp_size"),
@@ -215,19 +217,20 @@ _REFUSED: tuple[tuple[Path, Any, str], ...] = (
     (
         ("flops_profiler", "enabled"),
         bool,
-        "it profiles forward passes that a local pipeline does not make; use scripts/train.py --profile for measured "
-        "times, scripts/simulate.py --model for operations",
+        "it profiles forward passes that a local pipeline does not make; use scripts/train.py "
+        "--profile for measured times, scripts/simulate.py --model for operations",
     ),
     (
         ("wall_clock_breakdown",),
         bool,
-        "its timers are in passes that a local pipeline does not make and would show 0; use scripts/train.py --profile, "
-        "and step_seconds and idle_share in metrics.jsonl",
+        "its timers are in passes that a local pipeline does not make and would show 0; use "
+        "scripts/train.py --profile, and step_seconds and idle_share in metrics.jsonl",
     ),
     (
         ("checkpoint", "load_universal"),
         bool,
-        "universal checkpoints do not know auxiliary heads; load weights with load_module_only=True",
+        "universal checkpoints do not know auxiliary heads; load weights with "
+        "load_module_only=True",
     ),
     (
         ("checkpoint", "use_node_local_storage"),
@@ -247,18 +250,20 @@ _FP32_ONLY: tuple[tuple[Path, Any, str], ...] = (
     (
         (SECTION, "clip_multipliers"),
         bool,
-        "DeepSpeed's bf16 and ZeRO optimizers clip a whole stage at once; use lr_multipliers instead",
+        "DeepSpeed's bf16 and ZeRO optimizers clip a whole stage at once; use lr_multipliers "
+        "instead",
     ),
     (
         (SECTION, "diagnostics"),
         bool,
-        "DeepSpeed's bf16 and ZeRO optimizers take gradients away as they arise; look at a run in fp32",
+        "DeepSpeed's bf16 and ZeRO optimizers take gradients away as they arise; look at a run in "
+        "fp32",
     ),
     (
         (SECTION, "replicas", "sync"),
         lambda v: v != "gradients",
-        "DeepSpeed's bf16 and ZeRO optimizers shard their state over the very replicas that train apart; remove bf16 and "
-        "zero_optimization, or use sync 'gradients'",
+        "DeepSpeed's bf16 and ZeRO optimizers shard their state over the very replicas that train "
+        "apart; remove bf16 and zero_optimization, or use sync 'gradients'",
     ),
 )
 # keys from the top down -> (kind, least, most)
@@ -313,7 +318,8 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
         if value == "auto" and known and not any(path[: len(own)] == own for own in _OWN_AUTO):
             instead = _AUTO.get(path[-1], "remove it, so that DeepSpeed's default holds")
             raise ConfigError(
-                f'{".".join(path)} is "auto", which only Hugging Face\'s Trainer fills in; {instead}'
+                f'{".".join(path)} is "auto", which only Hugging Face\'s Trainer fills in; '
+                f"{instead}"
             )
     for key in SECTIONS:
         if not isinstance(config.get(key, {}), Mapping):
@@ -387,7 +393,8 @@ def batch_sizes(config: Mapping[str, Any], num_replicas: int) -> tuple[int, int]
     accumulation = config.get("gradient_accumulation_steps")
     if total is None and micro is None:
         raise ConfigError(
-            "set train_micro_batch_size_per_gpu and gradient_accumulation_steps, or train_batch_size"
+            "set train_micro_batch_size_per_gpu and gradient_accumulation_steps, or "
+            "train_batch_size"
         )
     if micro is None:
         accumulation = accumulation or 1
@@ -400,7 +407,8 @@ def batch_sizes(config: Mapping[str, Any], num_replicas: int) -> tuple[int, int]
         or (total is not None and total != micro * accumulation * num_replicas)
     ):
         raise ConfigError(
-            f"train_batch_size {total} is not train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps "
-            f"{accumulation} x {num_replicas} replicas; change one of them, or leave train_batch_size out"
+            f"train_batch_size {total} is not train_micro_batch_size_per_gpu {micro} x "
+            f"gradient_accumulation_steps {accumulation} x {num_replicas} replicas; change one of "
+            "them, or leave train_batch_size out"
         )
     return micro, accumulation

@@ -24,10 +24,12 @@ def num_stages_and_replicas(
     stages = num_stages or section.num_stages or world_size
     if num_stages and section.num_stages and num_stages != section.num_stages:
         raise ConfigError(
-            f"num_stages is {num_stages} but {SECTION}.num_stages is {section.num_stages}; make them agree"
+            f"num_stages is {num_stages} but {SECTION}.num_stages is {section.num_stages}; make "
+            "them agree"
         )
     if world_size % stages:
         raise ConfigError(
-            f"{world_size} processes cannot be divided into {stages} stages; start a multiple of {stages} processes"
+            f"{world_size} processes cannot be divided into {stages} stages; start a multiple of "
+            f"{stages} processes"
         )
     return stages, world_size // stages

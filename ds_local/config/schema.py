@@ -175,11 +175,13 @@ class Scheme(Row):
                 e.micro_batches == "auto" for e in self.mix
             ):
                 raise ValueError(
-                    'micro_batches "auto" is for the first of two entries, the second one takes the rest'
+                    'micro_batches "auto" is for the first of two entries, the second one takes '
+                    "the rest"
                 )
         if self.correction and len(self.mix or ()) != 2:
             raise ValueError(
-                f"correction is between the two entries of a mix, got {len(self.mix or ())}: leave it out"
+                f"correction is between the two entries of a mix, got {len(self.mix or ())}: leave "
+                "it out"
             )
         return self
 
@@ -355,7 +357,8 @@ class ReplicasConfig(Strict):
     def _parts_once_each(self) -> ReplicasConfig:
         if not self.partition or len(set(self.partition)) < len(self.partition):
             raise ValueError(
-                f"partition must name attention_heads, mlp or both, once each, got {list(self.partition)}"
+                "partition must name attention_heads, mlp or both, once each, got "
+                f"{list(self.partition)}"
             )
         return self
 
@@ -453,8 +456,8 @@ class LocalParallelConfig(Scheme):
             and self.head.blocks
         ):
             raise ValueError(
-                "head.blocks_from 'next_tracked' follows whole blocks, but with replicas.sync 'subnets' each replica holds "
-                "a part of them; use 'next' or 'new'"
+                "head.blocks_from 'next_tracked' follows whole blocks, but with replicas.sync "
+                "'subnets' each replica holds a part of them; use 'next' or 'new'"
             )
         return self
 
@@ -472,7 +475,8 @@ class LocalParallelConfig(Scheme):
                 or any(a >= b for a, b in pairwise(ends))
             ):
                 raise ValueError(
-                    f"phases need increasing until_step values and a last phase without one, got {given}"
+                    "phases need increasing until_step values and a last phase without one, got "
+                    f"{given}"
                 )
         if self.cycle_steps is not None:
             self._check_cycle(self.cycle_steps)
@@ -482,12 +486,14 @@ class LocalParallelConfig(Scheme):
         last_start = self.schemes()[-1][0]
         if not last_start or last_start >= steps:
             raise ValueError(
-                f"cycle_steps must end in the last of several phases, after step {last_start}, got {steps}"
+                f"cycle_steps must end in the last of several phases, after step {last_start}, got "
+                f"{steps}"
             )
         period = math.lcm(*(scheme.period for _, scheme in self.schemes()))
         if steps % period:
             raise ValueError(
-                f"shifted chunks come round every {period} steps: make cycle_steps a multiple of that, got {steps}"
+                f"shifted chunks come round every {period} steps: make cycle_steps a multiple of "
+                f"that, got {steps}"
             )
 
     def check_lengths(self, num_segments: int) -> None:
@@ -501,7 +507,8 @@ class LocalParallelConfig(Scheme):
         for key, (value, wanted) in lists.items():
             if isinstance(value, tuple) and len(value) != wanted:
                 raise ConfigError(
-                    f"{SECTION}.{key} has {len(value)} entries; {num_segments} segments need {wanted}: change the list"
+                    f"{SECTION}.{key} has {len(value)} entries; {num_segments} segments need "
+                    f"{wanted}: change the list"
                 )
 
     @property

@@ -158,7 +158,8 @@ def _files_of(source: str, skipped: Skipped, skip: Sequence[str]) -> list[Path]:
     root = Path(source)
     if not str(source).strip() or not root.exists():
         raise DataError(
-            f"source {str(source)!r} does not exist; give a file, a folder, python-stdlib or hub:NAME"
+            f"source {str(source)!r} does not exist; give a file, a folder, python-stdlib or "
+            "hub:NAME"
         )
     if not root.is_dir():
         if not root.is_file():

@@ -217,6 +217,6 @@ def _check_precision(config: Mapping[str, Any]) -> None:
         )
         if key != constants.BUFFER_DTYPE and dtype != own and not sums_in_fp32:
             raise ConfigError(
-                f"data_types.{key} is {text!r} but the weights are {str(own).removeprefix('torch.')}; "
-                "make them agree, or remove it"
+                f"data_types.{key} is {text!r} but the weights are "
+                f"{str(own).removeprefix('torch.')}; make them agree, or remove it"
             )

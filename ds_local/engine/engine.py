@@ -229,7 +229,8 @@ class LocalPipelineEngine(StageUpdates):
 
         Raises:
             TransportError: when a neighbour is gone or silent.
-            NonFiniteError: after more steps in a row that are not finite than "on_nonfinite" allows.
+            NonFiniteError: after more steps in a row that are not finite than "on_nonfinite"
+                allows.
             OutOfData: when the data runs out.
         """
         if not torch.is_grad_enabled():

@@ -167,8 +167,9 @@ class Events:
                 self.tell(facts | event)
             in_a_row = f", the {_ordinal(count)} time in a row" if count > 1 else ""
             raise NonFiniteError(
-                f"{_WORDS[kind].format(segment)} not finite in step {step} on {self._who}{in_a_row}; "
-                "go on from the latest checkpoint with a lower learning rate or other data, or let "
+                f"{_WORDS[kind].format(segment)} not finite in step {step} on "
+                f"{self._who}{in_a_row}; go on from the latest checkpoint with a lower learning "
+                "rate or other data, or let "
                 'more such steps pass with local_parallel.on_nonfinite {"skip": n}'
             )
 

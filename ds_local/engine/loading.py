@@ -17,8 +17,8 @@ from ds_local.errors import CheckpointError
 from ds_local.replicas.subnets import saved_scaling
 
 WEIGHTS_ONLY = (
-    "keep the layout, or load weights only: load_optimizer_states=False (step and schedule go on) or "
-    "load_module_only=True; scripts/train.py --resume --allow-change layout"
+    "keep the layout, or load weights only: load_optimizer_states=False (step and schedule go on) "
+    "or load_module_only=True; scripts/train.py --resume --allow-change layout"
 )
 _STATE = {  # of DeepSpeed's mp_rank files
     "module": object,

@@ -129,8 +129,9 @@ class LocalPipelineModule(PipelineModuleSeam):
         self.section.check_lengths(num_segments)
         if num_segments > len(layers):
             raise ConfigError(
-                f"{num_stages} stages x {self.section.segments_per_stage} segments need at least {num_segments} layers, "
-                f"the model has {len(layers)}; lower num_stages or segments_per_stage"
+                f"{num_stages} stages x {self.section.segments_per_stage} segments need at least "
+                f"{num_segments} layers, the model has {len(layers)}; lower num_stages or "
+                "segments_per_stage"
             )
         if num_stages > 1 and (tied := _tied(layers)):
             raise ConfigError(
@@ -149,14 +150,15 @@ class LocalPipelineModule(PipelineModuleSeam):
                 or not rising
             ):
                 raise ConfigError(
-                    f"local_parallel.parts is {list(parts)}; it needs {num_segments + 1} increasing numbers "
-                    f"from 0 to the number of layers, {len(layers)}"
+                    f"local_parallel.parts is {list(parts)}; it needs {num_segments + 1} "
+                    f"increasing numbers from 0 to the number of layers, {len(layers)}"
                 )
         if (
             head_segments(self.section, num_segments) and self._make_head is None
         ):  # also refuses routes that do not fit
             raise ConfigError(
-                "the routes give segments before the last a loss; pass head=make_head to LocalPipelineModule"
+                "the routes give segments before the last a loss; pass head=make_head to "
+                "LocalPipelineModule"
             )
 
     # --- building ---------------------------------------------------------------------------------
@@ -206,7 +208,8 @@ class LocalPipelineModule(PipelineModuleSeam):
         """
         if self.section.split_backward:
             raise ConfigError(
-                "engine.compile() makes one piece of what local_parallel.split_backward takes apart; leave one out"
+                "engine.compile() makes one piece of what local_parallel.split_backward takes "
+                "apart; leave one out"
             )
         super().compile(*args, **kwargs)
         for head in self.heads.values():
@@ -529,8 +532,8 @@ def causal_lm(
     section.check_lengths(num_segments)
     if num_segments > depth:
         raise ConfigError(
-            f"{stages} stages x {section.segments_per_stage} segments need at least {num_segments} blocks, "
-            f"the model has {depth}; lower num_stages or use a deeper model"
+            f"{stages} stages x {section.segments_per_stage} segments need at least {num_segments} "
+            f"blocks, the model has {depth}; lower num_stages or use a deeper model"
         )
     _check_widths(hf_config, section, stages)
     check_cut(hf_config, section.replicas, _world_size() // stages, pretrained is not None)
@@ -539,7 +542,8 @@ def causal_lm(
         check_number("seq_len", seq_len)
     if seq_len is not None and seq_len > longest:
         raise ConfigError(
-            f"sequences have {seq_len} tokens but the model takes at most {longest}; prepare data with --seq-len {longest}"
+            f"sequences have {seq_len} tokens but the model takes at most {longest}; prepare data "
+            f"with --seq-len {longest}"
         )
 
     seed = section.seed

@@ -78,7 +78,9 @@ def end_processes() -> None:
     """Leave the process group, so that this process may join another one."""
     for engine in list(ENGINES):
         with suppress(RuntimeError):  # a neighbour may be gone
-            engine.destroy()  # hooks of DeepSpeed's bf16 and ZeRO optimizers would keep it, and its links' threads, for ever
+            # hooks of DeepSpeed's bf16 and ZeRO optimizers would keep it, and its links' threads,
+            # for ever
+            engine.destroy()
     ENGINES.clear()
     notices.end()
     if dist.is_initialized():

@@ -1,4 +1,5 @@
-"""The end of a step, stage by stage: averages over replicas, clipping, the finite check, the update.
+"""The end of a step, stage by stage: averages over replicas, clipping, the finite check, the
+update.
 
 What DeepSpeed computes over all stages here (norms, overflow) is computed per stage.
 """

@@ -1,7 +1,8 @@
 """What travels between segments: packed, encoded and unpacked here and nowhere else.
 
 A message is a dict of named tensors. A value that is a tensor goes under its name; any other goes
-as its leaves, `hidden.0`, `hidden.1`, ..., and `hidden=FORM`, which has no bytes: names travel once.
+as its leaves, `hidden.0`, `hidden.1`, ..., and `hidden=FORM`, which has no bytes: names travel
+once.
 """
 
 from __future__ import annotations

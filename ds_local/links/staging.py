@@ -104,8 +104,8 @@ class Direct:
         ranks, devices = ranks_here(), torch.cuda.device_count()
         if ranks > devices:
             raise ConfigError(
-                f"{SECTION}.link.past_host needs a GPU for every rank, but {ranks} ranks share {devices} on this machine; "
-                "set it to false"
+                f"{SECTION}.link.past_host needs a GPU for every rank, but {ranks} ranks share "
+                f"{devices} on this machine; set it to false"
             )
         return "nccl"
 

@@ -368,7 +368,8 @@ class Receiver(_GroupEnd):
         found = Tag(step, micro_batch, bool(last_step))
         if code != _MESSAGE or step != tag.step:
             raise TransportError(
-                f"the {self.name} from {self.peer} brought {found}, expected {tag}; do all ranks run the same configuration?"
+                f"the {self.name} from {self.peer} brought {found}, expected {tag}; do all ranks "
+                "run the same configuration?"
             )
         self.num_bytes += form.num_bytes
         moved = self._staging.to_device(
@@ -410,7 +411,9 @@ class Receiver(_GroupEnd):
         except RuntimeError as error:
             work = _Gone(
                 error
-            )  # no harm if the sender has finished, and all it had to say is in buffers posted before
+                # no harm if the sender has finished, and all it had to say is in buffers posted
+                # before
+            )
         self._under_way.append((work, buffer))
 
 
@@ -432,7 +435,8 @@ def _spec_buffer(spec: dict[str, Any]) -> Tensor:
     data = json.dumps(spec).encode()
     if len(data) > _SPEC_BYTES:
         raise TransportError(
-            f"the shapes of a message take {len(data)} bytes to describe, at most {_SPEC_BYTES} fit; send fewer tensors"
+            f"the shapes of a message take {len(data)} bytes to describe, at most {_SPEC_BYTES} "
+            "fit; send fewer tensors"
         )
     buffer = torch.zeros(_SPEC_BYTES, dtype=torch.uint8)
     buffer[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)

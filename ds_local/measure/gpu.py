@@ -233,7 +233,8 @@ class _Bench:
         useful = self.useful_flops(config, len(numbers), last)
         total = sum(times.values())
         print(
-            f"{model}, stage {stage} of {len(parts) - 1}, compiled {compiled}: {1000 * total:.2f} ms",
+            f"{model}, stage {stage} of {len(parts) - 1}, compiled {compiled}: {1000 * total:.2f} "
+            "ms",
             file=sys.stderr,
         )
         return {

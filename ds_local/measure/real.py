@@ -330,7 +330,8 @@ def _speed_rows(
                 max(pool.run(speed, RANKS, system, job, args.steps, timeout=3600))
             )
             print(
-                f"M={job.micro_batches} {':'.join(system)}, repetition {repeat + 1}: {periods[system][-1]:.3f} s a step",
+                f"M={job.micro_batches} {':'.join(system)}, repetition {repeat + 1}: "
+                f"{periods[system][-1]:.3f} s a step",
                 file=sys.stderr,
             )
     tokens = job.tokens * job.sequences * job.micro_batches
@@ -358,7 +359,8 @@ def _loss_row(
     )[0]
     steps, seconds = reached(curve, args.target_loss) or (None, None)
     print(
-        f"{':'.join(system)}: loss {curve[-1][2]:.3f} after {curve[-1][0]} steps and {curve[-1][1]:.0f} s",
+        f"{':'.join(system)}: loss {curve[-1][2]:.3f} after {curve[-1][0]} steps and "
+        f"{curve[-1][1]:.0f} s",
         file=sys.stderr,
     )
     return _facts(job, system) | {

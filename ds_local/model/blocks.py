@@ -3,8 +3,8 @@
 The layers wrap Hugging Face's own modules and call them by keyword, with the causal mask and the
 positions computed on the spot from the hidden state's shape, so that one tensor is all that travels
 between stages. Where a micro-batch has a mask or positions of its own, layers pass a dict of these
-and the hidden state. Every module is taken from a real `PreTrainedModel`: a block built from a bare config has no
-attention implementation and silently sees the future.
+and the hidden state. Every module is taken from a real `PreTrainedModel`: a block built from a bare
+config has no attention implementation and silently sees the future.
 
 A family of models is one entry of `FAMILIES`. Shapes: B sequences, T tokens, D hidden, V
 vocabulary.
@@ -146,7 +146,8 @@ def _materialize(config: PretrainedConfig, name: str, *key: int | str) -> nn.Mod
 
 
 class _Conv1D(Conv1D):
-    """GPT-2's linear layer, whose weight is transposed, with a weight gradient that can be deferred."""
+    """GPT-2's linear layer, whose weight is transposed, with a weight gradient that can be
+    deferred."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (

@@ -70,7 +70,8 @@ def unit_times(profile: str | Path) -> UnitCosts:
         return UnitCosts(sum(whole) / sum(sizes), costs["head"][-1], heads)
     except (OSError, KeyError, TypeError, IndexError, ZeroDivisionError, ValueError) as error:
         raise ConfigError(
-            f"local_parallel.partition names {profile}, which is no profile written by scripts/train.py --profile: {error}"
+            f"local_parallel.partition names {profile}, which is no profile written by "
+            f"scripts/train.py --profile: {error}"
         ) from error
 
 
@@ -101,7 +102,8 @@ def choose_parts(
         )
         if len(unit.heads) != num_segments - 1:
             raise ConfigError(
-                f"the profile {section.partition} is of {len(unit.heads) + 1} segments, this run has {num_segments}; "
+                f"the profile {section.partition} is of {len(unit.heads) + 1} segments, this run "
+                f"has {num_segments}; "
                 'profile a run with as many, or use partition "cost"'
             )
         costs = [unit.block] * (depth - 1) + [unit.block + unit.readout]

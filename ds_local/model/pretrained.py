@@ -77,9 +77,10 @@ def find_weights(model: str | Path) -> Path | None:
             "whole model"
         )
     raise WeightsError(
-        f"{model} has no safetensors{f' but {others[0]}' if others else ''}; pickled weights can run code when they are read. If "
-        "you trust them, rewrite them with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...); "
-        "for fresh weights use --from-scratch"
+        f"{model} has no safetensors{f' but {others[0]}' if others else ''}; pickled weights can "
+        "run code when they are read. If you trust them, rewrite them with "
+        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...); for fresh weights use "
+        "--from-scratch"
     )
 
 
@@ -165,13 +166,15 @@ class Weights:
         if wanted == f"{family.readout}.weight" and not any(name in self._files for name in names):
             if not self.config.tie_word_embeddings:
                 raise WeightsError(
-                    f"{self.folder} has no tensor {wanted}, and its config does not tie it to the embedding"
+                    f"{self.folder} has no tensor {wanted}, and its config does not tie it to the "
+                    "embedding"
                 )
             return self.name_of(f"{family.tokens}.weight")
         found = next((name for name in names if name in self._files), None)
         if found is None:
             raise WeightsError(
-                f"{self.folder} has no tensor {wanted}, which a model of its config has; is it of another model?"
+                f"{self.folder} has no tensor {wanted}, which a model of its config has; is it of "
+                "another model?"
             )
         return found
 
@@ -194,7 +197,8 @@ class Weights:
         _check_type(self.folder / file, name, dtype)
         if list(shape) != list(target.shape):
             raise WeightsError(
-                f"{self.folder / file}: tensor {name} has shape {shape}, the model needs {list(target.shape)}"
+                f"{self.folder / file}: tensor {name} has shape {shape}, the model needs "
+                f"{list(target.shape)}"
             )
         rows = max(1, _PIECE // max(1, target[:1].numel() * 4))
         for start in range(0, target.shape[0], rows):
@@ -266,15 +270,17 @@ def _read_exported(state: Mapping[str, Tensor], segment: int, folder: Path) -> N
         found = {name.removeprefix(prefix) for name in tensors.keys() if name.startswith(prefix)}  # noqa: SIM118
         if found != set(state):
             raise WeightsError(
-                f"{folder / HEADS_FILE}: the head of segment {segment} has {sorted(found - set(state))} too much and lacks "
-                f"{sorted(set(state) - found)}; use the head options it was trained with, or remove the file"
+                f"{folder / HEADS_FILE}: the head of segment {segment} has "
+                f"{sorted(found - set(state))} too much and lacks {sorted(set(state) - found)}; "
+                "use the head options it was trained with, or remove the file"
             )
         for name, target in state.items():
             tensor = tensors.get_tensor(prefix + name)
             if tensor.shape != target.shape:
                 raise WeightsError(
-                    f"{folder / HEADS_FILE}: tensor {prefix}{name} has shape {list(tensor.shape)}, this run needs "
-                    f"{list(target.shape)}; use the head options it was trained with, or remove the file"
+                    f"{folder / HEADS_FILE}: tensor {prefix}{name} has shape {list(tensor.shape)}, "
+                    f"this run needs {list(target.shape)}; use the head options it was trained "
+                    "with, or remove the file"
                 )
             target.copy_(tensor)
 
@@ -307,7 +313,8 @@ def whole_model(model: str | Path) -> Any:
     wrong = [f"{kind} {sorted(info[f'{kind}_keys'])[0]}" for kind in kinds if info[f"{kind}_keys"]]
     if wrong:
         raise WeightsError(
-            f"{model} has other weights than its config says ({', '.join(wrong)}); is it of another model?"
+            f"{model} has other weights than its config says ({', '.join(wrong)}); is it of "
+            "another model?"
         )
     if not all(parameter.isfinite().all() for parameter in loaded.parameters()):
         raise WeightsError(f"{model} has weights that are NaN or infinite")

@@ -3,9 +3,9 @@ needs.
 
 The backward of a `LinearLayer` gives the input gradient at once. Within `defer_weight_grads()` the
 product that makes the weight gradient is deferred until `run_deferred`, and so it is in any layer
-whose backward returns `weight_grad(...)`. Gradients of all else (biases, norms, embeddings) are cheap and come with the input
-gradient. Splitting a backward so is Zero Bubble's idea (Qi et al. 2024, arXiv 2401.10241); here it
-costs no second walk through the graph.
+whose backward returns `weight_grad(...)`. Gradients of all else (biases, norms, embeddings) are
+cheap and come with the input gradient. Splitting a backward so is Zero Bubble's idea (Qi et al.
+2024, arXiv 2401.10241); here it costs no second walk through the graph.
 """
 
 from __future__ import annotations

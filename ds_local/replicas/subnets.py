@@ -159,13 +159,14 @@ def check_cut(
         return
     if pretrained and settings.scale == "eval":
         raise ConfigError(
-            f"{SECTION}.replicas.scale 'eval' makes the merged model's parts weaker by the number of replicas, which pretrained "
-            "weights do not expect; use scale 'train', or --from-scratch"
+            f"{SECTION}.replicas.scale 'eval' makes the merged model's parts weaker by the number "
+            "of replicas, which pretrained weights do not expect; use scale 'train', or "
+            "--from-scratch"
         )
     if getattr(config, "model_type", None) not in CUTS:
         raise ConfigError(
-            f"{SECTION}.replicas.sync 'subnets' knows the models {', '.join(sorted(CUTS))}, made by causal_lm; "
-            "use one of these, or sync 'periodic'"
+            f"{SECTION}.replicas.sync 'subnets' knows the models {', '.join(sorted(CUTS))}, made "
+            "by causal_lm; use one of these, or sync 'periodic'"
         )
     for kind in settings.partition:
         units = CUTS[config.model_type][kind].units(config)
@@ -176,8 +177,9 @@ def check_cut(
                 else "MLP hidden units"
             )
             raise ConfigError(
-                f"{num_replicas} replicas cannot share the {units} {what} of a block equally; change the number of replicas, "
-                f"or leave {kind!r} out of {SECTION}.replicas.partition"
+                f"{num_replicas} replicas cannot share the {units} {what} of a block equally; "
+                f"change the number of replicas, or leave {kind!r} out of "
+                f"{SECTION}.replicas.partition"
             )
 
 

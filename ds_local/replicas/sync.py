@@ -69,8 +69,8 @@ class Together:
             return []  # nothing but the full model
         kept = {key: theirs[key] for key in ("sync", "every", "partition", "outer_momentum")}
         return [
-            f"the checkpoint's replicas trained apart ({kept}), this run's differ ({dict(own)}): it "
-            "goes on from the merged model, what each replica had of its own is left out"
+            f"the checkpoint's replicas trained apart ({kept}), this run's differ ({dict(own)}): "
+            "it goes on from the merged model, what each replica had of its own is left out"
         ]
 
     def before_load(self) -> None:

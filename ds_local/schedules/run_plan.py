@@ -125,7 +125,8 @@ class RunPlan:
         if rest < 0 or (rest > 0 and None not in counts):
             raise ConfigError(
                 f"{SECTION}.mix names {given} micro-batches but gradient_accumulation_steps is "
-                f"{self.num_micro_batches}; make them agree, or leave micro_batches out of one entry"
+                f"{self.num_micro_batches}; make them agree, or leave micro_batches out of one "
+                "entry"
             )
         followers = [rest if count is None else count for count in counts]
         if scheme.correction and followers[0]:

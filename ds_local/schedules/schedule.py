@@ -55,7 +55,8 @@ class Link(NamedTuple):
 
     kind: str  # "activation" (up) or "gradient" (down)
     lower: int  # the lower of the two segments
-    distance: int = 0  # of a gradient: how far above the lower segment its loss is; each distance has its own link
+    # of a gradient: how far above the lower segment its loss is; each distance has its own link
+    distance: int = 0
 
     def __str__(self) -> str:
         arrow = "->" if self.kind == "activation" else "<-"

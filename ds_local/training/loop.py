@@ -164,8 +164,9 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
     same_tokens = weights is not None and check_same_tokenizer(weights, data.tokenizer_folder)
     if padding < 0 or (padding >= VOCABULARY_PADDING and not same_tokens and not args.resume):
         raise ConfigError(
-            f"{args.model} has vocab_size {hf_config.vocab_size} but the tokenizer in {args.data} has {data.vocab_size} tokens; "
-            f"set vocab_size to {data.vocab_size}, or prepare the data with another tokenizer"
+            f"{args.model} has vocab_size {hf_config.vocab_size} but the tokenizer in {args.data} "
+            f"has {data.vocab_size} tokens; set vocab_size to {data.vocab_size}, or prepare the "
+            "data with another tokenizer"
         )
     if data.seq_len > blocks.num_positions(hf_config):
         raise ConfigError(
@@ -476,7 +477,8 @@ class _Loop:
         what = "stopped as asked" if self.engine.should_stop else "finished"
         print(summary_table(self.metrics.read()))
         print(
-            f"{what} at step {self.engine.global_steps}; loss curves: {picture}; checkpoints: {self.run_folder / 'checkpoints'}"
+            f"{what} at step {self.engine.global_steps}; loss curves: {picture}; checkpoints: "
+            f"{self.run_folder / 'checkpoints'}"
         )
         sys.stdout.flush()
 

@@ -33,7 +33,6 @@ from ds_local.errors import (
     DataError,
     DsLocalError,
     ExportError,
-    OutputError,
     WeightsError,
 )
 
@@ -43,8 +42,8 @@ TEXTS = ["def f(x):\n    return  x", "  two spaces", "héllo ☃", words(50, 3),
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, other data of the same size, the same text prepared once more, and a run of a qwen2 model, for
-    which transformers takes Qwen's own tokenizer whatever is written."""
+    """A folder with data, other data of the same size, the same text prepared once more, and a run
+    of a qwen2 model, for which transformers takes Qwen's own tokenizer whatever is written."""
     place = tmp_path_factory.mktemp("made")
     for name, texts in (("data", [0]), ("other", [1]), ("held-out", [0, 2])):
         source = place / f"{name}.txt"

@@ -144,7 +144,7 @@ def test_fp32_copies_follow_when_the_config_leaves_the_saved_ones_alone(tmp_path
 
 
 # --- what does not fit
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def refusal(folder, section=LOCAL, stages=2, how=None, settings=None):
@@ -400,7 +400,7 @@ def test_a_checkpoint_that_was_moved_aside_is_found(copy, checkpoint):
 
 
 # --- other programs
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def stock_save(folder):
@@ -411,8 +411,9 @@ def stock_save(folder):
 
 def take_weights(folder, settings):
     """As the refusal says: before ds_local.initialize."""
-    import ds_local
     from reference import MODELS
+
+    import ds_local
 
     config = jobs.ds_config(LOCAL, **settings)
     module = ds_local.causal_lm(MODELS["gpt2"], num_stages=2, config=config)
@@ -447,7 +448,7 @@ def test_a_checkpoint_of_the_stock_pipeline_is_named_and_its_weights_can_be_take
 
 
 # --- heads and replicas
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Told(logging.Handler):
@@ -466,7 +467,7 @@ def test_a_head_goes_where_the_cut_agrees_and_nowhere_else(checkpoint, tmp_path)
 
     def loaded(section, stages, **settings):
         told, before, after = [], {}, {}
-        for sentences, own_before, own_after, parts in run_ranks(
+        for sentences, own_before, own_after, _ in run_ranks(
             load_weights, stages, str(checkpoint), section, stages, **settings
         ):
             told += sentences

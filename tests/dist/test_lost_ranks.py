@@ -35,17 +35,29 @@ def start(tmp_path, fate, doom, stages=3, step=5, section=None, ranks=None):
     section = {"mode": "local", "link": {"timeout_seconds": 8}} if section is None else section
     tests = str(Path(__file__).parents[1])
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=tests, section=section, stages=stages, doom=doom, step=step, fate=fate))
+    script.write_text(
+        SCRIPT.format(tests=tests, section=section, stages=stages, doom=doom, step=step, fate=fate)
+    )
     port = free_port()
     processes = []
     for rank in range(ranks or stages):
         environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks or stages), "LOCAL_SIZE": str(ranks or stages),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks or stages),
+            "LOCAL_SIZE": str(ranks or stages),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
         }
         processes.append(
             subprocess.Popen(
-                [sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                [sys.executable, str(script)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
         )
     return processes
@@ -76,7 +88,9 @@ def test_a_killed_stage_ends_all_others_with_its_name(tmp_path, doom):
 
 @pytest.mark.parametrize("doom", [0, 2])
 def test_an_exception_on_one_stage_reaches_all_others(tmp_path, doom):
-    outputs = finish(start(tmp_path, "raise RuntimeError('the disk is on fire')", doom, section=None))
+    outputs = finish(
+        start(tmp_path, "raise RuntimeError('the disk is on fire')", doom, section=None)
+    )
     # the exception is outside train_batch, so the others learn of it by the connection
     for rank, output in enumerate(outputs):
         if rank != doom:
@@ -84,7 +98,8 @@ def test_an_exception_on_one_stage_reaches_all_others(tmp_path, doom):
 
 
 def test_an_error_inside_a_step_travels_with_its_words(tmp_path):
-    fate = "engine.module.run_segment = lambda *_: (_ for _ in ()).throw(ValueError('the disk is on fire'))"
+    failing = "lambda *_: (_ for _ in ()).throw(ValueError('the disk is on fire'))"
+    fate = f"engine.module.run_segment = {failing}"
     outputs = finish(start(tmp_path, fate, 1))
     assert all("the disk is on fire" in output for output in outputs), outputs
     assert "the run ended elsewhere: stage 1 (rank 1) at step 5: the disk is on fire" in outputs[2]
@@ -97,7 +112,9 @@ def test_a_hanging_stage_is_named_within_the_limit(tmp_path):
     for process in (processes[0], processes[2]):
         output = process.communicate(timeout=90)[0]
         assert "stage 1 (rank 1)" in output
-        assert "nothing came within 8 s" in output or "the connection is gone" in output, output[-2000:]
+        assert "nothing came within 8 s" in output or "the connection is gone" in output, output[
+            -2000:
+        ]
     assert time.monotonic() - began < 90
     processes[1].send_signal(signal.SIGCONT)
     finish(processes)
@@ -113,7 +130,11 @@ def test_a_dead_replica_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("told", "ranks", "stages"),
-    [("last", 3, 3), ("all", 4, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("all", 3, 3), ("last", 4, 2)))],
+    [
+        ("last", 3, 3),
+        ("all", 4, 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("all", 3, 3), ("last", 4, 2))),
+    ],
 )
 def test_a_stop_request_ends_all_ranks_at_the_same_step(tmp_path, told, ranks, stages):
     fate = "engine.request_stop()"

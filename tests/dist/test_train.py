@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 from launch import ROOT, command, environment, launch, losses, metrics, script, write_inputs
-from ds_local.cli.train import parse_arguments
 
+from ds_local.cli.train import parse_arguments
 from ds_local.errors import ConfigError
 from ds_local.training.loop import read_inputs
 
@@ -21,14 +21,24 @@ from ds_local.training.loop import read_inputs
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    return write_inputs(folder, csv_monitor={"enabled": True, "output_path": str(folder / "csv"), "job_name": "job"})
+    return write_inputs(
+        folder, csv_monitor={"enabled": True, "output_path": str(folder / "csv"), "job_name": "job"}
+    )
 
 
 @pytest.fixture(scope="module")
 def run(inputs, tmp_path_factory):
     """A run of 8 steps on two stages."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    result = launch({**inputs, "--output": str(folder), "--max-steps": "8", "--eval-every": "4", "--save-every": "4"})
+    result = launch(
+        {
+            **inputs,
+            "--output": str(folder),
+            "--max-steps": "8",
+            "--eval-every": "4",
+            "--save-every": "4",
+        }
+    )
     assert result.returncode == 0, result.stdout
     return folder, result.stdout
 
@@ -45,16 +55,31 @@ def test_metrics_follow_the_contract(run):
     rows = metrics(run[0])
     assert {row["split"] for row in rows} == {"train", "validation"}
     train = [row for row in rows if row["split"] == "train"]
-    assert [(row["step"], row["segment"], row["stage"]) for row in train] == [(s, k, k) for s in range(1, 9) for k in (0, 1)]
-    assert all(row["loss"] > 0 and row["tokens"] == row["step"] * 8 * 16 and row["seconds"] >= 0 for row in train)
-    assert [(row["step"], row["segment"]) for row in rows if row["split"] == "validation"] == [(4, 0), (4, 1), (8, 0), (8, 1)]
+    assert [(row["step"], row["segment"], row["stage"]) for row in train] == [
+        (s, k, k) for s in range(1, 9) for k in (0, 1)
+    ]
+    assert all(
+        row["loss"] > 0 and row["tokens"] == row["step"] * 8 * 16 and row["seconds"] >= 0
+        for row in train
+    )
+    assert [(row["step"], row["segment"]) for row in rows if row["split"] == "validation"] == [
+        (4, 0),
+        (4, 1),
+        (8, 0),
+        (8, 1),
+    ]
 
 
 def test_run_json_tells_what_ran(run):
     facts = json.loads((run[0] / "run.json").read_text())
     assert facts["config"]["local_parallel"]["mix"][0] == {"mode": "backprop", "micro_batches": 1}
     shares, hosts = facts["layout"].pop("auxiliary_flops"), facts["layout"].pop("hosts")
-    assert facts["layout"] == {"stages": 2, "replicas": 1, "segments": 2, "segment_parts": [0, 3, 6]}
+    assert facts["layout"] == {
+        "stages": 2,
+        "replicas": 1,
+        "segments": 2,
+        "segment_parts": [0, 3, 6],
+    }
     assert shares[0][0] > shares[0][1] == 0
     assert list(hosts) == ["stage 0", "stage 1"]
     assert "loss 1" in facts["routes"][0][0]
@@ -66,14 +91,25 @@ def test_run_json_tells_what_ran(run):
 def test_the_monitor_gets_tags_per_stage(run, inputs):
     folder = Path(inputs["--data"]).parent / "csv" / "job"
     names = {path.name for path in folder.iterdir()}
-    assert {"Train_stage_0_segment_0_loss.csv", "Train_stage_1_segment_1_loss.csv", "Train_Samples_train_loss.csv"} <= names
+    assert {
+        "Train_stage_0_segment_0_loss.csv",
+        "Train_stage_1_segment_1_loss.csv",
+        "Train_Samples_train_loss.csv",
+    } <= names
     rows = (folder / "Train_stage_0_segment_0_loss.csv").read_text().splitlines()
     assert len(rows) >= 9
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)]
+)
 def test_resume_gives_identical_losses_under_any_launcher(run, inputs, tmp_path, launcher):
-    settings = {**inputs, "--output": str(tmp_path / "run"), "--eval-every": "4", "--save-every": "4"}
+    settings = {
+        **inputs,
+        "--output": str(tmp_path / "run"),
+        "--eval-every": "4",
+        "--save-every": "4",
+    }
     first = launch({**settings, "--max-steps": "4"}, launcher=launcher)
     assert first.returncode == 0, first.stdout
     second = launch({**settings, "--max-steps": "8"}, "--resume", launcher=launcher)
@@ -89,15 +125,25 @@ def test_the_exported_model_has_the_reported_loss_in_plain_transformers(run, inp
         result = script("export_hf.py", str(run[0]), "--output", str(output), *arguments)
         assert result.returncode == 0, result.stdout
         code = (
-            "import sys, datasets, torch; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T\n"
+            "import sys, datasets, torch; from transformers import AutoModelForCausalLM as A, "
+            "AutoTokenizer as T\n"
             f"model = A.from_pretrained({str(output)!r}); T.from_pretrained({str(output)!r})\n"
-            f"rows = datasets.load_from_disk({inputs['--data']!r})['validation'].with_format('numpy')[:]['input_ids']\n"
+            f"rows = datasets.load_from_disk({inputs['--data']!r})['validation']\n"
+            "rows = rows.with_format('numpy')[:]['input_ids']\n"
             "ids = torch.tensor(rows.astype('int64'))\n"
             "with torch.no_grad(): print(model(input_ids=ids, labels=ids).loss.item())\n"
             "assert 'ds_local' not in sys.modules\n"
         )
-        found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment()).stdout
-        assert float(found.split()[-1]) == pytest.approx(losses(run[0])["validation", 8, segment], abs=1e-4)
+        found = subprocess.run(
+            [sys.executable, "-c", code],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=environment(),
+        ).stdout
+        assert float(found.split()[-1]) == pytest.approx(
+            losses(run[0])["validation", 8, segment], abs=1e-4
+        )
 
 
 def test_the_model_generates_text(run):
@@ -113,11 +159,28 @@ def test_a_profile_predicts_and_a_trace_shows_every_stage(inputs, tmp_path):
     profile = json.loads((folder / "profile.json").read_text())
     assert all(seconds > 0 for part in ("forward", "head") for seconds in profile["costs"][part])
     assert all(seconds > 0 for seconds in profile["measured"]["step_seconds"])
-    events = [event for event in json.loads((folder / "trace.json").read_text())["traceEvents"] if event["ph"] == "X"]
+    events = [
+        event
+        for event in json.loads((folder / "trace.json").read_text())["traceEvents"]
+        if event["ph"] == "X"
+    ]
     assert {event["tid"] for event in events} == {0, 1}
-    assert {"ForwardPass", "GradientPass", "OptimizerStep", "SendActivation"} <= {event["name"] for event in events}
-    shown = script("simulate.py", "--stages", "2", "--micro-batches", "4", "--mode", "local", "--json", "-",
-                   "--profile", str(folder / "profile.json"))
+    assert {"ForwardPass", "GradientPass", "OptimizerStep", "SendActivation"} <= {
+        event["name"] for event in events
+    }
+    shown = script(
+        "simulate.py",
+        "--stages",
+        "2",
+        "--micro-batches",
+        "4",
+        "--mode",
+        "local",
+        "--json",
+        "-",
+        "--profile",
+        str(folder / "profile.json"),
+    )
     assert shown.returncode == 0, shown.stdout
     assert json.loads(shown.stdout)["steady_period"] > 0
 
@@ -133,13 +196,20 @@ def test_sigterm_saves_and_leaves_in_time(inputs, tmp_path, target):
     folder = tmp_path / "run"
     arguments = {**inputs, "--output": str(folder), "--max-steps": "100000"}
     process = subprocess.Popen(
-        command(arguments), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command(arguments),
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         start_new_session=True,
     )
     try:
         wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) > 10, 60)
         told = time.monotonic()
-        if target == "the job":  # as a terminal or a scheduler does; the launcher alone would not pass it on
+        if (
+            target == "the job"
+        ):  # as a terminal or a scheduler does; the launcher alone would not pass it on
             os.killpg(process.pid, signal.SIGTERM)
         else:
             os.kill(rank_process(process.pid), signal.SIGTERM)
@@ -178,13 +248,29 @@ def rank_process(launcher: int) -> int:
     ("change", "said"),
     [
         (("--num-stages", "3"), "2 processes cannot be divided into 3 stages"),
-        pytest.param(("--num-stages", "1", "--segments-per-stage", "5"), "need at least 5 blocks, the model has 4", marks=pytest.mark.slow),
-        pytest.param(("--mode", "interlocking", "--window", "3"), "window is 3 but the model has 2 segments", marks=pytest.mark.slow),
+        pytest.param(
+            ("--num-stages", "1", "--segments-per-stage", "5"),
+            "need at least 5 blocks, the model has 4",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("--mode", "interlocking", "--window", "3"),
+            "window is 3 but the model has 2 segments",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(("--window", "2"), "need --mode", marks=pytest.mark.slow),
-        pytest.param(("--backprop-micro-batches", "9"), "mix names 9 micro-batches but gradient_accumulation_steps is 4", marks=pytest.mark.slow),
+        pytest.param(
+            ("--backprop-micro-batches", "9"),
+            "mix names 9 micro-batches but gradient_accumulation_steps is 4",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(("--data", "/nowhere"), "not a complete data folder", marks=pytest.mark.slow),
         pytest.param(("--model", "/nowhere.json"), "no model config at", marks=pytest.mark.slow),
-        pytest.param(("--deepspeed_config", "/nowhere.json"), "cannot read the DeepSpeed config", marks=pytest.mark.slow),
+        pytest.param(
+            ("--deepspeed_config", "/nowhere.json"),
+            "cannot read the DeepSpeed config",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_mistakes_end_the_run_in_a_sentence(inputs, tmp_path, change, said):
@@ -199,12 +285,18 @@ def test_mistakes_end_the_run_in_a_sentence(inputs, tmp_path, change, said):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"), [("vocab_size", 999, "set vocab_size to 320"), ("n_positions", 8, "takes at most 8")]
+    ("field", "value", "said"),
+    [("vocab_size", 999, "set vocab_size to 320"), ("n_positions", 8, "takes at most 8")],
 )
 def test_models_and_data_that_do_not_fit(inputs, tmp_path, field, value, said):
     model = json.loads(Path(inputs["--model"]).read_text())
     (tmp_path / "model.json").write_text(json.dumps({**model, field: value}))
-    arguments = {**inputs, "--model": str(tmp_path / "model.json"), "--output": str(tmp_path / "run"), "--max-steps": "4"}
+    arguments = {
+        **inputs,
+        "--model": str(tmp_path / "model.json"),
+        "--output": str(tmp_path / "run"),
+        "--max-steps": "4",
+    }
     with pytest.raises(ConfigError, match=said):
         read_inputs(parse_arguments([part for pair in arguments.items() for part in pair]))
 

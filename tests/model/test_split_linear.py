@@ -97,7 +97,8 @@ def test_a_layer_used_twice_and_a_frozen_one():
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_the_linear_layers_of_every_family_can_be_deferred(name):
-    """All matrices of a block are deferred, and only norms and biases are left in the first half."""
+    """All matrices of a block are deferred, and only norms and biases are left in the first
+    half."""
     config = blocks.load_model_config(VARIANTS[name])
     block = layers_of(config)[1]
     plain = copy.deepcopy(block)
