@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from ds_local.checkpoints.facts import FACTS, read_facts, whose, write_facts
-from ds_local.checkpoints.files import leftovers, reason, remove, scratch_name, sync_folder
-from ds_local.checkpoints.files import write_whole as _write_whole
 from ds_local.errors import CheckpointError, DsLocalError, SaveError
+from ds_local.outputs import leftovers, reason, remove, scratch_name, sync_folder
+from ds_local.outputs import write_whole as _write_whole
 
 HEAD_FILE = "head_{:02d}-model_states.pt"  # of a segment's auxiliary head
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_local.checkpoints.files import reason
 from ds_local.checkpoints.folder import Writing, gather, together
 from ds_local.engine.deepspeed_seam import RESERVED, unloadable
 from ds_local.engine.finite import check_state
 from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError, SaveError
 from ds_local.model.blocks import config_dict
+from ds_local.outputs import reason
 from ds_local.schedules.run_plan import head_segments
 
 

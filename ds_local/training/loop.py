@@ -21,7 +21,6 @@ from typing import Any
 from torch import distributed as dist
 from tqdm import tqdm
 
-from ds_local.checkpoints.files import reason
 from ds_local.checkpoints.folder import agreed_tag, clean, gather, newest_tag, together
 from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.cluster import start_check as cluster
@@ -47,6 +46,7 @@ from ds_local.links.logs import LOG, say, start_log
 from ds_local.model import blocks
 from ds_local.model.flops import auxiliary_shares
 from ds_local.model.pretrained import find_weights
+from ds_local.outputs import reason
 from ds_local.schedules.replay import grid_of
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Schedule

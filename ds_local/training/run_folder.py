@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from ds_local.checkpoints.facts import read_facts
-from ds_local.checkpoints.files import reason, scratch_name, write_whole
 from ds_local.checkpoints.folder import complete_tags, locate, newest_tag
 from ds_local.config import strict_json
 from ds_local.config.changes import CHANGES
@@ -26,6 +25,7 @@ from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
 from ds_local.config.schema import SECTION
 from ds_local.errors import CheckpointError, ConfigError, DataError, RunError
+from ds_local.outputs import reason, scratch_name, write_whole
 from ds_local.training.run_lock import RunLock
 
 _MADE = (

@@ -19,8 +19,8 @@ from sentences import one_sentence
 from small_disks import small_disk
 from test_corpus import words
 from test_hf import train_and_save
-from test_outputs import tree
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from written import tree
 
 from ds_local import outputs
 from ds_local.checkpoints import hf_export as hf
@@ -35,6 +35,7 @@ from ds_local.errors import (
     ExportError,
     WeightsError,
 )
+from ds_local.outputs.storage import size_of
 
 VOCABULARY = 400
 TEXTS = ["def f(x):\n    return  x", "  two spaces", "héllo ☃", words(50, 3), " x\n\n"]
@@ -254,7 +255,7 @@ def test_an_export_replaces_an_export(run: Path, tmp_path: Path) -> None:
 
 def test_a_full_disk_while_exporting(run: Path, tmp_path: Path) -> None:
     """Whatever is written when it is full: weights, config, tokenizer, card, list of files."""
-    whole = outputs._size(hf.export(run, tmp_path / "whole")) // 1024
+    whole = size_of(hf.export(run, tmp_path / "whole")) // 1024
     with small_disk(tmp_path / "disk", f"size={whole * 3 // 2}k") as disk:
         hf.export(run, disk / "out")
         before = tree(disk)
