@@ -29,7 +29,7 @@ from ds_local.errors import DataError, ExportError, first_line
 from ds_local.model import blocks
 from ds_local.model.pretrained import HEADS_FILE
 from ds_local.outputs import new_folder, read_list
-from ds_local.replicas.subnets import scale_outputs
+from ds_local.replicas.cuts import scale_outputs
 
 State = dict[str, Tensor]
 KIND = "exported model"

@@ -27,7 +27,8 @@ from torch import distributed as dist
 
 from ds_local.cluster.surroundings import check_surroundings, own_address
 from ds_local.errors import ClusterError
-from ds_local.links.transport import Tag, make_end
+from ds_local.links.buffers import Tag
+from ds_local.links.transport import make_end
 
 LIMIT_SECONDS = 180.0  # for the whole check, by default
 CONNECT_SECONDS = 5.0  # for a plain connection to a neighbour

@@ -41,10 +41,12 @@ from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError
 from ds_local.links import notices
 from ds_local.links.failures import Failures, meeting
-from ds_local.links.transport import End, Sender, make_end
+from ds_local.links.pair import Sender
+from ds_local.links.transport import End, make_end
 from ds_local.links.watchdog import Watchdog
+from ds_local.replicas.group import replica_group
 from ds_local.replicas.head_copies import Copies, refresh_delay
-from ds_local.replicas.sync import Together, replica_group
+from ds_local.replicas.sync import Together
 from ds_local.schedules.replay import validate
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Link, Schedule

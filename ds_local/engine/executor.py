@@ -18,6 +18,7 @@ from torch import Tensor
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.engine import finite
 from ds_local.errors import ConfigError, OutOfData
+from ds_local.links.buffers import Tag
 from ds_local.links.messages import (
     Slots,
     activation_message,
@@ -27,7 +28,7 @@ from ds_local.links.messages import (
     parts_of_gradient,
     to_device,
 )
-from ds_local.links.transport import End, Tag
+from ds_local.links.transport import End
 from ds_local.links.trees import CannotTravel, Tree
 from ds_local.model.seeds import seeded
 from ds_local.model.split_linear import (

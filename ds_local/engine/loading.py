@@ -14,7 +14,7 @@ from ds_local.engine.finite import check_state
 from ds_local.engine.saving import facts_of
 from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError
-from ds_local.replicas.subnets import saved_scaling
+from ds_local.replicas.cuts import saved_scaling
 
 WEIGHTS_ONLY = (
     "keep the layout, or load weights only: load_optimizer_states=False (step and schedule go on) "

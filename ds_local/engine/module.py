@@ -45,8 +45,8 @@ from ds_local.model.cut import balance
 from ds_local.model.flops import choose_parts
 from ds_local.model.pretrained import Weights, find_weights, load_head, load_layer
 from ds_local.model.split_linear import make_splittable
+from ds_local.replicas.cuts import check_cut
 from ds_local.replicas.head_copies import Copy, planned_copies
-from ds_local.replicas.subnets import check_cut
 from ds_local.schedules.run_plan import RunPlan, head_segments
 
 MakeHead = Callable[[int], nn.Module]

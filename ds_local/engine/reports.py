@@ -19,7 +19,8 @@ from torch import distributed as dist
 
 from ds_local.engine.finite import KINDS
 from ds_local.links.mailbox import Mailbox
-from ds_local.links.transport import End, Sender
+from ds_local.links.pair import Sender
+from ds_local.links.transport import End
 from ds_local.replicas.sync import Together
 
 # columns of the figures each segment reports

@@ -132,7 +132,7 @@ def ds_local(
 ) -> dict[str, Any]:
     """This package with any `local_parallel` section."""
     import ds_local as package
-    from ds_local.links.transport import Receiver
+    from ds_local.links.pair import Receiver
 
     config = _config(micro_batches) | {"local_parallel": section}
     module = package.LocalPipelineModule(
@@ -225,7 +225,8 @@ def asynchronous(
     and without stashing (as in PipeMare and PACI): gradients are stale and computed with newer
     weights than their forwards.
     """
-    from ds_local.links.transport import Tag, make_end
+    from ds_local.links.buffers import Tag
+    from ds_local.links.transport import make_end
 
     rank, total = dist.get_rank(), micro_batches * steps
 

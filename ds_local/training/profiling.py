@@ -25,8 +25,8 @@ from torch import distributed as dist
 from ds_local.config import strict_json
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.recorder import Event
+from ds_local.links.buffers import Tag
 from ds_local.links.messages import parts_of_activation, to_device
-from ds_local.links.transport import Tag
 from ds_local.links.trees import Tree
 from ds_local.model.split_linear import no_weight_grads
 from ds_local.outputs import write_file

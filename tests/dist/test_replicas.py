@@ -14,7 +14,7 @@ from ranks import run_ranks
 from reference import MODELS, Reference, batch, table_of
 from test_lost_ranks import finish, start
 
-from ds_local.replicas.subnets import deal
+from ds_local.replicas.cuts import deal
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 PLAIN_AVERAGE = {"sync": "periodic", "every": 2, "outer_lr": 1.0, "outer_momentum": 0.0}

@@ -10,7 +10,7 @@ from ds_local.config.schema import ReplicasConfig
 from ds_local.errors import ConfigError
 from ds_local.model import blocks
 from ds_local.replicas import subnets
-from ds_local.replicas.subnets import CUTS, check_cut, deal, put, scale_outputs, take
+from ds_local.replicas.cuts import CUTS, check_cut, deal, put, scale_outputs, take
 
 NEOX = {
     "model_type": "gpt_neox",
