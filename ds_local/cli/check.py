@@ -93,6 +93,7 @@ def check_ranks(args: argparse.Namespace) -> None:
     from torch import distributed as dist
 
     from ds_local.cluster import start_check as cluster
+    from ds_local.cluster.edges import measure_edges
     from ds_local.config.degrees import num_stages_and_replicas
     from ds_local.engine.deepspeed_checks import checked
     from ds_local.engine.process_group import end_processes, start_processes
@@ -112,7 +113,7 @@ def check_ranks(args: argparse.Namespace) -> None:
             flush=True,
         )
     start_processes()
-    edges = cluster.measure_edges(section.layout.ranks(stages, replicas), args.limit)
+    edges = measure_edges(section.layout.ranks(stages, replicas), args.limit)
     memory = check_memory(args.model, config, stages, replicas) if args.model else ""
     if rank == 0:
         for edge in edges:

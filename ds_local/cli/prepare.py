@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     from ds_local.data.corpus import prepare
-    from ds_local.data.sources import Skipped
+    from ds_local.data.readers import Skipped
 
     facts = prepare(
         args.source,

@@ -78,7 +78,6 @@ DEEPSPEED_KEYS = (
     "zero_optimization",
 )
 
-
 # those of them that are objects with keys of their own
 SECTIONS = (
     "activation_checkpointing",

@@ -30,7 +30,6 @@ from ds_local.errors import ConfigError
 
 SECTION = "local_parallel"
 
-
 Seconds = Annotated[PositiveFloat, Field(le=1e7)]  # four months
 
 

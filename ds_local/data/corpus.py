@@ -22,7 +22,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ds_local.data.dataset import FORMAT, KIND, SPLITS
-from ds_local.data.sources import Document, Skipped, documents
+from ds_local.data.readers import Document, Skipped
+from ds_local.data.sources import documents
 from ds_local.data.tokenizers import encode, fingerprint, make_tokenizer, save_tokenizer
 from ds_local.errors import DataError
 from ds_local.outputs import new_folder

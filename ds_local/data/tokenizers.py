@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
-from ds_local.data.sources import Document
+from ds_local.data.readers import Document
 from ds_local.errors import DataError, DsLocalError, first_line
 
 _SIZES = range(300, 1_000_001)  # that can be trained

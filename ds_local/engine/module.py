@@ -32,18 +32,17 @@ from ds_local.config.degrees import num_stages_and_replicas
 from ds_local.config.schema import SECTION, LocalParallelConfig
 from ds_local.engine.batches import TokenBatches, split_batch
 from ds_local.engine.deepspeed_checks import checked
-from ds_local.engine.deepspeed_seam import (
-    PipelineModuleSeam,
-    SafeCheckpointEngine,
-)
+from ds_local.engine.deepspeed_seam import PipelineModuleSeam
 from ds_local.engine.process_group import start_processes
+from ds_local.engine.safe_files import SafeCheckpointEngine
 from ds_local.errors import CheckpointError, ConfigError
 from ds_local.links.failures import meeting
 from ds_local.links.trees import map_tensors
 from ds_local.model import blocks, heads
 from ds_local.model.cut import balance
+from ds_local.model.exported_heads import load_head
 from ds_local.model.flops import choose_parts
-from ds_local.model.pretrained import Weights, find_weights, load_head, load_layer
+from ds_local.model.pretrained import Weights, find_weights, load_layer
 from ds_local.model.split_linear import make_splittable
 from ds_local.replicas.cuts import check_cut
 from ds_local.replicas.head_copies import Copy, planned_copies

@@ -12,7 +12,8 @@ import deepspeed
 from torch import distributed as dist
 from torch.distributed import distributed_c10d
 
-from ds_local.cluster.start_check import LIMIT_SECONDS, Assembly
+from ds_local.cluster.assembly import Assembly
+from ds_local.cluster.start_check import LIMIT_SECONDS
 from ds_local.cluster.surroundings import own_address
 from ds_local.engine.deepspeed_seam import ENGINES
 from ds_local.links import notices

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ds_local.checkpoints.folder import Writing, gather, together
-from ds_local.engine.deepspeed_seam import RESERVED, unloadable
 from ds_local.engine.finite import check_state
+from ds_local.engine.safe_files import RESERVED, unloadable
 from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError, SaveError
 from ds_local.model.blocks import config_dict

@@ -48,7 +48,6 @@ _LLAMA = {
     ),
 }
 
-
 # GPT-2's Conv1D keeps its weight as [in, out]; its fused projection is laid out as (query, key,
 # value) x heads
 CUTS: dict[str, dict[str, Cut]] = {
@@ -93,7 +92,6 @@ CUTS: dict[str, dict[str, Cut]] = {
         ),
     },
 }
-
 
 # factor in training on the outputs of what is dealt out, for so many replicas
 TRAINING_FACTORS: dict[str, Callable[[int], float]] = {

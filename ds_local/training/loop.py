@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ds_local.checkpoints.folder import agreed_tag, clean, gather, newest_tag, together
 from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.cluster import start_check as cluster
+from ds_local.cluster.edges import describe_hosts, stage_hosts
 from ds_local.cluster.surroundings import builds_of, complete_environment
 from ds_local.config.command_line import read_settings
 from ds_local.config.deepspeed import batch_sizes
@@ -129,9 +130,9 @@ def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:
         run.say(f"resuming at step {engine.global_steps}{afresh and '; ' + afresh}")
     shape = BatchShape(micro_batch_size, num_micro_batches, replicas, engine.replica_id)
     with engine.meeting("the start of the run"):
-        hosts = cluster.stage_hosts(engine.stage_id)
+        hosts = stage_hosts(engine.stage_id)
         facts |= _layout_of(engine, data, hosts)
-        run.say(cluster.describe_hosts(hosts))
+        run.say(describe_hosts(hosts))
         together(lambda: run.start(facts, engine.global_steps, tag, data.tokenizer_folder))
         clean(run.checkpoints)
     start_log(run.path / "logs", engine.stage_id, engine.global_rank)

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ds_local.data.corpus import prepare
 from ds_local.data.dataset import TokenData
-from ds_local.data.sources import Skipped, documents
+from ds_local.data.readers import Skipped
+from ds_local.data.sources import documents
 from ds_local.errors import DataError
 from ds_local.outputs.storage import size_of
 
