@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from ds_local.config.schema import HeadConfig
+from ds_local.config.sections import HeadConfig
 from ds_local.model import blocks
 
 GPT2 = {

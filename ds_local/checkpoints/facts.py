@@ -23,7 +23,8 @@ from pydantic import (
 )
 
 from ds_local.config.files import local_parallel, models_in
-from ds_local.config.schema import SECTION, LocalParallelConfig
+from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.strict import SECTION
 from ds_local.errors import CheckpointError, ConfigError
 
 FACTS = "ds_local.json"

@@ -26,7 +26,8 @@ from ds_local.cli.arguments import (
 )
 from ds_local.config import strict_json
 from ds_local.config.files import local_parallel
-from ds_local.config.schema import SECTION, LocalParallelConfig
+from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 from ds_local.outputs import new_file, write_file
 from ds_local.schedules.drawing import chrome_trace, draw

@@ -25,7 +25,7 @@ from ds_local.cluster.candidates import (
     split_backward_of,
 )
 from ds_local.config.files import local_parallel
-from ds_local.config.schema import SECTION
+from ds_local.config.strict import SECTION
 from ds_local.model.flops import UnitCosts
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Schedule

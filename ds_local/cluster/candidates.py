@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ds_local.config.schema import HeadConfig
+from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
 from ds_local.model import blocks
 from ds_local.model.flops import UnitCosts, unit_times

@@ -8,7 +8,8 @@ from typing import Any
 
 from ds_local.config.deepspeed import check_deepspeed
 from ds_local.config.files import load_config, local_parallel
-from ds_local.config.schema import SECTION, Scheme
+from ds_local.config.scheme import Scheme
+from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ds_local.config.deepspeed import check_number
-from ds_local.config.schema import SECTION, LocalParallelConfig
+from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 
 

@@ -29,7 +29,8 @@ from ds_local.checkpoints.tensors import check_tensors
 from ds_local.cluster.surroundings import complete_environment
 from ds_local.config.deepspeed import batch_sizes, check_number
 from ds_local.config.degrees import num_stages_and_replicas
-from ds_local.config.schema import SECTION, LocalParallelConfig
+from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.strict import SECTION
 from ds_local.engine.batches import TokenBatches, split_batch
 from ds_local.engine.deepspeed_checks import checked
 from ds_local.engine.deepspeed_seam import PipelineModuleSeam

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ds_local.config.schema import LinkConfig
+from ds_local.config.sections import LinkConfig
 from ds_local.links import codecs
 from ds_local.links.trees import (
     TENSOR,

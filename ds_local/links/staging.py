@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_local.config.schema import SECTION
+from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 
 

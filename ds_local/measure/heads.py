@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_local.config.schema import HeadConfig
+from ds_local.config.sections import HeadConfig
 from ds_local.measure.live import LiveTensors
 from ds_local.model import blocks
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ds_local.config.schema import HeadConfig
+from ds_local.config.sections import HeadConfig
 from ds_local.errors import WeightsError, first_line
 from ds_local.model import blocks
 from ds_local.model.pretrained import HEADS_FILE, Weights

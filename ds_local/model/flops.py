@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from ds_local.config.schema import HeadConfig, LocalParallelConfig
+from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
 from ds_local.model import blocks
 from ds_local.model.cut import balance

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_local.config.schema import SECTION, ReplicasConfig
+from ds_local.config.sections import ReplicasConfig
+from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 from ds_local.model.seeds import seed_for
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_local.config.schema import ReplicasConfig
+from ds_local.config.sections import ReplicasConfig
 from ds_local.replicas.engine import Engine
 from ds_local.replicas.sync import Apart
 

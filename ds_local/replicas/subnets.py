@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_local.config.schema import ReplicasConfig
+from ds_local.config.sections import ReplicasConfig
 from ds_local.model import blocks
 from ds_local.replicas.cuts import (
     CUTS,

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ds_local.config.schema import SECTION, ReplicasConfig
+from ds_local.config.sections import ReplicasConfig
+from ds_local.config.strict import SECTION
 from ds_local.errors import CheckpointError
 from ds_local.replicas.engine import Engine, Module
 from ds_local.replicas.group import replica_group

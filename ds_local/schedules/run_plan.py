@@ -11,7 +11,9 @@ import math
 from functools import cache, cached_property
 from itertools import takewhile
 
-from ds_local.config.schema import SECTION, LocalParallelConfig, Row, Scheme
+from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.scheme import Row, Scheme
+from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 from ds_local.schedules.list_scheduler import make_schedule
 from ds_local.schedules.routes import Routes, corrected, make_routes

@@ -8,7 +8,7 @@ from typing import Any
 
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
-from ds_local.config.schema import SECTION
+from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 
 # keys of the section that change no figure, or that the checkpoint itself is checked for

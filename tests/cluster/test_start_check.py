@@ -12,7 +12,7 @@ from ds_local.cluster import start_check as cluster
 from ds_local.cluster.assembly import spans
 from ds_local.cluster.edges import describe_hosts
 from ds_local.cluster.start_check import fingerprint
-from ds_local.config.schema import LayoutConfig
+from ds_local.config.sections import LayoutConfig
 from ds_local.errors import ClusterError
 
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_local.config.deepspeed import SECTIONS, batch_sizes, check_deepspeed
+from ds_local.config.deepspeed import batch_sizes, check_deepspeed
+from ds_local.config.deepspeed_rules import SECTIONS
 from ds_local.config.degrees import num_stages_and_replicas
 from ds_local.config.files import load_config, local_parallel
 from ds_local.errors import ConfigError

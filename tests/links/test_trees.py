@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ds_local.config.schema import LinkConfig
+from ds_local.config.sections import LinkConfig
 from ds_local.errors import TransportError
 from ds_local.links.buffers import Tag
 from ds_local.links.messages import (

@@ -8,7 +8,7 @@ from reference import MODELS
 from transformers import AutoModelForCausalLM
 
 from ds_local.checkpoints.hf_export import from_hf, to_hf
-from ds_local.config.schema import HeadConfig
+from ds_local.config.sections import HeadConfig
 from ds_local.errors import UnsupportedModel
 from ds_local.model import blocks
 from ds_local.model.heads import lm_loss

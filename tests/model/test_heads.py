@@ -6,7 +6,7 @@ from reference import MODELS
 from torch.nn import functional as F
 
 from ds_local.config.files import local_parallel
-from ds_local.config.schema import HeadConfig
+from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
 from ds_local.model import blocks, heads
 from ds_local.model.heads import IGNORE, count_targets, linear_cross_entropy, lm_loss

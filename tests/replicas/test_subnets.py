@@ -6,7 +6,7 @@ from reference import MODELS
 
 from ds_local.config.deepspeed import check_deepspeed
 from ds_local.config.files import local_parallel
-from ds_local.config.schema import ReplicasConfig
+from ds_local.config.sections import ReplicasConfig
 from ds_local.errors import ConfigError
 from ds_local.model import blocks
 from ds_local.replicas import subnets
