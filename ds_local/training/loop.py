@@ -32,11 +32,11 @@ from ds_local.config.degrees import num_stages_and_replicas
 from ds_local.config.files import local_parallel
 from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
 from ds_local.data.tokenizers import check_same_tokenizer
+from ds_local.engine.causal_lm import causal_lm
 from ds_local.engine.deepspeed_checks import checked
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.initialize import initialize
 from ds_local.engine.loading import load_what_fits
-from ds_local.engine.module import causal_lm
 from ds_local.engine.optimizer_checks import check_client_parts
 from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import SegmentReport
