@@ -27,7 +27,7 @@ from ds_local.measure import emulated, network
 from ds_local.measure.ranks import Pool
 from ds_local.measure.real import Job, pinned
 from ds_local.measure.real import config_of as real_config
-from ds_local.model import blocks
+from ds_local.model import families
 from ds_local.model.flops import UnitCosts
 from ds_local.outputs import write_file
 
@@ -153,7 +153,9 @@ def compare_real(
         costs = json.loads(profile.read_text())["costs"]
         rate = 8e-9 * costs["activation_bytes"] / max(costs["link"])
         cluster = Cluster(1, 2, tflops=1, memory_gib=24, link_gbps=rate, intra_gbps=rate)
-        model = measured_model(Model.of(blocks.load_model_config(str(MODEL)), itemsize=4), profile)
+        model = measured_model(
+            Model.of(families.load_model_config(str(MODEL)), itemsize=4), profile
+        )
     rows = []
     for layout, times in found.items():
         pricing = Pricing(

@@ -26,7 +26,7 @@ from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.checkpoints.model_card import model_card
 from ds_local.data.tokenizers import fingerprint, load_tokenizer, save_tokenizer
 from ds_local.errors import DataError, ExportError, first_line
-from ds_local.model import blocks
+from ds_local.model import families
 from ds_local.model.pretrained import HEADS_FILE
 from ds_local.outputs import new_folder, read_list
 from ds_local.replicas.cuts import scale_outputs
@@ -45,10 +45,10 @@ def to_hf(config: PretrainedConfig, layers: Mapping[int, State]) -> State:
         ExportError: when a tensor is missing, unknown or of the wrong shape.
     """
     state: State = {}
-    for number in range(blocks.num_blocks(config) + 2):
+    for number in range(families.num_blocks(config) + 2):
         check_layer(config, number, layers.get(number, {}), f"layer {number}")
         state |= {
-            name: layers[number][own] for own, name in blocks.tensor_names(config, number).items()
+            name: layers[number][own] for own, name in families.tensor_names(config, number).items()
         }
     return state
 
@@ -59,13 +59,13 @@ def from_hf(config: PretrainedConfig, state: Mapping[str, Tensor]) -> dict[int, 
     Raises:
         ExportError: when a tensor of the model is missing or of the wrong shape.
     """
-    family = blocks.family_of(config)
+    family = families.family_of(config)
     readout, tokens = f"{family.readout}.weight", f"{family.tokens}.weight"
     if readout not in state and tokens in state:
         state = {**state, readout: state[tokens]}
     layers: dict[int, State] = {}
-    for number in range(blocks.num_blocks(config) + 2):
-        names = blocks.tensor_names(config, number)
+    for number in range(families.num_blocks(config) + 2):
+        names = families.tensor_names(config, number)
         layers[number] = {own: state[name] for own, name in names.items() if name in state}
         check_layer(config, number, layers[number], f"the model, layer {number}")
     return layers
@@ -76,7 +76,7 @@ def check_layer(
 ) -> None:
     """Raises ExportError when the tensors of pipeline layer `number` are not what the config says;
     `where` is for its message."""
-    names, whole = blocks.tensor_names(config, number), blocks.skeleton(config).state_dict()
+    names, whole = families.tensor_names(config, number), families.skeleton(config).state_dict()
     missing, unknown = sorted(names.keys() - tensors.keys()), sorted(tensors.keys() - names.keys())
     if missing or unknown:
         raise ExportError(
@@ -137,8 +137,8 @@ class Checkpoint:
                 f"{self.folder} is not of a Hugging Face model, so it has no folder form"
             )
         try:
-            self.config = blocks.load_model_config(fields)
-            layers = blocks.num_blocks(self.config) + 2
+            self.config = families.load_model_config(fields)
+            layers = families.num_blocks(self.config) + 2
         except Exception as error:  # a foreign config can fail in many ways
             raise ExportError(
                 f"{self.folder}/{FACTS}: no model has this config: {first_line(error)}"
@@ -206,7 +206,7 @@ class Checkpoint:
         config and state dict."""
         if segment == self.last_segment:
             return self.config, to_hf(
-                self.config, {n: self.layer(n) for n in range(blocks.num_blocks(self.config) + 2)}
+                self.config, {n: self.layer(n) for n in range(families.num_blocks(self.config) + 2)}
             )
         head = self.head(segment)
         depth = self.parts[segment + 1]
@@ -343,7 +343,7 @@ def _write(checkpoint: Checkpoint, segment: int, folder: Path, heads: bool) -> N
             checkpoint.run_facts,
             metrics,
             segment,
-            blocks.num_blocks(config),
+            families.num_blocks(config),
             size,
         )
     except (LookupError, TypeError, ValueError, AttributeError) as error:

@@ -97,12 +97,14 @@ def check_ranks(args: argparse.Namespace) -> None:
     from ds_local.config.degrees import num_stages_and_replicas
     from ds_local.engine.deepspeed_checks import checked
     from ds_local.engine.process_group import end_processes, start_processes
-    from ds_local.model import blocks
+    from ds_local.model import families
 
     config, section = checked(args.deepspeed_config or {})
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     stages, replicas = num_stages_and_replicas(section, world_size, args.num_stages)
-    model = None if args.model is None else blocks.config_dict(blocks.load_model_config(args.model))
+    model = (
+        None if args.model is None else families.config_dict(families.load_model_config(args.model))
+    )
     facts = cluster.own_facts([config, model, stages], args.data)
     everybody = cluster.check_start(
         facts, section.layout.neighbours(rank, stages, replicas), args.limit
@@ -146,7 +148,7 @@ def check_memory(model: str, config: dict[str, Any], stages: int, replicas: int)
     from ds_local.cluster.pricing import expected_memory
     from ds_local.errors import ClusterError
     from ds_local.links.staging import ranks_here
-    from ds_local.model.blocks import load_model_config
+    from ds_local.model.families import load_model_config
 
     cuda = torch.cuda.is_available()
     total = (

@@ -18,7 +18,7 @@ from ds_local.cluster.candidates import GIB, HEADS, ROWS, Cluster, Model, Price,
 from ds_local.cluster.planner import Plan, plan
 from ds_local.cluster.pricing import Pricing
 from ds_local.config import strict_json
-from ds_local.model import blocks
+from ds_local.model import families
 from ds_local.outputs import write_file
 
 
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         args.intra_gbps,
         args.latency_us * 1e-6,
     )
-    model = Model.of(blocks.load_model_config(args.model), args.seq_len, 4 if args.fp32 else 2)
+    model = Model.of(families.load_model_config(args.model), args.seq_len, 4 if args.fp32 else 2)
     if args.profile:
         model = measured_model(model, args.profile)
     pricing = Pricing(model, cluster, int(args.batch_tokens) // model.seq_len)

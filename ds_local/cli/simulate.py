@@ -184,14 +184,14 @@ def of_model(
     """Costs in floating-point operations of a block's forward, and the auxiliary share of each
     stage."""
     from ds_local.config.files import load_config
-    from ds_local.model import blocks
+    from ds_local.model import families
     from ds_local.model.flops import auxiliary_shares, choose_parts, segment_times, unit_flops
 
-    config = blocks.load_model_config(args.model)
+    config = families.load_model_config(args.model)
     given = local_parallel(load_config(args.deepspeed_config) if args.deepspeed_config else {})
     options = {"head": given.head.model_dump(), "partition": given.partition}
     section = section_for(mode if mode in MODES else "backprop", args, main, **options)
-    seq_len = args.seq_len or blocks.num_positions(config)
+    seq_len = args.seq_len or families.num_positions(config)
     num_segments = len(schedule.stage_of)
     parts = choose_parts(config, section, num_segments, args.micro_batches, seq_len)
     unit = unit_flops(config, section.head, num_segments, seq_len)

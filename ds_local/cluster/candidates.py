@@ -14,7 +14,7 @@ from typing import Any
 
 from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
-from ds_local.model import blocks
+from ds_local.model import families
 from ds_local.model.flops import UnitCosts, unit_times
 
 GIB = 2**30
@@ -90,8 +90,8 @@ class Model:
     @classmethod
     def of(cls, config: Any, seq_len: int | None = None, itemsize: int = 2) -> Model:
         """From a Hugging Face config."""
-        model, depth = blocks.skeleton(config), blocks.num_blocks(config)
-        block = model.get_submodule(f"{blocks.family_of(config).blocks}.0")
+        model, depth = families.skeleton(config), families.num_blocks(config)
+        block = model.get_submodule(f"{families.family_of(config).blocks}.0")
         readout = config.vocab_size * config.hidden_size
         size = sum(p.numel() for p in block.parameters())
         everything = sum(p.numel() for p in model.parameters())
@@ -103,7 +103,7 @@ class Model:
         return cls(
             depth,
             config.hidden_size,
-            seq_len or blocks.num_positions(config),
+            seq_len or families.num_positions(config),
             None,
             config,
             size,

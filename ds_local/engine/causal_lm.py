@@ -18,7 +18,7 @@ from ds_local.engine.deepspeed_checks import checked
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.module_checks import stages_of, world_size
 from ds_local.errors import ConfigError
-from ds_local.model import blocks, heads
+from ds_local.model import blocks, families, heads
 from ds_local.model.exported_heads import load_head
 from ds_local.model.flops import choose_parts
 from ds_local.model.pretrained import Weights, find_weights, load_layer
@@ -34,7 +34,7 @@ def _check_widths(hf_config: Any, section: LocalParallelConfig, num_stages: int)
             f"{SECTION}.head.rank is {section.head.rank}, wider than the model's hidden state of "
             f"{hf_config.hidden_size}; lower it, or leave it out"
         )
-    needed = 4 * sum(p.numel() for p in blocks.skeleton(hf_config).parameters()) // num_stages
+    needed = 4 * sum(p.numel() for p in families.skeleton(hf_config).parameters()) // num_stages
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise ConfigError(
@@ -45,7 +45,7 @@ def _check_widths(hf_config: Any, section: LocalParallelConfig, num_stages: int)
 
 def _check_depth(hf_config: Any, section: LocalParallelConfig, num_stages: int) -> None:
     """There is a block for every segment."""
-    per_stage, depth = section.segments_per_stage, blocks.num_blocks(hf_config)
+    per_stage, depth = section.segments_per_stage, families.num_blocks(hf_config)
     num_segments = num_stages * per_stage
     section.check_lengths(num_segments)
     if num_segments > depth:
@@ -57,7 +57,7 @@ def _check_depth(hf_config: Any, section: LocalParallelConfig, num_stages: int) 
 
 def _sequence_length(hf_config: Any, seq_len: int | None) -> int:
     """Tokens in a sequence: as given, or as many as the model takes."""
-    longest = blocks.num_positions(hf_config)
+    longest = families.num_positions(hf_config)
     if seq_len is None:
         return longest
     check_number("seq_len", seq_len)
@@ -92,12 +92,12 @@ def causal_lm(
         seq_len: tokens in a sequence, for balancing the segments; default the model's longest.
 
     Raises:
-        UnsupportedModel: for a family that is not in `blocks.FAMILIES`.
+        UnsupportedModel: for a family that is not in `families.FAMILIES`.
         ConfigError: when the configuration contradicts the model or the number of processes.
         WeightsError: when the pretrained weights are damaged or of another model.
     """
     ds_config, section = checked(config or {})
-    hf_config = blocks.load_model_config(model)
+    hf_config = families.load_model_config(model)
     if weights is None and not from_scratch and isinstance(model, str | Path):
         weights = find_weights(model)
     pretrained = None if weights is None or from_scratch else Weights(weights, hf_config)
@@ -111,7 +111,7 @@ def causal_lm(
     parts = section.parts or choose_parts(
         hf_config, section, num_segments, num_micro_batches, length
     )
-    depth = range(blocks.num_blocks(hf_config))
+    depth = range(families.num_blocks(hf_config))
     layers = [
         LayerSpec(blocks.Embedding, hf_config, seed),
         *(LayerSpec(blocks.Block, hf_config, index, seed) for index in depth),
@@ -128,7 +128,7 @@ def causal_lm(
         topology=topology,
     )
     module.hf_config = hf_config
-    module.token_batches = TokenBatches(hf_config.vocab_size, blocks.learned_positions(hf_config))
+    module.token_batches = TokenBatches(hf_config.vocab_size, families.learned_positions(hf_config))
     module.copies = planned_copies(section, num_segments, head_segments(section, num_segments))
     if pretrained is not None:
         log_dist(f"starting from the weights in {pretrained.folder}", ranks=[0])

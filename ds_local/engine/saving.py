@@ -14,7 +14,7 @@ from ds_local.engine.finite import check_state
 from ds_local.engine.safe_files import RESERVED, unloadable
 from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError, SaveError
-from ds_local.model.blocks import config_dict
+from ds_local.model.families import config_dict
 from ds_local.outputs import reason
 from ds_local.schedules.run_plan import head_segments
 

@@ -89,9 +89,9 @@ def deepspeed(job: Job) -> Built:
     import deepspeed as package
     from deepspeed.pipe import PipelineModule
 
-    from ds_local.model import blocks, heads
+    from ds_local.model import families, heads
 
-    hf_config = blocks.load_model_config(job.model)
+    hf_config = families.load_model_config(job.model)
     section = local_parallel({"local_parallel": {"mode": "backprop"}})
     parts = choose_parts(hf_config, section, RANKS, job.micro_batches, job.tokens)
 
@@ -169,10 +169,10 @@ def config_of(job: Job) -> dict[str, Any]:
 
 
 def _layers(model: dict[str, Any]) -> list[nn.Module]:
-    from ds_local.model import blocks
+    from ds_local.model import blocks, families
 
-    config = blocks.load_model_config(model)
-    middle = [blocks.Block(config, index, SEED) for index in range(blocks.num_blocks(config))]
+    config = families.load_model_config(model)
+    middle = [blocks.Block(config, index, SEED) for index in range(families.num_blocks(config))]
     return [blocks.Embedding(config, SEED), *middle, blocks.Readout(config, SEED)]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ds_local.config.sections import HeadConfig
 from ds_local.errors import WeightsError, first_line
-from ds_local.model import blocks
+from ds_local.model import families
 from ds_local.model.pretrained import HEADS_FILE, Weights
 
 
@@ -41,7 +41,7 @@ def _of_the_model(
     config: Any, state: Mapping[str, Tensor], segment: int, how: HeadConfig, parts: Sequence[int]
 ) -> dict[str, str]:
     """name in a head -> name in the model, of what the head starts from."""
-    family = blocks.family_of(config)
+    family = families.family_of(config)
     names = {}
     for name in state:
         part, _, rest = name.partition(".")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
-from ds_local.model import blocks
+from ds_local.model import blocks, families
 from ds_local.model.cut import balance
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import BACKWARD, FORWARD, INPUT_GRADIENT, Schedule
@@ -43,7 +43,7 @@ def unit_flops(config: Any, head: HeadConfig, num_segments: int, seq_len: int) -
 
 def _head_flops(config: Any, head: HeadConfig, segment: int, block: float, readout: float) -> float:
     private = (
-        head.blocks_of(segment, blocks.num_blocks(config))
+        head.blocks_of(segment, families.num_blocks(config))
         * block
         * (2 if head.blocks_from == "next_tracked" else 3)
     )
@@ -91,7 +91,7 @@ def choose_parts(
     Raises:
         ConfigError: when the profile does not fit.
     """
-    depth = blocks.num_blocks(config)
+    depth = families.num_blocks(config)
     if section.partition == "uniform":
         costs, extras = [1.0] * depth, [0.0] * num_segments
     else:

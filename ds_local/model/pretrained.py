@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ds_local.errors import WeightsError, first_line
-from ds_local.model import blocks
+from ds_local.model import families
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 # bytes read at a time: a mapped file's pages count as memory of the process until it is closed
@@ -114,7 +114,7 @@ class Weights:
 
     def _check_names(self) -> None:
         """All tensors of the model, and no others."""
-        wanted = blocks.skeleton(self.config).state_dict().keys()
+        wanted = families.skeleton(self.config).state_dict().keys()
         used = {self.name_of(name) for name in wanted}
         known = {other for name in wanted for other in self._names_of(name)}
         strange = [
@@ -151,7 +151,7 @@ class Weights:
 
     def _names_of(self, wanted: str) -> Iterator[str]:
         """The names that a tensor of the model may have."""
-        base = blocks.family_of(self.config).tokens.partition(".")[0] + "."
+        base = families.family_of(self.config).tokens.partition(".")[0] + "."
         yield from (wanted, wanted.removeprefix(base), *_OLD_NAMES.get(wanted, ()))
 
     def name_of(self, wanted: str) -> str:
@@ -160,7 +160,7 @@ class Weights:
         Raises:
             WeightsError: when it has none.
         """
-        family = blocks.family_of(self.config)
+        family = families.family_of(self.config)
         names = list(self._names_of(wanted))
         if wanted == f"{family.readout}.weight" and not any(name in self._files for name in names):
             if not self.config.tie_word_embeddings:
@@ -211,7 +211,7 @@ class Weights:
 
 def load_layer(layer: nn.Module, number: int, weights: Weights) -> None:
     """Fill pipeline layer `number`. Raises WeightsError."""
-    names = blocks.tensor_names(weights.config, number)
+    names = families.tensor_names(weights.config, number)
     for own, tensor in layer.state_dict().items():
         weights.read_into(tensor, names[own])
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ds_local.config.files import local_parallel
 from ds_local.config.schema import LocalParallelConfig
-from ds_local.model.blocks import load_model_config
+from ds_local.model.families import load_model_config
 from ds_local.model.flops import auxiliary_shares, choose_parts, segment_times, unit_flops
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.simulator import Costs, simulate

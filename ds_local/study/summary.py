@@ -7,7 +7,7 @@ import sys
 from statistics import mean
 from typing import Any
 
-from ds_local.model.blocks import load_model_config, skeleton
+from ds_local.model.families import load_model_config, skeleton
 from ds_local.study.forecast import Prediction, Times, predict, ratios_of
 from ds_local.study.methods import METHODS
 from ds_local.study.recipes import PRESETS, Preset

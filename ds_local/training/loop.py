@@ -44,7 +44,7 @@ from ds_local.errors import ConfigError, SaveError
 from ds_local.links import notices
 from ds_local.links.failures import meeting
 from ds_local.links.logs import LOG, say, start_log
-from ds_local.model import blocks
+from ds_local.model import families
 from ds_local.model.flops import auxiliary_shares
 from ds_local.model.pretrained import find_weights
 from ds_local.outputs import reason
@@ -116,7 +116,7 @@ def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:
     if world_size > 1 and "MASTER_ADDR" in os.environ:
         neighbours = section.layout.neighbours(int(os.environ["RANK"]), stages, replicas)
         meetings = {key: value for key, value in vars(args).items() if key in _MEETINGS}
-        own = cluster.own_facts([config, blocks.config_dict(hf_config), meetings], args.data)
+        own = cluster.own_facts([config, families.config_dict(hf_config), meetings], args.data)
         limit = section.layout.start_timeout_seconds
         cluster.check_start(own, neighbours, limit, builds=builds_of(config))
 
@@ -159,7 +159,7 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
     check_client_parts(config, None, None)
     # the files are compared with their checksums once on each host
     data = TokenData(args.data, verify=os.environ.get("LOCAL_RANK", "0") == "0")
-    hf_config = blocks.load_model_config(args.model)
+    hf_config = families.load_model_config(args.model)
     padding = hf_config.vocab_size - data.vocab_size
     weights = None if args.from_scratch or args.resume else find_weights(args.model)
     same_tokens = weights is not None and check_same_tokenizer(weights, data.tokenizer_folder)
@@ -169,10 +169,10 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
             f"has {data.vocab_size} tokens; set vocab_size to {data.vocab_size}, or prepare the "
             "data with another tokenizer"
         )
-    if data.seq_len > blocks.num_positions(hf_config):
+    if data.seq_len > families.num_positions(hf_config):
         raise ConfigError(
             f"{args.data} has sequences of {data.seq_len} tokens but {args.model} takes at most "
-            f"{blocks.num_positions(hf_config)}; prepare the data with a smaller --seq-len"
+            f"{families.num_positions(hf_config)}; prepare the data with a smaller --seq-len"
         )
     hf_config.bos_token_id = hf_config.eos_token_id = data.facts["eos_token_id"]
     return config, data, hf_config
@@ -190,7 +190,7 @@ def _facts_of_start(
     return {
         "arguments": asked,
         "config": config,
-        "model": blocks.config_dict(hf_config),
+        "model": families.config_dict(hf_config),
         "weights": _name_of_weights(args),
         "data": {"folder": str(data.folder), **data.facts},
         "layout": {"replicas": replicas},

@@ -6,7 +6,7 @@ from ds_local.cluster.candidates import GIB, ROWS, Cluster, Model
 from ds_local.cluster.planner import is_legal, layouts, plan
 from ds_local.cluster.pricing import Pricing
 from ds_local.errors import ConfigError
-from ds_local.model import blocks
+from ds_local.model import families
 
 FAST = Cluster(
     nodes=2, devices_per_node=4, tflops=100, memory_gib=80, link_gbps=400, intra_gbps=4000
@@ -15,7 +15,7 @@ FAST = Cluster(
 
 @pytest.fixture(scope="module")
 def small():
-    return Model.of(blocks.load_model_config(str(ROOT / "configs" / "gpt2-small.json")))
+    return Model.of(families.load_model_config(str(ROOT / "configs" / "gpt2-small.json")))
 
 
 def test_data_parallelism_wins_where_links_are_fast_and_the_model_fits(small):

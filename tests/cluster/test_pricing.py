@@ -126,7 +126,7 @@ def test_a_mix_keeps_its_share_of_backpropagation(row, micro_batches, backprop):
 def test_a_run_is_taken_for_the_row_that_splits_as_it_does(mode):
     """More micro-batches are alive on every stage; deferred, their blocks are kept whole even where
     they were recomputed."""
-    from ds_local.model.blocks import load_model_config
+    from ds_local.model.families import load_model_config
 
     model = load_model_config({"model_type": "gpt2"})
     expected = {}
@@ -148,7 +148,7 @@ def test_a_run_is_taken_for_the_row_that_splits_as_it_does(mode):
 
 
 def test_a_mix_is_taken_for_the_one_of_a_quarter():
-    from ds_local.model.blocks import load_model_config
+    from ds_local.model.families import load_model_config
 
     model = load_model_config({"model_type": "gpt2"})
     mix = [{"mode": "backprop", "micro_batches": 2}, {"mode": "local"}]

@@ -369,7 +369,7 @@ def test_bad_arguments_of_evaluate(
 
 def test_a_model_too_small_for_the_data(made: Path, tmp_path: Path) -> None:
     for change in ({"vocab_size": VOCABULARY - 1}, {"max_position_embeddings": 15}):
-        config = hf.blocks.load_model_config(
+        config = hf.families.load_model_config(
             VARIANTS["gpt2"] | {"vocab_size": VOCABULARY, **change}
         )
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "small")
@@ -404,7 +404,7 @@ def test_prompts_that_do_not_fit(made: Path, tmp_path: Path) -> None:
     for prompt, said in (("", "--prompt has 0 tokens; "), ("x " * 50, "takes from 1 to 15")):
         with one_sentence(said, error=ConfigError):
             continued(model, prompt=prompt)
-    small = hf.blocks.load_model_config(VARIANTS["gpt2"])  # of fewer tokens than its tokenizer
+    small = hf.families.load_model_config(VARIANTS["gpt2"])  # of fewer tokens than its tokenizer
     AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "small")
     AutoTokenizer.from_pretrained(made / "data" / "tokenizer").save_pretrained(tmp_path / "small")
     with one_sentence(f"{tmp_path}/small gives the id", "the model has 64 tokens"):

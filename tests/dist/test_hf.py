@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ds_local.checkpoints import hf_export as hf
 from ds_local.data.tokenizers import check_same_tokenizer
 from ds_local.errors import CheckpointError, DataError
-from ds_local.model import blocks
+from ds_local.model import families
 from ds_local.model.pretrained import HEADS_FILE
 
 PLAIN = {"mode": "local"}
@@ -141,7 +141,7 @@ def weights_of(model: str, section: dict[str, Any], stages: int) -> dict[str, An
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_pretrained_weights_arrive_bit_by_bit_in_any_number_of_stages(tmp_path, stages):
     for variant in ("gpt2", "mistral sliding"):  # tied and untied, one file and shards
-        config = blocks.load_model_config(VARIANTS[variant])
+        config = families.load_model_config(VARIANTS[variant])
         torch.manual_seed(stages)
         model = AutoModelForCausalLM.from_config(config)
         model.save_pretrained(
@@ -157,7 +157,7 @@ def test_pretrained_weights_arrive_bit_by_bit_in_any_number_of_stages(tmp_path, 
         layers = {number: state for rank in found for number, state in rank["layers"].items()}
         state = hf.to_hf(config, layers)
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-        family = blocks.family_of(config)
+        family = families.family_of(config)
         for head in [head for rank in found for head in rank["heads"].values()]:
             assert torch.equal(head["norm.weight"], state[f"{family.norm}.weight"])
             assert torch.equal(head["readout.weight"], state[f"{family.readout}.weight"])
@@ -259,7 +259,7 @@ def peak_of_import(model: str, config: dict[str, Any], stages: int) -> tuple[int
 
 def test_each_ranks_memory_stays_near_its_share(tmp_path):
     big = {"hidden_size": 256, "intermediate_size": 768, "vocab_size": 32768}
-    model = AutoModelForCausalLM.from_config(blocks.load_model_config(VARIANTS["llama"] | big))
+    model = AutoModelForCausalLM.from_config(families.load_model_config(VARIANTS["llama"] | big))
     model.save_pretrained(tmp_path)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     del model
@@ -291,7 +291,7 @@ def fine_tuned(tmp_path_factory):
     torch.manual_seed(5)
     fields = json.loads(Path(inputs["--model"]).read_text())
     model = AutoModelForCausalLM.from_config(
-        blocks.load_model_config(fields | {"initializer_range": 0.2})
+        families.load_model_config(fields | {"initializer_range": 0.2})
     )
     model.save_pretrained(folder / "pretrained", max_shard_size="30KB")
     AutoTokenizer.from_pretrained(folder / "data" / "tokenizer").save_pretrained(

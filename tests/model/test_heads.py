@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from ds_local.config.files import local_parallel
 from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
-from ds_local.model import blocks, heads
+from ds_local.model import blocks, families, heads
 from ds_local.model.heads import IGNORE, count_targets, linear_cross_entropy, lm_loss
 from ds_local.replicas.head_copies import planned_copies, refresh_delay
 from ds_local.schedules.run_plan import RunPlan
@@ -22,7 +22,7 @@ def make_head(config, segment, seed=3, **options):
 
 @pytest.fixture(params=sorted(MODELS))
 def config(request):
-    return blocks.load_model_config(MODELS[request.param])
+    return families.load_model_config(MODELS[request.param])
 
 
 def tokens(*shape, seed=0):
@@ -52,10 +52,10 @@ def test_the_loss_is_computed_in_float32():
 
 @pytest.mark.parametrize("family", sorted(MODELS))
 def test_a_head_is_the_familys_norm_and_a_readout(family):
-    config = blocks.load_model_config(MODELS[family])
+    config = families.load_model_config(MODELS[family])
     head = make_head(config, 1)
     assert type(head.norm) is type(
-        blocks.skeleton(config).get_submodule(blocks.family_of(config).norm)
+        families.skeleton(config).get_submodule(families.family_of(config).norm)
     )
     hidden, labels = torch.randn(2, 6, 32), torch.randint(0, 64, (2, 6))
     assert head(hidden, labels).item() == lm_loss(head.readout(head.norm(hidden)), labels).item()

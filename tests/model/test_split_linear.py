@@ -8,7 +8,7 @@ from families import VARIANTS, layers_of
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ds_local.model import blocks
+from ds_local.model import families
 from ds_local.model.split_linear import (
     defer_weight_grads,
     make_splittable,
@@ -99,7 +99,7 @@ def test_a_layer_used_twice_and_a_frozen_one():
 def test_the_linear_layers_of_every_family_can_be_deferred(name):
     """All matrices of a block are deferred, and only norms and biases are left in the first
     half."""
-    config = blocks.load_model_config(VARIANTS[name])
+    config = families.load_model_config(VARIANTS[name])
     block = layers_of(config)[1]
     plain = copy.deepcopy(block)
     make_splittable(block)

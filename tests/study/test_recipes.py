@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_local.model.blocks import load_model_config
+from ds_local.model.families import load_model_config
 from ds_local.study.recipes import PRESETS, gpt2
 
 
