@@ -19,14 +19,15 @@ from statistics import median
 from typing import Any
 
 from ds_local.cli.arguments import output_file
-from ds_local.cluster.candidate_cost import section_for
 from ds_local.cluster.candidates import Candidate, Cluster, Model, measured_model
 from ds_local.cluster.pricing import Pricing
+from ds_local.cluster.row_samples import section_for
 from ds_local.config import strict_json
 from ds_local.measure import emulated, network
 from ds_local.measure.ranks import Pool
-from ds_local.measure.real import Job, pinned
-from ds_local.measure.real import config_of as real_config
+from ds_local.measure.real import pinned
+from ds_local.measure.real_systems import Job
+from ds_local.measure.real_systems import config_of as real_config
 from ds_local.model import families
 from ds_local.model.flops import UnitCosts
 from ds_local.outputs import write_file

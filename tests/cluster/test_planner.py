@@ -1,10 +1,10 @@
 import pytest
 from launch import ROOT, script
 
-from ds_local.cluster.candidate_cost import schedule_for
 from ds_local.cluster.candidates import GIB, ROWS, Cluster, Model
 from ds_local.cluster.planner import is_legal, layouts, plan
 from ds_local.cluster.pricing import Pricing
+from ds_local.cluster.row_samples import schedule_for
 from ds_local.errors import ConfigError
 from ds_local.model import families
 

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from ds_local.cluster.candidate_cost import schedule_for, streams_leaving_a_node
 from ds_local.cluster.candidates import ROWS, Candidate, Cluster, Model, measured_model
 from ds_local.cluster.pricing import Pricing, expected_memory
+from ds_local.cluster.row_samples import schedule_for, streams_leaving_a_node
 from ds_local.errors import ConfigError
 from ds_local.model.flops import UnitCosts, stage_flops
 from ds_local.schedules.list_scheduler import make_schedule
