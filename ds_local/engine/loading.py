@@ -8,8 +8,10 @@ from typing import Any
 
 from deepspeed.utils import logger
 
+from ds_local.checkpoints.agreement import gather, together
 from ds_local.checkpoints.facts import layout_changes, read_facts
-from ds_local.checkpoints.folder import agreed_tag, gather, latest_tag, locate, together, verify
+from ds_local.checkpoints.folder import agreed_tag, latest_tag, locate
+from ds_local.checkpoints.sums import verify
 from ds_local.engine.finite import check_state
 from ds_local.engine.saving import facts_of
 from ds_local.engine.updates import StageUpdates

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_local.checkpoints.folder import Writing, gather, together
+from ds_local.checkpoints.agreement import gather, together
+from ds_local.checkpoints.folder import Writing
 from ds_local.engine.finite import check_state
 from ds_local.engine.safe_files import RESERVED, unloadable
 from ds_local.engine.updates import StageUpdates

@@ -21,7 +21,8 @@ from typing import Any
 from torch import distributed as dist
 from tqdm import tqdm
 
-from ds_local.checkpoints.folder import agreed_tag, clean, gather, newest_tag, together
+from ds_local.checkpoints.agreement import gather, together
+from ds_local.checkpoints.folder import agreed_tag, clean, newest_tag
 from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.cluster import start_check as cluster
 from ds_local.cluster.edges import describe_hosts, stage_hosts

@@ -24,6 +24,7 @@ from written import tree
 
 from ds_local import outputs
 from ds_local.checkpoints import hf_export as hf
+from ds_local.checkpoints.source import find_checkpoint
 from ds_local.cli import evaluate, generate
 from ds_local.data.corpus import prepare
 from ds_local.data.dataset import TokenData
@@ -175,9 +176,9 @@ def test_damaged_lines_of_metrics_do_no_harm(run: Path, tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_not_exported(run: Path, tmp_path: Path) -> None:
-    from ds_local.checkpoints.folder import _checksum
+    from ds_local.checkpoints.sums import _checksum
 
-    checkpoint = hf.find_checkpoint(run)
+    checkpoint = find_checkpoint(run)
     layer = checkpoint / "layer_02-model_states.pt"
     state = torch.load(layer, weights_only=True)
     name = next(iter(state))
@@ -238,7 +239,7 @@ def test_an_output_that_is_not_ours_is_left_alone(run: Path, tmp_path: Path, wha
 
 
 def test_an_export_replaces_an_export(run: Path, tmp_path: Path) -> None:
-    for place in (run, run / "checkpoints", hf.find_checkpoint(run)):
+    for place in (run, run / "checkpoints", find_checkpoint(run)):
         with one_sentence(str(place), "is left alone"):
             hf.export(run, place)
     hf.export(run, tmp_path / "out", segment=0)

@@ -19,6 +19,8 @@ from reference import batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_local.checkpoints import hf_export as hf
+from ds_local.checkpoints.hf_layers import to_hf
+from ds_local.checkpoints.source import find_checkpoint
 from ds_local.data.tokenizers import check_same_tokenizer
 from ds_local.errors import CheckpointError, DataError
 from ds_local.model import families
@@ -155,7 +157,7 @@ def test_pretrained_weights_arrive_bit_by_bit_in_any_number_of_stages(tmp_path, 
             stages,
         )
         layers = {number: state for rank in found for number, state in rank["layers"].items()}
-        state = hf.to_hf(config, layers)
+        state = to_hf(config, layers)
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
         family = families.family_of(config)
         for head in [head for rank in found for head in rank["heads"].values()]:
@@ -172,7 +174,7 @@ def test_damaged_checkpoints_leave_nothing_behind(tmp_path):
         1,
         str(tmp_path / "run"),
     )
-    checkpoint = hf.find_checkpoint(tmp_path / "run")
+    checkpoint = find_checkpoint(tmp_path / "run")
     layer, head, facts = (
         checkpoint / name
         for name in ("layer_02-model_states.pt", "head_00-model_states.pt", "ds_local.json")
@@ -186,7 +188,7 @@ def test_damaged_checkpoints_leave_nothing_behind(tmp_path):
 
     def reseal(path: Path, state: Any) -> None:
         """What a program that keeps the checksums right could have done."""
-        from ds_local.checkpoints.folder import _checksum
+        from ds_local.checkpoints.sums import _checksum
 
         torch.save(state, path)
         told = json.loads(facts.read_text())

@@ -53,7 +53,7 @@ def trained_alone(family, keys):
     """The whole model of Hugging Face: its loss, and its weights after three steps."""
     from transformers import AutoModelForCausalLM
 
-    from ds_local.checkpoints.hf_export import from_hf, to_hf
+    from ds_local.checkpoints.hf_layers import from_hf, to_hf
     from ds_local.model import families
 
     config = families.load_model_config(MODELS[family])

@@ -7,7 +7,7 @@ from families import check_no_look_into_the_future, layers_of, run
 from reference import MODELS
 from transformers import AutoModelForCausalLM
 
-from ds_local.checkpoints.hf_export import from_hf, to_hf
+from ds_local.checkpoints.hf_layers import from_hf, to_hf
 from ds_local.config.sections import HeadConfig
 from ds_local.errors import UnsupportedModel
 from ds_local.model import blocks, families

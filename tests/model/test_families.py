@@ -6,7 +6,7 @@ import torch
 from families import VARIANTS, check_no_look_into_the_future, layers_of, run
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_local.checkpoints.hf_export import from_hf, to_hf
+from ds_local.checkpoints.hf_layers import from_hf, to_hf
 from ds_local.model import families
 
 
