@@ -1,0 +1,120 @@
+"""The pictures of README and docs, from the simulator and the kept figures.
+
+python scripts/pictures.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ds_local.charts.maps import Panel, draw_map
+from ds_local.charts.svg import Svg
+from ds_local.charts.timelines import draw_bands
+from ds_local.config.files import local_parallel
+from ds_local.config.schema import SECTION
+from ds_local.schedules.drawing import band_of, draw_routes
+from ds_local.schedules.run_plan import RunPlan
+from ds_local.schedules.schedule import Event, Schedule
+from ds_local.schedules.simulator import Costs, Timeline, several_steps, simulate
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "pictures"
+CHOOSING = ROOT / "docs" / "results" / "choosing.json"  # by scripts/choosing.py
+CHUNKS: dict[str, Any] = {"mode": "chunked", "window": 2, "split_backward": 2}
+MIX: dict[str, Any] = {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}
+# file of a scheme on the page of concepts -> its section
+SCHEMES: dict[str, dict[str, Any]] = {
+    "backprop": {"mode": "backprop"},
+    "backprop-split": {"mode": "backprop", "split_backward": 2},
+    "local": {"mode": "local"},
+    "chunked": {"mode": "chunked", "window": 2},
+    "chunked-split": CHUNKS,
+    "shifted-chunked": {"mode": "shifted_chunked", "window": 2},
+    "overlapping": {"mode": "overlapping", "window": 2},
+    "interlocking": {"mode": "interlocking", "window": 2},
+    "deep-supervision": {"mode": "deep_supervision"},
+    "mix": MIX,
+}
+
+
+def schedules_of(
+    section: dict[str, Any], stages: int = 4, micro_batches: int = 4
+) -> list[Schedule]:
+    return RunPlan(local_parallel({SECTION: section}), stages, micro_batches).schedules
+
+
+def run_of(section: dict[str, Any], steps: int) -> tuple[Timeline, list[Event]]:
+    schedules = schedules_of(section)
+    return simulate(schedules, Costs()), several_steps(schedules, Costs(), steps)
+
+
+def first_picture() -> str:
+    """1F1B above what we recommend for few micro-batches, two steps each."""
+    usual, ours = run_of(SCHEMES["backprop"], 2), run_of(CHUNKS, 2)
+    bands = [
+        band_of(*usual, "1F1B, DeepSpeed's pipeline"),
+        band_of(*ours, "ds_local, chunks of two stages, split backward"),
+    ]
+    label = "Two steps of four stages under 1F1B and under chunks of two with a split backward"
+    return draw_bands(bands, label).file()
+
+
+def title_of(section: dict[str, Any]) -> str:
+    """The options of a section, in short."""
+    if "mix" in section:
+        return "mix"
+    return ", ".join(value if key == "mode" else f"{key} {value}" for key, value in section.items())
+
+
+def concept(section: dict[str, Any]) -> str:
+    """A scheme's route table beside two steps of its schedule."""
+    timeline, events = run_of(section, 2)
+    label = f"two steps of {timeline.schedule.name}"
+    if "mix" in section:
+        rows = timeline.schedule.rows
+        tables = [("micro-batch 0", rows[0]), ("the others", rows[-1])]
+    else:
+        steps = schedules_of(section)
+        tables = [(f"step {n}" if len(steps) > 1 else "", s.rows[0]) for n, s in enumerate(steps)]
+    matrix = draw_routes(tables)
+    band = band_of(timeline, events, title_of(section))
+    lanes = draw_bands([band], label, 860 - matrix.width, 22)
+    both = Svg(860, 0, f"{matrix.label}; {label}")
+    both.embed(matrix, 0, 12)
+    both.embed(lanes, matrix.width, 0)
+    return both.file()
+
+
+def choosing() -> str:
+    """The map of the page "choosing", from docs/results/choosing.json."""
+    facts = json.loads(CHOOSING.read_text())
+    panels = [Panel(name, model["times"]) for name, model in facts["models"].items()]
+    rows = [f"{count / facts['stages']:g}" for count in facts["micro_batches"]]
+    columns = [f"{ratio:g}".removeprefix("0") or "0" for ratio in facts["message_over_forward"]]
+    return draw_map(
+        "Few micro-batches or slow links: local losses. Otherwise: backpropagation, split",
+        panels,
+        ("micro-batches per stage", rows),
+        ("time of a message, in forwards of a stage", columns),
+    ).file()
+
+
+def pictures() -> Iterator[tuple[Path, str]]:
+    """(path, text) of every picture."""
+    yield FOLDER / "choosing.svg", choosing()
+    yield FOLDER / "first.svg", first_picture()
+    for name, section in SCHEMES.items():
+        yield FOLDER / f"{name}.svg", concept(section)
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for path, text in pictures():
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
