@@ -42,4 +42,4 @@ def opened(page, tmp_path, script=""):
 
 def shown(dom):
     """What the script gave to `show`."""
-    return re.findall(r"<output>(.*?)</output>", dom)
+    return re.findall(r"<output>(.*?)</output>", dom, re.DOTALL)

@@ -23,7 +23,7 @@ h1{font-size:22px;margin:0 0 4px}h2{font-size:17px;margin:28px 0 8px}
   margin:0 0 14px;overflow-x:auto}
 .box>svg{display:block;width:100%;height:auto}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:14px}
-.pair>.box{margin:0}
+.pair{margin:0 0 14px}.pair>.box{margin:0}
 table{border-collapse:collapse}td,th{padding:3px 12px 3px 0;text-align:left;vertical-align:top}
 th{color:var(--faint);font-weight:500}td.n,th.n{text-align:right}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:12px;margin:0}

@@ -47,7 +47,7 @@ def number(value: float, step: float | None = None) -> str:
         if size >= limit:
             unit = {"G": 1e9, "M": 1e6, "k": 1e3}[letter]
             return f"{value / unit:.6g}{letter}" if value else "0"
-    if value and size < 1e-3:
+    if value and size < 1e-4:
         return f"{value:.1e}".replace("e-0", "e-")
     return f"{round(value, 10):.6g}"
 
@@ -111,7 +111,7 @@ def chart(
         x0, x1 = place(start, y_low)[0], place(stop, y_low)[0]
         if odd % 2 == 0:
             svg.rect(x0, top, x1 - x0, height - top - bottom, cls="track")
-        svg.text(x0 + 4, top + 12, _fit(name, x1 - x0 - 8, 11), 11, "faint")
+        svg.text(x0 + 5, height - bottom - 7, _fit(name, x1 - x0 - 8, 11), 11, "faint")
     for y, text in ticks(y_low, y_high, 5):
         at = place(x_low, y)[1]
         svg.line(left, at, width - right, at)
@@ -130,8 +130,24 @@ def chart(
             svg.line(at, top, at, height - bottom, cls="rule dash")
     for curve in shown:
         _curve(svg, curve, place)
+    svg.data = {
+        "width": width,
+        "left": left,
+        "right": width - right,
+        "top": top,
+        "bottom": height - bottom,
+        "from": x_low,
+        "to": x_high,
+        "x": x_name,
+        "percent": percent,
+        "curves": [{"name": _full_name(c), "points": c.points} for c in shown],
+    }
     _names(svg, shown, place, width - right + 6, (top, height - bottom))
     return svg
+
+
+def _full_name(curve: Curve) -> str:
+    return f"{curve.name} measured" if curve.dots and curve.name else curve.name
 
 
 def _curve(svg: Svg, curve: Curve, place: Place) -> None:
@@ -164,7 +180,7 @@ def _names(
     """Names at the ends of the curves, moved apart where they would lie on each other."""
     ends = []
     for curve in curves:
-        last = next((p for p in reversed(curve.points) if p[1] is not None), None)
+        last = next(((x, y) for x, y in reversed(curve.points) if y is not None), None)
         if last is not None and curve.name:
             ends.append((place(*last)[1] + 4, curve))
     ends.sort(key=lambda end: end[0])

@@ -7,6 +7,7 @@ KINDS = {
     "B": ("backward, both gradients", "#f2a541", "#1f2328"),
     "I": ("input gradient only", "#e45756", "#ffffff"),
     "W": ("weight gradient only", "#72b7b2", "#1f2328"),
+    "U": ("update", "#9673c9", "#ffffff"),
 }  # kind of an action -> (its name, its colour, the colour of a letter on it)
 
 SERIES = ("#4c8dd6", "#e8862e", "#3fa66b", "#d65a5a", "#9673c9", "#a0785a", "#d977b8", "#7f8a94")

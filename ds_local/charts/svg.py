@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from typing import Any
 
 from ds_local.charts.style import CSS
 
@@ -16,6 +17,7 @@ class Svg:
 
     def __init__(self, width: float, height: float, label: str) -> None:
         self.width, self.height, self.label = width, height, label
+        self.data: dict[str, Any] | None = None  # of a chart whose values a page shows
         self._parts: list[str] = []
 
     def add(self, tag: str, body: str = "", **attributes: float | str | None) -> None:
@@ -49,7 +51,8 @@ class Svg:
         )
 
     def line(self, x1: float, y1: float, x2: float, y2: float, **more: float | str | None) -> None:
-        self.add("line", x1=x1, y1=y1, x2=x2, y2=y2, **({"cls": "rule"} | more))
+        more.setdefault("cls", "rule")
+        self.add("line", "", x1=x1, y1=y1, x2=x2, y2=y2, **more)
 
     def embed(self, other: Svg, x: float, y: float) -> None:
         """Another drawing as a part of this one, which becomes high enough for it."""

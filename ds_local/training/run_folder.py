@@ -35,6 +35,7 @@ _MADE = (
     "logs",
     "loss.png",
     "diagnostics.png",
+    "report.html",
     "profile.json",
     "trace.json",
 )
