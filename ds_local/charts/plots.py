@@ -112,7 +112,7 @@ def chart(
         if odd % 2 == 0:
             svg.rect(x0, top, x1 - x0, height - top - bottom, cls="track")
         svg.text(x0 + 5, height - bottom - 7, _fit(name, x1 - x0 - 8, 11), 11, "faint")
-    for y, text in ticks(y_low, y_high, 5):
+    for y, text in ticks(y_low, y_high, int(height / 45)):
         at = place(x_low, y)[1]
         svg.line(left, at, width - right, at)
         shown_text = f"{y:.0%}" if percent else text

@@ -16,7 +16,7 @@ from typing import Any
 from ds_local.charts.pages import page
 from ds_local.charts.plots import Curve, Mark, bars, chart, number
 from ds_local.charts.style import color_of
-from ds_local.charts.svg import Svg
+from ds_local.charts.svg import Svg, text_width
 from ds_local.charts.timelines import draw_bands
 from ds_local.outputs import write_file
 from ds_local.training.run_record import Points, RunRecord, differences, thinned
@@ -65,6 +65,7 @@ def _one(run: RunRecord, drawings: list[Svg]) -> str:
         "<h2>Time</h2>",
         f"<div class='pair'>{box(_pace(run))}{box(_idle(run))}</div>",
         box(_step_time(run)),
+        box(_link_waits(run)),
         _waits(run),
     ]
     step = run.step_picture()
@@ -95,7 +96,7 @@ def what_next(run: RunRecord) -> list[str]:
     if run.events:
         first = min(run.events, key=lambda row: row["nonfinite_step"])
         found.append(
-            f"{len(run.events)} reports of numbers that were not finite, the first at step "
+            f"Numbers were not finite, {len(run.events)} times in the reports, first at step "
             f"{first['nonfinite_step']}: {first['nonfinite']} of segment {first['segment']}, stage "
             f"{first['stage']}. Look at the gradient norm and the learning rate just before."
         )
@@ -279,6 +280,47 @@ def _step_time(run: RunRecord) -> Svg:
     )
 
 
+def _link_waits(run: RunRecord) -> Svg:
+    """A lane for each stage: as high as its idle share, in the colour of the link that it waited for
+    longest."""
+    links = sorted({link for stage in run.stages for link in run.waits(stage)})
+    lane, left, top, width = 40.0, 76.0, 36.0, 1140.0
+    svg = Svg(width, top + lane * len(run.stages) + 22, "What each stage waited for")
+    svg.text(
+        16,
+        22,
+        "What each stage waited for, over the steps: as high as its idle share",
+        14,
+        "ink title",
+    )
+    for row, stage in enumerate(run.stages):
+        bottom = top + (row + 1) * lane
+        svg.text(left - 8, bottom - 14, f"stage {stage}", 11.5, "faint", "end")
+        svg.rect(left, bottom - lane + 4, width - left - 16, lane - 4, rx=2, cls="track")
+        stretches = run.waiting(stage)
+        wide = (width - left - 16) / max(len(stretches), 1)
+        for n, (first, last, share, link) in enumerate(stretches):
+            if link is None:
+                continue
+            high = max((lane - 4) * min(share, 1.0), 1.0)
+            tip = f"steps {first} to {last}: idle {share:.1%}, longest for the {link}"
+            color = color_of(links.index(link), len(links))
+            svg.rect(left + n * wide, bottom - high, wide, high, tip, fill=color)
+    base = top + lane * len(run.stages)
+    svg.text(left, base + 16, "first step", 11, "faint")
+    svg.text(width - 16, base + 16, "last step", 11, "faint", "end")
+    names = [(link, color_of(n, len(links))) for n, link in enumerate(links)]
+    at, y = left, base + 28
+    for link, color in names:
+        if at + text_width(link) + 40 > width:
+            at, y = left, y + 19
+        svg.rect(at, y, 12, 12, rx=2, fill=color)
+        svg.text(at + 17, y + 10.5, link)
+        at += text_width(link) + 40
+    svg.height = y + 24 if links else svg.height
+    return svg
+
+
 def _waits(run: RunRecord) -> str:
     rows = []
     for stage in run.stages:
@@ -445,7 +487,7 @@ def _what_differs(runs: Sequence[RunRecord]) -> str:
     rows = [
         f"<tr><td>{escape(name)}</td>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
         for part in ("config", "model", "data", "layout", "versions")
-        for name, values in differences(runs, lambda facts, part=part: facts.get(part, {}))
+        for name, values in differences(runs, part)
     ]
     if not rows:
         return "<h2>Settings</h2><p class='lead'>The same in all runs.</p>"

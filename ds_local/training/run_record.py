@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,22 @@ class RunRecord:
         ]
         counts = {link: links.count(link) / len(links) for link in dict.fromkeys(links)}
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+    def waiting(self, stage: int, most: int = 120) -> list[tuple[int, int, float, str | None]]:
+        """(first step, last step, mean idle share, link waited for longest) of at most so many
+        stretches of the run."""
+        rows = [row for row in self.train if row["stage"] == stage]
+        rows = [row for row in rows if row["segment"] == rows[0]["segment"]]
+        found = []
+        for start in range(0, len(rows), size := -(-len(rows) // most) or 1):
+            part = rows[start : start + size]
+            by_link: defaultdict[str | None, float] = defaultdict(float)
+            for row in part:
+                by_link[row.get("slowest_link")] += row.get("idle_share") or 0.0
+            link = max(by_link, key=lambda link: by_link[link])
+            share = sum(by_link.values()) / len(part)
+            found.append((part[0]["step"], part[-1]["step"], share, link))
+        return found
 
     @cached_property
     def memory(self) -> dict[int, int]:
@@ -225,12 +241,9 @@ def thinned(points: Points, most: int = 240) -> Points:
     kept: Points = []
     for start in range(0, len(points), size):
         part = points[start : start + size]
-        there = [p for p in part if p[1] is not None]
-        if not there:
-            kept.append(part[0])
-            continue
-        low, high = (pick(there, key=lambda p: p[1]) for pick in (min, max))
-        kept += sorted({part[0], low, high, part[-1]}, key=lambda p: p[0])
+        there = sorted((y, x) for x, y in part if y is not None)
+        peaks = {(x, y) for y, x in (there[0], there[-1])} if there else set()
+        kept += sorted({part[0], part[-1], *peaks}, key=lambda p: p[0])
     return kept
 
 
@@ -244,11 +257,10 @@ def flat(value: Any, name: str = "") -> dict[str, str]:
     return {name: json.dumps(value)}
 
 
-def differences(
-    runs: Sequence[RunRecord], pick: Callable[[Row], Any]
-) -> list[tuple[str, list[str]]]:
-    """(setting, its value in each run) of the settings that are not the same in all."""
-    all_flat = [flat(pick(run.facts)) for run in runs]
+def differences(runs: Sequence[RunRecord], part: str) -> list[tuple[str, list[str]]]:
+    """(setting, its value in each run) of the settings in a part of run.json that are not the same
+    in all."""
+    all_flat = [flat(run.facts.get(part, {})) for run in runs]
     names: Iterable[str] = dict.fromkeys(name for one in all_flat for name in one)
     rows = [(name, [one.get(name, "-") for one in all_flat]) for name in names]
     return [row for row in rows if len(set(row[1])) > 1]
