@@ -59,6 +59,9 @@ def page(title: str, body: str, script: str = "", data: Any = None) -> str:
     )
 
 
+_STILL = 5_000  # pieces of a still picture
+
+
 def timeline_page(title: str, lead: str, bands: Sequence[Band]) -> str:
     """Bands to zoom and to point at. Without scripts they are a still picture."""
     tips: dict[str, int] = {}
@@ -88,7 +91,8 @@ def timeline_page(title: str, lead: str, bands: Sequence[Band]) -> str:
             ("whole", "all", "all"),
         )
     )
-    still = draw_bands(bands, title, 1140).inline()
+    few = sum(len(band.pieces) for band in bands) <= _STILL
+    still = draw_bands(bands, title, 1140).inline() if few else "This page needs scripts."
     body = (
         f"<h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p>"
         f"<p>{buttons}</p><div class='box'><canvas id='lanes'></canvas><noscript>{still}</noscript>"

@@ -260,6 +260,9 @@ class _Loop:
         self.metrics_problem = ""
         self.started = time.perf_counter()
         self.earlier_seconds = 0.0
+        self.reported = self.report_seconds = (
+            0.0  # when the last report was written, and how long it took
+        )
         self.first_step = engine.global_steps
         self.recent: deque[list[dict[str, Any]]] = deque(maxlen=_RECENT)  # rows of reports
         if self.is_first:
@@ -375,7 +378,7 @@ class _Loop:
             seconds = round(self._seconds(), 3)
             fixed = {"split": "event", "loss": None, "tokens": tokens, "seconds": seconds}
             self.metrics.write([event | fixed])
-            self._report()
+            self._report(last=True)
 
     def _evaluate(self) -> int:
         batches = validation_batches(self.data, self.shape, self.args.eval_sequences)
@@ -421,14 +424,19 @@ class _Loop:
             self._report()
         return step
 
-    def _report(self) -> None:
-        """report.html, as far as the run has come. What keeps it from being written stops nobody."""
+    def _report(self, last: bool = False) -> None:
+        """report.html, as far as the run has come. What keeps it from being written stops nobody, and
+        it takes at most a twentieth of the time."""
         began = time.perf_counter()
+        if not last and began - self.reported < 20 * self.report_seconds:
+            return
         try:
             report.write([RunRecord(self.run_folder)], self.run_folder / "report.html")
         except Exception as error:  # the run is worth more than its picture
             LOG.exception("no report: %s", error)
-        self.started += time.perf_counter() - began
+        self.reported = time.perf_counter()
+        self.report_seconds = self.reported - began
+        self.started += self.report_seconds
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         """Add rows to metrics.jsonl, or keep them until there is room."""
@@ -483,7 +491,7 @@ class _Loop:
             raise SaveError(f"cannot write {self.metrics.path}: {why}") from error
 
     def _conclude(self) -> None:
-        self._report()
+        self._report(last=True)
         picture = self.run_folder / "loss.png"
         draw_losses(self.metrics.path, picture)
         if self.engine.section.diagnostics:

@@ -6,7 +6,7 @@ All that is missing or damaged, as in the folder of an older run, is left out.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -77,9 +77,22 @@ class RunRecord:
         self, split: str, segment: int, name: str, x: str = "step", per: str = "segment"
     ) -> Points:
         """A figure of one segment, or (`per` "stage") of a stage's first one, over `x`."""
-        rows = self.train if split == "train" else self.validation
-        found = {row[x]: row.get(name) for row in rows if row[per] == segment}
+        found = {row[x]: row.get(name) for row in self._rows_of[split, per, segment]}
         return sorted(found.items(), key=lambda point: point[0])
+
+    @cached_property
+    def _rows_of(self) -> defaultdict[tuple[str, str, int], list[Row]]:
+        """Rows by split and segment, and those of a stage's first segment by split and stage."""
+        found: defaultdict[tuple[str, str, int], list[Row]] = defaultdict(list)
+        firsts: dict[int, int] = {}
+        for row in self.train + self.validation:
+            segment, stage = row["segment"], row["stage"]
+            firsts[stage] = min(firsts.get(stage, segment), segment)
+            found[row["split"], "segment", segment].append(row)
+        for stage, segment in firsts.items():
+            for split in ("train", "validation"):
+                found[split, "stage", stage] = found[split, "segment", segment]
+        return found
 
     @cached_property
     def pace(self) -> Points:
@@ -93,8 +106,8 @@ class RunRecord:
 
     def mean(self, name: str, stage: int) -> float | None:
         """Of a stage's steps, weighted by what they took; the first report pays for the start."""
-        rows = [row for row in self.train if row["stage"] == stage]
-        rows = [row for row in rows if row["segment"] == rows[0]["segment"]][1:] or rows[:1]
+        rows = self._rows_of["train", "stage", stage]
+        rows = rows[1:] or rows
         seconds = sum(row.get("step_seconds") or 0.0 for row in rows)
         total = sum((row.get(name) or 0.0) * (row.get("step_seconds") or 0.0) for row in rows)
         return total / seconds if seconds else None
@@ -102,17 +115,14 @@ class RunRecord:
     def waits(self, stage: int) -> dict[str, float]:
         """Link -> share of the stage's reports in which it waited for that link longest, the
         longest first."""
-        links = [
-            r["slowest_link"] for r in self.train if r["stage"] == stage and r.get("slowest_link")
-        ]
-        counts = {link: links.count(link) / len(links) for link in dict.fromkeys(links)}
-        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+        rows = self._rows_of["train", "stage", stage]
+        counts = Counter(row["slowest_link"] for row in rows if row.get("slowest_link"))
+        return {link: count / counts.total() for link, count in counts.most_common()}
 
     def waiting(self, stage: int, most: int = 120) -> list[tuple[int, int, float, str | None]]:
         """(first step, last step, mean idle share, link waited for longest) of at most so many
         stretches of the run."""
-        rows = [row for row in self.train if row["stage"] == stage]
-        rows = [row for row in rows if row["segment"] == rows[0]["segment"]]
+        rows = self._rows_of["train", "stage", stage]
         found = []
         for start in range(0, len(rows), size := -(-len(rows) // most) or 1):
             part = rows[start : start + size]

@@ -6,6 +6,8 @@ import re
 import pytest
 from browser import opened, shown
 
+from ds_local.charts.maps import Panel, draw_map
+from ds_local.charts.style import SERIES
 from ds_local.charts.timelines import draw_bands
 from ds_local.cli.simulate import main
 from ds_local.schedules.drawing import band_of, draw_routes
@@ -99,6 +101,19 @@ def test_a_still_picture_has_a_box_for_each_action():
         assert len(boxes) == count + 1  # and one in the legend
     assert "prefers-color-scheme:dark" in text
     assert text.count("idle") == 2  # in the title and the legend
+
+
+def test_a_map_has_the_colour_and_the_value_of_what_is_best():
+    cells = [
+        [{"a": 0.5, "b": 0.4}, {"a": 0.5, "b": 0.6}],
+        [{"a": 0.3, "b": 0.3}, {"a": 1.0, "b": 2.0}],
+    ]
+    text = draw_map("t", [Panel("p", cells)], ("up", ["1", "2"]), ("right", ["x", "y"])).file()
+    found = re.findall(
+        r'<rect[^>]*fill="(#\w+)"[^>]*><title>a: [^<]*</title></rect><text[^>]*>([\d.]+)<', text
+    )
+    first, second = SERIES[:2]
+    assert found == [(second, ".40"), (first, ".50"), (first, ".30"), (first, "1.00")]
 
 
 def test_a_route_table_has_a_cell_for_each_route():
