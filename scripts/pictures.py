@@ -5,12 +5,16 @@ python scripts/pictures.py
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ds_local.charts.maps import Panel, draw_map
+from ds_local.charts.plots import Curve, chart
+from ds_local.charts.style import color_of
 from ds_local.charts.svg import Svg
 from ds_local.charts.timelines import draw_bands
 from ds_local.config.files import local_parallel
@@ -102,9 +106,80 @@ def choosing() -> str:
     ).file()
 
 
+# row of a table on the page "benchmarks" -> name in the picture
+SHOWN = {
+    "ds_local local": "local",
+    "ds_local chunked 2, split 2": "chunks of two, split",
+    "ds_local backprop, split 2": "backprop, split",
+    "torch ZBVZeroBubble": "torch ZBV",
+    "deepspeed 1F1B": "DeepSpeed 1F1B",
+}
+
+
+def measured(head: str) -> tuple[list[str], dict[str, list[tuple[float, float, float]]]]:
+    """(column names, row -> (median, lowest, highest) of each column) of a table on the page
+    "benchmarks"; a row that a column lacks is shorter."""
+    lines = (ROOT / "docs" / "benchmarks.md").read_text().splitlines()
+    start = lines.index(head)
+    columns = [cell.strip() for cell in head.strip("|").split("|")][1:]
+    rows = {}
+    for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :]):
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        found = [re.match(r"([\d.]+)(?: \(([\d.]+)-([\d.]+)\))?", cell) for cell in cells]
+        values = [(one[1], one[2] or one[1], one[3] or one[1]) for one in found if one]
+        if len(values) == len(cells):
+            rows[name] = [(float(a), float(b), float(c)) for a, b, c in values]
+    return columns, rows
+
+
+def busy(
+    title: str, head: str, x_name: str, shown: dict[str, str], scale: Callable[[float], float]
+) -> str:
+    """Measured busy shares of some systems as curves, from the columns "... = X" of a table, which
+    lie at `scale(X)`."""
+    columns, rows = measured(head)
+    texts = [column.partition("= ")[2] for column in columns if "=" in column]
+    labels = [(scale(float(text)), text) for text in texts]
+    curves, repeated = [], False
+    for n, (row, name) in enumerate(shown.items()):
+        values = rows[row][: len(labels)]
+        points = [(x, value[0]) for (x, _), value in zip(labels, values, strict=True)]
+        spread = [value[1:] for value in values]
+        repeated = repeated or any(low < high for low, high in spread)
+        curves.append(Curve(name, color_of(n, len(shown)), points, True, spread))
+    y_name = "busy share of the stages in %"
+    y_name += "; vertical lines: lowest to highest repetition" if repeated else ""
+    size = (860.0, 300.0)
+    return chart(title, curves, x_name, y_name, size=size, y_range=(0, 102), x_ticks=labels).file()
+
+
 def pictures() -> Iterator[tuple[Path, str]]:
     """(path, text) of every picture."""
     yield FOLDER / "choosing.svg", choosing()
+    yield (
+        FOLDER / "busy.svg",
+        busy(
+            "With few micro-batches only local losses keep the stages busy",
+            "| P = 4 | M = 1 | M = 2 | M = 4 | M = 8 | M = 16 |",
+            "micro-batches a step, 4 stages",
+            {
+                "ds_local local": "local",
+                "ds_local local, head 10 %": "local, 10 % heads",
+                "ds_local chunked 2": "chunks of two",
+                "torch ZBVZeroBubble": "torch ZBV",
+                "deepspeed 1F1B": "DeepSpeed 1F1B",
+            },
+        ),
+    )
+    yield (
+        FOLDER / "links.svg",
+        busy(
+            "On slow links what sends nothing down keeps its speed",
+            "| P = 4, M = 8 | c/F = 0 | c/F = 1 | c/F = 3 | delay 100 ms |",
+            "time of a message, in forwards of a stage",
+            SHOWN,
+        ),
+    )
     yield FOLDER / "first.svg", first_picture()
     for name, section in SCHEMES.items():
         yield FOLDER / f"{name}.svg", concept(section)

@@ -18,6 +18,9 @@ class Curve(NamedTuple):
     color: str
     points: Sequence[tuple[float, float | None]]
     dots: bool = False  # a few measurements, not a line of many
+    spread: Sequence[
+        tuple[float, float]
+    ] = ()  # (lowest, highest) of each point, if there are several
 
 
 class Mark(NamedTuple):
@@ -76,6 +79,7 @@ def chart(
     y_range: tuple[float | None, float | None] = (None, None),
     percent: bool = False,
     shades: Sequence[tuple[float, float, str]] = (),
+    x_ticks: Sequence[tuple[float, str]] = (),
 ) -> Svg:
     """Curves over one axis, each with its name at its end.
 
@@ -84,6 +88,7 @@ def chart(
         y_range: ends of the y axis, None: from the data.
         percent: y is a share.
         shades: (from x, to x, name) of stretches to tell apart.
+        x_ticks: (x, text); default round numbers.
     """
     width, height = size
     shown = [c for c in curves if any(y is not None for _, y in c.points)]
@@ -117,7 +122,7 @@ def chart(
         svg.line(left, at, width - right, at)
         shown_text = f"{y:.0%}" if percent else text
         svg.text(left - 7, at + 4, shown_text, 11, "faint", "end")
-    for x, text in ticks(x_low, x_high, 8):
+    for x, text in x_ticks or ticks(x_low, x_high, 8):
         at = place(x, y_low)[0]
         svg.line(at, height - bottom, at, height - bottom + 4)
         svg.text(at, height - bottom + 17, text, 11, "faint", "middle")
@@ -152,6 +157,9 @@ def _full_name(curve: Curve) -> str:
 
 def _curve(svg: Svg, curve: Curve, place: Place) -> None:
     parts, pen = [], "M"
+    for (x, _), (low, high) in zip(curve.points, curve.spread, strict=False):
+        (at, bottom), (_, top) = place(x, low), place(x, high)
+        svg.line(at, bottom, at, top, cls=None, stroke=curve.color, stroke_width=1.2)
     for x, y in curve.points:
         if y is None:
             pen = "M"
