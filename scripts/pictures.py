@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,16 +107,6 @@ def choosing() -> str:
     ).file()
 
 
-# row of a table on the page "benchmarks" -> name in the picture
-SHOWN = {
-    "ds_local local": "local",
-    "ds_local chunked 2, split 2": "chunks of two, split",
-    "ds_local backprop, split 2": "backprop, split",
-    "torch ZBVZeroBubble": "torch ZBV",
-    "deepspeed 1F1B": "DeepSpeed 1F1B",
-}
-
-
 def measured(head: str) -> tuple[list[str], dict[str, list[tuple[float, float, float]]]]:
     """(column names, row -> (median, lowest, highest) of each column) of a table on the page
     "benchmarks"; a row that a column lacks is shorter."""
@@ -136,7 +127,11 @@ def busy(
     title: str, head: str, x_name: str, shown: dict[str, str], scale: Callable[[float], float]
 ) -> str:
     """Measured busy shares of some systems as curves, from the columns "... = X" of a table, which
-    lie at `scale(X)`."""
+    lie at `scale(X)`.
+
+    Args:
+        shown: row of the table -> name in the picture.
+    """
     columns, rows = measured(head)
     texts = [column.partition("= ")[2] for column in columns if "=" in column]
     labels = [(scale(float(text)), text) for text in texts]
@@ -153,33 +148,45 @@ def busy(
     return chart(title, curves, x_name, y_name, size=size, y_range=(0, 102), x_ticks=labels).file()
 
 
+def busy_by_micro_batches() -> str:
+    shown = {
+        "ds_local local": "local",
+        "ds_local local, head 10 %": "local, 10 % heads",
+        "ds_local chunked 2": "chunks of two",
+        "torch ZBVZeroBubble": "torch ZBV",
+        "deepspeed 1F1B": "DeepSpeed 1F1B",
+    }
+    return busy(
+        "With few micro-batches only local losses keep the stages busy",
+        "| P = 4 | M = 1 | M = 2 | M = 4 | M = 8 | M = 16 |",
+        "micro-batches a step, 4 stages",
+        shown,
+        math.log2,
+    )
+
+
+def busy_by_links() -> str:
+    shown = {
+        "ds_local local": "local",
+        "ds_local chunked 2, split 2": "chunks of two, split",
+        "ds_local backprop, split 2": "backprop, split",
+        "torch ZBVZeroBubble": "torch ZBV",
+        "deepspeed 1F1B": "DeepSpeed 1F1B",
+    }
+    return busy(
+        "On slow links what sends nothing down keeps its speed",
+        "| P = 4, M = 8 | c/F = 0 | c/F = 1 | c/F = 3 | delay 100 ms |",
+        "time of a message, in forwards of a stage",
+        shown,
+        float,
+    )
+
+
 def pictures() -> Iterator[tuple[Path, str]]:
     """(path, text) of every picture."""
     yield FOLDER / "choosing.svg", choosing()
-    yield (
-        FOLDER / "busy.svg",
-        busy(
-            "With few micro-batches only local losses keep the stages busy",
-            "| P = 4 | M = 1 | M = 2 | M = 4 | M = 8 | M = 16 |",
-            "micro-batches a step, 4 stages",
-            {
-                "ds_local local": "local",
-                "ds_local local, head 10 %": "local, 10 % heads",
-                "ds_local chunked 2": "chunks of two",
-                "torch ZBVZeroBubble": "torch ZBV",
-                "deepspeed 1F1B": "DeepSpeed 1F1B",
-            },
-        ),
-    )
-    yield (
-        FOLDER / "links.svg",
-        busy(
-            "On slow links what sends nothing down keeps its speed",
-            "| P = 4, M = 8 | c/F = 0 | c/F = 1 | c/F = 3 | delay 100 ms |",
-            "time of a message, in forwards of a stage",
-            SHOWN,
-        ),
-    )
+    yield FOLDER / "busy.svg", busy_by_micro_batches()
+    yield FOLDER / "links.svg", busy_by_links()
     yield FOLDER / "first.svg", first_picture()
     for name, section in SCHEMES.items():
         yield FOLDER / f"{name}.svg", concept(section)
