@@ -51,7 +51,7 @@ class Svg:
         )
 
     def line(self, x1: float, y1: float, x2: float, y2: float, **more: float | str | None) -> None:
-        more = {"cls": "rule"} | more
+        more.setdefault("cls", "rule")
         self.add("line", "", x1=x1, y1=y1, x2=x2, y2=y2, **more)
 
     def embed(self, other: Svg, x: float, y: float) -> None:
