@@ -59,7 +59,7 @@ class RunRecord:
 
     @cached_property
     def segments(self) -> list[int]:
-        return sorted({row["segment"] for row in self.train + self.validation})
+        return sorted({row["segment"] for row in self.rows})
 
     @cached_property
     def stages(self) -> list[int]:

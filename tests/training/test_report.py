@@ -174,6 +174,15 @@ def test_folders_of_older_runs_are_read_as_far_as_they_go(tmp_path):
         RunRecord(tmp_path)
 
 
+def test_a_run_that_ended_in_its_first_step_has_a_report(tmp_path):
+    row = {"step": 1, "segment": 0, "stage": 0, "tokens": 512, "seconds": 0.0, "loss": None}
+    event = row | {"split": "event", "nonfinite": "loss", "nonfinite_step": 1}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(event) + "\n")
+    page = report([RunRecord(tmp_path)])
+    assert "<td class=bad>loss</td>" in page
+    assert page.count("nothing was measured") == 5
+
+
 def test_several_runs_beside_each_other(tmp_path, capsys):
     one = write_run(tmp_path / "one")
     two = write_run(tmp_path / "two", mode="backprop", event=13)
