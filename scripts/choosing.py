@@ -10,6 +10,7 @@ taken from the rows of the quality study (docs/quality.json, preset cpu, four se
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,9 @@ def times_of(model: Any, seq_len: int, count: int, ratio: float) -> dict[str, fl
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     from ds_local.model.blocks import load_model_config
 
     maps = {}

@@ -5,6 +5,7 @@ python scripts/pictures.py
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -193,6 +194,9 @@ def pictures() -> Iterator[tuple[Path, str]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     FOLDER.mkdir(exist_ok=True)
     for path, text in pictures():
         path.write_text(text)
