@@ -10,14 +10,21 @@ import torch
 from ranks import run_ranks
 
 from ds_local.cli import benchmark
-from ds_local.measure import emulated, network, pictures, real, real_systems, report
+from ds_local.measure import (
+    network,
+    pictures,
+    real,
+    real_systems,
+    report,
+    sleeping,
+)
 from ds_local.measure.live import LiveTensors
 from ds_local.measure.sweep import Setting, sweep
 from ds_local.measure.systems import SYSTEMS, choose, from_torch
 from ds_local.schedules.simulator import Costs, simulate
 
 POOL = SimpleNamespace(run=run_ranks)
-QUICK = emulated.Times(0.001, 0.001, 0.001)
+QUICK = sleeping.Times(0.001, 0.001, 0.001)
 CONTRACT = {
     "system",
     "schedule",
@@ -52,13 +59,13 @@ def test_saved_tensors_are_counted_once_and_weights_never():
 
 
 def test_a_stage_splits_its_backward_pass():
-    emulated.EVENTS.clear()
-    stage, x = emulated.Stage(QUICK), torch.ones(1, 3, requires_grad=True)
+    sleeping.EVENTS.clear()
+    stage, x = sleeping.Stage(QUICK), torch.ones(1, 3, requires_grad=True)
     y = stage(x)
     torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
-    assert [what for what, *_ in emulated.EVENTS] == ["forward", "input gradient"]
+    assert [what for what, *_ in sleeping.EVENTS] == ["forward", "input gradient"]
     y.sum().backward()
-    assert sorted(what for what, *_ in emulated.EVENTS[2:]) == ["input gradient", "weight gradient"]
+    assert sorted(what for what, *_ in sleeping.EVENTS[2:]) == ["input gradient", "weight gradient"]
 
 
 def test_torch_actions_become_a_schedule():
@@ -152,7 +159,7 @@ def test_every_system_runs_and_gives_the_row_of_the_contract(tmp_path):
 
 @pytest.mark.dist
 def test_what_is_alive_is_what_the_schedule_says():
-    times = emulated.Times(0.001, 0.001, 0.001, 0.0, floats=64 * 64, layers=8, width=64)
+    times = sleeping.Times(0.001, 0.001, 0.001, 0.0, floats=64 * 64, layers=8, width=64)
     rows = rows_of(
         ["ds_local:local", "ds_local:backprop", "deepspeed:1F1B", "torch:GPipe", "async"], times
     )

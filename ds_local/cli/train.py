@@ -70,6 +70,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="write profile.json (for simulate.py) and trace.json (for Perfetto) at the end",
     )
+    _add_scheme(parser)
+    deepspeed = parser.add_argument_group("DeepSpeed")
+    deepspeed.add_argument(
+        "--deepspeed", action="store_true", help="accepted for DeepSpeed's sake; always on"
+    )
+    deepspeed.add_argument("--deepspeed_config", required=True, help="ds_config.json")
+    deepspeed.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    return parser.parse_args(arguments)
+
+
+def _add_scheme(parser: argparse.ArgumentParser) -> None:
     scheme = parser.add_argument_group(
         "scheme (instead of what the config file's local_parallel section says)"
     )
@@ -90,13 +101,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--backprop-from", type=whole(1), help="plain backpropagation from this step on"
     )
     scheme.add_argument("--seed", type=whole(), help="of weights, dropout and data order")
-    deepspeed = parser.add_argument_group("DeepSpeed")
-    deepspeed.add_argument(
-        "--deepspeed", action="store_true", help="accepted for DeepSpeed's sake; always on"
-    )
-    deepspeed.add_argument("--deepspeed_config", required=True, help="ds_config.json")
-    deepspeed.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:

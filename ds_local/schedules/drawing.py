@@ -67,32 +67,8 @@ def draw(timelines: Sequence[Timeline], path: str | Path) -> None:
         layout="constrained",
     )
     few = max(t.schedule.num_micro_batches for t in timelines) <= 16 and max(rows) <= 16
-    kinds = set()
     for axis, timeline in zip(axes[:, 0], timelines, strict=True):
-        for event in timeline.events:
-            backprop = (
-                event.action.kind != FORWARD
-                and timeline.schedule.rows[event.action.micro_batch].mode == "backprop"
-            )
-            kinds.add(event.action.kind)
-            axis.broken_barh(
-                [(event.start, event.end - event.start)],
-                (event.stage - 0.42, 0.84),
-                facecolors=COLORS[event.action.kind],
-                edgecolor="white",
-                linewidth=0.6,
-                hatch="//" if backprop and "x" in timeline.schedule.name else None,
-            )
-            if few:
-                axis.text(
-                    (event.start + event.end) / 2,
-                    event.stage,
-                    event.action.micro_batch,
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white",
-                )
+        _draw_events(axis, timeline, with_numbers=few)
         axis.set_yticks(
             range(timeline.schedule.num_stages),
             [f"stage {s}" for s in range(timeline.schedule.num_stages)],
@@ -106,6 +82,7 @@ def draw(timelines: Sequence[Timeline], path: str | Path) -> None:
         )
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("time")
+    kinds = {event.action.kind for timeline in timelines for event in timeline.events}
     figure.legend(
         handles=[Patch(color=COLORS[k], label=NAMES[k]) for k in COLORS if k in kinds],
         loc="outside lower right",
@@ -114,3 +91,30 @@ def draw(timelines: Sequence[Timeline], path: str | Path) -> None:
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _draw_events(axis: Any, timeline: Timeline, with_numbers: bool) -> None:
+    """The bars of one time line, hatched where a mix runs backpropagation."""
+    for event in timeline.events:
+        backprop = (
+            event.action.kind != FORWARD
+            and timeline.schedule.rows[event.action.micro_batch].mode == "backprop"
+        )
+        axis.broken_barh(
+            [(event.start, event.end - event.start)],
+            (event.stage - 0.42, 0.84),
+            facecolors=COLORS[event.action.kind],
+            edgecolor="white",
+            linewidth=0.6,
+            hatch="//" if backprop and "x" in timeline.schedule.name else None,
+        )
+        if with_numbers:
+            axis.text(
+                (event.start + event.end) / 2,
+                event.stage,
+                event.action.micro_batch,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white",
+            )

@@ -1,4 +1,4 @@
-"""A run from its start to its end: inputs checked, ranks met, model built or resumed; `steps` trains.
+"""A run from its start to its end: inputs checked, ranks met, model built; `steps` trains.
 
 `scripts/train.py` parses the arguments and calls `train`. A run folder holds run.json (what ran),
 metrics.jsonl (what came of it), checkpoints/ and loss.png.
