@@ -13,6 +13,7 @@ from ds_local.checkpoints.facts import layout_changes, read_facts
 from ds_local.checkpoints.folder import agreed_tag, latest_tag, locate
 from ds_local.checkpoints.sums import verify
 from ds_local.engine.finite import check_state
+from ds_local.engine.safe_files import RESERVED
 from ds_local.engine.saving import facts_of
 from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError
@@ -75,7 +76,8 @@ def load(
     engine.replicas.load(own_files, facts)
     engine.copies.load(own_files, engine.global_steps, engine.replica_id)
     check_state(engine, f"with {place}", "use another checkpoint")
-    return path, client_state
+    # DeepSpeed gives whatever it did not use, its own notes among it
+    return path, {key: value for key, value in client_state.items() if key not in RESERVED}
 
 
 def load_what_fits(

@@ -9,10 +9,8 @@ import itertools
 import jobs
 import pytest
 import torch
-from launch import launch, losses, metrics, script, write_inputs
 from ranks import run_ranks
-from reference import MODELS, Reference, batch, table_of
-from test_lost_ranks import finish, start
+from reference import Reference, batch, table_of
 
 from ds_local.replicas.cuts import deal
 
@@ -450,80 +448,3 @@ def collectives_between_exchanges(section, steps):
 def test_between_exchanges_replicas_do_not_talk():
     section = section_of({"sync": "subnets", "every": 10}) | {"segments_per_stage": 1}
     assert run_ranks(collectives_between_exchanges, 4, section, 4) == [([], 0)] * 4
-
-
-@pytest.mark.parametrize(
-    ("fate", "cause"), [("SIGKILL", "rank 1"), ("SIGSTOP", "nothing came within")]
-)
-def test_a_replica_that_dies_or_lags_at_an_exchange_is_named(tmp_path, fate, cause):
-    section = {
-        "mode": "local",
-        "link": {"timeout_seconds": 8},
-        "replicas": {"sync": "subnets", "every": 4},
-    }
-    processes = start(
-        tmp_path, f"os.kill(os.getpid(), signal.{fate})", 1, stages=1, ranks=2, section=section
-    )
-    try:
-        output = finish(processes[:1])[0]
-    finally:
-        processes[1].kill()
-    assert "replica 1 of stage 0 (rank 1) at the exchange between replicas" in output, output[
-        -2000:
-    ]
-    assert cause in output
-
-
-def test_a_stop_request_ends_replicas_at_the_same_step(tmp_path):
-    section = {"mode": "local", "replicas": {"sync": "subnets", "every": 4}}
-    outputs = finish(
-        start(tmp_path, "engine.request_stop()", 1, stages=1, ranks=2, section=section)
-    )
-    steps = {line for output in outputs for line in output.splitlines() if line.startswith("ENDED")}
-    assert len(steps) == 1, outputs
-    assert int(steps.pop().split()[1]) < 60
-
-
-# --- end to end -----------------------------------------------------------------------------------
-
-
-def test_two_stages_of_two_replicas_train_resume_and_export(tmp_path):
-    replicas = {"sync": "subnets", "every": 3, "scale": "eval"}
-    inputs = write_inputs(
-        tmp_path, local_parallel={"mode": "local", "num_stages": 2, "replicas": replicas}
-    )
-    run = {**inputs, "--output": str(tmp_path / "run")}
-    for steps, resumed in ((4, ()), (8, ("--resume",))):
-        result = launch({**run, "--max-steps": str(steps)}, *resumed, ranks=4)
-        assert result.returncode == 0, result.stdout
-    exchanged = [
-        row["exchanged_bytes"]
-        for row in metrics(tmp_path / "run")
-        if row["split"] == "train" and row["segment"] == 0
-    ]
-    assert [amount > 0 for amount in exchanged] == [
-        False,
-        False,
-        True,
-        False,
-        False,
-        True,
-        False,
-        False,
-    ]
-    result = script("export_hf.py", str(tmp_path / "run"), "--output", str(tmp_path / "model"))
-    assert result.returncode == 0, result.stdout
-
-    import datasets
-    from transformers import AutoModelForCausalLM
-
-    ids = torch.tensor(
-        datasets.load_from_disk(inputs["--data"])["validation"]
-        .with_format("numpy")[:]["input_ids"]
-        .astype("int64")
-    )
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert model.config.n_head == MODELS["gpt2"]["n_head"]
-    with torch.no_grad():
-        loss = model(input_ids=ids, labels=ids).loss.item()
-    assert loss == pytest.approx(losses(tmp_path / "run")["validation", 8, 1], abs=1e-4)
