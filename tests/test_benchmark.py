@@ -117,7 +117,6 @@ def rows_of(names, times=QUICK, stages=2, micro_batches=4):
     }
 
 
-@pytest.mark.dist
 def test_the_planner_is_held_against_real_engines():
     layouts = [("local", 2, 1, 4, 0.0), ("mixed 1/4", 2, 1, 4, 0.01)]
     rows = check_planner.compare(POOL, layouts, seconds=0.02, steps=5)
@@ -127,7 +126,6 @@ def test_the_planner_is_held_against_real_engines():
     )  # nothing is faster than its sleep
 
 
-@pytest.mark.dist
 def test_every_system_runs_and_gives_the_row_of_the_contract(tmp_path):
     traced, systems = [], [system for system in SYSTEMS if system.head in (0, 0.05)]
     setting = Setting(2, 8, QUICK, network.Shape())
@@ -157,7 +155,6 @@ def test_every_system_runs_and_gives_the_row_of_the_contract(tmp_path):
     assert (tmp_path / "bars.png").stat().st_size > 10_000
 
 
-@pytest.mark.dist
 def test_what_is_alive_is_what_the_schedule_says():
     times = sleeping.Times(0.001, 0.001, 0.001, 0.0, floats=64 * 64, layers=8, width=64)
     rows = rows_of(
@@ -188,7 +185,6 @@ def test_a_target_loss_is_reached_between_two_looks():
     assert real.reached(curve[:1], 4.5) == (10, 5.0)
 
 
-@pytest.mark.dist
 def test_real_systems_train_the_same_model():
     model = {
         "model_type": "gpt2",

@@ -73,16 +73,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="write profile.json (for simulate.py) and trace.json (for Perfetto) at the end",
     )
     _add_scheme(parser)
-    deepspeed = parser.add_argument_group("DeepSpeed")
-    deepspeed.add_argument(
-        "--deepspeed", action="store_true", help="accepted for DeepSpeed's sake; always on"
-    )
-    deepspeed.add_argument(
-        "--deepspeed_config",
-        required=True,
-        help=f"ds_config.json, or the name of a shipped one ({', '.join(shipped.DEEPSPEED)})",
-    )
-    deepspeed.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    _add_deepspeed(parser)
     return parser.parse_args(arguments)
 
 
@@ -107,6 +98,19 @@ def _add_scheme(parser: argparse.ArgumentParser) -> None:
         "--backprop-from", type=whole(1), help="plain backpropagation from this step on"
     )
     scheme.add_argument("--seed", type=whole(), help="of weights, dropout and data order")
+
+
+def _add_deepspeed(parser: argparse.ArgumentParser) -> None:
+    deepspeed = parser.add_argument_group("DeepSpeed")
+    deepspeed.add_argument(
+        "--deepspeed", action="store_true", help="accepted for DeepSpeed's sake; always on"
+    )
+    deepspeed.add_argument(
+        "--deepspeed_config",
+        required=True,
+        help=f"ds_config.json, or the name of a shipped one ({', '.join(shipped.DEEPSPEED)})",
+    )
+    deepspeed.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
 
 
 def main(arguments: list[str] | None = None) -> int:
