@@ -90,10 +90,11 @@ def latest_tag(folder: str | Path) -> str:
     """
     folder = Path(folder)
     try:
-        tag = (folder / "latest").read_text().strip()
-    except (OSError, UnicodeDecodeError):
+        tag = (folder / "latest").read_text(errors="backslashreplace").strip()
+    except OSError as error:
+        why = "is missing" if isinstance(error, FileNotFoundError) else f"is unreadable: {error}"
         raise CheckpointError(
-            f"nothing to resume in {folder}: the file 'latest' is missing; complete checkpoints: "
+            f"nothing to resume in {folder}: the file 'latest' {why}; complete checkpoints: "
             f"{_listed(folder)}"
         ) from None
     if not _is_tag(tag):

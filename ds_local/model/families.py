@@ -66,10 +66,8 @@ def load_model_config(source: str | Path | dict[str, Any] | PretrainedConfig) ->
         _run_one_block(config)
     except Exception as error:  # whatever a model says about its numbers
         key = _key_at_fault(config)
-        raise ConfigError(
-            f"{where}: no {config.model_type} can be made of it{f' with this {key}' if key else ''}"
-            f": {reason(error, config)}"
-        ) from error
+        what = f"no {config.model_type} can be made of it{f' with this {key}' if key else ''}"
+        raise ConfigError(f"{where}: {what}: {reason(error, config)}") from error
     return config
 
 

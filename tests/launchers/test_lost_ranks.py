@@ -29,8 +29,10 @@ def test_an_exception_on_one_stage_reaches_all_others(tmp_path, doom):
 
 
 def test_an_error_inside_a_step_travels_with_its_words(tmp_path):
-    failing = "lambda *_: (_ for _ in ()).throw(ValueError('the disk is on fire'))"
-    fate = f"engine.module.run_segment = {failing}"
+    fate = (
+        "engine.module.run_segment = lambda *_: (_ for _ in ()).throw("
+        "ValueError('the disk is on fire'))"
+    )
     outputs = finish(start(tmp_path, fate, 1))
     assert all("the disk is on fire" in output for output in outputs), outputs
     assert "the run ended elsewhere: stage 1 (rank 1) at step 5: the disk is on fire" in outputs[2]
