@@ -91,6 +91,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=[*MODES, *PEERS],
         help="schedules to show beside it",
     )
+    _add_costs(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json",
+        type=output_file('"makespan"'),
+        help="file for the figures, - for the console instead of the grid",
+    )
+    output.add_argument(
+        "--html", type=PAGE, help="page with the time lines, to zoom and to point at"
+    )
+    output.add_argument("--png", type=PICTURE, help="picture of the time lines")
+    output.add_argument(
+        "--steps", type=whole(1), default=2, help="steps that --html and --png show; default 2"
+    )
+    output.add_argument("--trace", type=TRACE, help="Chrome/Perfetto trace of one step")
+    return parser.parse_args(arguments)
+
+
+def _add_costs(parser: argparse.ArgumentParser) -> None:
     costs = parser.add_argument_group("times per segment and micro-batch, in any unit")
     costs.add_argument("--forward", type=number(), default=1.0)
     costs.add_argument("--input-grad", type=number(), default=1.0)
@@ -118,21 +137,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     costs.add_argument(
         "--link-depth", type=whole(1), help="messages a link holds; default no limit"
     )
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--json",
-        type=output_file('"makespan"'),
-        help="file for the figures, - for the console instead of the grid",
-    )
-    output.add_argument(
-        "--html", type=PAGE, help="page with the time lines, to zoom and to point at"
-    )
-    output.add_argument("--png", type=PICTURE, help="picture of the time lines")
-    output.add_argument(
-        "--steps", type=whole(1), default=2, help="steps that --html and --png show; default 2"
-    )
-    output.add_argument("--trace", type=TRACE, help="Chrome/Perfetto trace of one step")
-    return parser.parse_args(arguments)
 
 
 def section_for(

@@ -9,7 +9,7 @@ from typing import Any
 
 from ds_local.config.files import local_parallel
 from ds_local.errors import ConfigError
-from ds_local.measure import emulated
+from ds_local.measure import emulated, sleeping
 from ds_local.schedules.peers import gpipe, one_f_one_b
 from ds_local.schedules.routes import make_routes
 from ds_local.schedules.run_plan import RunPlan
@@ -48,7 +48,7 @@ class System:
         )
 
     def predicted(
-        self, times: emulated.Times, stages: int, micro_batches: int, link_seconds: float, seen: Any
+        self, times: sleeping.Times, stages: int, micro_batches: int, link_seconds: float, seen: Any
     ) -> Any:
         """The simulator's `Timeline`, or None where it knows no such schedule."""
         schedule = self.theory(stages, micro_batches, seen)
@@ -206,5 +206,5 @@ def choose(names: Sequence[str] | None) -> list[System]:
     return [system for system in SYSTEMS if system.name in chosen]
 
 
-def with_head(times: emulated.Times, system: System) -> emulated.Times:
+def with_head(times: sleeping.Times, system: System) -> sleeping.Times:
     return replace(times, head=times.useful * system.head)
