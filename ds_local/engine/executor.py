@@ -18,6 +18,7 @@ from torch import Tensor
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.engine import finite
 from ds_local.errors import ConfigError, OutOfData
+from ds_local.links.buffers import Tag
 from ds_local.links.messages import (
     Slots,
     activation_message,
@@ -27,10 +28,15 @@ from ds_local.links.messages import (
     parts_of_gradient,
     to_device,
 )
-from ds_local.links.transport import End, Tag
+from ds_local.links.transport import End
 from ds_local.links.trees import CannotTravel, Tree
 from ds_local.model.seeds import seeded
-from ds_local.model.split_linear import PutOff, catch_up, left_out, put_off
+from ds_local.model.split_linear import (
+    DeferredGrads,
+    defer_weight_grads,
+    no_weight_grads,
+    run_deferred,
+)
 from ds_local.schedules.schedule import Link, Schedule
 
 
@@ -106,7 +112,9 @@ class Executor:
         self.watch = finite.Watch()
         self.live: dict[tuple[int, int], _Live] = {}
         self.keep_output: Callable[[int, Any], None] | None = None
-        self._deferred: dict[tuple[int, int, int], PutOff] = {}  # (segment, micro-batch, pass)
+        self._deferred: dict[
+            tuple[int, int, int], DeferredGrads
+        ] = {}  # (segment, micro-batch, pass)
         self._schedule: Schedule
         self._data: Iterator[Any] = iter(())
         self._read: deque[tuple[Any, Any, float]] = deque()  # inputs, labels, weight
@@ -269,15 +277,15 @@ class Executor:
         keep_graph = live.passes_left > 0
         found: Sequence[Tensor | None] = [None] * len(inputs)
         if outputs and inputs and not one.weights:
-            with left_out():
+            with no_weight_grads():
                 found = torch.autograd.grad(
                     outputs, inputs, given, retain_graph=keep_graph, allow_unused=True
                 )
         elif outputs and one.weights:
-            with put_off() if split else nullcontext() as later:
+            with defer_weight_grads() if split else nullcontext() as deferred:
                 torch.autograd.backward(outputs, given, retain_graph=keep_graph)
-            if later is not None:
-                self._deferred[segment, micro_batch, which] = later
+            if deferred is not None:
+                self._deferred[segment, micro_batch, which] = deferred
             found = [slot.grad for slot in inputs]
             for slot in inputs:
                 slot.grad = None
@@ -290,7 +298,7 @@ class Executor:
             self.watch.see(finite.SENT, segment, live.passed_on, micro_batch)
 
     def weight_gradient(self, segment: int, micro_batch: int, which: int) -> None:
-        catch_up(self._deferred.pop((segment, micro_batch, which), []))
+        run_deferred(self._deferred.pop((segment, micro_batch, which), []))
 
     def _run_head(self, segment: int, micro_batch: int, live: _Live) -> None:
         """Loss, gradients of the head's own parameters, and the loss's gradient at the output.

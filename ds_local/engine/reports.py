@@ -19,7 +19,9 @@ from torch import distributed as dist
 
 from ds_local.engine.finite import KINDS
 from ds_local.links.mailbox import Mailbox
-from ds_local.links.transport import End, Sender
+from ds_local.links.pair import Sender
+from ds_local.links.transport import End
+from ds_local.replicas.sync import Together
 
 # columns of the figures each segment reports
 FIGURES = (
@@ -86,10 +88,10 @@ class Traffic:
         self._ends = ends
         self._before: tuple[list[float], dict[str, float]] = ([], {})
 
-    def begin(self, replicas: Any) -> None:
+    def begin(self, replicas: Together) -> None:
         self._before = self._totals(replicas)
 
-    def end(self, replicas: Any) -> dict[str, float | None]:
+    def end(self, replicas: Together) -> dict[str, float | None]:
         """Figures of the step since `begin`."""
         waits, totals = self._totals(replicas)
         waits = [now - then for now, then in zip(waits, self._before[0], strict=True)]
@@ -98,7 +100,7 @@ class Traffic:
             "slowest_link": slowest
         }
 
-    def _totals(self, replicas: Any) -> tuple[list[float], dict[str, float]]:
+    def _totals(self, replicas: Together) -> tuple[list[float], dict[str, float]]:
         waits = [0.0 if end is None else end.waited for end in self._ends]
         totals = {
             "waited": sum(waits) + replicas.waited,
