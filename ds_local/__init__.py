@@ -5,6 +5,7 @@ Reading order, one room after the other; a room imports only from rooms above it
     errors       every error of ours
     outputs      what we write: whole or not at all, and only over what we made
     config       the "local_parallel" section and the rest of ds_config.json that we rely on
+    charts       pictures without a plotting library, for pages and docs
     schedules    routes: which loss trains which segment; the compute order as data; what it costs
     links        what travels between stages, how it is packed, who is waited for
     model        a Hugging Face model as pipeline layers, heads, what they cost, where to cut
@@ -13,7 +14,7 @@ Reading order, one room after the other; a room imports only from rooms above it
     cluster      is everybody here, and the same? which layout is fastest?
     checkpoints  what a run leaves behind: checkpoints, metrics, Hugging Face folders
     engine       runs it all under DeepSpeed
-    training     the loop around it, profiles, pictures
+    training     the loop around it, profiles, pictures, the report of a run
     measure      benchmarks beside other pipelines, and the ranks they run on
     study        methods beside each other on equal tokens: what they cost in quality
     cli          the commands

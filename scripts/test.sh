@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set-up and all tests:
 #     bash scripts/test.sh [pytest arguments]
-source "$(dirname "$0")/setup.sh" "[test]"
+source "$(dirname "$0")/setup.sh" "[test,docs]"
 # two files at a time: many tests wait for launchers and imports more than they compute
 exec python -m pytest -q -n 2 --dist loadfile "$@"

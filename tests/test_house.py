@@ -16,6 +16,7 @@ ROOMS = [
     "errors",
     "outputs",
     "config",
+    "charts",
     "schedules",
     "links",
     "model",
@@ -29,7 +30,7 @@ ROOMS = [
     "study",
     "cli",
 ]
-PURE = ["errors", "config", "schedules"]  # neither torch nor DeepSpeed
+PURE = ["errors", "config", "charts", "schedules"]  # neither torch nor DeepSpeed
 DEEPSPEED = {"engine", "measure"}  # measure runs DeepSpeed's own pipeline beside ours
 TRANSFORMERS = {"model", "data", "checkpoints", "measure"}
 

@@ -21,6 +21,7 @@ VERBS = {
     "evaluate": ("evaluate", "loss of a model and of each of its exits"),
     "generate": ("generate", "continue a text"),
     "summarize": ("summarize", "what came of a run"),
+    "report": ("report", "the same as a page, of several runs too"),
     "benchmark": ("benchmark", "beside other pipelines: speed and memory"),
     "study": ("study", "methods on equal tokens: what they cost in quality"),
 }

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from ds_local.charts.pages import PAGE_MARK
 from ds_local.config.changes import CHANGES
 from ds_local.errors import OutputError
 from ds_local.outputs import check_file
@@ -79,6 +80,7 @@ def output_file(mark: str) -> Callable[[str], Path]:
 
 
 PICTURE, TRACE = output_file("Matplotlib"), output_file('"traceEvents"')
+PAGE = output_file(PAGE_MARK)
 
 
 def kinds_of_change(text: str) -> list[str]:

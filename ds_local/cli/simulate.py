@@ -3,7 +3,7 @@ messages.
 
     python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --backprop-micro-batches 2
     python scripts/simulate.py --stages 4 --micro-batches 8 --mode local \\
-        --compare 1f1b zero_bubble --png schedules.png
+        --compare 1f1b zero_bubble --html schedules.html --png schedules.png
     python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --compare 1f1b \\
         --model configs/gpt2-nano.json
 """
@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ds_local.charts.pages import timeline_page
 from ds_local.cli.arguments import (
+    PAGE,
     PICTURE,
     TRACE,
     Parser,
@@ -30,13 +32,13 @@ from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 from ds_local.outputs import new_file, write_file
-from ds_local.schedules.drawing import chrome_trace, draw
+from ds_local.schedules.drawing import band_of, chrome_trace, draw
 from ds_local.schedules.peers import PEERS
 from ds_local.schedules.replay import grid_of
 from ds_local.schedules.routes import MODES
 from ds_local.schedules.run_plan import RunPlan, check_size
 from ds_local.schedules.schedule import Schedule
-from ds_local.schedules.simulator import Costs, Timeline, simulate
+from ds_local.schedules.simulator import Costs, Timeline, several_steps, simulate
 
 WIDEST = 24  # stages and micro-batches of a grid that still fits on a screen
 
@@ -122,7 +124,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=output_file('"makespan"'),
         help="file for the figures, - for the console instead of the grid",
     )
+    output.add_argument(
+        "--html", type=PAGE, help="page with the time lines, to zoom and to point at"
+    )
     output.add_argument("--png", type=PICTURE, help="picture of the time lines")
+    output.add_argument(
+        "--steps", type=whole(1), default=2, help="steps that --html and --png show; default 2"
+    )
     output.add_argument("--trace", type=TRACE, help="Chrome/Perfetto trace of one step")
     return parser.parse_args(arguments)
 
@@ -203,6 +211,11 @@ def of_model(
     )
 
 
+def title_of(schedule: Schedule, args: argparse.Namespace, main: bool) -> str:
+    split = main and args.split_backward and args.mode in MODES
+    return schedule.name + (f", split_backward {args.split_backward}" if split else "")
+
+
 def describe(timeline: Timeline) -> str:
     report = timeline.report()
     live = timeline.schedule.peak_live
@@ -253,9 +266,25 @@ def main(arguments: list[str] | None = None) -> int:
                 )
     if args.json and str(args.json) != "-":
         write_file(args.json, strict_json.dumps(result, indent=1) + "\n")
+    if args.png or args.html:
+        bands = [
+            band_of(
+                timeline,
+                several_steps(steps, cost, args.steps, args.link_depth),
+                title_of(timeline.schedule, args, main),
+            )
+            for timeline, steps, cost, (_, main) in zip(
+                timelines, schedules, costs, modes, strict=True
+            )
+        ]
     if args.png:
         with new_file(args.png) as picture:
-            draw(timelines, picture)
+            draw(bands, picture)
+    if args.html:
+        many = f"{args.steps} steps" if args.steps > 1 else "one step"
+        title = f"{args.stages} stages, {args.micro_batches} micro-batches"
+        lead = f"{many} of each schedule on one time axis, simulated; numbers are micro-batches"
+        write_file(args.html, timeline_page(title, lead, bands))
     if args.trace:
         write_file(args.trace, strict_json.dumps(chrome_trace(timelines[0])))
     return 0

@@ -32,7 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--output",
         required=True,
-        help="run folder: run.json, metrics.jsonl, checkpoints/, loss.png",
+        help="run folder: run.json, metrics.jsonl, checkpoints/, report.html, loss.png",
     )
     add(
         "--max-steps",

@@ -168,6 +168,27 @@ def simulate(
     )
 
 
+def several_steps(
+    schedules: Schedule | Sequence[Schedule],
+    costs: Costs,
+    steps: int,
+    link_depth: int | None = None,
+) -> list[Event]:
+    """What every stage does in the first steps of a run, and when; as `simulate` otherwise."""
+    schedules = [schedules] if isinstance(schedules, Schedule) else schedules
+    times = {id(schedule): _action_costs(schedule, costs) for schedule in schedules}
+    events, stuck = replay(
+        schedules,
+        lambda schedule, action: times[id(schedule)][action],
+        lambda link: costs.of("link", link.lower),
+        link_depth,
+        steps,
+    )
+    if stuck is not None:
+        raise ScheduleError(f"{schedules[0].name}: {stuck}; links hold {link_depth} messages")
+    return events
+
+
 def _action_costs(schedule: Schedule, costs: Costs) -> dict[Action, float]:
     """Time of every action; a stage's last one also pays for its optimizer step."""
     parts = {

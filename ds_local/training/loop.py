@@ -1,7 +1,7 @@
 """The training loop: build, train, evaluate every segment, save, resume, stop when told to.
 
 `scripts/train.py` parses the arguments and calls `train`. A run folder holds run.json (what ran),
-metrics.jsonl (what came of it), checkpoints/ and loss.png.
+metrics.jsonl (what came of it), checkpoints/, report.html and loss.png.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from ds_local.outputs import reason
 from ds_local.schedules.replay import grid_of
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Schedule
-from ds_local.training import diagnostics, profiling
+from ds_local.training import diagnostics, profiling, report
 from ds_local.training.pictures import (
     draw_diagnostics,
     draw_losses,
@@ -60,6 +60,7 @@ from ds_local.training.pictures import (
     tokens_per_second,
 )
 from ds_local.training.run_folder import RunFolder, opened, tokenizer_test
+from ds_local.training.run_record import RunRecord
 from ds_local.training.signals import Signals
 
 # arguments that decide when stages meet: they must be the same on every rank
@@ -262,6 +263,9 @@ class _Loop:
         self.metrics_problem = ""
         self.started = time.perf_counter()
         self.earlier_seconds = 0.0
+        self.reported = self.report_seconds = (
+            0.0  # when the last report was written, and how long it took
+        )
         self.first_step = engine.global_steps
         self.recent: deque[list[dict[str, Any]]] = deque(maxlen=_RECENT)  # rows of reports
         if self.is_first:
@@ -377,6 +381,7 @@ class _Loop:
             seconds = round(self._seconds(), 3)
             fixed = {"split": "event", "loss": None, "tokens": tokens, "seconds": seconds}
             self.metrics.write([event | fixed])
+            self._report(last=True)
 
     def _evaluate(self) -> int:
         batches = validation_batches(self.data, self.shape, self.args.eval_sequences)
@@ -384,6 +389,7 @@ class _Loop:
         self.engine.eval_batch(iter(batches), num_micro_batches=len(batches))
         if self.engine.should_stop:  # not all of it has been seen
             return -1
+        held = _most_held(self.engine)
         probed = (
             diagnostics.probe(self.engine, batches[0]) if self.engine.section.diagnostics else {}
         )
@@ -396,7 +402,8 @@ class _Loop:
             per_stage = self.engine.section.segments_per_stage
             found: dict[str, Any] = {
                 "validation": {
-                    segment: {"loss": loss} for segment, loss in self.engine.eval_losses.items()
+                    segment: {"loss": loss, "memory_bytes": held[segment // per_stage]}
+                    for segment, loss in self.engine.eval_losses.items()
                 }
             }
             found["diagnostics"] = {
@@ -417,7 +424,22 @@ class _Loop:
                     for segment, figures in segments.items()
                 ]
             )
+            self._report()
         return step
+
+    def _report(self, last: bool = False) -> None:
+        """report.html, as far as the run has come. What keeps it from being written stops nobody,
+        and it takes at most a twentieth of the time."""
+        began = time.perf_counter()
+        if not last and began - self.reported < 20 * self.report_seconds:
+            return
+        try:
+            report.write([RunRecord(self.run_folder)], self.run_folder / "report.html")
+        except Exception as error:  # the run is worth more than its picture
+            LOG.exception("no report: %s", error)
+        self.reported = time.perf_counter()
+        self.report_seconds = self.reported - began
+        self.started += self.report_seconds
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         """Add rows to metrics.jsonl, or keep them until there is room."""
@@ -472,6 +494,7 @@ class _Loop:
             raise SaveError(f"cannot write {self.metrics.path}: {why}") from error
 
     def _conclude(self) -> None:
+        self._report(last=True)
         picture = self.run_folder / "loss.png"
         draw_losses(self.metrics.path, picture)
         if self.engine.section.diagnostics:
@@ -479,10 +502,18 @@ class _Loop:
         what = "stopped as asked" if self.engine.should_stop else "finished"
         print(summary_table(self.metrics.read()))
         print(
-            f"{what} at step {self.engine.global_steps}; loss curves: {picture}; checkpoints: "
-            f"{self.run_folder / 'checkpoints'}"
+            f"{what} at step {self.engine.global_steps}; report: {self.run_folder / 'report.html'}"
         )
+        print(f"loss curves: {picture}; checkpoints: {self.run_folder / 'checkpoints'}")
         sys.stdout.flush()
+
+
+def _most_held(engine: LocalPipelineEngine) -> dict[int, int]:
+    """Stage -> the most bytes that one of its ranks has held. A collective call."""
+    found: dict[int, int] = {}
+    for stage, held in gather((engine.stage_id, profiling.peak_memory(engine.device))):
+        found[stage] = max(found.get(stage, 0), held)
+    return found
 
 
 def _tell(sentence: str) -> None:

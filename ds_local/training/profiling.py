@@ -9,6 +9,7 @@ with one lane per stage.
 
 from __future__ import annotations
 
+import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -151,6 +152,13 @@ def _measure_link(
     own.setdefault("link", {})[lower] = (times[-1] - times[1]) / (len(times) - 2)
     arrived = parts_of_activation(received)
     return arrived.hidden.value(), arrived.labels.value()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this rank has held so far: of torch on a GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -33,6 +33,7 @@ _MADE = (
     "logs",
     "loss.png",
     "diagnostics.png",
+    "report.html",
     "profile.json",
     "trace.json",
 )

@@ -48,6 +48,18 @@ def test_the_console_shows_losses_throughput_and_a_table(run):
     assert "segment  stage  validation loss" in output
     assert str(folder / "loss.png") in output
     assert (folder / "loss.png").stat().st_size > 5000
+    assert str(folder / "report.html") in output
+
+
+def test_the_report_is_of_the_whole_run(run):
+    page = (run[0] / "report.html").read_text()
+    assert "8 steps, 1,024 tokens" in page
+    held = {
+        row["stage"]: row["memory_bytes"] for row in metrics(run[0]) if row["split"] == "validation"
+    }
+    assert all(2**26 < held[stage] < 2**40 for stage in (0, 1))
+    for stage in (0, 1):
+        assert f"<td>{stage}</td><td class=n>{held[stage] / 2**30:.2f}</td>" in page
 
 
 def test_metrics_follow_the_contract(run):
@@ -183,6 +195,7 @@ def test_a_profile_predicts_and_a_trace_shows_every_stage(inputs, tmp_path):
     )
     assert shown.returncode == 0, shown.stdout
     assert json.loads(shown.stdout)["steady_period"] > 0
+    assert "as executed, from trace.json" in (folder / "report.html").read_text()
 
 
 def test_summarize_shows_the_table_again(run):

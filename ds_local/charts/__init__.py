@@ -1,0 +1,1 @@
+"""Pictures without a plotting library: SVG for pages and docs, one style, light and dark."""

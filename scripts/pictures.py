@@ -1,0 +1,206 @@
+"""The pictures of README and docs, from the simulator and the kept figures.
+
+python scripts/pictures.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ds_local.charts.maps import Panel, draw_map
+from ds_local.charts.plots import Curve, chart
+from ds_local.charts.style import color_of
+from ds_local.charts.svg import Svg
+from ds_local.charts.timelines import draw_bands
+from ds_local.config.files import local_parallel
+from ds_local.config.strict import SECTION
+from ds_local.schedules.drawing import band_of, draw_routes
+from ds_local.schedules.run_plan import RunPlan
+from ds_local.schedules.schedule import Event, Schedule
+from ds_local.schedules.simulator import Costs, Timeline, several_steps, simulate
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "pictures"
+CHOOSING = ROOT / "docs" / "results" / "choosing.json"  # by scripts/choosing.py
+CHUNKS: dict[str, Any] = {"mode": "chunked", "window": 2, "split_backward": 2}
+MIX: dict[str, Any] = {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}
+# file of a scheme on the page of concepts -> its section
+SCHEMES: dict[str, dict[str, Any]] = {
+    "backprop": {"mode": "backprop"},
+    "backprop-split": {"mode": "backprop", "split_backward": 2},
+    "local": {"mode": "local"},
+    "chunked": {"mode": "chunked", "window": 2},
+    "chunked-split": CHUNKS,
+    "shifted-chunked": {"mode": "shifted_chunked", "window": 2},
+    "overlapping": {"mode": "overlapping", "window": 2},
+    "interlocking": {"mode": "interlocking", "window": 2},
+    "deep-supervision": {"mode": "deep_supervision"},
+    "mix": MIX,
+}
+
+
+def schedules_of(
+    section: dict[str, Any], stages: int = 4, micro_batches: int = 4
+) -> list[Schedule]:
+    return RunPlan(local_parallel({SECTION: section}), stages, micro_batches).schedules
+
+
+def run_of(section: dict[str, Any], steps: int) -> tuple[Timeline, list[Event]]:
+    schedules = schedules_of(section)
+    return simulate(schedules, Costs()), several_steps(schedules, Costs(), steps)
+
+
+def first_picture() -> str:
+    """1F1B above what we recommend for few micro-batches, two steps each."""
+    usual, ours = run_of(SCHEMES["backprop"], 2), run_of(CHUNKS, 2)
+    bands = [
+        band_of(*usual, "1F1B, DeepSpeed's pipeline"),
+        band_of(*ours, "ds_local, chunks of two stages, split backward"),
+    ]
+    label = "Two steps of four stages under 1F1B and under chunks of two with a split backward"
+    return draw_bands(bands, label).file()
+
+
+def title_of(section: dict[str, Any]) -> str:
+    """The options of a section, in short."""
+    if "mix" in section:
+        return "mix"
+    return ", ".join(value if key == "mode" else f"{key} {value}" for key, value in section.items())
+
+
+def concept(section: dict[str, Any]) -> str:
+    """A scheme's route table beside two steps of its schedule."""
+    timeline, events = run_of(section, 2)
+    label = f"two steps of {timeline.schedule.name}"
+    if "mix" in section:
+        rows = timeline.schedule.rows
+        tables = [("micro-batch 0", rows[0]), ("the others", rows[-1])]
+    else:
+        steps = schedules_of(section)
+        tables = [(f"step {n}" if len(steps) > 1 else "", s.rows[0]) for n, s in enumerate(steps)]
+    matrix = draw_routes(tables)
+    band = band_of(timeline, events, title_of(section))
+    lanes = draw_bands([band], label, 860 - matrix.width, 22)
+    both = Svg(860, 0, f"{matrix.label}; {label}")
+    both.embed(matrix, 0, 12)
+    both.embed(lanes, matrix.width, 0)
+    return both.file()
+
+
+def choosing() -> str:
+    """The map of the page "choosing", from docs/results/choosing.json."""
+    facts = json.loads(CHOOSING.read_text())
+    panels = [Panel(name, model["times"]) for name, model in facts["models"].items()]
+    rows = [f"{count / facts['stages']:g}" for count in facts["micro_batches"]]
+    columns = [f"{ratio:g}".removeprefix("0") or "0" for ratio in facts["message_over_forward"]]
+    return draw_map(
+        "Few micro-batches or slow links: local losses. Otherwise: backpropagation, split",
+        panels,
+        ("micro-batches per stage", rows),
+        ("time of a message, in forwards of a stage", columns),
+    ).file()
+
+
+def measured(head: str) -> tuple[list[str], dict[str, list[tuple[float, float, float]]]]:
+    """(column names, row -> (median, lowest, highest) of each column) of a table on the page
+    "benchmarks"; a row that a column lacks is shorter."""
+    lines = (ROOT / "docs" / "benchmarks.md").read_text().splitlines()
+    start = lines.index(head)
+    columns = [cell.strip() for cell in head.strip("|").split("|")][1:]
+    rows = {}
+    for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :]):
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        found = [re.match(r"([\d.]+)(?: \(([\d.]+)-([\d.]+)\))?", cell) for cell in cells]
+        values = [(one[1], one[2] or one[1], one[3] or one[1]) for one in found if one]
+        if len(values) == len(cells):
+            rows[name] = [(float(a), float(b), float(c)) for a, b, c in values]
+    return columns, rows
+
+
+def busy(
+    title: str, head: str, x_name: str, shown: dict[str, str], scale: Callable[[float], float]
+) -> str:
+    """Measured busy shares of some systems as curves, from the columns "... = X" of a table, which
+    lie at `scale(X)`.
+
+    Args:
+        shown: row of the table -> name in the picture.
+    """
+    columns, rows = measured(head)
+    texts = [column.partition("= ")[2] for column in columns if "=" in column]
+    labels = [(scale(float(text)), text) for text in texts]
+    curves, repeated = [], False
+    for n, (row, name) in enumerate(shown.items()):
+        values = rows[row][: len(labels)]
+        points = [(x, value[0]) for (x, _), value in zip(labels, values, strict=True)]
+        spread = [value[1:] for value in values]
+        repeated = repeated or any(low < high for low, high in spread)
+        curves.append(Curve(name, color_of(n, len(shown)), points, True, spread))
+    y_name = "busy share of the stages in %"
+    y_name += "; vertical lines: lowest to highest repetition" if repeated else ""
+    size = (860.0, 300.0)
+    return chart(title, curves, x_name, y_name, size=size, y_range=(0, 102), x_ticks=labels).file()
+
+
+def busy_by_micro_batches() -> str:
+    shown = {
+        "ds_local local": "local",
+        "ds_local local, head 10 %": "local, 10 % heads",
+        "ds_local chunked 2": "chunks of two",
+        "torch ZBVZeroBubble": "torch ZBV",
+        "deepspeed 1F1B": "DeepSpeed 1F1B",
+    }
+    return busy(
+        "With few micro-batches only local losses keep the stages busy",
+        "| P = 4 | M = 1 | M = 2 | M = 4 | M = 8 | M = 16 |",
+        "micro-batches a step, 4 stages",
+        shown,
+        math.log2,
+    )
+
+
+def busy_by_links() -> str:
+    shown = {
+        "ds_local local": "local",
+        "ds_local chunked 2, split 2": "chunks of two, split",
+        "ds_local backprop, split 2": "backprop, split",
+        "torch ZBVZeroBubble": "torch ZBV",
+        "deepspeed 1F1B": "DeepSpeed 1F1B",
+    }
+    return busy(
+        "On slow links what sends nothing down keeps its speed",
+        "| P = 4, M = 8 | c/F = 0 | c/F = 1 | c/F = 3 | delay 100 ms |",
+        "time of a message, in forwards of a stage",
+        shown,
+        float,
+    )
+
+
+def pictures() -> Iterator[tuple[Path, str]]:
+    """(path, text) of every picture."""
+    yield FOLDER / "choosing.svg", choosing()
+    yield FOLDER / "busy.svg", busy_by_micro_batches()
+    yield FOLDER / "links.svg", busy_by_links()
+    yield FOLDER / "first.svg", first_picture()
+    for name, section in SCHEMES.items():
+        yield FOLDER / f"{name}.svg", concept(section)
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    FOLDER.mkdir(exist_ok=True)
+    for path, text in pictures():
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
