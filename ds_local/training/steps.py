@@ -54,8 +54,6 @@ class Loop:
         self.started = time.perf_counter()
         self.earlier_seconds = 0.0
         self.reported = self.report_seconds = 0.0  # when the last one was written, how long it took
-            0.0  # when the last report was written; how long it took
-        )
         self.first_step = engine.global_steps
         self.recent: deque[list[dict[str, Any]]] = deque(maxlen=_RECENT)  # rows of reports
         if self.is_first:

@@ -1,0 +1,44 @@
+"""What segments cost, worked out by hand. Two segments of two blocks between embedding and readout."""
+
+import pytest
+from reference import GPT2
+
+from ds_local.config.schema import HeadConfig
+from ds_local.model import blocks
+from ds_local.model.flops import UnitCosts, segment_times, stage_flops, unit_flops
+from ds_local.schedules.list_scheduler import make_schedule
+from ds_local.schedules.routes import make_routes
+
+UNIT, PARTS = UnitCosts(block=3.0, readout=6.0, heads=[4.0]), [0, 3, 6]
+
+
+def test_a_third_of_a_block_goes_forward():
+    assert segment_times(UNIT, PARTS) == ([2.0, 2.0], [2.0, 2.0], [2.0, 2.0], [4.0, 6.0])
+
+
+@pytest.mark.parametrize(
+    ("mode", "auxiliary"),
+    [("local", [2 * 4.0, 0.0]), ("backprop", [0.0, 0.0])],
+)
+def test_two_micro_batches_on_two_stages(mode, auxiliary):
+    schedule = make_schedule([(make_routes(mode, 2), 2)], 2)
+    costs = stage_flops(schedule, UNIT, PARTS)
+    # forward 2, backward 4 in each; the readout is with the last
+    assert [cost["useful"] for cost in costs] == [2 * 6.0, 2 * (6.0 + 6.0)]
+    assert [cost["auxiliary"] for cost in costs] == auxiliary
+
+
+@pytest.mark.parametrize(
+    ("head", "cost"),
+    [
+        ({}, 3 * 2 * 32 * 64),
+        ({"token_fraction": 0.25}, 3 * 2 * 32 * 64 / 4),
+        ({"readout": "shared"}, 2 * 2 * 32 * 64),  # its weights learn nothing here
+        ({"rank": 8}, 3 * 2 * 8 * (32 + 64)),
+    ],
+    ids=str,
+)
+def test_heads_of_width_32_over_64_tokens(head, cost):
+    unit = unit_flops(blocks.load_model_config(GPT2), HeadConfig(**head), 3, 16)
+    assert unit.heads == [cost, cost]
+    assert unit.readout == 3 * 2 * 32 * 64
