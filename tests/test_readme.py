@@ -109,7 +109,7 @@ def test_options_in_commands_exist(page):
 def help_of(script):
     command = [sys.executable, ROOT / script, "--help"]
     return subprocess.run(
-        command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120
+        command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=280
     ).stdout
 
 
