@@ -160,6 +160,12 @@ class Scheme(Row):
     """How far the first of two rows in a mix makes up for what the second one learns from: 0, not
     at all; 1, the mean gradient of a step is the first row's (a control variate), with more
     noise."""
+    run_ahead: Annotated[NonNegativeInt, Field(le=2**16)] | Literal["auto"] = 0
+    """Forwards of later steps that a segment may run before it updates, where gradients cross
+    segments: no stage waits for gradients to come back. Every update takes its own step's
+    micro-batches, but some of them went forward, and go backward, with older weights, of which a
+    stage keeps copies. "auto": as many as leave no stage waiting, one for each segment up to the
+    furthest loss, two or more where `link.transfer` says that links are slow."""
 
     @model_validator(mode="after")
     def _mode_or_mix(self) -> Scheme:
@@ -180,6 +186,28 @@ class Scheme(Row):
         if self.correction and len(self.mix or ()) != 2:
             raise ValueError(
                 f"correction is between the two entries of a mix, got {len(self.mix or ())}: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _runs_ahead_of_gradients(self) -> Scheme:
+        rows = self.mix or (self,)
+        if not self.run_ahead:
+            return self
+        if all(row.mode == "local" for row in rows):
+            raise ValueError(
+                "run_ahead is for gradients that cross segments, and with mode 'local' none does: "
+                "leave it out"
+            )
+        if any(row.mode == "shifted_chunked" for row in rows):
+            raise ValueError(
+                "run_ahead needs the same chunks in every step, and those of mode 'shifted_chunked' "
+                "move: use 'chunked', or leave run_ahead out"
+            )
+        if any(entry.micro_batches == "auto" for entry in self.mix or ()):
+            raise ValueError(
+                'run_ahead hides any number of micro-batches: give a number instead of "auto", or '
+                "leave run_ahead out"
             )
         return self
 
@@ -442,6 +470,27 @@ class LocalParallelConfig(Scheme):
         if self.compile and self.split_backward:
             raise ValueError(
                 "compile makes one piece of what split_backward takes apart; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _runs_ahead_alone(self) -> LocalParallelConfig:
+        if not any(scheme.run_ahead for _, scheme in self.schemes()):
+            return self
+        if self.split_backward:
+            raise ValueError(
+                "run_ahead leaves no time in which split_backward could compute: leave one of them "
+                "out"
+            )
+        if self.diagnostics:
+            raise ValueError(
+                "diagnostics compare gradients of the same weights, which run_ahead does not have: "
+                "leave one of them out"
+            )
+        if self.replicas.sync != "gradients":
+            raise ValueError(
+                f"run_ahead needs replicas with the same weights, and replicas.sync "
+                f"{self.replicas.sync!r} trains them apart: leave one of them out"
             )
         return self
 

@@ -15,6 +15,7 @@ from ds_local.config.schema import SECTION, LocalParallelConfig, Row, Scheme
 from ds_local.errors import ConfigError
 from ds_local.schedules.list_scheduler import make_schedule
 from ds_local.schedules.routes import Routes, corrected, make_routes
+from ds_local.schedules.run_ahead import make_run_ahead
 from ds_local.schedules.schedule import Link, Schedule
 from ds_local.schedules.simulator import most_without_idling
 
@@ -71,12 +72,16 @@ class RunPlan:
         return next((i for i, phase in phases if phase is scheme), -1), step % scheme.period
 
     def schedule_at(self, step: int) -> Schedule:
-        """The schedule of one step, for all stages. Raises as `rows_at` does."""
+        """The schedule of one step, for all stages; where forwards run ahead, that of a step in the
+        middle of a stretch. Raises as `rows_at` does."""
         key = self.key_at(step)
         if key not in self._schedules:
             transfer, split_backward = self.section.link.transfer, self.section.split_backward
-            self._schedules[key] = make_schedule(
-                self.rows_at(step), self.num_stages, transfer, split_backward
+            rows, ahead = self.rows_at(step), self.section.scheme_at(step).run_ahead
+            self._schedules[key] = (
+                make_run_ahead(rows, self.num_stages, None if ahead == "auto" else ahead, transfer)
+                if ahead
+                else make_schedule(rows, self.num_stages, transfer, split_backward)
             )
         return self._schedules[key]
 
