@@ -573,6 +573,13 @@ class LocalParallelConfig(Scheme):
                 return phase
         return self
 
+    def last_of_phase(self, step: int) -> int | None:
+        """The last step of the phase that `step` is in; None: it does not end."""
+        ends = [phase.until_step for phase in self.phases or ()] or [None]
+        within = step % self.cycle_steps if self.cycle_steps else step
+        end = next(end for end in ends if end is None or within < end) or self.cycle_steps
+        return None if end is None else step - within + end - 1
+
     def distinct_steps(self) -> list[int]:
         """Steps whose schedules together show every schedule of the run."""
         return [

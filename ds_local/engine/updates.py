@@ -72,6 +72,7 @@ class StageUpdates(PipelineEngineSeam):
 
     def reduce_gradients(self) -> None:
         """Average gradients and losses over the replicas of this stage, unless they train apart."""
+        self.executor.stash.before_update(self.executor.last_of_stretch)
         watch, norms = self.executor.watch, {}
         for segment, parameters in self._weights.items():
             gradients = [g for g in map(gradient_of, parameters) if g is not None]
@@ -127,7 +128,8 @@ class StageUpdates(PipelineEngineSeam):
                     first = not self.optimizer.state.get(parameter)
                     apart = not self.replicas.reduces_gradients
                     parameter.grad = torch.zeros_like(parameter) if first and apart else None
-        self.step_optimizer(lr_kwargs)
+        with self.executor.stash.during_update():
+            self.step_optimizer(lr_kwargs)
         if not self._one_by_one and self.optimizer.overflow:
             kinds = kinds or dict.fromkeys(self.module.local_segments, "gradient")
             if self.lr_scheduler is not None:

@@ -337,6 +337,8 @@ class Sender(_GroupEnd):
 class Receiver(_GroupEnd):
     """The receiving end of a link between two stages."""
 
+    steps_ahead = 0  # that messages may be of, beyond the step that is asked for
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._early: dict[
@@ -344,8 +346,8 @@ class Receiver(_GroupEnd):
         ] = {}  # came before they were asked for
 
     def receive(self, tag: Tag) -> tuple[Tag, Message]:
-        """The message for `tag`; its tensors belong to the caller. Other messages of the step may
-        come first, they are kept.
+        """The message for `tag`; its tensors belong to the caller. Other messages of the step, or
+        of the `steps_ahead` after it, may come first, they are kept.
 
         Raises:
             TransportError: when a message of another step comes, or the peer failed, is gone or
@@ -366,7 +368,7 @@ class Receiver(_GroupEnd):
         if code == _FAILED:
             raise _failed_elsewhere(_text(data[_HEADER * 8 :]))
         found = Tag(step, micro_batch, bool(last_step))
-        if code != _MESSAGE or step != tag.step:
+        if code != _MESSAGE or not tag.step <= step <= tag.step + self.steps_ahead:
             raise TransportError(
                 f"the {self.name} from {self.peer} brought {found}, expected {tag}; do all ranks run the same configuration?"
             )

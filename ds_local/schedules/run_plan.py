@@ -91,6 +91,11 @@ class RunPlan:
         return [self.schedule_at(step) for step in self.section.distinct_steps()]
 
     @cached_property
+    def steps_ahead(self) -> int:
+        """The most steps that a forward runs ahead, in the whole run."""
+        return max(schedule.steps_ahead for schedule in self.schedules)
+
+    @cached_property
     def notes(self) -> list[str]:
         """What rows come to on this number of segments, where a plainer one is the same."""
         count = self.num_segments
