@@ -317,12 +317,15 @@ class LocalPipelineEngine(StageUpdates):
 
     def _schedule_of_step(self) -> StageSchedule:
         executor, step = self.executor, self.global_steps
-        if executor.end is not None and step > executor.end:  # the caller goes on all the same
-            executor.end = None
+        # the caller goes on all the same
+        if executor.stop_after is not None and step > executor.stop_after:
+            executor.stop_after = None
+        if executor.data_end is not None and step > executor.data_end:
+            executor.data_end = None
         if self.plan.num_micro_batches != self.micro_batches:  # `set_train_batch_size` was called
             self._change_plan()
-        executor.stretch_end = self._last_planned(step)
-        is_first = executor.stash.start is None
+        executor.phase_end = self._last_planned(step)
+        is_first = not executor.stash.under_way
         key = self.plan.key_at(step), is_first
         if key not in self._schedules:
             whole = self.plan.schedule_at(step).at(is_first)
@@ -330,7 +333,7 @@ class LocalPipelineEngine(StageUpdates):
         return self._schedules[key]
 
     def _change_plan(self) -> None:
-        if self.executor.stash.start is not None:
+        if self.executor.stash.under_way:
             raise ConfigError(
                 "set_train_batch_size() was called while forwards run ahead; call it where a phase "
                 "or the run ends, or leave local_parallel.run_ahead out"
@@ -345,6 +348,10 @@ class LocalPipelineEngine(StageUpdates):
             self._last_step if self._last_step is not None and step <= self._last_step else None
         ]
         return min((end for end in ends if end is not None), default=None)
+
+    def starts_afresh_at(self, step: int) -> bool:
+        """Does nothing run ahead to this step, because a phase begins there?"""
+        return step == 0 or self.section.last_of_phase(step - 1) == step - 1
 
     def ends_after(self, steps: int | None) -> None:
         """Say after how many optimizer steps the run ends, so that nothing runs ahead of its last
@@ -363,7 +370,7 @@ class LocalPipelineEngine(StageUpdates):
         if schedule.leads and not schedule.is_first:
             step += schedule.forwards_ahead[0] // schedule.num_micro_batches
         if (last is None or step <= last) and self._stopping.is_last(step):
-            self.executor.end = step
+            self.executor.stop_after = step
 
     @contextmanager
     def _failures_reported(self, what: str) -> Iterator[None]:

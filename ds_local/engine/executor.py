@@ -28,7 +28,7 @@ from ds_local.links.messages import (
     parts_of_gradient,
     to_device,
 )
-from ds_local.links.transport import End, MemoryLink, Tag
+from ds_local.links.transport import End, MemoryLink, Receiver, Tag
 from ds_local.links.trees import CannotTravel, Tree
 from ds_local.model.seeds import seeded
 from ds_local.model.split_linear import PutOff, catch_up, left_out, put_off
@@ -106,8 +106,11 @@ class Executor:
         self.stash = stash
         self.step = 0
         self.last_step = False  # the run ends after the newest step
-        self.end: int | None = None  # the step after which it does; rides along with activations
-        self.stretch_end: int | None = None  # last step that forwards may run ahead to
+        # steps after which it does, the data or the phase ends, if known; the first two ride along
+        # with activations
+        self.stop_after: int | None = None
+        self.data_end: int | None = None
+        self.phase_end: int | None = None
         self.losses: dict[int, Tensor] = {}  # of this step, by segment
         self.counted: dict[int, tuple[float, int]] = {}  # (weight, micro-batches) of these losses
         self.watch = finite.Watch()  # of this step
@@ -138,7 +141,9 @@ class Executor:
     @property
     def last_of_stretch(self) -> int | None:
         """The last step that forwards may belong to, as far as is known."""
-        return min((end for end in (self.end, self.stretch_end) if end is not None), default=None)
+        return min(
+            (end for end in (self.data_end, self.phase_end) if end is not None), default=None
+        )
 
     def is_too_late(self, ahead: int) -> bool:
         """Does a micro-batch so many steps ahead belong to a step that will not be, or begins
@@ -151,11 +156,18 @@ class Executor:
         last = self.last_of_stretch
         if self.stash.start is not None and last is not None and self.step >= last:
             self.stash.end()
-        self.last_step |= self.end is not None and self.step >= self.end
+        self.last_step |= self.stop_after is not None and self.step >= self.stop_after
 
     def abandon(self) -> None:
-        """Forget what has run ahead."""
+        """Forget what has run ahead, and take what is still on its way. All stages must do it after
+        the same step."""
+        for segment in range(1, self.segments.num_segments):
+            link = self.activation_links[segment - 1]
+            if isinstance(link, MemoryLink | Receiver):
+                for tag in self.stash.on_the_way(segment, self.last_of_stretch):
+                    link.receive(Tag(*tag))
         self.stash.end()
+        self.stop_after = self.data_end = None
         for forgotten in (self.live, self._watches, self._read, self._next_step):
             forgotten.clear()
 
@@ -201,7 +213,7 @@ class Executor:
         try:
             pairs = [self._next(number) for number in range(self._schedule.num_micro_batches)]
         except OutOfData:
-            self.end = step
+            self.data_end = step
         else:
             self._next_step.extend(pairs)
 
@@ -225,7 +237,9 @@ class Executor:
         if tag.last_step and micro_batch < 0:
             self.last_step = True
         elif tag.last_step:
-            self.end = tag.step
+            self.stop_after = tag.step
+        if tag.data_ends:
+            self.data_end = tag.step
         arrived = parts_of_activation(message)
         if not isinstance(link, MemoryLink):  # else they are older than those that are there
             self.figures[:segment] = arrived.figures[:segment]
@@ -277,7 +291,8 @@ class Executor:
     def send_activation(self, segment: int, micro_batch: int, ahead: int = 0) -> None:
         step = self.step + ahead
         live = self.live[segment, step, micro_batch]
-        tag = Tag(step, micro_batch, self.last_step if micro_batch < 0 else step == self.end)
+        stops = self.last_step if micro_batch < 0 else step == self.stop_after
+        tag = Tag(step, micro_batch, stops, step == self.data_end)
         message = self.message(segment, live.outputs, live.labels, live.weight)
         self.activation_links[segment].send(tag, message)
         self._release(

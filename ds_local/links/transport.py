@@ -49,6 +49,7 @@ class Tag(NamedTuple):
     step: int
     micro_batch: int
     last_step: bool = False  # the sender will stop after this step
+    data_ends: bool = False  # there is none for another step
 
     def __str__(self) -> str:
         return f"step {self.step}, micro-batch {self.micro_batch}"
@@ -277,7 +278,8 @@ class Sender(_GroupEnd):
             else _Buffer(staged, self._staging.buffer(staged.num_bytes))
         )
         copied = self._staging.to_host(buffer.tensors, tensors)
-        buffer.header[:] = _MESSAGE, tag.step, tag.micro_batch, tag.last_step
+        flags = tag.last_step + 2 * tag.data_ends
+        buffer.header[:] = _MESSAGE, tag.step, tag.micro_batch, flags
         while len(self._under_way) >= self.depth:
             self._take_back(f"to take a message ({tag} is next)")
         try:
@@ -364,10 +366,10 @@ class Receiver(_GroupEnd):
         self._wait(work, f"to send {tag}")
         self._post(self._staging.buffer(form.staged.num_bytes))
         buffer = _Buffer(form.staged, data)
-        code, step, micro_batch, last_step = buffer.header.tolist()
+        code, step, micro_batch, flags = buffer.header.tolist()
         if code == _FAILED:
             raise _failed_elsewhere(_text(data[_HEADER * 8 :]))
-        found = Tag(step, micro_batch, bool(last_step))
+        found = Tag(step, micro_batch, bool(flags & 1), bool(flags & 2))
         if code != _MESSAGE or not tag.step <= step <= tag.step + self.steps_ahead:
             raise TransportError(
                 f"the {self.name} from {self.peer} brought {found}, expected {tag}; do all ranks run the same configuration?"
