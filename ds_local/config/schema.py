@@ -166,6 +166,12 @@ class Scheme(Row):
     micro-batches, but some of them went forward, and go backward, with older weights, of which a
     stage keeps copies. "auto": as many as leave no stage waiting, one for each segment up to the
     furthest loss, two or more where `link.transfer` says that links are slow."""
+    predict_weights: bool = False
+    """With run_ahead: micro-batches that cross an update go forward and backward with weights on
+    which the last update is added once more for each update they cross. Costs one more copy."""
+    delay_discount: Annotated[NonNegativeFloat, Field(le=10)] = 0.0
+    """With run_ahead: a segment's learning rate is divided by 1 + its delay, in steps on average, to
+    this power."""
 
     @model_validator(mode="after")
     def _mode_or_mix(self) -> Scheme:
@@ -193,6 +199,11 @@ class Scheme(Row):
     def _runs_ahead_of_gradients(self) -> Scheme:
         rows = self.mix or (self,)
         if not self.run_ahead:
+            for name in ("predict_weights", "delay_discount"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} corrects what run_ahead delays: set run_ahead, or leave it out"
+                    )
             return self
         if all(row.mode == "local" for row in rows):
             raise ValueError(
@@ -555,7 +566,8 @@ class LocalParallelConfig(Scheme):
 
     @property
     def scales_learning_rates(self) -> bool:
-        return self.lr_multipliers is not None or self.warmup_stagger > 0
+        discounts = any(scheme.delay_discount for _, scheme in self.schemes())
+        return self.lr_multipliers is not None or self.warmup_stagger > 0 or discounts
 
     def lr_multiplier(self, segment: int, step: int) -> float:
         """Factor on a segment's learning rate in optimizer step `step` (counted from 0)."""

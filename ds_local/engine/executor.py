@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.engine import finite
-from ds_local.engine.stash import Stash
+from ds_local.engine.stash import Stash, Used
 from ds_local.errors import ConfigError, OutOfData
 from ds_local.links.messages import (
     Slots,
@@ -67,7 +67,7 @@ class _Live:
     gradients: dict[int, Slots] = field(default_factory=dict)  # loss -> at the outputs
     passed_on: Slots = field(default_factory=list)  # gradient at the inputs, to be sent
     passes_left: int = 0
-    used: int | None = None  # weights that are not there any more, see `stash.Stash`
+    used: Used | None = None  # weights that are not there any more, see `stash.Stash`
 
 
 class Executor:
@@ -133,7 +133,7 @@ class Executor:
         self.step, self._schedule, self._data = step, schedule, data
         self.losses, self.counted = {}, {}
         if schedule.leads:
-            self.stash.begin(step, schedule)
+            self.stash.begin(step, schedule, self.section.scheme_at(step).predict_weights)
         else:
             self._read.clear()
         self.watch = self._watches.pop(step, finite.Watch())

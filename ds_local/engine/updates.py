@@ -18,6 +18,7 @@ from ds_local.engine.executor import Executor
 from ds_local.engine.finite import WEIGHTS, Events
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.replicas.sync import Together
+from ds_local.schedules.run_plan import RunPlan
 
 
 class StageUpdates(PipelineEngineSeam):
@@ -26,6 +27,7 @@ class StageUpdates(PipelineEngineSeam):
     module: LocalPipelineModule
     section: LocalParallelConfig
     executor: Executor
+    plan: RunPlan
     events: Events
     replicas: Together
     segment_losses: Any  # by segment
@@ -44,7 +46,7 @@ class StageUpdates(PipelineEngineSeam):
         def scale(optimizer: Any, *_: Any) -> None:
             kept[:] = [group["lr"] for group in optimizer.param_groups]
             for group in optimizer.param_groups:
-                group["lr"] *= self.section.lr_multiplier(group["segment"], self.global_steps)
+                group["lr"] *= self._rate_factor(group["segment"])
 
         def restore(optimizer: Any, *_: Any) -> None:
             for group, rate in zip(optimizer.param_groups, kept, strict=True):
@@ -52,6 +54,10 @@ class StageUpdates(PipelineEngineSeam):
 
         self.basic_optimizer.register_step_pre_hook(scale)
         self.basic_optimizer.register_step_post_hook(restore)
+
+    def _rate_factor(self, segment: int) -> float:
+        step = self.global_steps
+        return self.section.lr_multiplier(segment, step) * self.plan.rate_factor(segment, step)
 
     def clip_fp32_gradients(self) -> None:
         """Clip each segment by its own gradient norm. DeepSpeed's version takes stage 0's norm for
@@ -141,9 +147,9 @@ class StageUpdates(PipelineEngineSeam):
     def _judge(self) -> dict[int, str]:
         """The segments that must not be updated, and why. The one time in a step that the host
         waits for the device; what the reports need is read on the same occasion."""
-        rate, step = self.get_lr()[0], self.global_steps
+        rate = self.get_lr()[0]
         self._read = {
-            segment: {"lr": rate * self.section.lr_multiplier(segment, step)}
+            segment: {"lr": rate * self._rate_factor(segment)}
             for segment in self.module.local_segments
         }
         wanted = [

@@ -85,6 +85,11 @@ class RunPlan:
             )
         return self._schedules[key]
 
+    def rate_factor(self, segment: int, step: int) -> float:
+        """Of a segment's learning rate, for the delay of its gradients; see `delay_discount`."""
+        delay = self.schedule_at(step).delays[segment]
+        return (1 + delay) ** -self.section.scheme_at(step).delay_discount
+
     @property
     def schedules(self) -> list[Schedule]:
         """Every schedule of the run, in the order in which they first come."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from reference import Reference, batch, table_of
+from test_engine import PRECISIONS
 from test_rows import compare
 
 AHEAD = {"mode": "backprop", "run_ahead": "auto"}
@@ -333,3 +334,156 @@ def test_a_stop_is_at_the_same_step_for_all_and_changes_no_bit(tmp_path):
     plain = run_ranks(journey, 3, AHEAD, 3, 8, gas=1)
     for a, b in zip(plain, resumed, strict=True):
         assert all(torch.equal(a["state"][name], b["state"][name]) for name in a["state"])
+
+
+# --- corrections ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gas", [1, 2, 4])
+def test_predicted_weights_equal_one_process_that_predicts(gas):
+    """The last update once more for each update to come before the gradient's own."""
+    section = AHEAD | {"predict_weights": True}
+    steps, leads = 8, [2, 1, 0]
+    results = run_ranks(jobs.train, 3, section, 3, steps, gas=gas)
+    model, weights, losses = ByVersion("gpt2", results[0]["parts"]), [], []
+    for step in range(steps):
+        model.remember(weights)
+        versions, known = [], list(weights)
+        for n in range(step * gas, (step + 1) * gas):
+            versions.append([])
+            for segment, lead in enumerate(leads):
+                version = max(0, (n - lead) // gas)
+                old, now = (weights[max(0, v)][segment] for v in (version - 1, version))
+                moved = [b + (step - version) * (b - a) for a, b in zip(old, now, strict=True)]
+                known.append({segment: moved})
+                versions[-1].append(len(known) - 1)
+        known.append(weights[-1])
+        micro_batches = [batch(step, m, 0) for m in range(gas)]
+        tables = [table_of("backprop", 3)] * gas
+        losses.append(model.step_of_versions(micro_batches, tables, versions, known))
+    compare(results, losses, model.state())
+
+
+def test_predicted_weights_have_the_same_bits_on_1_2_and_4_ranks_and_after_a_resume(tmp_path):
+    for mode in ("backprop", "chunked"):
+        section = AHEAD | {"mode": mode, "predict_weights": True}
+        plain, *others = [
+            run_ranks(journey, n, {**section, "segments_per_stage": 4 // n}, n, 6, gas=1)
+            for n in (1, 2, 4)
+        ]
+        same_bits(plain, *others)
+        folder = tmp_path / mode
+        run_ranks(journey, 4, section, 4, 3, folder, (3,), gas=1)
+        resumed = run_ranks(journey, 4, section, 4, 6, folder, gas=1)
+        plain[0]["reports"] = plain[0]["reports"][-3:]
+        same_bits(plain, resumed)
+
+
+def rates(section, stages):
+    """The learning rate of each segment in the first and the last step."""
+    engine = jobs.build(section, stages)
+    seen = []
+    engine.reports.listeners.append(lambda rows: seen.append([r.lr for r in rows]))
+    data = jobs.batches(engine)
+    for _ in range(3):
+        engine.train_batch(data)
+    engine.eval_batch(jobs.batches(engine, start=10_000))
+    return [seen[0], seen[-1]] if seen else None
+
+
+def test_learning_rates_are_lower_where_the_delay_is_longer():
+    found = run_ranks(rates, 3, AHEAD | {"delay_discount": 1.0}, 3)[0]
+    for of_step in found:
+        assert of_step == pytest.approx([1e-2 / 1.5, 1e-2 / 1.25, 1e-2])
+
+
+# --- precisions, recomputed activations, compiled layers ------------------------------------------
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_follows_fp32(precision, replicas):
+    settings = PRECISIONS[precision]
+    plain, other = (
+        run_ranks(jobs.train, 2 * replicas, AHEAD, 2, 20, gas=2, **extra)[0]["reports"]
+        for extra in ({}, settings)
+    )
+    for segment in plain[0]:
+        if plain[0][segment] is not None:
+            fall = plain[0][segment] - plain[-1][segment]
+            assert fall > 0.2
+            assert other[0][segment] - other[-1][segment] == pytest.approx(fall, rel=0.15)
+
+
+def seen_by_passes(section, stages, steps, **settings):
+    """Were all backward passes with the weights of their forward passes? Compared by their sums."""
+    engine = jobs.build(section, stages, **settings)
+    executor, sums, wrong = engine.executor, {}, []
+    run, weights = executor._run, engine.module.layer_parameters
+
+    def total(segment):
+        return sum(p.detach().double().sum().item() for p in weights(segment))
+
+    def forward(segment, live, inputs):
+        run(segment, live, inputs)
+        sums[id(live)] = live, total(segment)
+
+    backward = torch.autograd.backward
+
+    def watched(tensors, *args, **kwargs):
+        for live, expected in list(sums.values()):
+            if isinstance(tensors, list) and any(
+                t is slot for t in tensors for slot in live.outputs.slots
+            ):
+                segment = next(s for (s, *_), one in executor.live.items() if one is live)
+                wrong.append(abs(total(segment) - expected))
+        return backward(tensors, *args, **kwargs)
+
+    executor._run = forward
+    torch.autograd.backward = watched
+    try:
+        data = jobs.batches(engine)
+        for _ in range(steps):
+            engine.train_batch(data)
+    finally:
+        torch.autograd.backward = backward
+    newest = total(engine.module.local_segments[0])
+    return {"compared": len(wrong), "worst": max(wrong, default=0.0), "moved": newest}
+
+
+@pytest.mark.parametrize("precision", ["fp32", *PRECISIONS])
+def test_forward_and_backward_have_the_same_weights(precision):
+    settings = PRECISIONS.get(precision, {})
+    first, _ = run_ranks(seen_by_passes, 2, AHEAD, 2, 5, gas=1, **settings)
+    assert first["compared"] == 5
+    assert first["worst"] == 0.0
+
+
+def recomputed(section, stages, steps, interval, compiled=False):
+    import ds_local
+    from reference import GPT2
+
+    config = jobs.ds_config(section, 2)
+    module = ds_local.causal_lm(GPT2, stages, config, activation_checkpoint_interval=interval)
+    engine = ds_local.initialize(model=module, config=config)[0]
+    if compiled:
+        engine.compile(backend="aot_eager")
+    data = jobs.batches(engine)
+    for _ in range(steps):
+        engine.train_batch(data)
+    return jobs.state_of(engine)
+
+
+def test_recomputed_activations_have_the_weights_of_their_forward():
+    plain, again = (run_ranks(recomputed, 2, AHEAD, 2, 5, interval) for interval in (0, 1))
+    for a, b in zip(plain, again, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_compiled_layers_have_the_weights_of_their_forward():
+    plain, compiled = (run_ranks(recomputed, 2, AHEAD, 2, 5, 0, c) for c in (False, True))
+    for a, b in zip(plain, compiled, strict=True):
+        for name in a:
+            torch.testing.assert_close(
+                a[name], b[name.replace("._orig_mod", "")], rtol=1e-4, atol=1e-6
+            )
