@@ -343,11 +343,8 @@ class LocalPipelineEngine(StageUpdates):
 
     def _last_planned(self, step: int) -> int | None:
         """The last step that forwards may run ahead to: of the phase, or of the run."""
-        ends = [self.section.last_of_phase(step)]
-        ends += [
-            self._last_step if self._last_step is not None and step <= self._last_step else None
-        ]
-        return min((end for end in ends if end is not None), default=None)
+        ends = [self.section.last_of_phase(step), self._last_step]
+        return min((end for end in ends if end is not None and end >= step), default=None)
 
     def starts_afresh_at(self, step: int) -> bool:
         """Does nothing run ahead to this step, because a phase begins there?"""
@@ -364,7 +361,7 @@ class LocalPipelineEngine(StageUpdates):
     def _see_whether_to_stop(self, schedule: Schedule) -> None:
         """On the first stage: a request to stop goes with the first step of which all messages, or
         the last ones, are still to be sent."""
-        if not self.is_first_stage():
+        if not self.is_first_stage() or self.executor.stop_after is not None:
             return
         step, last = self.global_steps, self.executor.last_of_stretch
         if schedule.leads and not schedule.is_first:
