@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 # before anything imports torch or DeepSpeed
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -7,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from launch import close_fork_server
 from ranks import close_ranks
 
 
@@ -18,14 +20,27 @@ def pytest_addoption(parser):
     )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
-        if "/dist/" in str(item.path):
-            item.add_marker("dist")
+        item.add_marker(_group(item))
+    if "slow" not in config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+def _group(item) -> str:
+    """By the folder of the test; a file elsewhere that runs ranks goes with those of several
+    processes."""
+    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    if folder in ("launchers", "faults"):
+        return "launchers"
+    return "ranks" if folder == "dist" or hasattr(item.module, "run_ranks") else "pure"
 
 
 def pytest_sessionfinish():
     close_ranks()
+    close_fork_server()
 
 
 @pytest.fixture

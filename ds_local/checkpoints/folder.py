@@ -29,7 +29,7 @@ from ds_local.checkpoints.files import write_whole as _write_whole
 from ds_local.errors import CheckpointError, DsLocalError, SaveError
 
 HEAD_FILE = "head_{:02d}-model_states.pt"  # of a segment's auxiliary head
-_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # a file name, with room for more
 
 T = TypeVar("T")
 
@@ -89,7 +89,8 @@ def checked_tag(tag: str) -> str:
     """Raises CheckpointError for a tag that is no plain file name."""
     if not _is_tag(tag):
         raise CheckpointError(
-            f"checkpoint tag {tag!r} must be letters, digits, dots, dashes and underscores, not end in .partial"
+            f"checkpoint tag {tag!r} must be letters, digits, dots, dashes and underscores, at "
+            "most 200, and not end in .partial"
         )
     return tag
 

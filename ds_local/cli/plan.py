@@ -17,7 +17,7 @@ from ds_local.cli.arguments import Parser, number, output_file, whole
 from ds_local.cluster.candidates import GIB, HEADS, ROWS, Cluster, Model, Price, measured_model
 from ds_local.cluster.planner import Plan, plan
 from ds_local.cluster.pricing import Pricing
-from ds_local.config import strict_json
+from ds_local.config import shipped, strict_json
 from ds_local.model import blocks
 from ds_local.outputs import write_file
 
@@ -25,7 +25,11 @@ from ds_local.outputs import write_file
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, help="config.json in Hugging Face's form")
+    add(
+        "--model",
+        required=True,
+        help=f"config.json in Hugging Face's form, or a shipped one: {', '.join(shipped.MODELS)}",
+    )
     add("--nodes", type=whole(1), required=True)
     add("--devices-per-node", type=whole(1), required=True)
     add(

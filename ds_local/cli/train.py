@@ -10,6 +10,7 @@ import argparse
 import os
 
 from ds_local.cli.arguments import Parser, kinds_of_change, number_or_auto, whole
+from ds_local.config import shipped
 from ds_local.config.changes import CHANGES
 from ds_local.config.command_line import read_settings
 from ds_local.schedules.routes import MODES
@@ -22,8 +23,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--model",
         required=True,
-        help="config.json in Hugging Face's form: fresh weights; model folder or hub name: "
-        "starts from its safetensors, if it has any",
+        help="config.json in Hugging Face's form, or the name of a shipped one "
+        f"({', '.join(shipped.MODELS)}): fresh weights; model folder or hub name: starts from its "
+        "safetensors, if it has any",
     )
     add("--from-scratch", action="store_true", help="fresh weights even if --model has some")
     add("--data", required=True, help="folder written by scripts/prepare_data.py")
@@ -92,7 +94,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     deepspeed.add_argument(
         "--deepspeed", action="store_true", help="accepted for DeepSpeed's sake; always on"
     )
-    deepspeed.add_argument("--deepspeed_config", required=True, help="ds_config.json")
+    deepspeed.add_argument(
+        "--deepspeed_config",
+        required=True,
+        help=f"ds_config.json, or the name of a shipped one ({', '.join(shipped.DEEPSPEED)})",
+    )
     deepspeed.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     return parser.parse_args(arguments)
 

@@ -20,6 +20,11 @@ def read_settings(args: Namespace) -> dict[str, Any]:
     """
     config = load_config(args.deepspeed_config)
     check_deepspeed(config)
+    asked, there = args.backprop_micro_batches, config.get("gradient_accumulation_steps")
+    if isinstance(asked, int) and isinstance(there, int) and asked > there:
+        raise ConfigError(
+            f"--backprop-micro-batches {asked} exceeds gradient_accumulation_steps, which is {there}"
+        )
     config[SECTION] = overridden_section(config.get(SECTION, {}), args)
     local_parallel(config)
     return config

@@ -11,12 +11,13 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from ds_local.config import shipped
 from ds_local.config.schema import SECTION, LocalParallelConfig
 from ds_local.errors import ConfigError
 
 
 def load_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """The whole DeepSpeed config as a dict, from a file or a mapping.
+    """The whole DeepSpeed config as a dict, from a file, the name of a shipped one, or a mapping.
 
     Raises:
         ConfigError: when it cannot be read, is no JSON object, or has a key twice.
@@ -32,7 +33,7 @@ def load_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        config = json.loads(Path(source).read_text(), object_pairs_hook=no_doubles)
+        config = json.loads(shipped.find(source).read_text(), object_pairs_hook=no_doubles)
     except ConfigError:
         raise
     except OSError as error:

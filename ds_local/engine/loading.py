@@ -10,6 +10,7 @@ from deepspeed.utils import logger
 
 from ds_local.checkpoints.facts import layout_changes, read_facts
 from ds_local.checkpoints.folder import agreed_tag, gather, latest_tag, locate, together, verify
+from ds_local.engine.deepspeed_seam import RESERVED
 from ds_local.engine.finite import check_state
 from ds_local.engine.saving import facts_of
 from ds_local.errors import CheckpointError
@@ -74,7 +75,8 @@ def load(
     engine.copies.load(own_files, engine.global_steps, engine.replica_id)
     engine.executor.stash.load(own_files, engine.plan.schedule_at(engine.global_steps))
     check_state(engine, f"with {place}", "use another checkpoint")
-    return path, client_state
+    # DeepSpeed gives whatever it did not use, its own notes among it
+    return path, {key: value for key, value in client_state.items() if key not in RESERVED}
 
 
 def load_what_fits(engine: Any, load_dir: str, tag: str | None, allowed: Collection[str]) -> str:

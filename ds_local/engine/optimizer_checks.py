@@ -250,6 +250,8 @@ def _check_parameter(
     values = value if isinstance(value, list | tuple) else [value]
     if pair and (values is not value or len(value) != len(parameter.default)):
         raise ConfigError(f"{name} must be {instead}, got {value!r}")
+    if not values:
+        raise ConfigError(f"{name} is an empty list; give a value, or leave it out")
     for one in values:
         check_kind(name, one, _kind_of(parameter), instead)
     numbers = [one for one in values if isinstance(one, int | float)]

@@ -21,6 +21,7 @@ from ds_local.links.notices import Absence, Answer, Notices
 from ds_local.links.waiting import EVERYBODY, is_late, is_lost, waiting
 
 _GRACE_SECONDS = 5.0  # for the rank that failed to say so, once its connections have broken
+_TOPIC = "failed"
 _MOST_CHARACTERS = 1000  # of a reason
 
 
@@ -42,34 +43,28 @@ class Failures:
         name: Callable[[int], str] = lambda rank: f"rank {rank}",
     ) -> None:
         self.name = name
-        self._first: str | None = None
-        self._notices = notices
-        self._around = around(notices) if notices and number else None
-        self._topic = f"failed/{number}"
-        if notices is not None:
-            notices.answer(self._topic, self._told)
+        self._notices, self._number = notices, number
+        self._reasons = {} if notices is None else _reasons_of(notices)
         _report_uncaught()
         self._alive.add(self)
 
     @property
     def first(self) -> str | None:
-        """The first failure of the run, if it is known."""
-        return self._first or (self._around.first if self._around else None)
-
-    def _told(self, question: Mapping[str, Any]) -> None:
-        if self._first is None:
-            self._first = str(question["reason"])
-            LOG.info("told that the run ends: %s", self._first)
+        """The first failure of the run, if it is known: for an engine its own or one around the
+        engines, around them whatever ended one."""
+        if self._number:
+            return self._reasons.get(self._number) or self._reasons.get(0)
+        return next(iter(self._reasons.values()), None)
 
     def report(self, reason: str) -> None:
         """Tell all ranks why this one ends, unless the reason is known already."""
-        if self.first is not None:
+        if self._reasons.keys() & {self._number, 0}:
             return
-        self._first = reason[:_MOST_CHARACTERS]
-        LOG.info("telling all others that the run ends: %s", self._first)
+        reason = self._reasons.setdefault(self._number, reason[:_MOST_CHARACTERS])
+        LOG.info("telling all others that the run ends: %s", reason)
         if self._notices is not None:
             with waiting(EVERYBODY, "to hear of a failure"):
-                self._notices.ask_all(self._topic, reason=self._first)
+                self._notices.ask_all(_TOPIC, number=self._number, reason=reason)
 
     def report_error(self, error: BaseException, where: str) -> str:
         """`report` for an exception. Returns the first failure of the run."""
@@ -147,14 +142,26 @@ def _what_it_does(answer: Answer) -> tuple[str, str]:
     return f"has not come: {where}", f"have not come: {where}"
 
 
-_around: WeakKeyDictionary[Notices, Failures] = WeakKeyDictionary()
+_reasons: WeakKeyDictionary[Notices, dict[int, str]] = WeakKeyDictionary()
 
 
-def around(notices: Notices) -> Failures:
+def _reasons_of(notices: Notices) -> dict[int, str]:
+    """What ended each engine of this process, 0 for what is around them: found here, or told by
+    another rank. A rank can be told before it has built that engine, or after it left it."""
+    if notices not in _reasons:
+        reasons = _reasons[notices] = {}
+
+        def told(question: Mapping[str, Any]) -> None:
+            reasons.setdefault(int(question["number"]), str(question["reason"]))
+            LOG.info("told that the run ends: %s", question["reason"])
+
+        notices.answer(_TOPIC, told)
+    return _reasons[notices]
+
+
+def around(notices: Notices | None) -> Failures:
     """The failures of a process around its engines."""
-    if notices not in _around:
-        _around[notices] = Failures(notices)
-    return _around[notices]
+    return Failures(notices)
 
 
 @contextmanager
@@ -171,8 +178,7 @@ def meeting(what: str, failures: Failures | None = None) -> Iterator[None]:
             yield
         except Exception as error:
             if failures is None:
-                notices = the_notices.current()  # they may have met inside
-                failures = Failures(None) if notices is None else around(notices)
+                failures = around(the_notices.current())  # they may have met inside
             explained = failures.explained(error)
             if explained is error:
                 raise
@@ -182,7 +188,7 @@ def meeting(what: str, failures: Failures | None = None) -> Iterator[None]:
 
 def report_uncaught(error: BaseException) -> None:
     """Tell the others of an error that ends this process."""
-    for failures in list(Failures._alive):
+    for failures in [*Failures._alive, around(the_notices.current())]:
         rank = failures._notices.rank if failures._notices else 0
         failures.report_error(error, failures.name(rank))
 

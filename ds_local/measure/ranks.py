@@ -1,21 +1,26 @@
 """Real gloo processes on this machine, for tests and benchmarks: `Pool.run` runs a module-level
 function on every rank.
 
-Importing DeepSpeed costs seconds a process, so ranks stay alive between calls; each call gets a
-process group of its own. A call has a time limit, and the first rank that fails is reported with
-its traceback.
+Importing DeepSpeed costs seconds, so ranks are forked from one process that has imported it, and
+stay alive between calls; each call gets a process group of its own. A call has a time limit. The
+first rank that fails is reported with its traceback, a rank that takes too long with the line it is
+at.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing
 import os
 import queue
+import signal
 import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -23,6 +28,7 @@ import torch.multiprocessing as mp
 from ds_local.errors import DsLocalError
 
 TIMEOUT_SECONDS = 120
+_SAY_WHERE = signal.SIGRTMIN + 1  # a rank that gets it writes its stacks to its file
 
 
 def free_port() -> int:
@@ -32,22 +38,22 @@ def free_port() -> int:
 
 
 class RankError(DsLocalError, RuntimeError):
-    """A rank failed; the message is its traceback."""
+    """A rank failed, died or took too long; the message holds its traceback, or where it stands."""
 
 
 def _serve(
-    rank: int, jobs: Any, results: Any, prepare: Callable[[int], None] | None, address: str
+    rank: int,
+    jobs: Any,
+    results: Any,
+    prepare: Callable[[int], None] | None,
+    address: str,
+    stacks: Path,
 ) -> None:
     multiprocessing.current_process().daemon = False  # so that a DataLoader may have workers
-    os.environ.update(
-        DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", LOCAL_RANK=str(rank), RANK=str(rank)
-    )
+    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank))
+    faulthandler.register(_SAY_WHERE, file=stacks.open("w"))
     if prepare is not None:
         prepare(rank)
-    import torch
-
-    torch.set_num_threads(1)
-    frozen = False
     while True:
         job = jobs.get()
         if job is None:
@@ -66,9 +72,6 @@ def _serve(
         # every process group has a thread that wakes a hundred times a second, as long as anybody
         # refers to it
         gc.collect()
-        if not frozen:
-            gc.freeze()  # what has been imported need not be looked through again
-            frozen = True
 
 
 def _run(function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
@@ -100,7 +103,9 @@ class Pool:
         self, prepare: Callable[[int], None] | None = None, address: str = "127.0.0.1"
     ) -> None:
         self._prepare, self._address = prepare, address
-        self._context = mp.get_context("spawn")
+        self._context = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(["ds_local.measure.warm"])
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._workers: list[tuple[Any, Any]] = []
         self._results = self._context.Queue()
         self._number = 0
@@ -115,9 +120,17 @@ class Pool:
     ) -> list[Any]:
         """What `function(*args, **kwargs)` returned on each rank. Raises RankError when one failed
         or took too long."""
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="ds_local-ranks-")
         while len(self._workers) < world_size:
-            jobs = self._context.Queue()
-            args_of_rank = (len(self._workers), jobs, self._results, self._prepare, self._address)
+            rank, jobs = len(self._workers), self._context.Queue()
+            args_of_rank = (
+                rank,
+                jobs,
+                self._results,
+                self._prepare,
+                self._address,
+                self._stacks(rank),
+            )
             process = self._context.Process(target=_serve, args=args_of_rank, daemon=True)
             process.start()
             self._workers.append((process, jobs))
@@ -135,12 +148,13 @@ class Pool:
                 dead = [rank for rank in missing if not self._workers[rank][0].is_alive()]
                 if not dead and time.monotonic() < deadline:
                     continue
-                self.close()
                 what = (
                     f"ranks {dead} died"
                     if dead
-                    else f"ranks {missing} did not finish within {timeout} s"
+                    else f"ranks {missing} did not finish within {timeout} s; where they are:\n"
+                    + "\n".join(self._where(rank) for rank in missing)
                 )
+                self.close()
                 raise RankError(what) from None
             if number != self._number:
                 continue
@@ -149,6 +163,19 @@ class Pool:
                 raise RankError(f"rank {rank} failed:\n{value}")
             answers[rank] = value
         return [answers[rank] for rank in range(world_size)]
+
+    def _stacks(self, rank: int) -> Path:
+        assert self._folder is not None, "made by run"
+        return Path(self._folder.name) / f"rank-{rank}.txt"
+
+    def _where(self, rank: int) -> str:
+        """The stacks of a rank's threads, newest call first."""
+        os.kill(self._workers[rank][0].pid, _SAY_WHERE)
+        path, deadline = self._stacks(rank), time.monotonic() + 5
+        while not (text := path.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.05)  # the rest of it
+        return f"rank {rank}:\n{path.read_text() or text or 'it does not say'}"
 
     def close(self) -> None:
         """End the ranks; the next call starts fresh ones."""

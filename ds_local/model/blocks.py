@@ -16,6 +16,7 @@ import copy
 import functools
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,27 @@ def load_model_config(source: str | Path | dict[str, Any] | PretrainedConfig) ->
     try:
         _run_one_block(config)
     except Exception as error:  # whatever a model says about its numbers
+        key = _key_at_fault(config)
         raise ConfigError(
-            f"{where}: no {config.model_type} can be made of it: {reason(error, config)}"
+            f"{where}: no {config.model_type} can be made of it{f' with this {key}' if key else ''}: "
+            f"{reason(error, config)}"
         ) from error
     return config
+
+
+def _key_at_fault(config: PretrainedConfig) -> str | None:
+    """The one key without which, at its default, a block runs; None where no single one is to
+    blame."""
+    for key, value in config.to_diff_dict().items():
+        usual = getattr(type(config)(), key, value)
+        if key in ("model_type", "transformers_version") or usual == value:
+            continue
+        changed = copy.deepcopy(config)
+        setattr(changed, key, usual)
+        with suppress(Exception):
+            _run_one_block(changed)
+            return f"{key} ({value!r})"
+    return None
 
 
 def _run_one_block(config: PretrainedConfig) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from ds_local.config import shipped
 from ds_local.config.deepspeed import check_number
 from ds_local.config.files import check_finite, leaves
 from ds_local.errors import ConfigError, UnsupportedModel
@@ -44,8 +45,8 @@ SIZES = (
 def read_config(
     source: str | Path | dict[str, Any] | PretrainedConfig, families: Collection[str]
 ) -> tuple[PretrainedConfig, str]:
-    """(a Hugging Face config, what to call it), from a JSON file, a model folder, a hub name, a
-    dict or a config.
+    """(a Hugging Face config, what to call it), from a JSON file, the name of a shipped one, a
+    model folder, a hub name, a dict or a config.
 
     Args:
         families: the model types that are supported.
@@ -104,7 +105,7 @@ def _fields(source: str | Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
         if not isinstance(source.get("model_type"), str):
             raise UnsupportedModel('the model config has no model_type; add one, such as "gpt2"')
         return source, "the model config"
-    path = Path(source)
+    path = shipped.find(source)
     if path.is_file():
         try:
             fields = json.loads(path.read_text())
@@ -119,7 +120,8 @@ def _fields(source: str | Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
         path.is_absolute() or path.suffix == ".json" or str(source).count("/") > 1
     ):
         raise UnsupportedModel(
-            f"no model config at {path}; give a config.json, a model folder or a hub name"
+            f"no model config at {path}; give a config.json, a model folder, a hub name or one of "
+            f"{', '.join(shipped.MODELS)}"
         )
     try:
         fields = PretrainedConfig.get_config_dict(str(source))[0]

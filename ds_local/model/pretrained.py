@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from ds_local.config import shipped
 from ds_local.config.schema import HeadConfig
 from ds_local.errors import WeightsError, first_line
 from ds_local.model import blocks
@@ -53,7 +54,7 @@ def find_weights(model: str | Path) -> Path | None:
     Raises:
         WeightsError: when there are weights, but only pickled ones, or a hub name has none.
     """
-    folder = Path(model)
+    folder = shipped.find(model)
     if folder.is_file():
         return None
     local = folder.is_dir()

@@ -124,7 +124,9 @@ class Signals:
 
     def _ask(self, why: str, status: int) -> None:
         if self._stop is None:
-            leave_at_once(f"{why} during the start: left at once, there is nothing to save", status)
+            told = f"{why} during the start: left at once, there is nothing to save"
+            # a launcher tells all its ranks, and does so too when one has refused a setting
+            leave_at_once(told if os.environ.get("LOCAL_RANK", "0") == "0" else "", status)
         elif not self._asked:
             self._asked = True
             LOG.info("%s: asking all ranks to save and leave", why)
@@ -134,7 +136,7 @@ class Signals:
 def leave_at_once(sentence: str, status: int) -> None:
     """End this process, whatever its main thread is in."""
     with suppress(OSError):
-        os.write(2, f"\n{sentence}\n".encode())
+        os.write(2, f"\n{sentence}\n".encode() if sentence else b"")
     os._exit(status)
 
 

@@ -4,19 +4,20 @@ at."""
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 
 import datasets
 import numpy as np
 import pytest
-from launch import script
+from commands import command
+from killed import in_child
 from sentences import one_sentence
 from small_disks import small_disk
 from tokenizers import Regex, Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ds_local import outputs
+from ds_local.data import corpus
 from ds_local.data.corpus import prepare
 from ds_local.data.dataset import TokenData
 from ds_local.data.sources import Skipped, documents
@@ -388,28 +389,24 @@ def test_the_command_says_what_it_left_out_and_what_it_refuses(tmp_path, tokeniz
     (folder / "c.csv").write_text("a,b\n")
     common = ["--source", str(folder), "--tokenizer", tokenizer, "--seq-len", "16"]
     output = ["--output", str(tmp_path / "data")]
-    refused = script("prepare_data.py", *common, *output)
+    refused = command("prepare", *common, *output)
     assert refused.returncode == 1
-    assert refused.stdout == (
+    assert refused.stderr == (
         f"DataError: {folder}/c.csv is a table; write its text column as .jsonl or .parquet, "
         "or leave it out with --skip '*.csv'\n"
     )
-    done = script("prepare_data.py", *common, "--skip", "*.csv", *output)
+    done = command("prepare", *common, "--skip", "*.csv", *output)
     assert done.returncode == 0
     assert "left out: 1 left out by --skip (c.csv), 1 empty (b.txt)\n" in done.stdout
 
 
-def test_a_killed_preparation_leaves_the_old_data_whole(tmp_path, tokenizer):
+def test_a_killed_preparation_leaves_the_old_data_whole(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "a.txt").write_text(words(3000))
     facts = make(tmp_path, tokenizer, tmp_path / "a.txt")
-    code = (
-        "import sys, os; from ds_local.data import corpus\n"
-        "corpus._pack = lambda *_: os.kill(os.getpid(), 9)\n"
-        "corpus.prepare([sys.argv[1]], sys.argv[2], 16, sys.argv[3], progress=False)"
-    )
-    arguments = [str(tmp_path / "a.txt"), tokenizer, str(tmp_path / "data")]
-    killed = subprocess.run([sys.executable, "-c", code, *arguments], check=False)
-    assert killed.returncode == -9
+    monkeypatch.setattr(corpus, "_pack", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    killed = in_child(lambda: make(tmp_path, tokenizer, tmp_path / "a.txt"))
+    monkeypatch.undo()
+    assert killed == -signal.SIGKILL
     assert TokenData(tmp_path / "data").facts == facts
     assert len(list(tmp_path.glob(".data.*"))) == 1
     assert make(tmp_path, tokenizer, tmp_path / "a.txt") == facts

@@ -14,7 +14,12 @@ LOCAL = {"mode": "local"}
 ALONE = {"mode": "local", "segments_per_stage": 2}
 MIX = {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}
 PHASES = {"phases": [{"until_step": 4, "mode": "local"}, {"mode": "interlocking", "window": 2}]}
-SCHEDULER = {"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 10, "warmup_num_steps": 2}}}
+SCHEDULER = {
+    "scheduler": {
+        "type": "WarmupCosineLR",
+        "params": {"total_num_steps": 10, "warmup_num_steps": 2},
+    }
+}
 
 
 def train_and_save(section, stages, folder, before, after, **settings):
@@ -49,7 +54,9 @@ def resume(section, stages, folder, after, tag=None, module_only=False, **settin
 def test_resume_continues_with_the_same_bits(tmp_path, section, stages, replicas):
     section = {**section, "segments_per_stage": 4 // stages}
     settings = {"model": {"resid_pdrop": 0.1}, **SCHEDULER}
-    straight = run_ranks(train_and_save, stages * replicas, section, stages, str(tmp_path), 3, 3, **settings)
+    straight = run_ranks(
+        train_and_save, stages * replicas, section, stages, str(tmp_path), 3, 3, **settings
+    )
     resumed = run_ranks(resume, stages * replicas, section, stages, str(tmp_path), 3, **settings)
     check_equal(straight, resumed)
 
@@ -66,7 +73,11 @@ def check_equal(straight, resumed):
         {"zero_optimization": {"stage": 1}},
         {"bf16": {"enabled": True}},
         {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}},
-        {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+        {
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 1},
+            "data_types": {"grad_accum_dtype": "fp32"},
+        },
     ],
     ids=["fp32 ZeRO-1", "bf16 ZeRO-0", "bf16 ZeRO-1", "bf16 ZeRO-1 fp32 sums"],
 )
@@ -76,11 +87,16 @@ def test_resume_in_every_precision(tmp_path, precision):
 
 
 def test_weights_load_into_another_number_of_stages_but_optimizers_do_not(tmp_path):
-    _, saved = run_ranks(train_and_save, 2, {**LOCAL, "segments_per_stage": 2}, 2, str(tmp_path), 2, 0)[0]
+    _, saved = run_ranks(
+        train_and_save, 2, {**LOCAL, "segments_per_stage": 2}, 2, str(tmp_path), 2, 0
+    )[0]
     states = run_ranks(resume, 4, LOCAL, 4, str(tmp_path), 0, module_only=True)
     loaded = {name: tensor for _, state in states for name, tensor in state.items()}
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
-    assert all("keep the layout, or load weights only" in said for said in run_ranks(refused_layout, 4, str(tmp_path)))
+    assert all(
+        "keep the layout, or load weights only" in said
+        for said in run_ranks(refused_layout, 4, str(tmp_path))
+    )
 
 
 def refused_layout(folder):
@@ -109,8 +125,11 @@ def files(folder):
 
 def test_files_of_a_checkpoint(checkpoint):
     assert files(checkpoint) == [
-        "ds_local.json", "head_00-model_states.pt", *(f"layer_{i:02d}-model_states.pt" for i in range(6)),
-        "mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt",
+        "ds_local.json",
+        "head_00-model_states.pt",
+        *(f"layer_{i:02d}-model_states.pt" for i in range(6)),
+        "mp_rank_00_model_states.pt",
+        "mp_rank_01_model_states.pt",
     ]
     facts = json.loads((checkpoint / "global_step1" / "ds_local.json").read_text())
     assert facts["step"] == 1
@@ -138,7 +157,9 @@ def refused(folder, words, tag=None, unchanged=True):
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete", "swap"])
-@pytest.mark.parametrize("name", ["layer_01-model_states.pt", "mp_rank_01_model_states.pt", "head_00-model_states.pt"])
+@pytest.mark.parametrize(
+    "name", ["layer_01-model_states.pt", "mp_rank_01_model_states.pt", "head_00-model_states.pt"]
+)
 def test_damage_is_found_before_anything_is_loaded(copy, damage, name):
     path = copy / "global_step1" / name
     content = path.read_bytes()
@@ -156,7 +177,9 @@ def test_damage_is_found_before_anything_is_loaded(copy, damage, name):
     refused(copy, f"{name}" if damage == "delete" else f"is damaged: {name}")
 
 
-@pytest.mark.parametrize("content", [None, "", "global_step7", "../elsewhere", "/etc", "global_step1.partial"])
+@pytest.mark.parametrize(
+    "content", [None, "", "global_step7", "../elsewhere", "/etc", "global_step1.partial"]
+)
 def test_a_bad_pointer_never_starts_at_step_0(copy, content):
     if content is None:
         (copy / "latest").unlink()
@@ -185,11 +208,16 @@ class Canary:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("name", ["layer_01-model_states.pt", "mp_rank_00_model_states.pt", "head_00-model_states.pt"])
+@pytest.mark.parametrize(
+    "name", ["layer_01-model_states.pt", "mp_rank_00_model_states.pt", "head_00-model_states.pt"]
+)
 def test_reading_runs_no_code(copy, tmp_path, name):
     canary = tmp_path / "canary"
     path = copy / "global_step1" / name
-    for write in (lambda: path.write_bytes(pickle.dumps(Canary(canary))), lambda: torch.save({"x": Canary(canary)}, path)):
+    for write in (
+        lambda: path.write_bytes(pickle.dumps(Canary(canary))),
+        lambda: torch.save({"x": Canary(canary)}, path),
+    ):
         write()
         _seal(copy / "global_step1", name)
         refused(copy, "", unchanged=False)
@@ -220,7 +248,11 @@ def save_and_die(folder, point):
     class Killed(Exception):
         pass
 
-    original_save, original_whole, original_sums = engine.checkpoint_engine.save, checkpoint._write_whole, checkpoint._checksums
+    original_save, original_whole, original_sums = (
+        engine.checkpoint_engine.save,
+        checkpoint._write_whole,
+        checkpoint._checksums,
+    )
     count = 0
 
     def save(state_dict, path):
@@ -243,7 +275,11 @@ def save_and_die(folder, point):
             raise Killed
         return original_sums(*args)
 
-    engine.checkpoint_engine.save, checkpoint._write_whole, checkpoint._checksums = save, write_whole, sums
+    engine.checkpoint_engine.save, checkpoint._write_whole, checkpoint._checksums = (
+        save,
+        write_whole,
+        sums,
+    )
     try:
         engine.save_checkpoint(folder, client_state={"note": "hello"})
     except Killed:
@@ -255,7 +291,14 @@ def save_and_die(folder, point):
 
 @pytest.mark.parametrize(
     "point",
-    [*(f"file {n}" for n in range(1, 8)), "before checksums", "before ds_local.json", "after ds_local.json", "before latest", "after latest"],
+    [
+        *(f"file {n}" for n in range(1, 8)),
+        "before checksums",
+        "before ds_local.json",
+        "after ds_local.json",
+        "before latest",
+        "after latest",
+    ],
 )
 def test_a_run_killed_while_saving_leaves_a_whole_checkpoint(tmp_path, point):
     assert run_ranks(save_and_die, 1, str(tmp_path), point)[0] == "killed"

@@ -8,12 +8,15 @@ import pytest
 from ranks import RankError, run_ranks
 
 needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(name) for name in ("g++", "clang++", "c++")), reason="torch.compile on a CPU needs a C++ compiler"
+    not any(shutil.which(name) for name in ("g++", "clang++", "c++")),
+    reason="torch.compile on a CPU needs a C++ compiler",
 )
 
 
 def compiled(section, stages, own_call=False):
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of processes that would outlive the test
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = (
+        "1"  # no pool of processes that would outlive the test
+    )
     from torch._dynamo.utils import counters
 
     counters.clear()
@@ -37,7 +40,10 @@ def test_compiled_stages_learn_what_plain_ones_learn():
 
 
 def test_the_engine_is_compiled_as_deepspeeds_is():
-    plain, own = (run_ranks(compiled, 1, {"segments_per_stage": 2}, 1, own_call=own)[0] for own in (False, True))
+    plain, own = (
+        run_ranks(compiled, 1, {"segments_per_stage": 2}, 1, own_call=own)[0]
+        for own in (False, True)
+    )
     assert own["graphs"] > 0
     assert own["losses"] == pytest.approx(plain["losses"], rel=1e-4)
 

@@ -10,7 +10,13 @@ import pytest
 import torch
 from ranks import run_ranks
 
-HEAD = {"readout": "shared", "blocks": 1, "blocks_from": "next_tracked", "refresh_every": 2, "tracking": 0.75}
+HEAD = {
+    "readout": "shared",
+    "blocks": 1,
+    "blocks_from": "next_tracked",
+    "refresh_every": 2,
+    "tracking": 0.75,
+}
 CHEAP = {"token_fraction": 0.5, "temperature": True, "every": 2, "rank": 8}
 STEPS = 14
 
@@ -22,10 +28,15 @@ def follow(section: dict[str, Any], stages: int, steps: int) -> Any:
     seen = []
     for _ in range(steps):
         engine.train_batch(data)
-        seen.append({
-            str(copy): tuple([t.detach().clone() for t in engine.module.copied_tensors(copy, end)] for end in ("source", "target"))
-            for copy in engine.module.copies
-        })
+        seen.append(
+            {
+                str(copy): tuple(
+                    [t.detach().clone() for t in engine.module.copied_tensors(copy, end)]
+                    for end in ("source", "target")
+                )
+                for copy in engine.module.copies
+            }
+        )
     return engine.copies.delay, seen
 
 
@@ -42,17 +53,29 @@ def test_copies_follow_the_formula_at_the_promised_step():
             if due > 0 and due % 2 == 0:
                 keep = 0.75 if "blocks" in name else 0.0
                 sent = seen[due - 1][name][0]
-                expected = [keep * old + (1 - keep) * new for old, new in zip(expected, sent, strict=True)]
+                expected = [
+                    keep * old + (1 - keep) * new for old, new in zip(expected, sent, strict=True)
+                ]
             for got, wanted in zip(seen[step][name][1], expected, strict=True):
                 torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
-    assert any(not torch.equal(a, b) for name in names for a, b in zip(seen[0][name][1], seen[-1][name][1], strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for name in names
+        for a, b in zip(seen[0][name][1], seen[-1][name][1], strict=True)
+    )
 
 
 @pytest.mark.parametrize("head", [HEAD, CHEAP], ids=["copied", "cheap"])
-@pytest.mark.parametrize("row", [{"mode": "local"}, {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}])
+@pytest.mark.parametrize(
+    "row",
+    [{"mode": "local"}, {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}],
+)
 def test_heads_give_the_same_bits_on_1_2_and_4_ranks(head, row):
     section = {**row, "head": head}
-    runs = [run_ranks(jobs.train, r, {**section, "segments_per_stage": 4 // r}, r, STEPS) for r in (1, 2, 4)]
+    runs = [
+        run_ranks(jobs.train, r, {**section, "segments_per_stage": 4 // r}, r, STEPS)
+        for r in (1, 2, 4)
+    ]
     assert runs[0][0]["reports"] == runs[1][0]["reports"] == runs[2][0]["reports"]
     plain = run_ranks(jobs.train, 1, {**row, "segments_per_stage": 4}, 1, STEPS)
     assert runs[0][0]["reports"] != plain[0]["reports"]
@@ -63,7 +86,10 @@ def resume(section: dict[str, Any], stages: int, folder: str) -> Any:
 
     def losses(engine, steps):
         data = jobs.batches(engine, start=engine.global_steps)
-        return [None if loss is None else loss.item() for loss in (engine.train_batch(data) for _ in range(steps))]
+        return [
+            None if loss is None else loss.item()
+            for loss in (engine.train_batch(data) for _ in range(steps))
+        ]
 
     engine = jobs.build(section, stages)
     losses(engine, 9)
@@ -88,7 +114,10 @@ def with_factors(section: dict[str, Any], extra: dict[str, Any]) -> Any:
     data = jobs.batches(engine)
     before = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     engine.train_batch(data)
-    moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in engine.module.named_parameters()}
+    moved = {
+        name: (p.detach() - before[name]).abs().max().item()
+        for name, p in engine.module.named_parameters()
+    }
     return moved, [group["lr"] for group in engine.optimizer.param_groups]
 
 
@@ -99,12 +128,17 @@ def with_factors(section: dict[str, Any], extra: dict[str, Any]) -> Any:
 )
 def test_learning_rate_factors_scale_the_first_adam_step(extra, tolerance):
     plain = run_ranks(with_factors, 2, {"segments_per_stage": 2}, extra)
-    scaled = run_ranks(with_factors, 2, {"segments_per_stage": 2, "lr_multipliers": [1, 0.5, 1, 0.25]}, extra)
+    scaled = run_ranks(
+        with_factors, 2, {"segments_per_stage": 2, "lr_multipliers": [1, 0.5, 1, 0.25]}, extra
+    )
     for stage, ((before, _), (after, rates)) in enumerate(zip(plain, scaled, strict=True)):
         assert rates == [0.01, 0.01]  # what schedulers and logs see stays
         ratios = {name: after[name] / before[name] for name in before if before[name] > 5e-3}
         expected = [1.0, 0.5] if stage == 0 else [1.0, 0.25]
-        nearest = {name: min(expected, key=lambda factor: abs(ratio - factor)) for name, ratio in ratios.items()}
+        nearest = {
+            name: min(expected, key=lambda factor: abs(ratio - factor))
+            for name, ratio in ratios.items()
+        }
         assert set(nearest.values()) == set(expected)
         assert all(abs(ratios[name] - factor) < tolerance for name, factor in nearest.items())
 
@@ -112,7 +146,10 @@ def test_learning_rate_factors_scale_the_first_adam_step(extra, tolerance):
 def test_clipping_factors_scale_each_segments_gradient():
     plain = run_ranks(norms, 2, {"segments_per_stage": 2})
     scaled = run_ranks(norms, 2, {"segments_per_stage": 2, "clip_multipliers": [1, 0.5, 2, 1]})
-    flat = [dict(sorted({s: n for result in run for s, n in result.items()}.items())) for run in (plain, scaled)]
+    flat = [
+        dict(sorted({s: n for result in run for s, n in result.items()}.items()))
+        for run in (plain, scaled)
+    ]
     assert list(flat[0].values()) == pytest.approx([0.01] * 4, rel=1e-3)
     assert list(flat[1].values()) == pytest.approx([0.01, 0.005, 0.02, 0.01], rel=1e-3)
 
@@ -124,7 +161,11 @@ def norms(section: dict[str, Any]) -> dict[int, float]:
 
     def keep(*_: Any) -> None:
         for segment in engine.module.local_segments:
-            grads = [p.grad.norm() for p in engine.module.segment_parameters(segment) if p.grad is not None]
+            grads = [
+                p.grad.norm()
+                for p in engine.module.segment_parameters(segment)
+                if p.grad is not None
+            ]
             left[segment] = torch.stack(grads).norm().item()
 
     engine.basic_optimizer.register_step_pre_hook(keep)
@@ -169,10 +210,17 @@ def test_diagnostics_are_the_cosines_of_one_process_autograd_and_change_nothing(
         true.append(torch.autograd.grad(whole, layers[s], retain_graph=True, allow_unused=True))
     for s in range(3):
         flat = [torch.cat([g.flatten() for g in gradients]) for gradients in (local[s], true[s])]
-        assert figures[s]["gradient_cosine"] == pytest.approx(torch.cosine_similarity(*flat, dim=0).item(), abs=1e-3)
+        assert figures[s]["gradient_cosine"] == pytest.approx(
+            torch.cosine_similarity(*flat, dim=0).item(), abs=1e-3
+        )
     assert figures[3]["gradient_cosine"] == pytest.approx(1.0, abs=1e-5)
-    assert all(f["activation_norm"] > 0 and 1 <= f["activation_rank"] <= 30 for f in figures.values())
+    assert all(
+        f["activation_norm"] > 0 and 1 <= f["activation_rank"] <= 30 for f in figures.values()
+    )
 
     plain = run_ranks(jobs.train, 1, section, 1, 4)[0]["own"]
     assert losses == plain
-    assert run_ranks(diagnose, 2, {"mode": "local", "segments_per_stage": 2}, 2)[1] == (figures, losses)
+    assert run_ranks(diagnose, 2, {"mode": "local", "segments_per_stage": 2}, 2)[1] == (
+        figures,
+        losses,
+    )

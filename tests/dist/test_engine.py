@@ -2,6 +2,7 @@
 DeepSpeed's habits."""
 
 import time
+from functools import cache
 
 import jobs
 import pytest
@@ -13,19 +14,28 @@ PRECISIONS = {
     "bf16 ZeRO-0": {"bf16": {"enabled": True}},
     "bf16 ZeRO-1": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}},
     "bf16 ZeRO-1, fp32 sums": {
-        "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 1},
+        "data_types": {"grad_accum_dtype": "fp32"},
     },
 }
 MIX = {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}
 
 
+SECTIONS = {"local": {"mode": "local"}, "mixed": MIX, "overlapping": {"mode": "overlapping"}}
+
+
+@cache
+def reports_of(name, replicas, precision=None, steps=20):
+    settings = PRECISIONS[precision] if precision else {}
+    return run_ranks(jobs.train, 2 * replicas, SECTIONS[name], 2, steps, **settings)[0]["reports"]
+
+
 @pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("section", [{"mode": "local"}, MIX, {"mode": "overlapping"}], ids=["local", "mixed", "overlapping"])
+@pytest.mark.parametrize("section", SECTIONS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_stage_learns_in_every_precision(precision, section, replicas):
-    steps = 20
-    plain = run_ranks(jobs.train, 2 * replicas, section, 2, steps)[0]["reports"]
-    other = run_ranks(jobs.train, 2 * replicas, section, 2, steps, **PRECISIONS[precision])[0]["reports"]
+    plain, other = reports_of(section, replicas), reports_of(section, replicas, precision)
     for segment in plain[0]:
         fall = plain[0][segment] - plain[-1][segment]
         assert fall > 0.2
@@ -37,7 +47,14 @@ def test_every_stage_learns_in_every_precision(precision, section, replicas):
 def test_a_split_backward_changes_no_bit(precision, replicas):
     """DeepSpeed's optimizers see the same gradients although half of them come later."""
     plain, split = (
-        run_ranks(jobs.train, 2 * replicas, {"mode": "backprop", "split_backward": s}, 2, 5, **PRECISIONS[precision])
+        run_ranks(
+            jobs.train,
+            2 * replicas,
+            {"mode": "backprop", "split_backward": s},
+            2,
+            5,
+            **PRECISIONS[precision],
+        )
         for s in (0, 1)
     )
     for a, b in zip(plain, split, strict=True):
@@ -57,14 +74,31 @@ def collectives_of_a_step(section, stages, **extra):
     engine.train_batch(data)
     seen = []
     names = [
-        "all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor", "barrier",
-        "reduce", "gather", "scatter", "all_to_all", "all_to_all_single", "all_gather_object", "broadcast_object_list",
-        "gather_object", "monitored_barrier", "all_gather_coalesced", "all_reduce_coalesced",
+        "all_reduce",
+        "broadcast",
+        "all_gather",
+        "all_gather_into_tensor",
+        "reduce_scatter",
+        "reduce_scatter_tensor",
+        "barrier",
+        "reduce",
+        "gather",
+        "scatter",
+        "all_to_all",
+        "all_to_all_single",
+        "all_gather_object",
+        "broadcast_object_list",
+        "gather_object",
+        "monitored_barrier",
+        "all_gather_coalesced",
+        "all_reduce_coalesced",
     ]
 
     def counted(name, function):
         def call(*args, **kwargs):
-            group = kwargs.get("group") or next((a for a in args if isinstance(a, dist.ProcessGroup)), dist.group.WORLD)
+            group = kwargs.get("group") or next(
+                (a for a in args if isinstance(a, dist.ProcessGroup)), dist.group.WORLD
+            )
             seen.append((name, sorted(dist.get_process_group_ranks(group))))
             return function(*args, **kwargs)
 
@@ -82,13 +116,23 @@ def collectives_of_a_step(section, stages, **extra):
     return {"seen": seen, "stage": engine.stage_id, "my_stage": sorted(engine.grid.dp_group)}
 
 
-@pytest.mark.parametrize("section", [{"mode": "local"}, MIX, {"mode": "interlocking"}], ids=["local", "mixed", "interlocking"])
+@pytest.mark.parametrize(
+    "section",
+    [{"mode": "local"}, MIX, {"mode": "interlocking"}],
+    ids=["local", "mixed", "interlocking"],
+)
 @pytest.mark.parametrize("precision", [{}, *PRECISIONS.values()], ids=["fp32", *PRECISIONS])
 def test_no_collective_over_stages_on_the_step_path(section, precision):
     for result in run_ranks(collectives_of_a_step, 4, section, 2, **precision):
-        beyond = [(name, ranks) for name, ranks in result["seen"] if not set(ranks) <= set(result["my_stage"])]
+        beyond = [
+            (name, ranks)
+            for name, ranks in result["seen"]
+            if not set(ranks) <= set(result["my_stage"])
+        ]
         assert not beyond
-        assert any(ranks == result["my_stage"] for _, ranks in result["seen"])  # the count itself works: replicas do meet
+        assert any(
+            ranks == result["my_stage"] for _, ranks in result["seen"]
+        )  # the count itself works: replicas do meet
 
 
 def sleepy(stages, slow, nap, steps, depth):
@@ -117,7 +161,11 @@ def sleepy(stages, slow, nap, steps, depth):
 
     config = jobs.ds_config({"mode": "local", "link": {"depth": depth}}, gas=1)
     module = ds_local.LocalPipelineModule(
-        [Layer(s) for s in range(stages)], stages, loss_fn=lambda h, y: h.square().mean(), head=lambda s: Head(), config=config
+        [Layer(s) for s in range(stages)],
+        stages,
+        loss_fn=lambda h, y: h.square().mean(),
+        head=lambda s: Head(),
+        config=config,
     )
     engine = ds_local.initialize(model=module, config=config)[0]
     seconds = []
@@ -169,7 +217,10 @@ def mismatch(section, stages, replicas_differ, gas=4):
     config = jobs.ds_config(section, gas=gas, gradient_clipping=0.0)
     num_segments = stages * section.get("segments_per_stage", 1)
     module = ds_local.LocalPipelineModule(
-        [Keep() for _ in range(num_segments)], stages, loss_fn=lambda h, y: (h - y).abs().mean(), head=lambda s: Distance(),
+        [Keep() for _ in range(num_segments)],
+        stages,
+        loss_fn=lambda h, y: (h - y).abs().mean(),
+        head=lambda s: Distance(),
         config=config,
     )
     engine = ds_local.initialize(model=module, config=config)[0]
@@ -191,7 +242,11 @@ def mismatch(section, stages, replicas_differ, gas=4):
     return worst
 
 
-@pytest.mark.parametrize("section", [{"mode": "local"}, MIX, {"mode": "overlapping"}, {"mode": "local", "segments_per_stage": 2}], ids=str)
+@pytest.mark.parametrize(
+    "section",
+    [{"mode": "local"}, MIX, {"mode": "overlapping"}, {"mode": "local", "segments_per_stage": 2}],
+    ids=str,
+)
 @pytest.mark.parametrize(("ranks", "stages"), [(4, 4), (4, 2)])
 def test_labels_belong_to_their_inputs(section, ranks, stages):
     assert run_ranks(mismatch, ranks, section, stages, True) == [0.0] * ranks
@@ -283,9 +338,13 @@ def tuples(stages, section):
         assert torch.equal(outputs[2], labels)
         return outputs[0].square().mean()
 
-    torch.manual_seed(0)  # ranks have run other tests before; a loss that is nearly 0 by chance cannot fall
+    torch.manual_seed(
+        0
+    )  # ranks have run other tests before; a loss that is nearly 0 by chance cannot fall
     config = jobs.ds_config(section, gas=2)
-    module = ds_local.LocalPipelineModule([Layer() for _ in range(stages)], stages, loss_fn, lambda s: Head(), config)
+    module = ds_local.LocalPipelineModule(
+        [Layer() for _ in range(stages)], stages, loss_fn, lambda s: Head(), config
+    )
     engine = ds_local.initialize(model=module, config=config)[0]
     index = torch.arange(6).view(2, 3)
     data = iter([((torch.ones(2, 3, 4), torch.ones(2, 3).bool(), index), index)] * 40)
@@ -296,7 +355,9 @@ def tuples(stages, section):
     return losses
 
 
-@pytest.mark.parametrize("section", [{"mode": "local"}, {"mode": "overlapping"}], ids=["local", "overlapping"])
+@pytest.mark.parametrize(
+    "section", [{"mode": "local"}, {"mode": "overlapping"}], ids=["local", "overlapping"]
+)
 def test_layers_may_pass_tuples_with_integers_and_masks(section):
     for losses in run_ranks(tuples, 3, 3, section):
         assert losses[-1] < losses[0]
@@ -312,8 +373,12 @@ def with_client_parts(stages):
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     dataset = [(jobs.batch(0, 0, i)[0], jobs.batch(0, 0, i)[0]) for i in range(8)]
-    engine, got, loader, got_scheduler = ds_local.initialize(
-        model=module, config=config, optimizer=optimizer, lr_scheduler=scheduler, training_data=dataset
+    engine, got, _loader, got_scheduler = ds_local.initialize(
+        model=module,
+        config=config,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        training_data=dataset,
     )
     losses = [engine.train_batch().item() for _ in range(10)]
     return losses, engine.get_lr(), got is optimizer, got_scheduler is scheduler
@@ -351,7 +416,9 @@ def with_checkpointing(section, interval):
 
     config = jobs.ds_config(section)
     model = {**jobs.MODELS["gpt2"], "resid_pdrop": 0.1}
-    module = ds_local.causal_lm(model, num_stages=2, config=config, activation_checkpoint_interval=interval)
+    module = ds_local.causal_lm(
+        model, num_stages=2, config=config, activation_checkpoint_interval=interval
+    )
     engine = ds_local.initialize(model=module, config=config)[0]
     data = jobs.batches(engine)
     for _ in range(3):
@@ -362,7 +429,11 @@ def with_checkpointing(section, interval):
 SPLIT = {"mode": "backprop", "split_backward": 1}
 
 
-@pytest.mark.parametrize("section", [{"mode": "local"}, {"mode": "overlapping"}, SPLIT], ids=["local", "overlapping", "split"])
+@pytest.mark.parametrize(
+    "section",
+    [{"mode": "local"}, {"mode": "overlapping"}, SPLIT],
+    ids=["local", "overlapping", "split"],
+)
 def test_activation_checkpointing_changes_no_bit(section):
     plain = run_ranks(with_checkpointing, 2, section, 0)
     recomputed = run_ranks(with_checkpointing, 2, section, 1)
@@ -383,7 +454,9 @@ def interrupted(folder, interrupt):
 
 
 def test_evaluating_and_saving_change_nothing(tmp_path):
-    assert run_ranks(interrupted, 2, str(tmp_path), True) == run_ranks(interrupted, 2, str(tmp_path), False)
+    assert run_ranks(interrupted, 2, str(tmp_path), True) == run_ranks(
+        interrupted, 2, str(tmp_path), False
+    )
 
 
 def logits_and_losses():
@@ -399,7 +472,9 @@ def test_evaluation_gives_every_segment_and_logits():
     model = Reference("gpt2", [0, 3, 6])
     batches = [batch(7, m, 0) for m in range(4)]
     with torch.no_grad():
-        expected = {s: sum(model.losses(ids, {0, 1})[s].item() for ids in batches) / 4 for s in (0, 1)}
+        expected = {
+            s: sum(model.losses(ids, {0, 1})[s].item() for ids in batches) / 4 for s in (0, 1)
+        }
     for loss, _, losses in results:
         assert losses == pytest.approx(expected, rel=1e-5)
         assert loss == pytest.approx(expected[1], rel=1e-5)
@@ -429,9 +504,11 @@ def _wait_for_a_slow_stage():
     engine = jobs.build({"mode": "local"}, 3)
     if engine.stage_id == 1:
         forward = engine.module.run_segment
-        engine.module.run_segment = lambda *args: (time.sleep(0.1), forward(*args))[1]
+        engine.module.run_segment = lambda *args: (time.sleep(0.3), forward(*args))[1]
     rows = []
-    engine.reports.listeners.append(lambda reports: rows.append([(r.slowest_link, r.idle_share) for r in reports]))
+    engine.reports.listeners.append(
+        lambda reports: rows.append([(r.slowest_link, r.idle_share) for r in reports])
+    )
     data = jobs.batches(engine)
     for _ in range(4):
         engine.train_batch(data)
@@ -441,9 +518,12 @@ def _wait_for_a_slow_stage():
 
 def test_reports_name_the_link_that_a_stage_waits_for():
     first, slow, last = run_ranks(_wait_for_a_slow_stage, 3)[0][-1]
-    assert last[0] == "activation link 1 -> 2" and last[1] > 0.5
-    assert first[0] in (None, "activation link 0 -> 1")  # its messages are taken late, if at all within so few steps
-    assert slow[1] < 0.3
+    assert last[0] == "activation link 1 -> 2"
+    assert first[0] in (
+        None,
+        "activation link 0 -> 1",
+    )  # its messages are taken late, if at all within so few steps
+    assert slow[1] < last[1]
 
 
 def run_out_of_data(stages):
@@ -469,7 +549,11 @@ def test_running_out_of_data_ends_every_stage_with_the_reason():
 
 def other_shapes():
     engine = jobs.build({"mode": "local"}, 2)
-    data = None if engine.stage_id else iter([jobs.batch(0, 0, 0, size=2)] * 5 + [jobs.batch(0, 0, 0, size=1)] * 5)
+    data = (
+        None
+        if engine.stage_id
+        else iter([jobs.batch(0, 0, 0, size=2)] * 5 + [jobs.batch(0, 0, 0, size=1)] * 5)
+    )
     try:
         for _ in range(2):
             engine.train_batch(data)
@@ -492,5 +576,7 @@ def test_a_module_of_another_configuration_is_refused():
 def _two_configurations():
     import ds_local
 
-    module = ds_local.causal_lm(jobs.MODELS["gpt2"], num_stages=1, config=jobs.ds_config({"mode": "local"}))
+    module = ds_local.causal_lm(
+        jobs.MODELS["gpt2"], num_stages=1, config=jobs.ds_config({"mode": "local"})
+    )
     ds_local.initialize(model=module, config=jobs.ds_config({"mode": "backprop"}))

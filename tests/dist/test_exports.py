@@ -33,7 +33,6 @@ from ds_local.errors import (
     DataError,
     DsLocalError,
     ExportError,
-    OutputError,
     WeightsError,
 )
 

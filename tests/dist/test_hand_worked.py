@@ -39,12 +39,19 @@ def one_step(section, stages, gas=1):
             return (hidden * self.factor).mean()
 
     config = {
-        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": gas, "gradient_clipping": 0.0,
-        "local_parallel": section, "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": gas,
+        "gradient_clipping": 0.0,
+        "local_parallel": section,
+        "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
     }
     module = ds_local.LocalPipelineModule(
-        [Times(w) for w in W], num_stages=stages, loss_fn=lambda hidden, labels: 0.001 * hidden.mean(),
-        head=lambda segment: Head(V[segment]), config=config, parts=[0, 1, 2, 3, 4],
+        [Times(w) for w in W],
+        num_stages=stages,
+        loss_fn=lambda hidden, labels: 0.001 * hidden.mean(),
+        head=lambda segment: Head(V[segment]),
+        config=config,
+        parts=[0, 1, 2, 3, 4],
     )
     engine = ds_local.initialize(model=module, config=config)[0]
     engine.train_batch(iter([(torch.ones(1, 1), torch.zeros(1))] * gas))
@@ -61,27 +68,55 @@ EXPECTED = {
     # chunks {0, 1} from loss 1: 2 - 0.3, 3 - 0.2; {2, 3} from loss 3: 5 - 0.042
     "chunked": ({"mode": "chunked", "window": 2}, (1.7, 2.8, 4.958, 6.97), {1: -5.9}),
     # at step 0 shifted chunks are chunks; all heads exist, since later steps need them
-    "shifted": ({"mode": "shifted_chunked", "window": 2}, (1.7, 2.8, 4.958, 6.97), {0: 0.5, 1: -5.9, 2: 0.01}),
+    "shifted": (
+        {"mode": "shifted_chunked", "window": 2},
+        (1.7, 2.8, 4.958, 6.97),
+        {0: 0.5, 1: -5.9, 2: 0.01},
+    ),
     # w_0 hears losses 0 and 1: 2 - 0.5 - 0.3; w_1 losses 1 and 2: 3 - 0.2 - 0.1; w_2 losses 2 and
     # 3: 5 - 0.06 - 0.042
-    "overlapping": ({"mode": "overlapping", "window": 2}, (1.2, 2.7, 4.898, 6.97), {0: -1.5, 1: -5.9, 2: -29.99}),
+    "overlapping": (
+        {"mode": "overlapping", "window": 2},
+        (1.2, 2.7, 4.898, 6.97),
+        {0: -1.5, 1: -5.9, 2: -29.99},
+    ),
     # the mean of the same: 2 - 0.4, 3 - 0.15, 5 - 0.051; the last segment hears one loss only
     "overlapping mean": (
-        {"mode": "overlapping", "window": 2, "combine": "mean"}, (1.6, 2.85, 4.949, 6.97), {0: -1.5, 1: -5.9, 2: -29.99},
+        {"mode": "overlapping", "window": 2, "combine": "mean"},
+        (1.6, 2.85, 4.949, 6.97),
+        {0: -1.5, 1: -5.9, 2: -29.99},
     ),
     # three losses each: 2 - 0.5 - 0.3 - 0.15, 3 - 0.2 - 0.1 - 0.07, 5 - 0.06 - 0.042
-    "overlapping 3": ({"mode": "overlapping", "window": 3}, (1.05, 2.63, 4.898, 6.97), {0: -1.5, 1: -5.9, 2: -29.99}),
+    "overlapping 3": (
+        {"mode": "overlapping", "window": 3},
+        (1.05, 2.63, 4.898, 6.97),
+        {0: -1.5, 1: -5.9, 2: -29.99},
+    ),
     # w_0 from loss 1 alone: 2 - 0.3; w_1 from loss 2 alone: 3 - 0.1; the last two from loss 3; no
     # head on segment 0
-    "interlocking": ({"mode": "interlocking", "window": 2}, (1.7, 2.9, 4.958, 6.97), {1: -5.9, 2: -29.99}),
+    "interlocking": (
+        {"mode": "interlocking", "window": 2},
+        (1.7, 2.9, 4.958, 6.97),
+        {1: -5.9, 2: -29.99},
+    ),
     # w_0 from loss 2 alone: 2 - 0.15; the last three from loss 3; one head
-    "interlocking 3": ({"mode": "interlocking", "window": 3}, (1.85, 2.93, 4.958, 6.97), {2: -29.99}),
+    "interlocking 3": (
+        {"mode": "interlocking", "window": 3},
+        (1.85, 2.93, 4.958, 6.97),
+        {2: -29.99},
+    ),
     # every loss above: 2 - (0.5 + 0.3 + 0.15 + 0.105), 3 - (0.2 + 0.1 + 0.07), 5 - (0.06 + 0.042)
-    "deep supervision": ({"mode": "deep_supervision"}, (0.945, 2.63, 4.898, 6.97), {0: -1.5, 1: -5.9, 2: -29.99}),
+    "deep supervision": (
+        {"mode": "deep_supervision"},
+        (0.945, 2.63, 4.898, 6.97),
+        {0: -1.5, 1: -5.9, 2: -29.99},
+    ),
     # weights 0.1, 0, 0.5, 1: 2 - (0.05 + 0.075 + 0.105), 3 - (0.05 + 0.07), 5 - (0.03 + 0.042);
     # heads 0.5 - 0.2, 0.01 - 15
     "deep supervision, weighted": (
-        {"mode": "deep_supervision", "weights": [0.1, 0.0, 0.5, 1.0]}, (1.77, 2.88, 4.928, 6.97), {0: 0.3, 2: -14.99},
+        {"mode": "deep_supervision", "weights": [0.1, 0.0, 0.5, 1.0]},
+        (1.77, 2.88, 4.928, 6.97),
+        {0: 0.3, 2: -14.99},
     ),
 }
 
@@ -110,22 +145,32 @@ def test_one_step_of_a_mix():
     found = {}
     for part in run_ranks(one_step, 4, section, 4, gas=4):
         found |= part
-    assert [found[f"{s}.factor"] for s in range(4)] == pytest.approx([1.59875, 2.8325, 4.9445, 6.97], abs=1e-5)
+    assert [found[f"{s}.factor"] for s in range(4)] == pytest.approx(
+        [1.59875, 2.8325, 4.9445, 6.97], abs=1e-5
+    )
     assert found["heads.0.factor"] == pytest.approx(-1.0, abs=1e-5)
 
 
-@pytest.mark.parametrize("rest", [{"mode": "local"}, {"mode": "chunked", "window": 2}], ids=["local", "chunked"])
+@pytest.mark.parametrize(
+    "rest", [{"mode": "local"}, {"mode": "chunked", "window": 2}], ids=["local", "chunked"]
+)
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_a_corrected_mix_has_the_gradient_of_backprop(ranks, rest):
     """All micro-batches are the same, so nothing is noise: segments end where backprop ends, heads
     where `rest` does."""
-    section = {"mix": [{"mode": "backprop", "micro_batches": 1}, rest], "correction": 1.0, "segments_per_stage": 4 // ranks}
+    section = {
+        "mix": [{"mode": "backprop", "micro_batches": 1}, rest],
+        "correction": 1.0,
+        "segments_per_stage": 4 // ranks,
+    }
     found = {}
     for part in run_ranks(one_step, ranks, section, ranks, gas=4):
         found |= part
     weights, heads = EXPECTED["backprop"][1], EXPECTED[rest["mode"]][2]
     assert [found[f"{s}.factor"] for s in range(4)] == pytest.approx(weights, abs=1e-5)
-    assert [found[f"heads.{segment}.factor"] for segment in heads] == pytest.approx(list(heads.values()), abs=1e-5)
+    assert [found[f"heads.{segment}.factor"] for segment in heads] == pytest.approx(
+        list(heads.values()), abs=1e-5
+    )
 
 
 def test_backprop_builds_no_heads():

@@ -4,8 +4,6 @@ on where it was."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +11,35 @@ import jobs
 import pytest
 import torch
 from families import VARIANTS
-from launch import ROOT, environment, launch, losses, write_inputs
 from ranks import run_ranks
 from reference import batch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from ds_local.checkpoints import hf_export as hf
-from ds_local.data.tokenizers import check_same_tokenizer
-from ds_local.errors import CheckpointError, ConfigError, DataError
+from ds_local.errors import CheckpointError
 from ds_local.model import blocks
 from ds_local.model.pretrained import HEADS_FILE
 
 PLAIN = {"mode": "local"}
 RICH = {"mode": "local", "head": {"blocks": [1, 0, 1], "rank": 8, "temperature": True}}
-SHARED = {"mode": "local", "head": {"blocks": 1, "blocks_from": "next_tracked", "readout": "shared", "refresh_every": 1}}
+SHARED = {
+    "mode": "local",
+    "head": {"blocks": 1, "blocks_from": "next_tracked", "readout": "shared", "refresh_every": 1},
+}
 
 
 def build(model: Any, section: dict[str, Any], stages: int, **extra: Any) -> Any:
     import ds_local
 
     config = jobs.ds_config(section, **extra)
-    return ds_local.initialize(model=ds_local.causal_lm(model, num_stages=stages, config=config), config=config)[0]
+    return ds_local.initialize(
+        model=ds_local.causal_lm(model, num_stages=stages, config=config), config=config
+    )[0]
 
 
-def train_and_save(model: Any, section: dict[str, Any], stages: int, folder: str, **extra: Any) -> dict[str, Any]:
+def train_and_save(
+    model: Any, section: dict[str, Any], stages: int, folder: str, **extra: Any
+) -> dict[str, Any]:
     """Two steps, a checkpoint, evaluation, and the losses of one more step."""
     engine = build(model, section, stages, **extra)
     data = jobs.batches(engine)
@@ -65,19 +68,30 @@ def loss_of(folder: Path) -> float:
     """By plain transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
-        losses = [model(input_ids=ids, labels=ids).loss.item() for ids in (batch(500, m, 0) for m in range(4))]
+        losses = [
+            model(input_ids=ids, labels=ids).loss.item()
+            for ids in (batch(500, m, 0) for m in range(4))
+        ]
     return sum(losses) / len(losses)
 
 
 @pytest.mark.parametrize(
     ("variant", "section", "stages"),
     [
-        ("gpt2", RICH, 2), ("qwen3 half sliding, tied", RICH, 2), ("llama", SHARED, 1), ("gpt_neox", PLAIN, 4), ("olmo", PLAIN, 1),
+        ("gpt2", RICH, 2),
+        ("qwen3 half sliding, tied", RICH, 2),
+        ("llama", SHARED, 1),
+        ("gpt_neox", PLAIN, 4),
+        ("olmo", PLAIN, 1),
     ],
 )
-def test_every_exit_has_the_losses_of_the_run_and_training_goes_on(tmp_path, variant, section, stages):
+def test_every_exit_has_the_losses_of_the_run_and_training_goes_on(
+    tmp_path, variant, section, stages
+):
     section = {**section, "segments_per_stage": 4 // stages}
-    ours = run_ranks(train_and_save, stages, VARIANTS[variant], section, stages, str(tmp_path / "run"))[0]
+    ours = run_ranks(
+        train_and_save, stages, VARIANTS[variant], section, stages, str(tmp_path / "run")
+    )[0]
     exits = hf.export_all(tmp_path / "run", tmp_path / "out", heads=True)
     assert list(exits) == [0, 1, 2, 3]
     for segment, folder in exits.items():
@@ -95,11 +109,15 @@ def test_every_exit_has_the_losses_of_the_run_and_training_goes_on(tmp_path, var
 def test_bf16_zero_1_and_replicas(tmp_path):
     section = {"mode": "local", "head": {"rank": 8}}
     extra = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
-    ours = run_ranks(train_and_save, 4, VARIANTS["llama"], section, 2, str(tmp_path / "run"), **extra)[0]
+    ours = run_ranks(
+        train_and_save, 4, VARIANTS["llama"], section, 2, str(tmp_path / "run"), **extra
+    )[0]
     for segment, folder in hf.export_all(tmp_path / "run", tmp_path / "out").items():
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert model.dtype == torch.bfloat16
-        assert loss_of(folder) == pytest.approx(ours["eval"][segment], abs=0.05)  # two replicas read other sequences
+        assert loss_of(folder) == pytest.approx(
+            ours["eval"][segment], abs=0.05
+        )  # two replicas read other sequences
 
 
 def weights_of(model: str, section: dict[str, Any], stages: int) -> dict[str, Any]:
@@ -108,7 +126,10 @@ def weights_of(model: str, section: dict[str, Any], stages: int) -> dict[str, An
     config = jobs.ds_config(section)
     module = ds_local.causal_lm(model, num_stages=stages, config=config)
     return {
-        "layers": {i: layer.state_dict() for i, layer in enumerate(module.forward_funcs, module.first_layer)},
+        "layers": {
+            i: layer.state_dict()
+            for i, layer in enumerate(module.forward_funcs, module.first_layer)
+        },
         "heads": {int(segment): head.state_dict() for segment, head in module.heads.items()},
     }
 
@@ -119,8 +140,16 @@ def test_pretrained_weights_arrive_bit_by_bit_in_any_number_of_stages(tmp_path, 
         config = blocks.load_model_config(VARIANTS[variant])
         torch.manual_seed(stages)
         model = AutoModelForCausalLM.from_config(config)
-        model.save_pretrained(tmp_path / variant, max_shard_size="100GB" if variant == "gpt2" else "20KB")
-        found = run_ranks(weights_of, stages, str(tmp_path / variant), {"mode": "local", "head": {"init": "model"}}, stages)
+        model.save_pretrained(
+            tmp_path / variant, max_shard_size="100GB" if variant == "gpt2" else "20KB"
+        )
+        found = run_ranks(
+            weights_of,
+            stages,
+            str(tmp_path / variant),
+            {"mode": "local", "head": {"init": "model"}},
+            stages,
+        )
         layers = {number: state for rank in found for number, state in rank["layers"].items()}
         state = hf.to_hf(config, layers)
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -131,9 +160,19 @@ def test_pretrained_weights_arrive_bit_by_bit_in_any_number_of_stages(tmp_path, 
 
 
 def test_damaged_checkpoints_leave_nothing_behind(tmp_path):
-    run_ranks(train_and_save, 1, VARIANTS["gpt2"], {**RICH, "segments_per_stage": 4}, 1, str(tmp_path / "run"))
+    run_ranks(
+        train_and_save,
+        1,
+        VARIANTS["gpt2"],
+        {**RICH, "segments_per_stage": 4},
+        1,
+        str(tmp_path / "run"),
+    )
     checkpoint = hf.find_checkpoint(tmp_path / "run")
-    layer, head, facts = (checkpoint / name for name in ("layer_02-model_states.pt", "head_00-model_states.pt", "ds_local.json"))
+    layer, head, facts = (
+        checkpoint / name
+        for name in ("layer_02-model_states.pt", "head_00-model_states.pt", "ds_local.json")
+    )
 
     def refused(said: str, **how: Any) -> None:
         with pytest.raises((hf.ExportError, CheckpointError), match=said):
@@ -163,7 +202,9 @@ def test_damaged_checkpoints_leave_nothing_behind(tmp_path):
         state = torch.load(path, weights_only=True)
         name = next(name for name in state if name.startswith("block"))
         reseal(path, {**state, name: state[name][:-1]})
-        own = name[name.index("block.") :]  # without the number of a private block, which is named before
+        own = name[
+            name.index("block.") :
+        ]  # without the number of a private block, which is named before
         refused(rf"{path.name}.*: tensor {own} has shape", **how)
         reseal(path, {key: tensor for key, tensor in state.items() if key != name})
         refused(rf"{path.name}.*: tensors missing: {own}", **how)
@@ -186,7 +227,9 @@ def test_heads_of_another_make_are_named(tmp_path):
     run_ranks(train_and_save, 1, VARIANTS["gpt2"], section, 1, str(tmp_path / "run"))
     folder = hf.export(tmp_path / "run", tmp_path / "out", heads=True)
     assert (folder / HEADS_FILE).is_file()
-    with pytest.raises(Exception, match=f"{HEADS_FILE}: the head of segment 0 .*too much and lacks"):
+    with pytest.raises(
+        Exception, match=f"{HEADS_FILE}: the head of segment 0 .*too much and lacks"
+    ):
         run_ranks(weights_of, 1, str(folder), {"mode": "local", "segments_per_stage": 4}, 1)
 
 
@@ -200,7 +243,9 @@ def peak_of_import(model: str, config: dict[str, Any], stages: int) -> tuple[int
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
-    ds_local.causal_lm(model, num_stages=stages, config=config)  # what the first model costs once: skeleton, libraries
+    ds_local.causal_lm(
+        model, num_stages=stages, config=config
+    )  # what the first model costs once: skeleton, libraries
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is in use
     before = status("VmRSS")
@@ -214,75 +259,11 @@ def test_each_ranks_memory_stays_near_its_share(tmp_path):
     model.save_pretrained(tmp_path)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     del model
-    for peak, share in run_ranks(peak_of_import, 2, str(tmp_path), jobs.ds_config({"mode": "backprop"}), 2):
-        print(f"share {share / 2**20:.0f} MiB of {whole / 2**20:.0f}, peak {peak / share:.2f} times the share")
+    for peak, share in run_ranks(
+        peak_of_import, 2, str(tmp_path), jobs.ds_config({"mode": "backprop"}), 2
+    ):
+        print(
+            f"share {share / 2**20:.0f} MiB of {whole / 2**20:.0f}, peak {peak / share:.2f} times the share"
+        )
         assert share < 0.6 * whole
         assert peak < 1.3 * share
-
-
-@pytest.fixture(scope="module")
-def fine_tuned(tmp_path_factory):
-    """A pretrained folder, and a run of two steps from it under accelerate with a learning rate of
-    zero."""
-    folder = tmp_path_factory.mktemp("fine-tuned")
-    still = {"optimizer": {"type": "AdamW", "params": {"lr": 0.0, "weight_decay": 0.0, "torch_adam": True}}}
-    inputs = write_inputs(folder, **still, scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": 0.0}})
-    torch.manual_seed(5)
-    fields = json.loads(Path(inputs["--model"]).read_text())
-    model = AutoModelForCausalLM.from_config(blocks.load_model_config(fields | {"initializer_range": 0.2}))
-    model.save_pretrained(folder / "pretrained", max_shard_size="30KB")
-    AutoTokenizer.from_pretrained(folder / "data" / "tokenizer").save_pretrained(folder / "pretrained")
-    arguments = {**inputs, "--model": str(folder / "pretrained"), "--output": str(folder / "run"), "--max-steps": "2"}
-    result = launch(arguments, launcher="accelerate", timeout=280)
-    assert result.returncode == 0, result.stdout
-    return folder, model, inputs
-
-
-def test_accelerate_starts_a_run_from_pretrained_weights(fine_tuned):
-    folder, model, inputs = fine_tuned
-    assert json.loads((folder / "run" / "run.json").read_text())["layout"]["stages"] == 2
-    out = hf.export(folder / "run", folder / "out")
-    back = AutoModelForCausalLM.from_pretrained(out).state_dict()
-    assert all(torch.equal(tensor, back[name]) for name, tensor in model.state_dict().items())
-    card = (out / "README.md").read_text()
-    assert "started from the weights of pretrained" in card
-    assert f"{losses(folder / 'run')['validation', 2, 1]:.4f}" in card
-    assert str(folder) not in card
-
-
-def test_every_exit_evaluates_to_the_runs_losses_without_deepspeed(fine_tuned):
-    folder, _, inputs = fine_tuned
-    code = (
-        "import runpy, sys; sys.modules['deepspeed'] = None; sys.path.insert(0, 'scripts')\n"
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-
-    def alone(*arguments: str) -> str:
-        command = [sys.executable, "-c", code, *arguments]
-        done = subprocess.run(command, check=False, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    alone("scripts/export_hf.py", str(folder / "run"), "--output", str(folder / "exits"), "--all-segments")
-    figures = folder / "figures.json"
-    alone("scripts/evaluate.py", str(folder / "exits"), "--data", inputs["--data"], "--json", str(figures))
-    for segment, row in json.loads(figures.read_text()).items():
-        assert row["loss"] == pytest.approx(losses(folder / "run")["validation", 2, int(segment)], abs=1e-4)
-        assert 0.5 < row["bits_per_byte"] < 20
-    drafted = alone(
-        "scripts/generate.py", str(folder / "exits"), "--assistant", "0", "--temperature", "0", "--prompt", "abc",
-        "--max-new-tokens", "6",
-    )
-    plain = alone("scripts/generate.py", str(folder / "exits"), "--temperature", "0", "--prompt", "abc", "--max-new-tokens", "6")
-    assert drafted.startswith(plain.rstrip("\n"))
-    assert "drafted tokens accepted" in drafted
-
-
-def test_a_pretrained_model_needs_its_own_tokenizer(fine_tuned):
-    folder, _, inputs = fine_tuned
-    assert check_same_tokenizer(folder / "pretrained", folder / "data" / "tokenizer")
-    other = AutoTokenizer.from_pretrained(folder / "data" / "tokenizer")
-    other.add_tokens(["<one more>"])
-    other.save_pretrained(folder / "other")
-    with pytest.raises(DataError, match="has another tokenizer .* prepare the data with --tokenizer"):
-        check_same_tokenizer(folder / "other", folder / "data" / "tokenizer")

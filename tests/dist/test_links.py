@@ -21,24 +21,40 @@ LINKS = [
 @pytest.mark.parametrize("link", LINKS, ids=lambda link: str(link["codec"]))
 def test_codecs_give_the_same_bits_on_1_2_and_4_ranks(link):
     section = {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}], "link": link}
-    runs = [run_ranks(jobs.train, ranks, {**section, "segments_per_stage": 4 // ranks}, ranks, 3) for ranks in (1, 2, 4)]
+    runs = [
+        run_ranks(jobs.train, ranks, {**section, "segments_per_stage": 4 // ranks}, ranks, 3)
+        for ranks in (1, 2, 4)
+    ]
     reference = runs[0]
     for other in runs[1:]:
         assert other[0]["reports"] == reference[0]["reports"]
         assert other[0]["eval"] == reference[0]["eval"]
         merged = {name: tensor for result in other for name, tensor in result["state"].items()}
-        assert all(torch.equal(merged[name], tensor) for name, tensor in reference[0]["state"].items())
+        assert all(
+            torch.equal(merged[name], tensor) for name, tensor in reference[0]["state"].items()
+        )
     plain = run_ranks(jobs.train, 1, {**section, "link": {}, "segments_per_stage": 4}, 1, 3)
     assert plain[0]["reports"] != reference[0]["reports"]  # the codec did something
 
 
-@pytest.mark.parametrize("row", [{"mode": "overlapping"}, {"mode": "local", "head": {"blocks": 1, "blocks_from": "next_tracked"}}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"mode": "overlapping"},
+        {"mode": "local", "head": {"blocks": 1, "blocks_from": "next_tracked"}},
+    ],
+)
 def test_past_the_host_gives_the_same_bits(row):
-    through, past = (run_ranks(jobs.train, 2, {**row, "link": {"past_host": past}}, 2, 3) for past in (False, True))
+    through, past = (
+        run_ranks(jobs.train, 2, {**row, "link": {"past_host": past}}, 2, 3)
+        for past in (False, True)
+    )
     for one, other in zip(through, past, strict=True):
         assert one["reports"] == other["reports"]
         assert one["eval"] == other["eval"]
-        assert all(torch.equal(other["state"][name], tensor) for name, tensor in one["state"].items())
+        assert all(
+            torch.equal(other["state"][name], tensor) for name, tensor in one["state"].items()
+        )
 
 
 def failing(past_host):
@@ -68,7 +84,11 @@ def failing(past_host):
 def test_the_reason_of_a_failure_fits_into_a_message(past_host):
     _, (said, counted) = run_ranks(failing, 2, past_host)
     assert counted
-    assert said.startswith("the run ended elsewhere: stage 0 ran out" if past_host else "the run ended elsewhere: stage 0")
+    assert said.startswith(
+        "the run ended elsewhere: stage 0 ran out"
+        if past_host
+        else "the run ended elsewhere: stage 0"
+    )
 
 
 def crossing():
@@ -80,7 +100,10 @@ def crossing():
 
     start_processes()
     rank = dist.get_rank()
-    up, down = (make_end(f"link from {a}", rank, a, 1 - a, [[0, 1]], 1, 10.0, torch.device("cpu")) for a in (0, 1))
+    up, down = (
+        make_end(f"link from {a}", rank, a, 1 - a, [[0, 1]], 1, 10.0, torch.device("cpu"))
+        for a in (0, 1)
+    )
     mine, other = (up, down) if rank == 0 else (down, up)
     for step in range(3):
         mine.send(Tag(step, 0), {"x": torch.full((2,), float(rank + step))})
@@ -114,7 +137,9 @@ def traffic(section, steps=2, **extra):
 
         def looked_at(tag):
             found, message = receive(tag)
-            seen.update({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in message.items()})
+            seen.update(
+                {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in message.items()}
+            )
             return found, message
 
         link.receive = looked_at
@@ -125,7 +150,11 @@ def traffic(section, steps=2, **extra):
     return {"sent": sent, "seen": seen, "message_bytes": engine.activation_links[0].message_bytes}
 
 
-HEADER, LABELS, FIGURES = 32, 2 * 16 * 4, 2 * 13 * 8  # bytes; a micro-batch is 2 x 16 tokens of 32 features
+HEADER, LABELS, FIGURES = (
+    32,
+    2 * 16 * 4,
+    2 * 13 * 8,
+)  # bytes; a micro-batch is 2 x 16 tokens of 32 features
 HIDDEN = {
     "none": 2 * 16 * 32 * 4,
     "bf16": 2 * 16 * 32 * 2,
@@ -137,7 +166,11 @@ HIDDEN = {
 @pytest.mark.parametrize("codec", HIDDEN)
 def test_metrics_count_the_bytes_on_the_wire(codec):
     first, second = run_ranks(traffic, 2, {"mode": "local", "link": {"codec": codec}})
-    assert first["message_bytes"] == second["message_bytes"] == HEADER + HIDDEN[codec] + LABELS + FIGURES
+    assert (
+        first["message_bytes"]
+        == second["message_bytes"]
+        == HEADER + HIDDEN[codec] + LABELS + FIGURES
+    )
     assert first["sent"] == [4 * first["message_bytes"]] * 2  # 4 micro-batches a step
 
 
@@ -185,7 +218,9 @@ def on_time(which, stages=2):
             if self.stage == 1:
                 (folder / f"arrived-{self.calls}").touch()
                 if which[0] == "receives" and self.calls == 1:
-                    engine.activation_links[0]._under_way[0][1].zero_()  # its header says nothing yet
+                    engine.activation_links[0]._under_way[0][
+                        1
+                    ].zero_()  # its header says nothing yet
                     (folder / "looked").touch()
                     wait_for(arrived, "a receive while the stage computes")
             elif which[0] == "receives" and self.calls == 2:
@@ -198,12 +233,18 @@ def on_time(which, stages=2):
         def forward(self, hidden, labels):
             self.calls += 1
             if which[0] == "sends":
-                wait_for((folder / f"arrived-{self.calls}").exists, "an arrival before the head has run")
+                wait_for(
+                    (folder / f"arrived-{self.calls}").exists, "an arrival before the head has run"
+                )
             return hidden.square().mean()
 
     config = jobs.ds_config({"mode": "local"}, gas=2)
     module = ds_local.LocalPipelineModule(
-        [Layer(0), Layer(1)], stages, loss_fn=lambda h, y: h.square().mean(), head=lambda s: Head(), config=config
+        [Layer(0), Layer(1)],
+        stages,
+        loss_fn=lambda h, y: h.square().mean(),
+        head=lambda s: Head(),
+        config=config,
     )
     engine = ds_local.initialize(model=module, config=config)[0]
     data = iter([(torch.ones(2, 8), torch.zeros(2))] * 2)

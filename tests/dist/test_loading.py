@@ -411,8 +411,9 @@ def stock_save(folder):
 
 def take_weights(folder, settings):
     """As the refusal says: before ds_local.initialize."""
-    import ds_local
     from reference import MODELS
+
+    import ds_local
 
     config = jobs.ds_config(LOCAL, **settings)
     module = ds_local.causal_lm(MODELS["gpt2"], num_stages=2, config=config)
@@ -466,7 +467,7 @@ def test_a_head_goes_where_the_cut_agrees_and_nowhere_else(checkpoint, tmp_path)
 
     def loaded(section, stages, **settings):
         told, before, after = [], {}, {}
-        for sentences, own_before, own_after, parts in run_ranks(
+        for sentences, own_before, own_after, _ in run_ranks(
             load_weights, stages, str(checkpoint), section, stages, **settings
         ):
             told += sentences

@@ -100,7 +100,9 @@ def test_heads_see_the_mask_too_and_ranks_make_no_difference():
         runs.append({name: t for part in parts for name, t in part["state"].items()})
         evaluation = parts[0]["eval"]
     assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
-    whole = run_ranks(padded, 1, {**section, "segments_per_stage": 4}, 1, ("input_ids", "labels"), "llama")
+    whole = run_ranks(
+        padded, 1, {**section, "segments_per_stage": 4}, 1, ("input_ids", "labels"), "llama"
+    )
     assert all(evaluation[s] != whole[0]["eval"][s] for s in range(4))
 
 
@@ -214,7 +216,9 @@ def test_tokens_can_be_counted_in_language_models_alone():
 
     config = jobs.ds_config({"mode": "backprop", "loss_weighting": "token"})
     layers = [torch.nn.Linear(2, 2)] * 2
-    with pytest.raises(ds_local.ConfigError, match="only the loss of language models counts tokens"):
+    with pytest.raises(
+        ds_local.ConfigError, match="only the loss of language models counts tokens"
+    ):
         ds_local.LocalPipelineModule(layers, 1, loss_fn=lambda h, y: h.sum(), config=config)
 
 

@@ -1,15 +1,13 @@
 """A NaN or an infinity anywhere: its stage is named, its update left out, and all else goes on."""
 
 import os
-import json
 import re
+from itertools import pairwise
 
 import jobs
 import pytest
-from launch import launch, write_inputs
 from ranks import run_ranks
 from reference import table_of
-from test_lost_ranks import finish, start
 
 STAGES = 4
 ROWS = {
@@ -27,7 +25,10 @@ PRECISIONS = {
     "bf16, ZeRO-1": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}},
     "fp32, ZeRO-1": {"zero_optimization": {"stage": 1}},
 }
-SCHEDULER = {"type": "WarmupLR", "params": {"warmup_min_lr": 1e-3, "warmup_num_steps": 1000, "warmup_type": "linear"}}
+SCHEDULER = {
+    "type": "WarmupLR",
+    "params": {"warmup_min_lr": 1e-3, "warmup_num_steps": 1000, "warmup_type": "linear"},
+}
 
 
 # --- what is injected ---------------------------------------------------------------------------
@@ -50,12 +51,16 @@ def inject(engine, plan, value=float("nan")):
     plan = set(plan) if engine.replica_id == 0 else set()
     executor, module = engine.executor, engine.module
     now = {}
-    for name in ("forward_pass", "gradient_pass"):
-        def noted(segment, micro_batch, run=getattr(executor, name), **which):
+
+    def noted(run):
+        def noting(segment, micro_batch, **which):
             now["micro_batch"] = micro_batch
             return run(segment, micro_batch, **which)
 
-        setattr(executor, name, noted)
+        return noting
+
+    executor.forward_pass = noted(executor.forward_pass)
+    executor.gradient_pass = noted(executor.gradient_pass)
 
     def goes_bad(kind, segment):
         return (executor.step, kind, segment, now.get("micro_batch")) in plan
@@ -107,13 +112,17 @@ def observe(section, stages, plan, steps, value=float("nan"), **extra):
                 # an optimizer makes its moments in its first step
                 "same": [n for n in before if torch.equal(before[n], after[n])] == list(after),
                 "weights": {
-                    segment: all(torch.equal(before[n], after[n]) for n, p in
-                                 engine.module.named_parameters()
-                                 if any(p is q for q in engine.module.segment_parameters(segment)))
+                    segment: all(
+                        torch.equal(before[n], after[n])
+                        for n, p in engine.module.named_parameters()
+                        if any(p is q for q in engine.module.segment_parameters(segment))
+                    )
                     for segment in engine.module.local_segments
                 },
                 "finite": all(t.isfinite().all() for t in after.values()),
-                "events": {s: e for s, e in engine.events.newest.items() if e[1] == engine.global_steps},
+                "events": {
+                    s: e for s, e in engine.events.newest.items() if e[1] == engine.global_steps
+                },
                 "lr": engine.get_lr()[0],
                 "skipped": engine.skipped_steps,
                 "steps": (engine.global_steps, engine.global_samples),
@@ -121,8 +130,14 @@ def observe(section, stages, plan, steps, value=float("nan"), **extra):
             }
         )
     engine.reports.flush()
-    return {"stage": engine.stage_id, "replica": engine.replica_id, "seen": seen, "told": told, "state": jobs.state_of(engine),
-            "reports": [[(r.nonfinite, r.nonfinite_step, r.skipped) for r in rows] for rows in reports]}
+    return {
+        "stage": engine.stage_id,
+        "replica": engine.replica_id,
+        "seen": seen,
+        "told": told,
+        "state": jobs.state_of(engine),
+        "reports": [[(r.nonfinite, r.nonfinite_step, r.skipped) for r in rows] for rows in reports],
+    }
 
 
 # --- what must come of it -----------------------------------------------------------------------
@@ -142,7 +157,9 @@ def expected(row, kind, segment, num_segments=STAGES):
         if segment not in table:
             return {}
         return {t: "from_above" for t in table[segment] if t != segment} | {segment: "loss"}
-    passed = {t for loss, trained in table.items() if loss >= segment for t in trained if t < segment}
+    passed = {
+        t for loss, trained in table.items() if loss >= segment for t in trained if t < segment
+    }
     return dict.fromkeys(passed, "from_above") | {segment: "gradient"}
 
 
@@ -160,7 +177,9 @@ def cases():
 def phases():
     length = len(cases()) // len(ROWS)
     ends = [length * (i + 1) for i in range(len(ROWS) - 1)]
-    return [row | {"until_step": end} for row, end in zip(ROWS.values(), ends)] + [[*ROWS.values()][-1]]
+    return [row | {"until_step": end} for row, end in zip(ROWS.values(), ends, strict=False)] + [
+        [*ROWS.values()][-1]
+    ]
 
 
 SLOW = {("bf16", 4, 1), ("fp32, ZeRO-1", 4, 1), ("bf16", 2, 2), ("fp32, ZeRO-1", 2, 2)}
@@ -180,9 +199,21 @@ def test_every_kind_at_every_stage_in_every_row(precision, stages, replicas):
 
 def check_all_cases(precision, stages, replicas):
     plan = [(step, kind, segment, 0) for step, (_, kind, segment) in enumerate(cases()) if kind]
-    section = {"phases": phases(), "segments_per_stage": STAGES // stages, "on_nonfinite": {"skip": 99}}
+    section = {
+        "phases": phases(),
+        "segments_per_stage": STAGES // stages,
+        "on_nonfinite": {"skip": 99},
+    }
     results = run_ranks(
-        observe, stages * replicas, section, stages, plan, len(cases()), gas=2, timeout=280, **PRECISIONS[precision]
+        observe,
+        stages * replicas,
+        section,
+        stages,
+        plan,
+        len(cases()),
+        gas=2,
+        timeout=280,
+        **PRECISIONS[precision],
     )
     skipped = dict.fromkeys(range(stages), 0)
     for step, (row, kind, segment) in enumerate(cases()):
@@ -193,7 +224,9 @@ def check_all_cases(precision, stages, replicas):
             own = {s: (k, step + 1) for s, k in events.items() if s // (STAGES // stages) == stage}
             assert seen["events"] == own, at
             assert seen["finite"], at
-            assert seen["same"] is (set(seen["weights"]) == set(own) if precision == "fp32" else bool(own)), at
+            assert seen["same"] is (
+                set(seen["weights"]) == set(own) if precision == "fp32" else bool(own)
+            ), at
             if precision == "fp32":  # a segment at a time
                 assert {s for s, same in seen["weights"].items() if same} == set(own), at
             assert seen["steps"] == (step + 1, (step + 1) * 4 * replicas), at
@@ -202,11 +235,13 @@ def check_all_cases(precision, stages, replicas):
             assert seen["skipped"] == skipped[stage], at
         assert len({result["seen"][step]["lr"] for result in results}) == 1, at
     lrs = [seen["lr"] for seen in results[0]["seen"]]
-    assert all(a < b for a, b in zip(lrs, lrs[1:]))  # no step of the schedule is lost
+    assert all(a < b for a, b in pairwise(lrs))  # no step of the schedule is lost
     for step, rows in enumerate(results[0]["reports"]):
         row, kind, segment = cases()[step]
         events = expected(row, kind, segment) if kind else {}
-        assert [r[:2] for r in rows] == [(events[s], step + 1) if s in events else (None, None) for s in range(STAGES)]
+        assert [r[:2] for r in rows] == [
+            (events[s], step + 1) if s in events else (None, None) for s in range(STAGES)
+        ]
         assert [r[2] for r in rows] == [
             result["seen"][step]["skipped"]
             for result in results
@@ -218,7 +253,12 @@ def check_all_cases(precision, stages, replicas):
 def test_an_infinity_in_a_later_micro_batch():
     plan = [(1, "loss", 0, 1), (2, "activation", 0, 1), (3, "gradient", 1, 0), (4, "loss", 1, 1)]
     results = run_ranks(observe, 2, ROWS["mix"], 2, plan, 6, float("inf"), gas=2)
-    seen = {(step, s): e for r in results for step in range(6) for s, e in r["seen"][step]["events"].items()}
+    seen = {
+        (step, s): e
+        for r in results
+        for step in range(6)
+        for s, e in r["seen"][step]["events"].items()
+    }
     assert seen == {
         (1, 0): ("loss", 2),  # micro-batch 1 is of the local row
         (2, 0): ("activation", 3), (2, 1): ("from_below", 3),
@@ -229,9 +269,21 @@ def test_an_infinity_in_a_later_micro_batch():
     assert results[0]["seen"][1]["loss"][0] == float("inf")  # the loss itself is told as it is
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16, ZeRO-1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "precision", ["fp32", pytest.param("bf16, ZeRO-1", marks=pytest.mark.slow)]
+)
 def test_a_gradient_too_large_to_square_would_ruin_the_moments(precision):
-    results = run_ranks(observe, 2, {"mode": "local"}, 2, [(1, "gradient", 1, 0)], 3, 1e30, gas=2, **PRECISIONS[precision])
+    results = run_ranks(
+        observe,
+        2,
+        {"mode": "local"},
+        2,
+        [(1, "gradient", 1, 0)],
+        3,
+        1e30,
+        gas=2,
+        **PRECISIONS[precision],
+    )
     assert results[1]["seen"][1]["events"] == {1: ("gradient", 2)}
     assert results[1]["seen"][1]["same"]
     assert not results[0]["seen"][1]["events"]
@@ -246,14 +298,17 @@ def test_replicas_that_train_apart_skip_alone(sync, every, bad):
     first, second = results
     assert first["seen"][bad]["events"] == {0: ("loss", bad + 1)}
     assert "stage 0, replica 0: the loss of segment 0 was not finite" in first["told"][0]
-    assert not any(step["events"] for step in second["seen"]) and not second["told"]
+    assert not any(step["events"] for step in second["seen"])
+    assert not second["told"]
     assert all(step["finite"] for result in results for step in result["seen"])
     if sync == "periodic":  # they have just met
         assert all(first["state"][n].equal(t) for n, t in second["state"].items())
 
 
 def test_what_is_told_names_step_stage_segment_and_count():
-    results = run_ranks(observe, 2, {"mode": "backprop"}, 2, [(1, "loss", 1, 0), (3, "loss", 1, 0)], 4, gas=2)
+    results = run_ranks(
+        observe, 2, {"mode": "backprop"}, 2, [(1, "loss", 1, 0), (3, "loss", 1, 0)], 4, gas=2
+    )
     rest = "not finite; its update is left out, the {} on this stage"
     assert results[1]["told"] == [
         f"step 2, stage 1: the loss of segment 1 was {rest.format('1st')}",
@@ -266,8 +321,18 @@ def test_what_is_told_names_step_stage_segment_and_count():
 
 def points_of_a_monitor(steps):
     """What DeepSpeed's monitor is given, in order: (tag, value, samples)."""
-    engine = jobs.build({"mode": "interlocking"}, 2, gas=2, scheduler=SCHEDULER, steps_per_print=2,
-                        csv_monitor={"enabled": True, "output_path": os.environ.get("TMPDIR", "/tmp") + "/ds_local_monitor", "job_name": "x"})
+    engine = jobs.build(
+        {"mode": "interlocking"},
+        2,
+        gas=2,
+        scheduler=SCHEDULER,
+        steps_per_print=2,
+        csv_monitor={
+            "enabled": True,
+            "output_path": os.environ.get("TMPDIR", "/tmp") + "/ds_local_monitor",
+            "job_name": "x",
+        },
+    )
     points = []
     engine.monitor.write_events = points.extend
     inject(engine, [(2, "loss", 1, 0)])
@@ -288,35 +353,16 @@ def test_a_monitor_gets_every_point_once_and_steps_in_order(tmp_path, monkeypatc
     assert len({(tag, at) for tag, _, at in points}) == len(points)
     assert set(samples) == {4 * step for step in (2, 4, 6, 7)}
     found = {(tag, at): value for tag, value, at in points}
-    assert found["Train/stage_1/segment_1/skipped", 8] == 0 or math.isnan(found["Train/Samples/train_loss", 12])
-    assert found["Train/stage_1/segment_1/skipped", 16] == found["Train/stage_0/segment_0/skipped", 16] == 1
+    assert found["Train/stage_1/segment_1/skipped", 8] == 0 or math.isnan(
+        found["Train/Samples/train_loss", 12]
+    )
+    assert (
+        found["Train/stage_1/segment_1/skipped", 16]
+        == found["Train/stage_0/segment_0/skipped", 16]
+        == 1
+    )
     assert found["Train/Samples/lr", 16] > found["Train/Samples/lr", 8] > 0
     assert ("Train/stage_0/segment_0/loss", 16) not in found  # it has no loss in this row
-
-
-# --- stopping -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("mode", "segment", "allowed", "step"),
-    [("local", 1, {"skip": 3}, 8), ("backprop", 2, {"skip": 3}, 8), ("backprop", 2, "stop", 6)],
-)
-def test_too_many_in_a_row_end_every_stage_with_the_name_of_the_first(
-    tmp_path, mode, segment, allowed, step
-):
-    fate = (
-        "sys.path[:0] = [sys.path[0] + '/dist', sys.path[0] + '/../scripts']; import test_nonfinite; "
-        f"test_nonfinite.inject(engine, [(n, 'loss', {segment}, 0) for n in range(5, 200)])"
-    )
-    section = {"mode": mode, "on_nonfinite": allowed, "link": {"timeout_seconds": 60}}
-    processes = start(tmp_path, fate, segment, section=section)
-    outputs = finish(processes, 120)
-    times = ", the 3rd time in a row" if step == 8 else ""
-    said = f"the loss of segment {segment} was not finite in step {step} on stage {segment}{times}; go on from"
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode != 0
-        assert "ENDED" not in output
-        assert said in output, output[-2000:]
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -346,7 +392,10 @@ def save_and_load(folder, where):
         engine.save_checkpoint(folder, tag="bad")
     except CheckpointError as error:
         said.append(str(error))
-    found = sorted(p.name for p in pathlib.Path(folder).iterdir()), pathlib.Path(folder, "latest").read_text()
+    found = (
+        sorted(p.name for p in pathlib.Path(folder).iterdir()),
+        pathlib.Path(folder, "latest").read_text(),
+    )
     check, saving.check_state = saving.check_state, lambda *_: None
     engine.save_checkpoint(folder, tag="bad")  # as an older version would
     saving.check_state = check
@@ -368,40 +417,7 @@ def test_neither_saved_nor_loaded(tmp_path, where):
             rf"bad is not written: stage 1 \(rank 1\) holds numbers that are not finite in {what}.*; what was saved before stays",
             said[0],
         )
-        assert re.search(r"with \S+/bad stage 1 \(rank 1\) holds .*; use another checkpoint", said[1])
+        assert re.search(
+            r"with \S+/bad stage 1 \(rank 1\) holds .*; use another checkpoint", said[1]
+        )
         assert (names, latest) == (["global_step1", "latest"], "global_step1")
-
-
-# --- the whole way ------------------------------------------------------------------------------
-
-
-def test_a_run_that_diverges_ends_and_says_so(tmp_path):
-    """A learning rate of 1e25: the second step overflows."""
-    inputs = write_inputs(
-        tmp_path,
-        optimizer={"type": "AdamW", "params": {"lr": 1e25, "torch_adam": True}},
-        scheduler={"type": "WarmupLR", "params": {"warmup_min_lr": 1e25, "warmup_max_lr": 1e25, "warmup_num_steps": 2}},
-        local_parallel={"mode": "interlocking", "on_nonfinite": {"skip": 3}},
-    )
-    result = launch({**inputs, "--output": str(tmp_path / "run"), "--max-steps": "20", "--save-every": "1"})
-    assert result.returncode != 0
-    said = "the activation of segment 0 was not finite in step {}"
-    assert said.format("4 on stage 0, the 3rd time in a row") in result.stdout, result.stdout
-    assert f"step 2, stage 0: {said.format(2).partition(' in step')[0]}" in result.stdout
-    assert "Traceback" not in result.stdout
-
-    def refuse(word):
-        raise AssertionError(f"{word} in metrics.jsonl")
-
-    rows = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    events = {(r["step"], r["segment"]): (r["nonfinite"], r["skipped"]) for r in rows if r["nonfinite_step"]}
-    assert events[4, 0] == ("activation", 3)
-    assert events[2, 0] == ("activation", 1)
-    assert events[2, 1] == ("from_below", 1)
-    train = [row for row in rows if row["split"] == "train"]
-    assert all(row["loss"] is None and row["has_loss"] is (row["segment"] == 1) for row in train if row["step"] > 1 or row["segment"] == 0)
-    latest = (tmp_path / "run" / "checkpoints" / "latest").read_text()
-    for path in (tmp_path / "run" / "checkpoints" / latest).glob("layer_*.pt"):
-        import torch
-
-        assert all(t.isfinite().all() for t in torch.load(path, weights_only=True).values())

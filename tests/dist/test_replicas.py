@@ -9,10 +9,8 @@ import itertools
 import jobs
 import pytest
 import torch
-from launch import launch, losses, metrics, script, write_inputs
 from ranks import run_ranks
-from reference import MODELS, Reference, batch, table_of
-from test_lost_ranks import finish, start
+from reference import Reference, batch, table_of
 
 from ds_local.replicas.subnets import deal
 
@@ -24,10 +22,14 @@ def section_of(replicas, **more):
     return {"mode": "local", "segments_per_stage": 2, "replicas": replicas, **more}
 
 
-@pytest.mark.parametrize("replicas", [{"sync": "subnets", "every": 2}, PLAIN_AVERAGE], ids=["subnets", "plain average"])
+@pytest.mark.parametrize(
+    "replicas", [{"sync": "subnets", "every": 2}, PLAIN_AVERAGE], ids=["subnets", "plain average"]
+)
 def test_one_replica_is_plain_training_bit_for_bit(replicas):
     family = "llama" if replicas["sync"] == "subnets" else "gpt2"
-    plain, apart = (run_ranks(jobs.train, 1, section_of(r), 1, 5, family=family)[0] for r in ({}, replicas))
+    plain, apart = (
+        run_ranks(jobs.train, 1, section_of(r), 1, 5, family=family)[0] for r in ({}, replicas)
+    )
     assert plain["own"] == apart["own"]
     assert plain["eval"] == apart["eval"]
     assert all(torch.equal(tensor, apart["state"][name]) for name, tensor in plain["state"].items())
@@ -54,33 +56,63 @@ def merged_training(section, stages, steps, **settings):
     }
     with engine.replicas.whole():
         whole = jobs.state_of(engine)
-    return {"whole": whole, "own": own, "moments": moments, "eval": engine.eval_losses, "sent": sent}
+    return {
+        "whole": whole,
+        "own": own,
+        "moments": moments,
+        "eval": engine.eval_losses,
+        "sent": sent,
+    }
 
 
 # where units lie in a block, by the definition of the models: name -> (kind, dimension, repeats)
 WHERE = {
     "gpt2": {
-        "attn.c_attn.weight": ("attention_heads", 1, 3), "attn.c_attn.bias": ("attention_heads", 0, 3),
-        "attn.c_proj.weight": ("attention_heads", 0, 1), "mlp.c_fc.weight": ("mlp", 1, 1), "mlp.c_fc.bias": ("mlp", 0, 1),
+        "attn.c_attn.weight": ("attention_heads", 1, 3),
+        "attn.c_attn.bias": ("attention_heads", 0, 3),
+        "attn.c_proj.weight": ("attention_heads", 0, 1),
+        "mlp.c_fc.weight": ("mlp", 1, 1),
+        "mlp.c_fc.bias": ("mlp", 0, 1),
         "mlp.c_proj.weight": ("mlp", 0, 1),
     },
     "llama": {
-        "self_attn.q_proj.weight": ("attention_heads", 0, 1), "self_attn.k_proj.weight": ("attention_heads", 0, 1),
-        "self_attn.v_proj.weight": ("attention_heads", 0, 1), "self_attn.o_proj.weight": ("attention_heads", 1, 1),
-        "mlp.gate_proj.weight": ("mlp", 0, 1), "mlp.up_proj.weight": ("mlp", 0, 1), "mlp.down_proj.weight": ("mlp", 1, 1),
+        "self_attn.q_proj.weight": ("attention_heads", 0, 1),
+        "self_attn.k_proj.weight": ("attention_heads", 0, 1),
+        "self_attn.v_proj.weight": ("attention_heads", 0, 1),
+        "self_attn.o_proj.weight": ("attention_heads", 1, 1),
+        "mlp.gate_proj.weight": ("mlp", 0, 1),
+        "mlp.up_proj.weight": ("mlp", 0, 1),
+        "mlp.down_proj.weight": ("mlp", 1, 1),
     },
 }
 UNITS = {"gpt2": {"attention_heads": 4, "mlp": 128}, "llama": {"attention_heads": 2, "mlp": 48}}
-OUTPUTS = {"gpt2": {"attn.c_proj": "attention_heads", "mlp.c_proj": "mlp"},
-           "llama": {"self_attn.o_proj": "attention_heads", "mlp.down_proj": "mlp"}}
+OUTPUTS = {
+    "gpt2": {"attn.c_proj": "attention_heads", "mlp.c_proj": "mlp"},
+    "llama": {"self_attn.o_proj": "attention_heads", "mlp.down_proj": "mlp"},
+}
 
 
 class Emulation:
     """Replicas in one process on weights of full size: what a replica does not hold is masked out
     of its forward pass, and is put back, moments too, after its optimizer's step."""
 
-    def __init__(self, family, parts, replicas, every, factors=(1.0, 1.0), rule="carry", partition=("attention_heads", "mlp")):
-        self.family, self.every, self.factors, self.rule, self.partition = family, every, factors, rule, partition
+    def __init__(
+        self,
+        family,
+        parts,
+        replicas,
+        every,
+        factors=(1.0, 1.0),
+        rule="carry",
+        partition=("attention_heads", "mlp"),
+    ):
+        self.family, self.every, self.factors, self.rule, self.partition = (
+            family,
+            every,
+            factors,
+            rule,
+            partition,
+        )
         self.models = [Reference(family, parts) for _ in range(replicas)]
         self.masks: list[dict] = [{} for _ in self.models]  # (layer, kind) -> units held
         self.scales = [1.0] * replicas
@@ -88,7 +120,9 @@ class Emulation:
             for layer in range(1, 5):
                 for name, kind in OUTPUTS[family].items():
                     if kind in partition:
-                        self._mask(model.layers[layer].block.get_submodule(name), replica, layer, kind)
+                        self._mask(
+                            model.layers[layer].block.get_submodule(name), replica, layer, kind
+                        )
         self._deal(0)
 
     def _mask(self, module, replica, layer, kind):
@@ -96,14 +130,18 @@ class Emulation:
             held = self.masks[replica].get((layer, kind))
             if held is None:
                 return (args[0] * self.factors[1],)
-            return (args[0] * held.repeat_interleave(args[0].shape[-1] // len(held)) * self.factors[0],)
+            return (
+                args[0] * held.repeat_interleave(args[0].shape[-1] // len(held)) * self.factors[0],
+            )
 
         module.register_forward_pre_hook(only_own)
 
     def _deal(self, round_):
         for layer, kind in itertools.product(range(1, 5), self.partition):
             units = UNITS[self.family][kind]
-            for replica, share in enumerate(deal(1234, round_, layer, kind, units, len(self.models))):
+            for replica, share in enumerate(
+                deal(1234, round_, layer, kind, units, len(self.models))
+            ):
                 self.masks[replica][layer, kind] = torch.zeros(units).index_fill(0, share, 1.0)
 
     def held(self, replica, layer, name, shape):
@@ -121,14 +159,23 @@ class Emulation:
         models = self.models
         for i, layer in enumerate(models[0].layers):
             for name, parameter in layer.named_parameters():
-                masks = [self.held(r, i, name.removeprefix("block."), parameter.shape) for r in range(len(models))]
-                yield [dict(m.layers[i].named_parameters())[name] for m in models], None if masks[0] is None else masks
+                masks = [
+                    self.held(r, i, name.removeprefix("block."), parameter.shape)
+                    for r in range(len(models))
+                ]
+                yield (
+                    [dict(m.layers[i].named_parameters())[name] for m in models],
+                    None if masks[0] is None else masks,
+                )
         for s in range(len(models[0].heads)):
             for name, _ in models[0].heads[s].named_parameters():
                 yield [dict(m.heads[s].named_parameters())[name] for m in models], None
 
     def state_of(self, replica, parameter):
-        return next((o.state[parameter] for o in self.models[replica].optimizers if parameter in o.state), {})
+        return next(
+            (o.state[parameter] for o in self.models[replica].optimizers if parameter in o.state),
+            {},
+        )
 
     def tensors(self, replica, parameter):
         state = self.state_of(replica, parameter)
@@ -136,7 +183,9 @@ class Emulation:
 
     def step(self, number, gas, table):
         for replica, model in enumerate(self.models):
-            before = [[t.clone() for t in self.tensors(replica, p[replica])] for p, _ in self.entries()]
+            before = [
+                [t.clone() for t in self.tensors(replica, p[replica])] for p, _ in self.entries()
+            ]
             model.step([batch(number, m, replica) for m in range(gas)], [table] * gas)
             for (parameters, masks), kept in zip(self.entries(), before, strict=True):
                 if masks is not None:
@@ -172,18 +221,39 @@ class Emulation:
         model = self.models[0]
         with torch.no_grad():
             found = [
-                model.losses(batch(10_000, m, r), range(model.num_segments)) for m in range(gas) for r in range(len(self.models))
+                model.losses(batch(10_000, m, r), range(model.num_segments))
+                for m in range(gas)
+                for r in range(len(self.models))
             ]
-        return {s: sum(losses[s].item() for losses in found) / len(found) for s in range(model.num_segments)}
+        return {
+            s: sum(losses[s].item() for losses in found) / len(found)
+            for s in range(model.num_segments)
+        }
 
 
 CASES = {
     "gpt2": ("gpt2", {"every": 2, "scale": "none"}, (1.0, 1.0), 2, 2),
     "llama, first moments zeroed, sqrt": (
-        "llama", {"every": 1, "optimizer_state": "keep_second_moment", "scale": "sqrt"}, (2**0.5, 1.0), 1, 2,
+        "llama",
+        {"every": 1, "optimizer_state": "keep_second_moment", "scale": "sqrt"},
+        (2**0.5, 1.0),
+        1,
+        2,
     ),
-    "gpt2, moments forgotten, eval": ("gpt2", {"every": 2, "optimizer_state": "reset"}, (1.0, 0.5), 1, 2),
-    "gpt2 on four replicas, MLP alone, train": ("gpt2", {"every": 3, "partition": ["mlp"], "scale": "train"}, (4.0, 1.0), 1, 4),
+    "gpt2, moments forgotten, eval": (
+        "gpt2",
+        {"every": 2, "optimizer_state": "reset"},
+        (1.0, 0.5),
+        1,
+        2,
+    ),
+    "gpt2 on four replicas, MLP alone, train": (
+        "gpt2",
+        {"every": 3, "partition": ["mlp"], "scale": "train"},
+        (4.0, 1.0),
+        1,
+        4,
+    ),
 }
 
 
@@ -192,9 +262,14 @@ def test_subnets_equal_masked_training_in_one_process(case):
     family, settings, factors, stages, replicas = CASES[case]
     steps, gas = 5, 2  # ends in the middle of a round where it can
     section = {**section_of({"sync": "subnets", **settings}), "segments_per_stage": 2 // stages}
-    results = run_ranks(merged_training, stages * replicas, section, stages, steps, family=family, gas=gas)
+    results = run_ranks(
+        merged_training, stages * replicas, section, stages, steps, family=family, gas=gas
+    )
     parts = [0, 3, 6]
-    rules = {"rule": settings.get("optimizer_state", "carry"), "partition": settings.get("partition", ("attention_heads", "mlp"))}
+    rules = {
+        "rule": settings.get("optimizer_state", "carry"),
+        "partition": settings.get("partition", ("attention_heads", "mlp")),
+    }
     emulation = Emulation(family, parts, replicas, settings["every"], factors, **rules)
     for step in range(steps):
         emulation.step(step, gas, table_of("local", 2))
@@ -216,7 +291,10 @@ def check_sizes(results, family, replicas, partition):
     for result in results:
         for name, tensor in result["whole"].items():
             kind = WHERE[family].get(name.partition(".block.")[2], ("",))[0]
-            assert result["own"][name].numel() * (replicas if kind in partition else 1) == tensor.numel()
+            assert (
+                result["own"][name].numel() * (replicas if kind in partition else 1)
+                == tensor.numel()
+            )
             for key, shape in result["moments"][name].items():
                 assert key == "step" or shape == result["own"][name]
 
@@ -224,19 +302,38 @@ def check_sizes(results, family, replicas, partition):
 def check_bytes(results, family, replicas, every, partition):
     """Nothing between exchanges; then weights and two moments of what changes hands, and 2 (R - 1)
     / R of what is averaged."""
-    assert all(sent == 0 for result in results for number, sent in enumerate(result["sent"]) if (number + 1) % every)
+    assert all(
+        sent == 0
+        for result in results
+        for number, sent in enumerate(result["sent"])
+        if (number + 1) % every
+    )
     sent = sum(sum(result["sent"]) for result in results)
     expected = 0.0
     for result in results[::replicas]:  # one of each stage
-        for round_, (name, tensor) in itertools.product(range(len(result["sent"]) // every), result["whole"].items()):
+        for round_, (name, tensor) in itertools.product(
+            range(len(result["sent"]) // every), result["whole"].items()
+        ):
             moved = 2.0 * (replicas - 1)  # of the replicas together
             kind = WHERE[family].get(name.partition(".block.")[2], ("",))[0]
             if kind in partition:
                 units = UNITS[family][kind]
-                old, new = (deal(1234, r, int(name.split(".")[0]), kind, units, replicas) for r in (round_, round_ + 1))
-                moved = 1 - sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(old, new, strict=True)) / units
+                old, new = (
+                    deal(1234, r, int(name.split(".")[0]), kind, units, replicas)
+                    for r in (round_, round_ + 1)
+                )
+                moved = (
+                    1
+                    - sum(
+                        len(set(a.tolist()) & set(b.tolist()))
+                        for a, b in zip(old, new, strict=True)
+                    )
+                    / units
+                )
             expected += 3 * 4 * tensor.numel() * moved
-    assert sent == pytest.approx(expected, rel=0.02)  # shares of averages are padded to equal length
+    assert sent == pytest.approx(
+        expected, rel=0.02
+    )  # shares of averages are padded to equal length
 
 
 def test_periodic_averaging_is_an_outer_nesterov_step():
@@ -245,7 +342,10 @@ def test_periodic_averaging_is_an_outer_nesterov_step():
     models = [Reference("gpt2", [0, 3, 6]) for _ in range(2)]
     common = copy.deepcopy(models[0].layers), copy.deepcopy(models[0].heads)
     kept = [p for group in common for module in group for p in module.parameters()]
-    own = [[p for group in (m.layers, m.heads) for module in group for p in module.parameters()] for m in models]
+    own = [
+        [p for group in (m.layers, m.heads) for module in group for p in module.parameters()]
+        for m in models
+    ]
     outer = torch.optim.SGD(kept, lr=0.7, momentum=0.9, nesterov=True)
     for step in range(4):
         for replica, model in enumerate(models):
@@ -258,7 +358,10 @@ def test_periodic_averaging_is_an_outer_nesterov_step():
                 for p in theirs:
                     p.data.copy_(parameter.data)
     expected = models[0].state()
-    assert all(torch.equal(tensor, results[1]["whole"][name]) for name, tensor in results[0]["whole"].items())
+    assert all(
+        torch.equal(tensor, results[1]["whole"][name])
+        for name, tensor in results[0]["whole"].items()
+    )
     for name, tensor in results[0]["whole"].items():
         torch.testing.assert_close(tensor, expected[name], **CLOSE)
 
@@ -292,7 +395,9 @@ def go_on(engine, data, after):
 
 @pytest.mark.parametrize("sync", ["subnets", "periodic"])
 def test_resume_in_the_middle_of_a_round_continues_with_the_same_bits(tmp_path, sync):
-    scale = {"scale": "none"} if sync == "subnets" else {}  # the merged model has no factor that a plain one lacks
+    scale = (
+        {"scale": "none"} if sync == "subnets" else {}
+    )  # the merged model has no factor that a plain one lacks
     section = section_of({"sync": sync, "every": 3} | scale) | {"segments_per_stage": 1}
     straight = run_ranks(train_save_and_go_on, 4, section, 2, str(tmp_path), 4, 3)
     resumed = run_ranks(resume, 4, section, 2, str(tmp_path), 3)
@@ -318,7 +423,15 @@ def collectives_between_exchanges(section, steps):
     data = jobs.batches(engine)
     engine.train_batch(data)
     seen = []
-    names = ["all_reduce", "broadcast", "all_gather", "reduce_scatter", "barrier", "all_to_all_single", "all_gather_object"]
+    names = [
+        "all_reduce",
+        "broadcast",
+        "all_gather",
+        "reduce_scatter",
+        "barrier",
+        "all_to_all_single",
+        "all_gather_object",
+    ]
     saved = {name: getattr(dist, name) for name in names}
     try:
         for name in names:
@@ -335,49 +448,3 @@ def collectives_between_exchanges(section, steps):
 def test_between_exchanges_replicas_do_not_talk():
     section = section_of({"sync": "subnets", "every": 10}) | {"segments_per_stage": 1}
     assert run_ranks(collectives_between_exchanges, 4, section, 4) == [([], 0)] * 4
-
-
-@pytest.mark.parametrize(("fate", "cause"), [("SIGKILL", "rank 1"), ("SIGSTOP", "nothing came within")])
-def test_a_replica_that_dies_or_lags_at_an_exchange_is_named(tmp_path, fate, cause):
-    section = {"mode": "local", "link": {"timeout_seconds": 8}, "replicas": {"sync": "subnets", "every": 4}}
-    processes = start(tmp_path, f"os.kill(os.getpid(), signal.{fate})", 1, stages=1, ranks=2, section=section)
-    try:
-        output = finish(processes[:1])[0]
-    finally:
-        processes[1].kill()
-    assert "replica 1 of stage 0 (rank 1) at the exchange between replicas" in output, output[-2000:]
-    assert cause in output
-
-
-def test_a_stop_request_ends_replicas_at_the_same_step(tmp_path):
-    section = {"mode": "local", "replicas": {"sync": "subnets", "every": 4}}
-    outputs = finish(start(tmp_path, "engine.request_stop()", 1, stages=1, ranks=2, section=section))
-    steps = {line for output in outputs for line in output.splitlines() if line.startswith("ENDED")}
-    assert len(steps) == 1, outputs
-    assert int(steps.pop().split()[1]) < 60
-
-
-# --- end to end -----------------------------------------------------------------------------------
-
-
-def test_two_stages_of_two_replicas_train_resume_and_export(tmp_path):
-    replicas = {"sync": "subnets", "every": 3, "scale": "eval"}
-    inputs = write_inputs(tmp_path, local_parallel={"mode": "local", "num_stages": 2, "replicas": replicas})
-    run = {**inputs, "--output": str(tmp_path / "run")}
-    for steps, resumed in ((4, ()), (8, ("--resume",))):
-        result = launch({**run, "--max-steps": str(steps)}, *resumed, ranks=4)
-        assert result.returncode == 0, result.stdout
-    exchanged = [row["exchanged_bytes"] for row in metrics(tmp_path / "run") if row["split"] == "train" and row["segment"] == 0]
-    assert [amount > 0 for amount in exchanged] == [False, False, True, False, False, True, False, False]
-    result = script("export_hf.py", str(tmp_path / "run"), "--output", str(tmp_path / "model"))
-    assert result.returncode == 0, result.stdout
-
-    import datasets
-    from transformers import AutoModelForCausalLM
-
-    ids = torch.tensor(datasets.load_from_disk(inputs["--data"])["validation"].with_format("numpy")[:]["input_ids"].astype("int64"))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert model.config.n_head == MODELS["gpt2"]["n_head"]
-    with torch.no_grad():
-        loss = model(input_ids=ids, labels=ids).loss.item()
-    assert loss == pytest.approx(losses(tmp_path / "run")["validation", 8, 1], abs=1e-4)

@@ -247,6 +247,7 @@ def test_client_state_that_could_not_be_loaded_is_refused(tmp_path):
     states = [state for state, _ in STATES.values()]
     for said, left, loaded in run_ranks(client_states, 2, folder, states, FINE):
         assert not left
+        assert loaded.keys() == FINE.keys()
         for sentence, (_, words) in zip(said, STATES.values(), strict=True):
             assert sentence.startswith("CheckpointError")
             assert re.search(words, sentence), sentence

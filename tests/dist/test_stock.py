@@ -18,11 +18,14 @@ def stock(kind, stages, steps, gas, folder=None, save=False, **extra):
 
     model = blocks.load_model_config(GPT2)
     layers = [
-        LayerSpec(blocks.Embedding, model, SEED), *(LayerSpec(blocks.Block, model, i, SEED) for i in range(4)),
+        LayerSpec(blocks.Embedding, model, SEED),
+        *(LayerSpec(blocks.Block, model, i, SEED) for i in range(4)),
         LayerSpec(blocks.Readout, model, SEED),
     ]
     module_class = DualPipeVModule if kind == "dualpipev" else PipelineModule
-    module = module_class(layers, num_stages=stages, loss_fn=heads.lm_loss, partition_method="uniform")
+    module = module_class(
+        layers, num_stages=stages, loss_fn=heads.lm_loss, partition_method="uniform"
+    )
     config = jobs.ds_config({}, gas, **extra)
     engine = deepspeed.initialize(model=module, config=config)[0]
     if folder and not save:
@@ -52,7 +55,9 @@ def merged(results):
 def test_backprop_equals_the_stock_pipeline(stages, gas):
     # clipping off: the stock engine clips fp32 gradients of all stages by stage 0's norm
     theirs = run_ranks(stock, stages, "pipeline", stages, 8, gas, gradient_clipping=0.0)
-    ours = run_ranks(jobs.train, stages, {"mode": "backprop"}, stages, 8, gas=gas, gradient_clipping=0.0)
+    ours = run_ranks(
+        jobs.train, stages, {"mode": "backprop"}, stages, 8, gas=gas, gradient_clipping=0.0
+    )
     check(ours, theirs, rtol=2e-4, atol=2e-5)
 
 
@@ -103,8 +108,13 @@ def evaluate_stock(folder, tag):
     from ds_local.model import blocks, heads
 
     model = blocks.load_model_config(GPT2)
-    layers = [LayerSpec(blocks.Embedding, model, SEED + 1), *(LayerSpec(blocks.Block, model, i, SEED + 1) for i in range(4))]
-    module = PipelineModule([*layers, LayerSpec(blocks.Readout, model, SEED + 1)], num_stages=2, loss_fn=heads.lm_loss)
+    layers = [
+        LayerSpec(blocks.Embedding, model, SEED + 1),
+        *(LayerSpec(blocks.Block, model, i, SEED + 1) for i in range(4)),
+    ]
+    module = PipelineModule(
+        [*layers, LayerSpec(blocks.Readout, model, SEED + 1)], num_stages=2, loss_fn=heads.lm_loss
+    )
     engine = deepspeed.initialize(model=module, config=jobs.ds_config({}))[0]
     engine.module.load_state_dir(f"{folder}/{tag}", engine.checkpoint_engine)
     data = iter([(batch(500, m, 0), batch(500, m, 0)) for m in range(4)])

@@ -123,6 +123,7 @@ SCHEDULERS = {
         "warmup_type is 'cosine'",
         "log, linear",
     ),
+    "empty list": (cosine(cos_min_ratio=[]), "cos_min_ratio", "empty list"),
     "ratio above one": (cosine(cos_min_ratio=2), "cos_min_ratio", "0 to 1"),
     "rates of two groups": (
         scheduler("WarmupLR", warmup_min_lr=[0, 0]),

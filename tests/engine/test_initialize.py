@@ -1,8 +1,5 @@
-"""Mistakes in a user's own script: the constructors, `initialize`, plain python."""
+"""Mistakes in a user's own script: the constructors, `initialize`."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jobs
@@ -191,17 +188,3 @@ def test_rows_that_come_to_the_same_are_noted():
         "on 2 segments chunked(2) is the same as backprop"
     ]
     assert run_ranks(notes, 2, {"mode": "local"})[0] == []
-
-
-def test_plain_python_is_one_process():
-    keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in keys}
-    result = subprocess.run(
-        [sys.executable, "examples/causal_lm.py"],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-    )
-    assert "step 3, stage 0: loss" in result.stdout, result.stderr[-2000:]

@@ -102,11 +102,15 @@ def _paths(content: Any, above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     return here + [path for key, value in content.items() for path in _paths(value, (*above, key))]
 
 
+def _at(content: Any, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        content = content[key]
+    return content
+
+
 def _edit_file(path: Path, keys: tuple[str, ...], edit: str) -> None:
     content = json.loads(path.read_text())
-    at = content
-    for key in keys[:-1]:
-        at = at[key]
+    at = _at(content, keys[:-1])
     if edit == "gone":
         del at[keys[-1]]
     else:
@@ -122,7 +126,7 @@ def cases(seed: int, count: int) -> list[dict[str, Any]]:
     kinds: dict[str, list[str]] = {
         "tensors": [*BYTES, *FILES],
         "facts": ["gone", *BYTES, *TEXTS, *(f"edit: {edit}" for edit in EDITS * 6)],
-        "latest": ["gone", *POINTERS],
+        "latest": [*POINTERS],
         "prepared": ["gone", *BYTES, *TEXTS, *(f"edit: {edit}" for edit in EDITS * 4)],
         "run": ["empty", "cut off", "null", "a list", "words", "no UTF-8"],
         "metrics": [
@@ -200,6 +204,8 @@ def damage(case: dict[str, Any], run: Path, data: Path, canary: Path) -> list[st
             if case["what"] == "prepared"
             else _paths(content)
         )
+        if kind == "edit: null":  # of what is not null already
+            paths = [keys for keys in paths if _at(content, keys) is not None]
         keys = paths[int(case["which"] * len(paths))]
         _edit_file(path, keys, kind.removeprefix("edit: "))
         names.append(keys[-1])

@@ -262,7 +262,7 @@ class Server:
         self, script: str, argv: Sequence[str], ranks: int = 1, env: Mapping[str, str] | None = None,
         hooks: Mapping[int, Sequence[tuple[str, Mapping[str, Any]]]] | None = None,
     ) -> Run:  # fmt: skip
-        """Start scripts/`script` on so many ranks.
+        """Start scripts/`script`, or a script with an absolute path, on so many ranks.
 
         Args:
             hooks: rank -> functions of hooks.py and their arguments, called before the script.

@@ -40,7 +40,6 @@ def import_everything() -> None:
     # and what they import at their first use
     import deepspeed
     import torch
-    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
     from matplotlib.backends import backend_agg  # noqa: F401
 
     _ = deepspeed.ops.__compatible_ops__
@@ -117,7 +116,7 @@ def run_rank(job: dict[str, Any], rank: int, folder: Path) -> None:
     os.environ.update(job["env"])
     script = SCRIPTS / job["script"]
     sys.argv = [str(script), *job["argv"]]
-    sys.path[0] = str(SCRIPTS)
+    sys.path[0] = str(script.parent)
     for name, arguments in job["hooks"].get(str(rank), []):
         sys.path.insert(1, str(HERE))
         getattr(importlib.import_module("hooks"), name)(**arguments)

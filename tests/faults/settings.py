@@ -166,7 +166,7 @@ PLACES = (
     _section("lr_multipliers", [1.0, 1.0], PER_SEGMENT),
     _section("clip_multipliers", [1.0, 1.0], PER_SEGMENT),
     _section("warmup_stagger", 0, STEPS),
-    _section("on_nonfinite", {"skip": 3}, ("nonsense", 5, [], {}, {"slip": 3}, {"skip": -1}, {"skip": "x"}, {"skip": NAN})),
+    _section("on_nonfinite", {"skip": 3}, ("nonsense", 5, [], {"slip": 3}, {"skip": -1}, {"skip": "x"}, {"skip": NAN})),
 )  # fmt: skip
 
 # of the command line: option -> (values, other options)

@@ -5,7 +5,7 @@ import json
 import os
 
 import pytest
-from fork_client import Server
+from launch import fork_server
 from workbench import Bench
 
 SAMPLES = [
@@ -29,9 +29,7 @@ SAMPLES = [
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    work = tmp_path_factory.mktemp("faults")
-    with Server(work) as server:
-        yield Bench(server, work)
+    return Bench(fork_server(), tmp_path_factory.mktemp("faults"))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch import distributed as dist
 from ds_local.errors import ConfigError, LostConnection, TransportError
 from ds_local.links import failures as module
 from ds_local.links.failures import Failures, around, meeting
-from ds_local.links.notices import Absence, Notices
+from ds_local.links.notices import Absence
 from ds_local.links.observer import Wait
 from ds_local.links.waiting import Waiter, is_late, is_lost
 
@@ -135,8 +135,10 @@ def test_a_rank_that_has_not_answered_yet_is_asked_again(monkeypatch):
 def test_what_a_rank_said_comes_before_what_can_be_seen():
     ranks = Ranks(Absence.GONE, WORKS, WORKS)
     known = engine(ranks)
-    ranks.handlers["failed/1"]({"reason": "stage 1 (rank 1) at step 5: the disk is on fire"})
-    ranks.handlers["failed/1"]({"reason": "stage 2 (rank 2): a consequence"})
+    ranks.handlers["failed"](
+        {"number": 1, "reason": "stage 1 (rank 1) at step 5: the disk is on fire"}
+    )
+    ranks.handlers["failed"]({"number": 1, "reason": "stage 2 (rank 2): a consequence"})
     explained = known.explained(BROKEN)
     reason = "stage 1 (rank 1) at step 5: the disk is on fire"
     assert str(explained) == f"the run ended elsewhere: {reason}"
@@ -153,24 +155,24 @@ def test_a_failure_is_told_once_and_other_errors_stay_as_they_are():
     own.report_error(error, "stage 0 (rank 0) at step 5")
     own.report_error(ValueError("another"), "stage 0 (rank 0) at step 5")
     assert ranks.told == [
-        ("failed/1", {"reason": "stage 0 (rank 0) at step 5: KeyError('labels')"})
+        ("failed", {"number": 1, "reason": "stage 0 (rank 0) at step 5: KeyError('labels')"})
     ]
 
 
 def test_engines_of_one_process_do_not_quote_each_other():
     ranks = Ranks(WAITS, WAITS, WAITS)
     first, second = engine(ranks, 1), engine(ranks, 2)
-    ranks.handlers["failed/1"]({"reason": "of the first"})
+    ranks.handlers["failed"]({"number": 1, "reason": "of the first"})
     assert first.first == "of the first"
     assert second.first is None
+    assert around(ranks).first == "of the first"  # whoever left the engine, or has none yet
 
 
 def test_what_happens_around_the_engines_ends_them_all():
-    notices = Notices(0, "127.0.0.1")
-    notices.close()
-    own = engine(notices)
-    around(notices)._told({"reason": "rank 1: no memory"})
-    assert own.first == "rank 1: no memory"
+    ranks = Ranks(WAITS, WAITS, WAITS)
+    around(ranks)
+    ranks.handlers["failed"]({"number": 0, "reason": "rank 1: no memory"})
+    assert engine(ranks).first == "rank 1: no memory"
 
 
 def test_a_meeting_explains_a_break_and_passes_the_rest_on():
@@ -181,7 +183,7 @@ def test_a_meeting_explains_a_break_and_passes_the_rest_on():
         meeting("the save", own),
     ):
         raise BROKEN
-    assert [topic for topic, _ in ranks.told] == ["failed/1"]
+    assert [topic for topic, _ in ranks.told] == ["failed"]
     with pytest.raises(ConfigError, match="all have it"), meeting("the loading", engine(ranks, 2)):
         raise ConfigError("all have it")
     assert len(ranks.told) == 1

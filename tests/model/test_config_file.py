@@ -55,7 +55,7 @@ BAD = {
     "inner negative": ({**GPT2, "n_inner": -3}, "n_inner", "-3"),
     "not a number": ({**GPT2, "layer_norm_epsilon": math.nan}, "layer_norm_epsilon is NaN"),
     "infinite": ({**LLAMA, "rope_parameters": {"rope_theta": math.inf}}, "rope_theta is Infinity"),
-    "dropout of two": ({**GPT2, "resid_pdrop": 2.0}, "between 0 and 1"),
+    "dropout of two": ({**GPT2, "resid_pdrop": 2.0}, "resid_pdrop", "between 0 and 1"),
     "activation": ({**GPT2, "activation_function": "gelus"}, "activation_function is 'gelus'"),
     "rotation": ({**LLAMA, "rope_scaling": {"rope_type": "round"}}, "'round'"),
     "kinds of layers": ({**LLAMA, "layer_types": ["full_attention"]}, "layer_types"),

@@ -1,9 +1,7 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from commands import command
 
 from ds_local.schedules.drawing import chrome_trace
 from ds_local.schedules.list_scheduler import make_schedule
@@ -11,16 +9,13 @@ from ds_local.schedules.replay import validate
 from ds_local.schedules.routes import make_routes
 from ds_local.schedules.simulator import Costs, simulate
 
-ROOT = Path(__file__).parents[2]
-
 
 def schedule_of(mode, micro_batches=8, stages=4, window=None, step=0):
     return make_schedule([(make_routes(mode, stages, window, step=step), micro_batches)], stages)
 
 
 def run(*arguments):
-    command = [sys.executable, str(ROOT / "scripts" / "simulate.py"), *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
+    return command("simulate", *arguments)
 
 
 def test_a_slow_stage_sets_the_period_and_the_others_idle():

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 from hosts import ADDRESSES, INTERFACE, NAMES, TwoHosts, why_no_ssh, why_not
@@ -10,7 +11,12 @@ from launch import BIN, ROOT, environment, launch, losses, write_inputs
 
 REASON = why_not()
 pytestmark = [pytest.mark.skipif(bool(REASON), reason=REASON or "-"), pytest.mark.timeout(900)]
-ON_HOSTS = {"GLOO_SOCKET_IFNAME": INTERFACE, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "LOCAL_SIZE": "1"}
+ON_HOSTS = {
+    "GLOO_SOCKET_IFNAME": INTERFACE,
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "LOCAL_SIZE": "1",
+}
 LIMIT = 8
 
 
@@ -27,20 +33,33 @@ def hosts(tmp_path):
 
 
 def words(hosts, script, *arguments, no_ssh=True, rank=0):
-    start = [str(BIN / "deepspeed"), "--hostfile", str(hosts.folder / "hostfile"), "--master_addr", ADDRESSES[0],
-             "--master_port", "29777"]
+    start = [
+        str(BIN / "deepspeed"),
+        "--hostfile",
+        str(hosts.folder / "hostfile"),
+        "--master_addr",
+        ADDRESSES[0],
+        "--master_port",
+        "29777",
+    ]
     start += ["--no_ssh", "--node_rank", str(rank)] if no_ssh else []
     return [*start, str(ROOT / "scripts" / script), *arguments]
 
 
 def training(inputs, run, steps):
-    flat = [part for pair in {**inputs, "--output": str(run), "--max-steps": str(steps)}.items() for part in pair]
+    flat = [
+        part
+        for pair in {**inputs, "--output": str(run), "--max-steps": str(steps)}.items()
+        for part in pair
+    ]
     return [*flat, "--deepspeed"]
 
 
 def start_everywhere(hosts, script, *arguments):
     more = environment() | ON_HOSTS | {"PYTHONPATH": str(ROOT)}
-    return [hosts.start(host, words(hosts, script, *arguments, rank=host), **more) for host in range(2)]
+    return [
+        hosts.start(host, words(hosts, script, *arguments, rank=host), **more) for host in range(2)
+    ]
 
 
 def wait(processes, seconds):
@@ -52,10 +71,15 @@ def check_equal_to_one_host(inputs, run, tmp_path):
     assert alone.returncode == 0, alone.stdout
     assert losses(run) == losses(tmp_path / "alone")
     facts = json.loads((run / "run.json").read_text())
-    assert [facts["layout"]["hosts"][f"stage {stage}"]["hosts"] for stage in (0, 1)] == [[NAMES[0]], [NAMES[1]]]
+    assert [facts["layout"]["hosts"][f"stage {stage}"]["hosts"] for stage in (0, 1)] == [
+        [NAMES[0]],
+        [NAMES[1]],
+    ]
 
 
-@pytest.mark.skipif(not why_no_ssh(), reason="the same is tested with the launcher's own start by ssh")
+@pytest.mark.skipif(
+    not why_no_ssh(), reason="the same is tested with the launcher's own start by ssh"
+)
 def test_two_hosts_train_as_one_does(hosts, inputs, tmp_path):
     codes = wait(start_everywhere(hosts, "train.py", *training(inputs, tmp_path / "run", 4)), 600)
     assert codes == [0, 0], hosts.outputs()
@@ -69,8 +93,15 @@ def test_one_command_starts_both_hosts_by_ssh(hosts, inputs, tmp_path):
     """The last two of the five commands in docs/multi-node.md: the launch script looks at the
     machines before it starts them."""
     client = hosts.serve_ssh(ON_HOSTS | {"PATH": environment()["PATH"]})
-    job = {"MODEL": inputs["--model"], "CONFIG": inputs["--deepspeed_config"], "DATA": inputs["--data"], "STAGES": "2",
-           "RUN": str(tmp_path / "run"), "STEPS": "4", "HOSTFILE": str(hosts.folder / "hostfile")}
+    job = {
+        "MODEL": inputs["--model"],
+        "CONFIG": inputs["--deepspeed_config"],
+        "DATA": inputs["--data"],
+        "STAGES": "2",
+        "RUN": str(tmp_path / "run"),
+        "STEPS": "4",
+        "HOSTFILE": str(hosts.folder / "hostfile"),
+    }
     here = environment() | ON_HOSTS | {"PYTHONPATH": str(ROOT)} | job
     here["PATH"] = client["PATH"].replace(os.environ["PATH"], environment()["PATH"])
     process = hosts.start(0, ["bash", str(ROOT / "scripts" / "launch" / "deepspeed.sh")], **here)
@@ -83,7 +114,10 @@ def test_a_cut_link_ends_both_hosts_and_is_named(hosts, inputs, tmp_path):
     run = tmp_path / "run"
     processes = start_everywhere(hosts, "train.py", *training(inputs, run, 1_000_000))
     deadline = time.monotonic() + 500
-    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 6:
+    while (
+        not (run / "metrics.jsonl").exists()
+        or len((run / "metrics.jsonl").read_text().splitlines()) < 6
+    ):
         assert time.monotonic() < deadline, hosts.outputs()
         assert all(process.poll() is None for process in processes), hosts.outputs()
         time.sleep(0.2)
@@ -98,7 +132,12 @@ def test_a_cut_link_ends_both_hosts_and_is_named(hosts, inputs, tmp_path):
 @pytest.mark.slow
 def test_the_check_measures_the_cable(hosts, inputs):
     hosts.limit(200)
-    codes = wait(start_everywhere(hosts, "check_cluster.py", "--deepspeed_config", inputs["--deepspeed_config"]), 600)
+    codes = wait(
+        start_everywhere(
+            hosts, "check_cluster.py", "--deepspeed_config", inputs["--deepspeed_config"]
+        ),
+        600,
+    )
     text = hosts.outputs()[0]
     assert codes == [0, 0], hosts.outputs()
     assert f"stage 0 -> 1: rank 0 on {NAMES[0]} -> rank 1 on {NAMES[1]}" in text
@@ -109,7 +148,7 @@ def test_the_check_measures_the_cable(hosts, inputs):
 @pytest.mark.slow
 def test_a_cut_cable_is_found_before_the_start(hosts, inputs, tmp_path):
     hosts.cut()
-    config = json.loads(open(inputs["--deepspeed_config"]).read())
+    config = json.loads(Path(inputs["--deepspeed_config"]).read_text())
     config["local_parallel"]["layout"] = {"start_timeout_seconds": 15}
     path = tmp_path / "ds_config.json"
     path.write_text(json.dumps(config))
@@ -117,4 +156,6 @@ def test_a_cut_cable_is_found_before_the_start(hosts, inputs, tmp_path):
     assert all(wait(start_everywhere(hosts, "train.py", *arguments), 600))
     first, second = hosts.outputs()
     assert "rank 1 of 2 did not come within 15 s" in first, first[-2000:]
-    assert f"rank 1 on {NAMES[1]} cannot reach rank 0 at {ADDRESSES[0]}:29777" in second, second[-2000:]
+    assert f"rank 1 on {NAMES[1]} cannot reach rank 0 at {ADDRESSES[0]}:29777" in second, second[
+        -2000:
+    ]

@@ -1,0 +1,222 @@
+"""Whole runs, from text to a Hugging Face folder: from pretrained weights under accelerate, with
+replicas that train apart, and one that diverges."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from launch import ROOT, environment, launch, losses, metrics, script, write_inputs
+from reference import MODELS
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ds_local.checkpoints import hf_export as hf
+from ds_local.data.tokenizers import check_same_tokenizer
+from ds_local.errors import DataError
+from ds_local.model import blocks
+
+# --- from pretrained weights ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory):
+    """A pretrained folder, and a run of two steps from it under accelerate with a learning rate of
+    zero."""
+    folder = tmp_path_factory.mktemp("fine-tuned")
+    still = {
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 0.0, "weight_decay": 0.0, "torch_adam": True},
+        }
+    }
+    inputs = write_inputs(
+        folder, **still, scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": 0.0}}
+    )
+    torch.manual_seed(5)
+    fields = json.loads(Path(inputs["--model"]).read_text())
+    model = AutoModelForCausalLM.from_config(
+        blocks.load_model_config(fields | {"initializer_range": 0.2})
+    )
+    model.save_pretrained(folder / "pretrained", max_shard_size="30KB")
+    AutoTokenizer.from_pretrained(folder / "data" / "tokenizer").save_pretrained(
+        folder / "pretrained"
+    )
+    arguments = {
+        **inputs,
+        "--model": str(folder / "pretrained"),
+        "--output": str(folder / "run"),
+        "--max-steps": "2",
+    }
+    result = launch(arguments, launcher="accelerate", timeout=280)
+    assert result.returncode == 0, result.stdout
+    return folder, model, inputs
+
+
+def test_accelerate_starts_a_run_from_pretrained_weights(fine_tuned):
+    folder, model, _ = fine_tuned
+    assert json.loads((folder / "run" / "run.json").read_text())["layout"]["stages"] == 2
+    out = hf.export(folder / "run", folder / "out")
+    back = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in model.state_dict().items())
+    card = (out / "README.md").read_text()
+    assert "started from the weights of pretrained" in card
+    assert f"{losses(folder / 'run')['validation', 2, 1]:.4f}" in card
+    assert str(folder) not in card
+
+
+ALONE = """
+import contextlib, io, json, runpy, sys
+sys.modules["deepspeed"] = None
+sys.path.insert(0, "scripts")
+said = []
+for script, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [script, *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, end.code
+    said.append(out.getvalue())
+print(json.dumps(said))
+"""
+
+
+def test_every_exit_evaluates_to_the_runs_losses_without_deepspeed(fine_tuned):
+    folder, _, inputs = fine_tuned
+    exits, figures = str(folder / "exits"), folder / "figures.json"
+    text = ["--temperature", "0", "--prompt", "abc", "--max-new-tokens", "6"]
+    commands = [
+        ["scripts/export_hf.py", str(folder / "run"), "--output", exits, "--all-segments"],
+        ["scripts/evaluate.py", exits, "--data", inputs["--data"], "--json", str(figures)],
+        ["scripts/generate.py", exits, "--assistant", "0", *text],
+        ["scripts/generate.py", exits, *text],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, json.dumps(commands)],
+        check=False,
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    *_, drafted, plain = json.loads(done.stdout.splitlines()[-1])
+    rows = json.loads(figures.read_text())
+    assert set(rows) == {"0", "1"}
+    for segment, row in rows.items():
+        assert row["loss"] == pytest.approx(
+            losses(folder / "run")["validation", 2, int(segment)], abs=1e-4
+        )
+        assert 0.5 < row["bits_per_byte"] < 20
+    assert plain.startswith("abc")
+    assert drafted.startswith(plain.rstrip("\n"))
+    assert "drafted tokens accepted" in drafted
+
+
+def test_a_pretrained_model_needs_its_own_tokenizer(fine_tuned):
+    folder, *_ = fine_tuned
+    assert check_same_tokenizer(folder / "pretrained", folder / "data" / "tokenizer")
+    other = AutoTokenizer.from_pretrained(folder / "data" / "tokenizer")
+    other.add_tokens(["<one more>"])
+    other.save_pretrained(folder / "other")
+    with pytest.raises(
+        DataError, match=r"has another tokenizer .* prepare the data with --tokenizer"
+    ):
+        check_same_tokenizer(folder / "other", folder / "data" / "tokenizer")
+
+
+# --- replicas -------------------------------------------------------------------------------------
+
+
+def test_two_stages_of_two_replicas_train_resume_and_export(tmp_path):
+    replicas = {"sync": "subnets", "every": 3, "scale": "eval"}
+    inputs = write_inputs(
+        tmp_path, local_parallel={"mode": "local", "num_stages": 2, "replicas": replicas}
+    )
+    run = {**inputs, "--output": str(tmp_path / "run")}
+    for steps, resumed in ((4, ()), (8, ("--resume",))):
+        result = launch({**run, "--max-steps": str(steps)}, *resumed, ranks=4)
+        assert result.returncode == 0, result.stdout
+    exchanged = [
+        row["exchanged_bytes"]
+        for row in metrics(tmp_path / "run")
+        if row["split"] == "train" and row["segment"] == 0
+    ]
+    assert [amount > 0 for amount in exchanged] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
+    result = script("export_hf.py", str(tmp_path / "run"), "--output", str(tmp_path / "model"))
+    assert result.returncode == 0, result.stdout
+
+    ids = torch.tensor(
+        datasets.load_from_disk(inputs["--data"])["validation"]
+        .with_format("numpy")[:]["input_ids"]
+        .astype("int64")
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.config.n_head == MODELS["gpt2"]["n_head"]
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss.item()
+    assert loss == pytest.approx(losses(tmp_path / "run")["validation", 8, 1], abs=1e-4)
+
+
+# --- a run that diverges --------------------------------------------------------------------------
+
+
+def test_a_run_that_diverges_ends_and_says_so(tmp_path):
+    """A learning rate of 1e25: the second step overflows."""
+    inputs = write_inputs(
+        tmp_path,
+        optimizer={"type": "AdamW", "params": {"lr": 1e25, "torch_adam": True}},
+        scheduler={
+            "type": "WarmupLR",
+            "params": {"warmup_min_lr": 1e25, "warmup_max_lr": 1e25, "warmup_num_steps": 2},
+        },
+        local_parallel={"mode": "interlocking", "on_nonfinite": {"skip": 3}},
+    )
+    result = launch(
+        {**inputs, "--output": str(tmp_path / "run"), "--max-steps": "20", "--save-every": "1"}
+    )
+    assert result.returncode != 0
+    said = "the activation of segment 0 was not finite in step {}"
+    assert said.format("4 on stage 0, the 3rd time in a row") in result.stdout, result.stdout
+    assert f"step 2, stage 0: {said.format(2).partition(' in step')[0]}" in result.stdout
+    assert "Traceback" not in result.stdout
+
+    def refuse(word):
+        raise AssertionError(f"{word} in metrics.jsonl")
+
+    rows = [
+        json.loads(line, parse_constant=refuse)
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    events = {
+        (r["step"], r["segment"]): (r["nonfinite"], r["skipped"])
+        for r in rows
+        if r["nonfinite_step"]
+    }
+    assert events[4, 0] == ("activation", 3)
+    assert events[2, 0] == ("activation", 1)
+    assert events[2, 1] == ("from_below", 1)
+    train = [row for row in rows if row["split"] == "train"]
+    assert all(
+        row["loss"] is None and row["has_loss"] is (row["segment"] == 1)
+        for row in train
+        if row["step"] > 1 or row["segment"] == 0
+    )
+    latest = (tmp_path / "run" / "checkpoints" / "latest").read_text()
+    for path in (tmp_path / "run" / "checkpoints" / latest).glob("layer_*.pt"):
+        import torch
+
+        assert all(t.isfinite().all() for t in torch.load(path, weights_only=True).values())
