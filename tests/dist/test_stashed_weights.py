@@ -460,8 +460,9 @@ def test_forward_and_backward_have_the_same_weights(precision):
 
 
 def recomputed(section, stages, steps, interval, compiled=False):
-    import ds_local
     from reference import GPT2
+
+    import ds_local
 
     config = jobs.ds_config(section, 2)
     module = ds_local.causal_lm(GPT2, stages, config, activation_checkpoint_interval=interval)
