@@ -488,21 +488,14 @@ class LocalParallelConfig(Scheme):
     def _runs_ahead_alone(self) -> LocalParallelConfig:
         if not any(scheme.run_ahead for _, scheme in self.schemes()):
             return self
-        if self.split_backward:
-            raise ValueError(
-                "run_ahead leaves no time in which split_backward could compute: leave one of them "
-                "out"
-            )
-        if self.diagnostics:
-            raise ValueError(
-                "diagnostics compare gradients of the same weights, which run_ahead does not have: "
-                "leave one of them out"
-            )
-        if self.replicas.sync != "gradients":
-            raise ValueError(
-                f"run_ahead needs replicas with the same weights, and replicas.sync "
-                f"{self.replicas.sync!r} trains them apart: leave one of them out"
-            )
+        apart = self.replicas.sync != "gradients"
+        for key, is_set, why in (
+            ("split_backward", self.split_backward, "leaves no time for"),
+            ("diagnostics", self.diagnostics, "has no gradients of the same weights to compare in"),
+            ("replicas.sync", apart, "needs the same weights on all replicas, without"),
+        ):
+            if is_set:
+                raise ValueError(f"run_ahead {why} {key}: leave one of them out")
         return self
 
     @model_validator(mode="after")

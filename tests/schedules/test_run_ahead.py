@@ -287,7 +287,7 @@ def test_the_option_of_a_scheme():
         ({"mode": "backprop", "run_ahead": "all"}, "run_ahead"),
         (
             {"mode": "backprop", "run_ahead": 1, "replicas": {"sync": "periodic"}},
-            "trains them apart",
+            "the same weights on all replicas",
         ),
         (
             {
