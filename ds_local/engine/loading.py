@@ -146,7 +146,8 @@ class _Checks:
         """What is said where the weights of what ran ahead are not there, or do not fit."""
         engine, step = self.engine, self.facts["step"]
         stash, schedule = engine.executor.stash, engine.plan.schedule_at(step)
-        if stash.check(self._look, self.facts["files"], schedule) or engine.starts_afresh_at(step):
+        fits = stash.check(self._look, self.facts["files"], schedule)
+        if fits or not schedule.leads or engine.starts_afresh_at(step):
             return []
         return [
             f"{self.place} has nothing that runs ahead as it does here: forwards start afresh, on the "
