@@ -15,6 +15,7 @@ Reading order, one room after the other; a room imports only from rooms above it
     engine       runs it all under DeepSpeed
     training     the loop around it, profiles, pictures
     measure      benchmarks beside other pipelines, and the ranks they run on
+    study        methods beside each other on equal tokens: what they cost in quality
     cli          the commands
 
 Words
@@ -34,9 +35,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
+    from ds_local.engine.causal_lm import causal_lm
     from ds_local.engine.engine import LocalPipelineEngine
     from ds_local.engine.initialize import initialize
-    from ds_local.engine.module import LocalPipelineModule, causal_lm
+    from ds_local.engine.module import LocalPipelineModule
     from ds_local.errors import ConfigError, DsLocalError
     from ds_local.schedules.list_scheduler import make_schedule
     from ds_local.schedules.routes import make_routes
@@ -57,7 +59,7 @@ __all__ = [
 
 _HOME = {
     "LocalPipelineModule": "engine.module",
-    "causal_lm": "engine.module",
+    "causal_lm": "engine.causal_lm",
     "initialize": "engine.initialize",
     "LocalPipelineEngine": "engine.engine",
     "DsLocalError": "errors",

@@ -19,15 +19,16 @@ from statistics import median
 from typing import Any
 
 from ds_local.cli.arguments import output_file
-from ds_local.cluster.candidate_cost import section_for
 from ds_local.cluster.candidates import Candidate, Cluster, Model, measured_model
 from ds_local.cluster.pricing import Pricing
+from ds_local.cluster.row_samples import section_for
 from ds_local.config import strict_json
 from ds_local.measure import emulated, network
 from ds_local.measure.ranks import Pool
-from ds_local.measure.real import Job, pinned
-from ds_local.measure.real import config_of as real_config
-from ds_local.model import blocks
+from ds_local.measure.real import pinned
+from ds_local.measure.real_systems import Job
+from ds_local.measure.real_systems import config_of as real_config
+from ds_local.model import families
 from ds_local.model.flops import UnitCosts
 from ds_local.outputs import write_file
 
@@ -75,7 +76,7 @@ def predicted(layout: Candidate, times: emulated.Times) -> float:
     return pricing.simulate(pricing.price(layout)).step_seconds
 
 
-def measured(pool: Any, layout: Candidate, times: emulated.Times, steps: int) -> float:
+def measured(pool: Pool, layout: Candidate, times: emulated.Times, steps: int) -> float:
     section = section_for(layout.row, layout.micro_batches)
     settings = times, layout.stages, layout.micro_batches, steps, network.Shape(), section
     results = pool.run(emulated.ds_local, layout.stages * layout.replicas, *settings, timeout=300)
@@ -83,7 +84,7 @@ def measured(pool: Any, layout: Candidate, times: emulated.Times, steps: int) ->
 
 
 def compare(
-    pool: Any, layouts: Any = LAYOUTS, seconds: float = SECONDS, steps: int = 6
+    pool: Pool, layouts: Any = LAYOUTS, seconds: float = SECONDS, steps: int = 6
 ) -> list[dict[str, Any]]:
     rows = []
     for row, stages, replicas, micro_batches, head in layouts:
@@ -137,7 +138,7 @@ def profiled(layout: Candidate, folder: str, steps: int) -> float:
 
 
 def compare_real(
-    pool: Any, layouts: Any = REAL_LAYOUTS, repeats: int = 3, steps: int = 20
+    pool: Pool, layouts: Any = REAL_LAYOUTS, repeats: int = 3, steps: int = 20
 ) -> list[dict[str, Any]]:
     """Layouts take turns, so that a busy moment of the machine meets all of them."""
     found: dict[Candidate, list[float]] = {layout: [] for layout in layouts}
@@ -153,7 +154,9 @@ def compare_real(
         costs = json.loads(profile.read_text())["costs"]
         rate = 8e-9 * costs["activation_bytes"] / max(costs["link"])
         cluster = Cluster(1, 2, tflops=1, memory_gib=24, link_gbps=rate, intra_gbps=rate)
-        model = measured_model(Model.of(blocks.load_model_config(str(MODEL)), itemsize=4), profile)
+        model = measured_model(
+            Model.of(families.load_model_config(str(MODEL)), itemsize=4), profile
+        )
     rows = []
     for layout, times in found.items():
         pricing = Pricing(

@@ -6,6 +6,7 @@ python scripts/config_reference.py
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from pydantic_core import PydanticUndefined
 
 from ds_local.config import schema as config
 from ds_local.config.files import models_in
+from ds_local.config.scheme import Row
+from ds_local.config.strict import SECTION, Strict
 from ds_local.outputs import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,17 +26,20 @@ PAGE = ROOT / "docs" / "configuration.md"
 SCHEMA = ROOT / "configs" / "local_parallel.schema.json"
 HEADER = """# Configuration
 
-<!-- written by `python scripts/config_reference.py` from ds_local/config/schema.py; change the docstrings there -->
+<!-- written by `python scripts/config_reference.py` from the classes in ds_local/config;
+change the docstrings there -->
 
 How a model is trained is in `ds_config.json`; what is trained, and where to, is on the command line
-([migrating](migrating.md)). DeepSpeed's own keys mean what they mean in DeepSpeed; what a pipeline of DeepSpeed 0.19 cannot do
-correctly is refused at start with the reason, and so are misspelt keys, unknown parameters and values of another kind in
-DeepSpeed's own sections. `scheduler` may also name `WarmupStableDecayLR`, which DeepSpeed lacks: the rate rises over
-`warmup_num_steps`, stays, and falls in a line over the last `decay_num_steps` (a fifth) of `total_num_steps`, to
-`decay_min_ratio` (0) of it. Our section is `"local_parallel"`; a key it does not know is an error that names the nearest one.
-K is the number of segments: stages x segments_per_stage.
+([migrating](migrating.md)). DeepSpeed's own keys mean what they mean in DeepSpeed; what a pipeline
+of DeepSpeed 0.19 cannot do correctly is refused at start with the reason, and so are misspelt keys,
+unknown parameters and values of another kind in DeepSpeed's own sections. `scheduler` may also name
+`WarmupStableDecayLR`, which DeepSpeed lacks: the rate rises over `warmup_num_steps`, stays, and
+falls in a line over the last `decay_num_steps` (a fifth) of `total_num_steps`, to `decay_min_ratio`
+(0) of it. Our section is `"local_parallel"`; a key it does not know is an error that names the
+nearest one. K is the number of segments: stages x segments_per_stage.
 
-Editors complete and check the section by [a JSON schema](../configs/local_parallel.schema.json): write
+Editors complete and check the section by
+[a JSON schema](../configs/local_parallel.schema.json): write
 `"$schema": "configs/local_parallel.schema.json"` at the top of the file.
 """
 
@@ -48,7 +54,7 @@ def sections() -> list[tuple[str, type[BaseModel]]]:
             for inner in models_in(info.annotation):
                 visit(f"{path}.{name}" + ("[]" if "tuple" in str(info.annotation) else ""), inner)
 
-    visit(config.SECTION, config.LocalParallelConfig)
+    visit(SECTION, config.LocalParallelConfig)
     return found
 
 
@@ -58,7 +64,8 @@ def type_name(info: FieldInfo) -> str:
         if hasattr(info.annotation, "__args__")
         else getattr(info.annotation, "__name__", "")
     )
-    for word in ("typing.", "ds_local.config.schema.", "Annotated", "NoneType", "None"):
+    text = re.sub(r"ds_local\.config\.\w+\.", "", text)
+    for word in ("typing.", "Annotated", "NoneType", "None"):
         text = text.replace(word, "")
     if "Literal" in text:
         choices = " or ".join(
@@ -114,13 +121,13 @@ def reference() -> str:
         # what entries of a mix or of phases share with the section itself is explained once
         shared = (
             set(config.LocalParallelConfig.model_fields)
-            if issubclass(model, config.Row) and seen
+            if issubclass(model, Row) and seen
             else set()
         )
         seen.add(model)
         also = " It takes `mode`, `window`, `combine` and `weights` as above" if shared else ""
         also += (
-            " or `mix`, with `correction`, `run_ahead`, `predict_weights` and `delay_discount`, and:"
+            " or `mix`, with `correction`, `run_ahead` and what corrects for it, and:"
             if "mix" in model.model_fields and shared
             else ", and:"
             if shared
@@ -128,7 +135,7 @@ def reference() -> str:
         )
         parts.append(f'## `"{path}"`\n\n{(model.__doc__ or "").strip()}{also}\n')
         rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-        options = model.options() if issubclass(model, config.Strict) else {}
+        options = model.options() if issubclass(model, Strict) else {}
         for name, info in model.model_fields.items():
             if name not in shared:
                 meaning = " ".join((info.description or "").split())
@@ -148,7 +155,7 @@ def json_schema() -> str:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "DeepSpeed config with a local_parallel section",
         "type": "object",
-        "properties": {"$schema": {"type": "string"}, config.SECTION: section},
+        "properties": {"$schema": {"type": "string"}, SECTION: section},
         "$defs": definitions,
     }
     return json.dumps(whole, indent=1) + "\n"

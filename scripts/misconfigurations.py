@@ -23,8 +23,8 @@ from typing import Any
 from ds_local.cli.check import check_hosts
 from ds_local.cluster import start_check as cluster
 from ds_local.cluster.surroundings import check_surroundings, read_hostfile
+from ds_local.config.degrees import num_stages_and_replicas
 from ds_local.config.files import local_parallel
-from ds_local.config.placement import num_stages_and_replicas
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.errors import ClusterError
 from ds_local.measure.ranks import free_port

@@ -23,6 +23,7 @@ from ds_local.config.files import load_config
 from ds_local.links.trees import Tree
 from ds_local.measure.ranks import Pool
 from ds_local.outputs import write_file
+from ds_local.study.recipes import adamw, cosine
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -72,23 +73,8 @@ def config_of(args: argparse.Namespace, codec: str) -> dict[str, Any]:
             "gradient_clipping": 1.0,
             "steps_per_print": 10**9,
             "bf16": {"enabled": args.bf16},
-            "optimizer": {
-                "type": "AdamW",
-                "params": {
-                    "lr": args.learning_rate,
-                    "betas": [0.9, 0.95],
-                    "weight_decay": 0.1,
-                    "torch_adam": True,
-                },
-            },
-            "scheduler": {
-                "type": "WarmupCosineLR",
-                "params": {
-                    "total_num_steps": args.steps,
-                    "warmup_num_steps": max(1, args.steps // 10),
-                    "cos_min_ratio": 0.1,
-                },
-            },
+            "optimizer": adamw(args.learning_rate),
+            "scheduler": cosine(args.steps, max(1, args.steps // 10)),
             "local_parallel": {
                 "mode": args.mode,
                 "segments_per_stage": args.segments,
@@ -155,7 +141,8 @@ def main() -> None:
     pool.close()
     plain = {row["seed"]: row["loss"] for row in rows if row["codec"] == "none"}
     print(
-        f"{'codec':<24} {'seed':>5} {'bytes/token':>11} {'of fp32':>8} {'loss':>8} {'change':>8} {'exported':>9}"
+        f"{'codec':<24} {'seed':>5} {'bytes/token':>11} {'of fp32':>8} {'loss':>8} {'change':>8} "
+        f"{'exported':>9}"
     )
     for row in rows:
         change = (
@@ -164,8 +151,9 @@ def main() -> None:
             else f"{'-':>8}"
         )
         print(
-            f"{row['codec']:<24} {row['seed']:>5} {row['bytes_per_token']:>11.1f} {1 / row['ratio_to_fp32']:>8.1%} "
-            f"{row['loss']:>8.4f} {change} {row['loss_exported']:>9.4f}"
+            f"{row['codec']:<24} {row['seed']:>5} {row['bytes_per_token']:>11.1f} "
+            f"{1 / row['ratio_to_fp32']:>8.1%} {row['loss']:>8.4f} {change} "
+            f"{row['loss_exported']:>9.4f}"
         )
 
 

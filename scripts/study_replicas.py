@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import time
 from functools import cache
@@ -22,7 +21,9 @@ from typing import Any
 
 from ds_local.cli.arguments import output_file
 from ds_local.config import strict_json
+from ds_local.measure.ranks import Pool
 from ds_local.outputs import write_file
+from ds_local.study.recipes import adamw, cosine, gpt2
 
 PACE_STEPS = 60  # to see how long a step takes
 SUBNETS = {"sync": "subnets"}
@@ -53,20 +54,10 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def model_config(width: int, depth: int, vocabulary: int, seq_len: int) -> dict[str, Any]:
     return {
-        "model_type": "gpt2",
-        "vocab_size": vocabulary,
-        "n_positions": seq_len,
-        "n_embd": width,
-        "n_layer": depth,
-        "n_head": 8,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
+        **gpt2(depth, width, 8, vocabulary, seq_len),
+        "activation_function": "gelu_new",
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "initializer_range": round(
-            0.02 * math.sqrt(768 / width), 3
-        ),  # as wide as GPT-2 small's for its width
     }
 
 
@@ -85,18 +76,8 @@ def build(
         "train_micro_batch_size_per_gpu": batch,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": lr, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True},
-        },
-        "scheduler": {
-            "type": "WarmupCosineLR",
-            "params": {
-                "total_num_steps": steps,
-                "warmup_num_steps": max(2, steps // 10),
-                "cos_min_ratio": 0.1,
-            },
-        },
+        "optimizer": adamw(lr),
+        "scheduler": cosine(steps, max(2, steps // 10)),
         "local_parallel": {**row, "replicas": replicas, "seed": seed},
     }
     return ds_local.initialize(
@@ -173,7 +154,7 @@ def expected_bytes(
     }
 
 
-def study_costs(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+def study_costs(pool: Pool, args: argparse.Namespace) -> list[dict[str, Any]]:
     model = model_config(256, 4, 512, 64)
     rows: list[dict[str, Any]] = []
     for count in (1, 2, 4):
@@ -231,7 +212,7 @@ def quality_of(
     }
 
 
-def study_quality(pool: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+def study_quality(pool: Pool, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def result_of(name: str, steps: int) -> dict[str, Any]:
@@ -273,7 +254,8 @@ def quality_table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row, replicas in sorted({(r["row"], r["replicas"]) for r in rows}):
         lines += [
-            f"| {row}, R = {replicas} | steps | seeds | loss (lowest-highest) | processor seconds of a replica | sent (MB) |"
+            f"| {row}, R = {replicas} | steps | seeds | loss (lowest-highest) | processor seconds "
+            "of a replica | sent (MB) |"
         ]
         lines += ["|---|---|---|---|---|---|"]
         here = [r for r in rows if (r["row"], r["replicas"]) == (row, replicas)]
@@ -328,8 +310,6 @@ def main() -> None:
     if args.study == "table":
         print(quality_table([row for file in args.files for row in json.loads(file.read_text())]))
         return
-    from ds_local.measure.ranks import Pool
-
     pool = Pool()
     try:
         rows = {"costs": study_costs, "quality": study_quality}[args.study](pool, args)

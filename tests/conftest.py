@@ -53,7 +53,8 @@ def golden(request):
             path.parent.mkdir(exist_ok=True)
             path.write_text(text + "\n")
         assert text + "\n" == path.read_text(), (
-            f"{name} changed; if that was meant, run pytest --rewrite-golden and read the difference"
+            f"{name} changed; if that was meant, run pytest --rewrite-golden and read the "
+            "difference"
         )
 
     return compare

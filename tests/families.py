@@ -89,9 +89,9 @@ VARIANTS: dict[str, dict] = {
 
 
 def layers_of(config: Any, seed: int = 0) -> list[Any]:
-    from ds_local.model import blocks
+    from ds_local.model import blocks, families
 
-    depth = blocks.num_blocks(config)
+    depth = families.num_blocks(config)
     return [
         blocks.Embedding(config, seed),
         *(blocks.Block(config, i, seed) for i in range(depth)),

@@ -158,11 +158,13 @@ class TwoHosts:
             _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(keys / name))
         variables = " ".join(f'"{key}={value}"' for key, value in environment.items())
         (keys / "config").write_text(
-            f"Port {SSH_PORT}\nHostKey {keys / 'host'}\nAuthorizedKeysFile {keys / 'user.pub'}\nStrictModes no\nPidFile none\n"
+            f"Port {SSH_PORT}\nHostKey {keys / 'host'}\nAuthorizedKeysFile "
+            f"{keys / 'user.pub'}\nStrictModes no\nPidFile none\n"
             f"UsePAM no\nPermitRootLogin yes\nSetEnv {variables}\n"
         )
         (bin_ / "ssh").write_text(
-            f"#!/bin/sh\nexec {shutil.which('ssh')} -p {SSH_PORT} -i {keys / 'user'} -o StrictHostKeyChecking=no "
+            f"#!/bin/sh\nexec {shutil.which('ssh')} -p {SSH_PORT} -i {keys / 'user'} -o "
+            f"StrictHostKeyChecking=no "
             '-o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "$@"\n'
         )
         (bin_ / "ssh").chmod(0o755)

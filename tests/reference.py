@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import torch
 
-from ds_local.config.schema import HeadConfig
-from ds_local.model import blocks
+from ds_local.config.sections import HeadConfig
+from ds_local.model import blocks, families
 
 GPT2 = {
     "model_type": "gpt2",
@@ -90,8 +90,8 @@ class Reference:
         seed: int = SEED,
         head: HeadConfig | None = None,
     ) -> None:
-        config = blocks.load_model_config(MODELS[family])
-        depth = blocks.num_blocks(config)
+        config = families.load_model_config(MODELS[family])
+        depth = families.num_blocks(config)
         layers = [
             blocks.Embedding(config, seed),
             *(blocks.Block(config, i, seed) for i in range(depth)),

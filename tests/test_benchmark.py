@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks
 
 from ds_local.cli import benchmark
-from ds_local.measure import emulated, network, real, report
+from ds_local.measure import emulated, network, pictures, real, real_systems, report
 from ds_local.measure.live import LiveTensors
 from ds_local.measure.sweep import Setting, sweep
 from ds_local.measure.systems import SYSTEMS, choose, from_torch
@@ -146,7 +146,7 @@ def test_every_system_runs_and_gives_the_row_of_the_contract(tmp_path):
     report.save(rows, tmp_path / "rows.json", "schedules")
     loaded = report.load([tmp_path / "rows.json"])
     assert "| ds_local local |" in report.markdown(loaded)
-    report.draw_bars(loaded, tmp_path / "bars.png")
+    pictures.draw_bars(loaded, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").stat().st_size > 10_000
 
 
@@ -197,10 +197,10 @@ def test_real_systems_train_the_same_model():
         "eos_token_id": 2,
         "tie_word_embeddings": False,
     }
-    job = real.Job(model, None, 8, 2, 4)
+    job = real_systems.Job(model, None, 8, 2, 4)
     losses = {
         key: run_ranks(real.until_loss, 2, key, job, 0.0, real.EVAL_EVERY)[0][-1][2]
-        for key in real.SYSTEMS
+        for key in real_systems.SYSTEMS
     }
     assert losses["ds_local", "backprop"] == pytest.approx(losses["deepspeed", "1F1B"], rel=1e-5)
     # every replica sees the same repeated batch here, so the mean gradient is that of one

@@ -11,7 +11,10 @@ from launch import BIN, ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 SCRIPTS = ROOT / "scripts" / "launch"
-SAY = '#!/bin/sh\n[ "$(basename "$0")" = python ] && exit 0\nprintf "%s\\n" "$(basename "$0")" "$@" > "$SAID"\n'
+SAY = """#!/bin/sh
+[ "$(basename "$0")" = python ] && exit 0
+printf "%s\\n" "$(basename "$0")" "$@" > "$SAID"
+"""
 
 
 def started(tmp_path, script, **environment):

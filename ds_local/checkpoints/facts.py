@@ -23,7 +23,8 @@ from pydantic import (
 )
 
 from ds_local.config.files import local_parallel, models_in
-from ds_local.config.schema import SECTION, LocalParallelConfig
+from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.strict import SECTION
 from ds_local.errors import CheckpointError, ConfigError
 
 FACTS = "ds_local.json"
@@ -114,7 +115,8 @@ def read_facts(checkpoint: str | Path) -> dict[str, Any]:
     facts = {**found.model_dump(), SECTION: section}
     if found.format >= 2 and found.seal != _seal(json.loads(text)):
         raise CheckpointError(
-            f"{path} was changed since it was written, its seal does not fit; use another checkpoint"
+            f"{path} was changed since it was written, its seal does not fit; use another "
+            "checkpoint"
         )
     return facts
 

@@ -13,69 +13,23 @@ without it.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
+from ds_local.checkpoints.agreement import gather, together
 from ds_local.checkpoints.facts import FACTS, read_facts, whose, write_facts
-from ds_local.checkpoints.files import leftovers, reason, remove, scratch_name, sync_folder
-from ds_local.checkpoints.files import write_whole as _write_whole
-from ds_local.errors import CheckpointError, DsLocalError, SaveError
+from ds_local.checkpoints.sums import checksums
+from ds_local.errors import CheckpointError, SaveError
+from ds_local.outputs import leftovers, reason, remove, scratch_name, sync_folder
+from ds_local.outputs import write_whole as _write_whole
 
 HEAD_FILE = "head_{:02d}-model_states.pt"  # of a segment's auxiliary head
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # a file name, with room for more
-
-T = TypeVar("T")
-
-
-# --- ranks agree --------------------------------------------------------------------------------
-
-
-def gather(value: Any) -> list[Any]:
-    """Everybody's value, on every rank. A collective call where ranks have met."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def together(action: Callable[[], T]) -> T:
-    """What `action` returns here, once it has ended on every rank. A collective call.
-
-    Raises:
-        What it raised here, if that is no error of ours; else what the first rank that failed
-        raised, a CheckpointError where that is no error of ours.
-    """
-    failure: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:
-        failure = error
-    found = gather(None if failure is None else (_kind(failure), _words(failure)))
-    if failure is not None and _kind(failure) is None:
-        raise failure
-    # what is no error of ours comes first: it ends the run, on all ranks
-    failed = [(how[0] is not None, rank, *how) for rank, how in enumerate(found) if how is not None]
-    if failed:
-        _, rank, kind, words = min(failed, key=lambda one: one[:2])
-        where = f"rank {rank}: " if len(failed) < len(found) else ""
-        raise (kind or CheckpointError)(where + words) from failure
-    return result
-
-
-def _kind(error: Exception) -> type[DsLocalError] | None:
-    return type(error) if isinstance(error, DsLocalError) else None
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if _kind(error) is None else str(error)
 
 
 # --- finding ------------------------------------------------------------------------------------
@@ -136,10 +90,12 @@ def latest_tag(folder: str | Path) -> str:
     """
     folder = Path(folder)
     try:
-        tag = (folder / "latest").read_text().strip()
-    except (OSError, UnicodeDecodeError):
+        tag = (folder / "latest").read_text(errors="backslashreplace").strip()
+    except OSError as error:
+        why = "is missing" if isinstance(error, FileNotFoundError) else f"is unreadable: {error}"
         raise CheckpointError(
-            f"nothing to resume in {folder}: the file 'latest' is missing; complete checkpoints: {_listed(folder)}"
+            f"nothing to resume in {folder}: the file 'latest' {why}; complete checkpoints: "
+            f"{_listed(folder)}"
         ) from None
     if not _is_tag(tag):
         raise CheckpointError(
@@ -149,7 +105,8 @@ def latest_tag(folder: str | Path) -> str:
     if tag not in complete_tags(folder):
         raise CheckpointError(
             whose(folder / tag)
-            or f"{folder}/latest names {tag!r}, which is not complete; complete are: {_listed(folder)}"
+            or f"{folder}/latest names {tag!r}, which is not complete; complete are: "
+            f"{_listed(folder)}"
         )
     return tag
 
@@ -220,7 +177,7 @@ class Writing:
     def commit(self, facts: Mapping[str, Any], save_latest: bool) -> None:
         """Seal what all ranks have written and give it its name."""
         try:
-            sums = _checksums(self.target)
+            sums = checksums(self.target)
         except CheckpointError as error:
             raise SaveError(str(error)) from error
         together(lambda: self._commit({**facts, "files": sums}, save_latest))
@@ -277,82 +234,3 @@ def _leads(folder: Path) -> bool:
         with suppress(OSError):  # it may not be there, nor its folder
             marks[rank].unlink()
     return rank == lowest
-
-
-# --- checking -----------------------------------------------------------------------------------
-
-
-def verify(checkpoint: str | Path) -> dict[str, Any]:
-    """Check sizes and checksums of all files, shared among the ranks. A collective call where ranks
-    have met.
-
-    Returns:
-        The facts of the checkpoint.
-
-    Raises:
-        CheckpointError: on every rank, naming the files that are damaged.
-    """
-    facts = together(lambda: read_facts(checkpoint))
-    expected = facts["files"]
-    # hosts without a common folder have a part of the files each
-    found = _checksums(
-        Path(checkpoint), sorted(name for name in expected if Path(checkpoint, name).is_file())
-    )
-    missing = sorted(expected.keys() - found.keys())
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint} is missing {', '.join(missing)}; use another checkpoint"
-        )
-    damaged = [name for name in expected if list(found[name]) != list(expected[name])]
-    if damaged:
-        raise CheckpointError(
-            f"{checkpoint} is damaged: {', '.join(damaged)} changed since it was written; use another checkpoint"
-        )
-    return facts
-
-
-def check_file(checkpoint: str | Path, facts: dict[str, Any], name: str) -> None:
-    """Check one file of a checkpoint against its facts.
-
-    Raises:
-        CheckpointError: when the file is missing, or not what was written.
-    """
-    path = Path(checkpoint, name)
-    if name not in facts["files"] or not path.is_file():
-        raise CheckpointError(f"{path} is missing; use another checkpoint")
-    if list(_checksum(path)) != list(facts["files"][name]):
-        raise CheckpointError(
-            f"{path} is damaged: it changed since it was written; use another checkpoint"
-        )
-
-
-def _checksums(folder: Path, names: list[str] | None = None) -> dict[str, tuple[int, str]]:
-    """name -> (bytes, SHA-256) of the files in a folder, each taken by one of the ranks that see
-    it."""
-
-    def listing() -> list[str]:
-        return sorted(p.name for p in folder.iterdir() if p.is_file()) if names is None else names
-
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    seen = gather(together(listing))
-    everything = sorted({name for part in seen for name in part})
-    owners = {name: [r for r, part in enumerate(seen) if name in part] for name in everything}
-    mine = [
-        name
-        for number, name in enumerate(everything)
-        if owners[name][number % len(owners[name])] == rank
-    ]
-    sums = together(lambda: {name: _checksum(folder / name) for name in mine})
-    return {name: value for part in gather(sums) for name, value in part.items()}
-
-
-def _checksum(path: Path) -> tuple[int, str]:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-            os.fsync(file.fileno())  # what is checked is what is on the disk
-        return path.stat().st_size, digest.hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error

@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ds_local.checkpoints.files import write_whole
 from ds_local.config import strict_json
+from ds_local.outputs import write_whole
 
 
 class MetricsFile:

@@ -44,13 +44,15 @@ def model_card(
         "",
         f"# {name}, {num_blocks} blocks, {num_parameters:,} parameters",
         "",
-        f"Trained with ds_local for {checkpoint['step']:,} optimizer steps. {_what(checkpoint, segment, num_blocks)}",
+        f"Trained with ds_local for {checkpoint['step']:,} optimizer steps. "
+        f"{_what(checkpoint, segment, num_blocks)}",
         "The readout is a matrix of its own (`tie_word_embeddings` is false).",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")',
+        'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), '
+        'AutoTokenizer.from_pretrained(".")',
         "```",
     ]
     sections = {
@@ -80,7 +82,10 @@ def _what(checkpoint: Mapping[str, Any], segment: int, num_blocks: int) -> str:
     factors += ["a learned factor on the logits"] * bool(head.get("temperature"))
     if factors:
         made += f"; the readout is multiplied out with {' and '.join(factors)}"
-    return f"It is the first {own} blocks (up to segment {segment} of {len(parts) - 1}) of a larger model; {made}."
+    return (
+        f"It is the first {own} blocks (up to segment {segment} of {len(parts) - 1}) of a larger "
+        f"model; {made}."
+    )
 
 
 def _losses(
@@ -98,8 +103,8 @@ def _losses(
     if not last:
         return []
     table = [
-        f"| {'**' if s == segment else ''}{s}{' (this model)**' if s == segment else ''} | {row['step']} | {row['loss']:.4f} | "
-        f"{math.exp(row['loss']):.2f} |"
+        f"| {'**' if s == segment else ''}{s}{' (this model)**' if s == segment else ''} | "
+        f"{row['step']} | {row['loss']:.4f} | {math.exp(row['loss']):.2f} |"
         for s, row in sorted(last.items())
     ]
     header = [
@@ -126,9 +131,8 @@ def _training(checkpoint: Mapping[str, Any], run: Mapping[str, Any]) -> list[str
     ):
         if key in config:
             lines.append(f"- {key}: {config[key]}")
-    lines.append(
-        f"- precision: {'bf16' if config.get('bf16', config.get('bfloat16', {})).get('enabled') else 'fp32'}"
-    )
+    bf16 = config.get("bf16", config.get("bfloat16", {})).get("enabled")
+    lines.append(f"- precision: {'bf16' if bf16 else 'fp32'}")
     lines.append(
         f"- layout: {checkpoint['num_stages']} stages, {checkpoint['num_replicas']} replicas, "
         f"segments cut at layers {checkpoint['segment_parts']}"
@@ -146,9 +150,10 @@ def _data(run: Mapping[str, Any]) -> list[str]:
         source if source.startswith("hub:") else Path(source).name
         for source in data.get("sources", [])
     ]
+    tokenizer = str(data["tokenizer"])
     return [
         f"- sources: {', '.join(sources)}",
-        f"- tokenizer: {data['tokenizer'] if ':' in str(data['tokenizer']) else Path(data['tokenizer']).name}, "
+        f"- tokenizer: {tokenizer if ':' in tokenizer else Path(tokenizer).name}, "
         f"{data['vocab_size']:,} tokens",
         f"- {data['tokens']:,} tokens in sequences of {data['seq_len']}",
         f"- fingerprint: {data['fingerprint']}",

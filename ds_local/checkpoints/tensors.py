@@ -33,8 +33,9 @@ def check_tensors(
     missing, unknown = wanted.keys() - found.keys(), found.keys() - wanted.keys()
     if strict and (missing or unknown):
         raise CheckpointError(
-            f"{path} is of another model: missing are {_listed(missing)}, unknown {_listed(unknown)}; "
-            "give the same model, or take what is there with load_module_strict=False"
+            f"{path} is of another model: missing are {_listed(missing)}, unknown "
+            f"{_listed(unknown)}; give the same model, or take what is there with "
+            "load_module_strict=False"
         )
     for name, own in wanted.items():
         theirs = found.get(name, own)

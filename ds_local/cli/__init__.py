@@ -22,6 +22,7 @@ VERBS = {
     "generate": ("generate", "continue a text"),
     "summarize": ("summarize", "what came of a run"),
     "benchmark": ("benchmark", "beside other pipelines: speed and memory"),
+    "study": ("study", "methods on equal tokens: what they cost in quality"),
 }
 
 

@@ -26,17 +26,18 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from ds_local.cli.arguments import PICTURE, output_file
-from ds_local.measure import network, report
+from ds_local.measure import network, pictures, report
 from ds_local.measure.emulated import Times
 from ds_local.measure.ranks import Pool
 from ds_local.measure.relay import Relay
 from ds_local.measure.sweep import Setting, sweep
 from ds_local.measure.systems import System, choose
+from ds_local.measure.tables import Row
 
 WIDTH = 256  # of the real layers in `memory`
 
 
-def schedules(args: argparse.Namespace) -> list[report.Row]:
+def schedules(args: argparse.Namespace) -> list[Row]:
     settings = [
         Setting(p, m, _times(args), network.Shape())
         for p in args.stages
@@ -51,7 +52,7 @@ def schedules(args: argparse.Namespace) -> list[report.Row]:
         pool.close()
 
 
-def links(args: argparse.Namespace) -> list[report.Row]:
+def links(args: argparse.Namespace) -> list[Row]:
     """Speed, one interface for each rank behind a token bucket; then delay, every frame held back
     by a relay."""
     if network.INSIDE not in os.environ:
@@ -64,7 +65,7 @@ def links(args: argparse.Namespace) -> list[report.Row]:
         args.systems or ["local:local", "mixed", "backprop", "deepspeed:1F1B", "torch", "async"]
     )
     systems = [system for system in systems if not system.head]
-    rows: list[report.Row] = []
+    rows: list[Row] = []
     for kind, values in (("rate", args.ratios), ("delay", args.delays)):
         if not values:
             continue
@@ -100,7 +101,7 @@ def links(args: argparse.Namespace) -> list[report.Row]:
     return rows
 
 
-def memory(args: argparse.Namespace) -> list[report.Row]:
+def memory(args: argparse.Namespace) -> list[Row]:
     times = Times(
         0.002, 0.002, 0.002, 0.0, floats=WIDTH * args.rows, layers=args.layers, width=WIDTH
     )
@@ -120,8 +121,8 @@ def memory(args: argparse.Namespace) -> list[report.Row]:
         pool.close()
 
 
-def _collect(args: argparse.Namespace, batches: Any) -> list[report.Row]:
-    rows: list[report.Row] = []
+def _collect(args: argparse.Namespace, batches: Any) -> list[Row]:
+    rows: list[Row] = []
     for batch in batches:
         rows += batch
         report.save(rows, args.json, args.benchmark)  # what is there survives an interruption
@@ -140,24 +141,24 @@ def _tracer(folder: Path | None) -> Callable[..., None] | None:
     def write(system: System, setting: Setting, results: list[dict[str, Any]]) -> None:
         name = re.sub(r"\W+", "_", system.name).strip("_")
         path = folder / f"{name}_p{setting.stages}_m{setting.micro_batches}.json"
-        report.write_trace([rank["events"] for rank in results], path)
+        pictures.write_trace([rank["events"] for rank in results], path)
 
     return write
 
 
-def real(args: argparse.Namespace) -> list[report.Row]:
+def real(args: argparse.Namespace) -> list[Row]:
     from ds_local.measure import real as module
 
     return module.measure(args)
 
 
-def heads(args: argparse.Namespace) -> list[report.Row]:
+def heads(args: argparse.Namespace) -> list[Row]:
     from ds_local.measure import heads as module
 
     return module.measure(args)
 
 
-def gpu(args: argparse.Namespace) -> list[report.Row]:
+def gpu(args: argparse.Namespace) -> list[Row]:
     from ds_local.measure import gpu as module
 
     return module.measure(args)
@@ -291,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = report.load(args.files)
         print(report.markdown(rows))
         if args.png:
-            report.draw_bars([row for row in rows if row["benchmark"] == "schedules"], args.png)
+            pictures.draw_bars([row for row in rows if row["benchmark"] == "schedules"], args.png)
         return 0
     rows = args.run(args)
     report.save(rows, args.json, args.benchmark)
@@ -303,5 +304,5 @@ def main(arguments: list[str] | None = None) -> int:
         }
         print(report.markdown([facts | row for row in rows]))
     if rows and getattr(args, "png", None):
-        report.draw_bars(rows, args.png)
+        pictures.draw_bars(rows, args.png)
     return 0

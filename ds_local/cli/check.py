@@ -77,13 +77,14 @@ def check_hosts(path: str, ssh_port: int) -> None:
             ) from None
         except subprocess.TimeoutExpired:
             raise ClusterError(
-                f"{host} ({address}) did not answer ssh within 20 s; look at it, or take it out of {path}"
+                f"{host} ({address}) did not answer ssh within 20 s; look at it, or take it out of "
+                f"{path}"
             ) from None
         if result.returncode:
             said = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise ClusterError(
-                f"ssh to {host} ({address}) failed: {said}; allow a login by key, without a question (ssh-copy-id {host}), "
-                f"or take it out of {path}"
+                f"ssh to {host} ({address}) failed: {said}; allow a login by key, without a "
+                f"question (ssh-copy-id {host}), or take it out of {path}"
             )
         print(f"{host} ({address}): {slots} slots, opens to ssh")
 
@@ -92,15 +93,18 @@ def check_ranks(args: argparse.Namespace) -> None:
     from torch import distributed as dist
 
     from ds_local.cluster import start_check as cluster
-    from ds_local.config.placement import num_stages_and_replicas
+    from ds_local.cluster.edges import measure_edges
+    from ds_local.config.degrees import num_stages_and_replicas
     from ds_local.engine.deepspeed_checks import checked
     from ds_local.engine.process_group import end_processes, start_processes
-    from ds_local.model import blocks
+    from ds_local.model import families
 
     config, section = checked(args.deepspeed_config or {})
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     stages, replicas = num_stages_and_replicas(section, world_size, args.num_stages)
-    model = None if args.model is None else blocks.config_dict(blocks.load_model_config(args.model))
+    model = (
+        None if args.model is None else families.config_dict(families.load_model_config(args.model))
+    )
     facts = cluster.own_facts([config, model, stages], args.data)
     everybody = cluster.check_start(
         facts, section.layout.neighbours(rank, stages, replicas), args.limit
@@ -111,14 +115,14 @@ def check_ranks(args: argparse.Namespace) -> None:
             flush=True,
         )
     start_processes()
-    edges = cluster.measure_edges(section.layout.ranks(stages, replicas), args.limit)
+    edges = measure_edges(section.layout.ranks(stages, replicas), args.limit)
     memory = check_memory(args.model, config, stages, replicas) if args.model else ""
     if rank == 0:
         for edge in edges:
             (low, high), (a, b) = edge["ranks"], edge["hosts"]
             print(
-                f"stage {edge['stages'][0]} -> {edge['stages'][1]}: rank {low} on {a} -> rank {high} on {b}: "
-                f"{edge['latency_seconds'] * 1e3:.2f} ms, {edge['gbps']:.2f} Gb/s"
+                f"stage {edge['stages'][0]} -> {edge['stages'][1]}: rank {low} on {a} -> rank "
+                f"{high} on {b}: {edge['latency_seconds'] * 1e3:.2f} ms, {edge['gbps']:.2f} Gb/s"
             )
         print(
             *([memory] if memory else []),
@@ -144,7 +148,7 @@ def check_memory(model: str, config: dict[str, Any], stages: int, replicas: int)
     from ds_local.cluster.pricing import expected_memory
     from ds_local.errors import ClusterError
     from ds_local.links.staging import ranks_here
-    from ds_local.model.blocks import load_model_config
+    from ds_local.model.families import load_model_config
 
     cuda = torch.cuda.is_available()
     total = (
@@ -158,8 +162,9 @@ def check_memory(model: str, config: dict[str, Any], stages: int, replicas: int)
     needed = expected_memory(load_model_config(model), config, stages, replicas) / GIB
     if needed > smallest:
         raise ClusterError(
-            f"the fullest stage needs about {needed:.1f} GiB but a device of {host} has {smallest:.1f}; use more stages, a "
-            "smaller train_micro_batch_size_per_gpu, or pipeline.activation_checkpoint_interval"
+            f"the fullest stage needs about {needed:.1f} GiB but a device of {host} has "
+            f"{smallest:.1f}; use more stages, a smaller train_micro_batch_size_per_gpu, or "
+            "pipeline.activation_checkpoint_interval"
         )
     return f"memory: about {needed:.1f} of {smallest:.1f} GiB on the fullest device"
 
@@ -172,7 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
         check_hosts(args.hostfile, args.ssh_port)
     elif "WORLD_SIZE" not in os.environ:
         raise ClusterError(
-            "give --hostfile, or start this script with the job's launcher (deepspeed, torchrun, srun)"
+            "give --hostfile, or start this script with the job's launcher (deepspeed, torchrun, "
+            "srun)"
         )
     else:
         os.environ.setdefault("LOCAL_RANK", str(max(args.local_rank, 0)))

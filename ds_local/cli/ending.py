@@ -1,6 +1,7 @@
 """How a command ends: 0, or 1 and an error that is told once.
 
-An error of ours is a sentence; anybody else's keeps its traceback. Both also go into the rank's log.
+An error of ours is a sentence; anybody else's keeps its traceback. Both also go into the rank's
+log.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "model",
-        help="a Hugging Face folder or name, a folder of all exits, a run folder or a checkpoint folder",
+        help="a Hugging Face folder or name, a folder of all exits, a run folder or a checkpoint "
+        "folder",
     )
     parser.add_argument(
         "--data",
@@ -49,8 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     print("exit  blocks   parameters      loss  perplexity  bits per byte")
     for segment, row in found.items():
         print(
-            f"{segment:>4}  {row['blocks']:>6}  {row['parameters']:>11,}  {row['loss']:>8.4f}  {row['perplexity']:>10.2f}  "
-            f"{row['bits_per_byte']:>13.4f}"
+            f"{segment:>4}  {row['blocks']:>6}  {row['parameters']:>11,}  {row['loss']:>8.4f}  "
+            f"{row['perplexity']:>10.2f}  {row['bits_per_byte']:>13.4f}"
         )
     for said in dict.fromkeys(row["data"] for row in found.values()):
         print(f"data: {said}")
@@ -126,8 +127,8 @@ def evaluate(folder: Path, data: TokenData, indices: list[int], batch_size: int)
     positions = getattr(model.config, "max_position_embeddings", None) or data.seq_len
     if data.vocab_size > model.config.vocab_size or data.seq_len > positions:
         raise DataError(
-            f"{data.folder} has sequences of {data.seq_len} from {data.vocab_size} tokens, but {folder} "
-            f"takes at most {positions} from {model.config.vocab_size}"
+            f"{data.folder} has sequences of {data.seq_len} from {data.vocab_size} tokens, but "
+            f"{folder} takes at most {positions} from {model.config.vocab_size}"
         )
     tokenizer = load_tokenizer(data.tokenizer_folder)
     total, num_bytes = 0.0, 0

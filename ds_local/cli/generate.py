@@ -20,7 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "model",
-        help="a Hugging Face folder or name, a folder of all exits, a run folder or a checkpoint folder",
+        help="a Hugging Face folder or name, a folder of all exits, a run folder or a checkpoint "
+        "folder",
     )
     parser.add_argument("--prompt", default="def main(")
     parser.add_argument("--max-new-tokens", type=whole(1), default=80)
@@ -68,7 +69,8 @@ def continue_text(folder: Any, assistant: Any, args: argparse.Namespace) -> str:
         )
     if ids.max() >= model.config.vocab_size:
         raise ConfigError(
-            f"the tokenizer in {folder} gives the id {ids.max()}, the model has {model.config.vocab_size} tokens"
+            f"the tokenizer in {folder} gives the id {ids.max()}, the model has "
+            f"{model.config.vocab_size} tokens"
         )
     how: dict[str, Any] = {"do_sample": False}
     if args.temperature > 0:
@@ -117,7 +119,8 @@ def drafted(
         new - calls["model"]
     )  # every call of the model adds one token of its own to those it accepts
     return output, (
-        f"{new} tokens in {calls['model']} passes of the model; {accepted} of {calls['assistant']} drafted tokens accepted "
-        f"({accepted / max(1, calls['assistant']):.0%}); {1000 * seconds['assisted']:.1f} ms a token, alone "
-        f"{1000 * seconds['alone']:.1f} ms: {seconds['alone'] / seconds['assisted']:.2f} times the speed"
+        f"{new} tokens in {calls['model']} passes of the model; {accepted} of {calls['assistant']} "
+        f"drafted tokens accepted ({accepted / max(1, calls['assistant']):.0%}); "
+        f"{1000 * seconds['assisted']:.1f} ms a token, alone {1000 * seconds['alone']:.1f} ms: "
+        f"{seconds['alone'] / seconds['assisted']:.2f} times the speed"
     )

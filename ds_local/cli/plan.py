@@ -18,7 +18,7 @@ from ds_local.cluster.candidates import GIB, HEADS, ROWS, Cluster, Model, Price,
 from ds_local.cluster.planner import Plan, plan
 from ds_local.cluster.pricing import Pricing
 from ds_local.config import shipped, strict_json
-from ds_local.model import blocks
+from ds_local.model import families
 from ds_local.outputs import write_file
 
 
@@ -83,12 +83,16 @@ def line(price: Price, tokens: float | None) -> str:
     hours = f"{tokens / price.tokens_per_second / 3600:>9,.1f}" if tokens else ""
     return (
         f"{price.tokens_per_second:>12,.0f}  {price.idle_share:>5.0%}  {price.memory / GIB:>7.1f}  "
-        f"{price.bytes_per_edge / 1e9:>7.2f}  {price.bytes_reduced / 1e9:>7.2f}  {hours}  {price.candidate}"
+        f"{price.bytes_per_edge / 1e9:>7.2f}  {price.bytes_reduced / 1e9:>7.2f}  {hours}  "
+        f"{price.candidate}"
     )
 
 
 def report(found: Plan, args: argparse.Namespace) -> str:
-    head = f"{'tokens/s':>12}  {'idle':>5}  {'GiB':>7}  {'GB/edge':>7}  {'GB/red.':>7}  {'hours':>9}  layout"
+    head = (
+        f"{'tokens/s':>12}  {'idle':>5}  {'GiB':>7}  {'GB/edge':>7}  {'GB/red.':>7}  {'hours':>9}  "
+        "layout"
+    )
     if not args.tokens:
         head = head.replace(f"{'hours':>9}  ", "  ")
     if not found.best:
@@ -102,7 +106,8 @@ def report(found: Plan, args: argparse.Namespace) -> str:
     lines += ["", "the best of every other row, and what costs it most:"]
     for price in others:
         lines.append(
-            f"{best.step_seconds / price.step_seconds:>6.0%} of the best  {price.candidate}: {price.loss}"
+            f"{best.step_seconds / price.step_seconds:>6.0%} of the best  {price.candidate}: "
+            f"{price.loss}"
         )
     lines.append(_too_large(found, args.memory_gib))
     return "\n".join(lines).rstrip()
@@ -110,7 +115,8 @@ def report(found: Plan, args: argparse.Namespace) -> str:
 
 def _too_large(found: Plan, memory_gib: float) -> str:
     return "\n".join(
-        f"does not fit    {price.candidate}: {price.memory / GIB:,.0f} GiB on a device of {memory_gib:g}"
+        f"does not fit    {price.candidate}: {price.memory / GIB:,.0f} GiB on a device of "
+        f"{memory_gib:g}"
         for price in found.too_large.values()
     )
 
@@ -131,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         args.intra_gbps,
         args.latency_us * 1e-6,
     )
-    model = Model.of(blocks.load_model_config(args.model), args.seq_len, 4 if args.fp32 else 2)
+    model = Model.of(families.load_model_config(args.model), args.seq_len, 4 if args.fp32 else 2)
     if args.profile:
         model = measured_model(model, args.profile)
     pricing = Pricing(model, cluster, int(args.batch_tokens) // model.seq_len)
@@ -149,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(report(found, args))
     print(
         f"{found.considered} layouts of {cluster.devices} devices, {found.simulated} simulated, "
-        f"{time.perf_counter() - started:.1f} s; GB/edge: activations over a link between two stages in a step, "
-        "GB/red.: sent by a device to average gradients"
+        f"{time.perf_counter() - started:.1f} s; GB/edge: activations over a link between two "
+        "stages in a step, GB/red.: sent by a device to average gradients"
     )
     return 0 if found.best else 1

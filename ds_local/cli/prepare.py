@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     from ds_local.data.corpus import prepare
-    from ds_local.data.sources import Skipped
+    from ds_local.data.readers import Skipped
 
     facts = prepare(
         args.source,
@@ -55,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     counts = ", ".join(f"{number:,} {split}" for split, number in facts["sequences"].items())
     print(
-        f"{facts['documents']:,} documents, {facts['tokens']:,} tokens -> {counts} sequences of {args.seq_len} in {args.output}"
+        f"{facts['documents']:,} documents, {facts['tokens']:,} tokens -> {counts} sequences of "
+        f"{args.seq_len} in {args.output}"
     )
     if facts["skipped"]:
         print(f"left out: {Skipped(facts['skipped'], facts['skipped_names'])}")

@@ -26,7 +26,8 @@ from ds_local.cli.arguments import (
 )
 from ds_local.config import strict_json
 from ds_local.config.files import local_parallel
-from ds_local.config.schema import SECTION, LocalParallelConfig
+from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 from ds_local.outputs import new_file, write_file
 from ds_local.schedules.drawing import chrome_trace, draw
@@ -58,7 +59,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=number_or_auto,
         default=0,
         metavar="N|auto",
-        help="micro-batches of the step that run real backpropagation; auto: as many as the pipeline hides",
+        help="micro-batches of the step that run real backpropagation; auto: as many as the "
+        "pipeline hides",
     )
     add(
         "--correction",
@@ -71,7 +73,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=int,
         choices=[0, 1, 2],
         default=0,
-        help="put weight gradients off: 1 as ZB-H1, 2 as ZB-H2",
+        help="defer weight gradients: 1 as ZB-H1, 2 as ZB-H2",
     )
     add(
         "--run-ahead",
@@ -80,7 +82,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         const="auto",
         default=0,
         metavar="N|auto",
-        help="forwards of later steps run ahead of the update, at most N; auto: as many as leave no stage waiting",
+        help="forwards of later steps run ahead of the update, at most N; auto: as many as leave "
+        "no stage waiting",
     )
     add("--segments-per-stage", type=whole(1), default=1)
     add(
@@ -111,7 +114,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     costs.add_argument(
         "--model",
-        help="Hugging Face config: times from its floating-point operations, stages balanced by them",
+        help="Hugging Face config: times from its floating-point operations, stages balanced by "
+        "them",
     )
     costs.add_argument(
         "--deepspeed_config", help="with --model: head and partition options from this file"
@@ -192,14 +196,14 @@ def of_model(
     """Costs in floating-point operations of a block's forward, and the auxiliary share of each
     stage."""
     from ds_local.config.files import load_config
-    from ds_local.model import blocks
+    from ds_local.model import families
     from ds_local.model.flops import auxiliary_shares, choose_parts, segment_times, unit_flops
 
-    config = blocks.load_model_config(args.model)
+    config = families.load_model_config(args.model)
     given = local_parallel(load_config(args.deepspeed_config) if args.deepspeed_config else {})
     options = {"head": given.head.model_dump(), "partition": given.partition}
     section = section_for(mode if mode in MODES else "backprop", args, main, **options)
-    seq_len = args.seq_len or blocks.num_positions(config)
+    seq_len = args.seq_len or families.num_positions(config)
     num_segments = len(schedule.stage_of)
     parts = choose_parts(config, section, num_segments, args.micro_batches, seq_len)
     unit = unit_flops(config, section.head, num_segments, seq_len)
@@ -215,10 +219,13 @@ def describe(timeline: Timeline) -> str:
     report = timeline.report()
     live = timeline.schedule.peak_live
     lines = [
-        f"{report['schedule']}: one step alone {report['makespan']:g}, in a long run {report['steady_period']:g} a step, "
-        f"idle {report['idle_share']:.1%} (alone {report['idle_share_alone']:.1%})",
-        f"  live micro-batches {', '.join(map(str, live)) if len(live) <= WIDEST else f'at most {max(live)}'}; "
-        f"messages a step: {report['messages']['activations']} activations, {report['messages']['gradients']} gradients",
+        f"{report['schedule']}: one step alone {report['makespan']:g}, in a long run "
+        f"{report['steady_period']:g} a step, idle {report['idle_share']:.1%} (alone "
+        f"{report['idle_share_alone']:.1%})",
+        "  live micro-batches "
+        f"{', '.join(map(str, live)) if len(live) <= WIDEST else f'at most {max(live)}'}; "
+        f"messages a step: {report['messages']['activations']} activations, "
+        f"{report['messages']['gradients']} gradients",
     ]
     if timeline.schedule.leads:
         lines.append(

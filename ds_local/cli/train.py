@@ -56,7 +56,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--resume",
         action="store_true",
-        help="continue the run in --output from its latest checkpoint; start it where there is none",
+        help="continue the run in --output from its latest checkpoint; start it where there is "
+        "none",
     )
     add(
         "--allow-change",
@@ -84,7 +85,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--backprop-micro-batches",
         type=number_or_auto,
         metavar="N|auto",
-        help="micro-batches of each step that run real backpropagation; auto: as many as the pipeline hides",
+        help="micro-batches of each step that run real backpropagation; auto: as many as the "
+        "pipeline hides",
     )
     scheme.add_argument(
         "--backprop-from", type=whole(1), help="plain backpropagation from this step on"

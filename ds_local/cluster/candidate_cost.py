@@ -7,105 +7,23 @@ backpropagation. The assumptions are in docs/planning.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
-
-import numpy as np
 
 from ds_local.cluster.candidates import (
     GIB,
     HEADS,
-    ONE_IN,
-    ROWS,
     Candidate,
     Cluster,
     Model,
     Price,
     split_backward_of,
 )
-from ds_local.config.files import local_parallel
-from ds_local.config.schema import SECTION
+from ds_local.cluster.row_samples import sample_of, streams_leaving_a_node, timer_for
 from ds_local.model.flops import UnitCosts
-from ds_local.schedules.run_plan import RunPlan
-from ds_local.schedules.schedule import Schedule
-from ds_local.schedules.simulator import Costs, StepTimer
+from ds_local.schedules.simulator import Costs
 
 LOGIT_ROWS = 512  # positions whose logits are alive at once (see `heads.linear_cross_entropy`)
-
-
-def section_for(row: str, micro_batches: int) -> dict[str, Any]:
-    """The "local_parallel" section of a row."""
-    section = ROWS[row]
-    if row in ONE_IN:
-        first, second = section["mix"]
-        return {"mix": [{**first, "micro_batches": max(1, micro_batches // ONE_IN[row])}, second]}
-    return section
-
-
-@lru_cache(maxsize=4096)
-def schedule_for(row: str, stages: int, micro_batches: int) -> Schedule:
-    return RunPlan.of(
-        local_parallel({SECTION: section_for(row, micro_batches)}), stages, micro_batches
-    ).schedule_at(0)
-
-
-@lru_cache(maxsize=4096)
-def timer_for(row: str, stages: int, micro_batches: int) -> StepTimer:
-    return StepTimer(schedule_for(row, stages, micro_batches))
-
-
-class Sample(NamedTuple):
-    """What a row asks of its stages."""
-
-    rows: tuple[Any, ...]
-    losses: list[float]  # of each stage, the share of micro-batches that compute its loss
-    peak_live: tuple[int, ...]
-    peak_put_off: tuple[int, ...]
-    sends_gradients: bool
-
-
-@lru_cache(maxsize=4096)
-def sample_of(row: str, stages: int, micro_batches: int) -> Sample:
-    """From a schedule of at most so many micro-batches."""
-    schedule = schedule_for(row, stages, min(micro_batches, 4 * stages))
-    rows = schedule.rows
-    losses = [
-        sum(stage in routes.weights for routes in rows) / len(rows) for stage in range(stages)
-    ]
-    return Sample(
-        rows,
-        losses,
-        schedule.peak_live,
-        schedule.peak_put_off,
-        schedule.message_counts()["gradients"] > 0,
-    )
-
-
-@lru_cache(maxsize=4096)
-def streams_leaving_a_node(
-    stages: int, replicas: int, place: str, devices_per_node: int
-) -> tuple[int, int]:
-    """Of the fullest node: (activations to a next stage elsewhere, rings of replicas that go on
-    elsewhere).
-
-    Rank = stage x replicas + replica where stages lie across nodes, replica x stages + stage within
-    a node.
-    """
-    across = place == "across_nodes"
-    ranks = np.arange(stages * replicas)
-    stage, replica = (
-        (ranks // replicas, ranks % replicas) if across else (ranks % stages, ranks // stages)
-    )
-
-    def node(of_stage: Any, of_replica: Any) -> Any:
-        rank = of_stage * replicas + of_replica if across else of_replica * stages + of_stage
-        return rank // devices_per_node
-
-    here = ranks // devices_per_node
-    edges = here[(stage + 1 < stages) & (node(np.minimum(stage + 1, stages - 1), replica) != here)]
-    rings = here[(replicas > 1) & (node(stage, (replica + 1) % replicas) != here)]
-    return int(np.bincount(edges, minlength=1).max()), int(np.bincount(rings, minlength=1).max())
 
 
 class CandidateCost:
@@ -244,9 +162,8 @@ class CandidateCost:
             or self.candidate.stages == 1
         ):
             return 0.0
-        passes = (
-            2 if split_backward_of(self.candidate.row) else 3
-        )  # without the weight gradient, which is put off
+        # a split backward defers the weight gradient
+        passes = 2 if split_backward_of(self.candidate.row) else 3
         others = sum(
             passes * one + again
             for one, again in zip(self.pass_seconds[:-1], self.recompute[:-1], strict=True)
@@ -264,8 +181,8 @@ class CandidateCost:
         fixed = 2 * model.itemsize if model.itemsize < 4 else 8
         sharded = (12 if model.itemsize < 4 else 8) / (candidate.replicas if self.zero_stage else 1)
         totals = []
-        for stage, (live, put_off) in enumerate(
-            zip(self.sample.peak_live, self.sample.peak_put_off, strict=True)
+        for stage, (live, deferred) in enumerate(
+            zip(self.sample.peak_live, self.sample.peak_deferred, strict=True)
         ):
             trained, copied = self._head_params(stage)
             state = (self._params(stage) + trained) * (fixed + sharded) + copied * model.itemsize
@@ -275,9 +192,9 @@ class CandidateCost:
             )
             logits = 0 if model.config is None else LOGIT_ROWS * model.config.vocab_size * 8
             # recomputed: one block at a time, and all blocks of a micro-batch whose weight
-            # gradients are put off
+            # gradients are deferred
             recomputed = (
-                one_block * (1 + put_off * self.blocks[stage]) if candidate.recompute else 0
+                one_block * (1 + deferred * self.blocks[stage]) if candidate.recompute else 0
             )
             totals.append(state + live * per_live + recomputed + logits)
         return max(totals) + self.cluster.reserve_gib * GIB

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ds_local.config.schema import HeadConfig
+from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
-from ds_local.model import blocks
+from ds_local.model import families
 from ds_local.model.flops import UnitCosts, unit_times
 
 GIB = 2**30
@@ -55,7 +55,8 @@ class Cluster:
 
     nodes: int
     devices_per_node: int
-    tflops: float  # sustained in matrix products of training, per device: peak times the share that is reached
+    # sustained in matrix products of training, per device: peak times the share that is reached
+    tflops: float
     memory_gib: float  # per device
     link_gbps: float  # of a node's network card, each way, shared by its devices
     intra_gbps: float  # between two devices of a node, each way
@@ -89,8 +90,8 @@ class Model:
     @classmethod
     def of(cls, config: Any, seq_len: int | None = None, itemsize: int = 2) -> Model:
         """From a Hugging Face config."""
-        model, depth = blocks.skeleton(config), blocks.num_blocks(config)
-        block = model.get_submodule(f"{blocks.family_of(config).blocks}.0")
+        model, depth = families.skeleton(config), families.num_blocks(config)
+        block = model.get_submodule(f"{families.family_of(config).blocks}.0")
         readout = config.vocab_size * config.hidden_size
         size = sum(p.numel() for p in block.parameters())
         everything = sum(p.numel() for p in model.parameters())
@@ -102,7 +103,7 @@ class Model:
         return cls(
             depth,
             config.hidden_size,
-            seq_len or blocks.num_positions(config),
+            seq_len or families.num_positions(config),
             None,
             config,
             size,
@@ -133,7 +134,8 @@ class Candidate:
         heads = f" ({self.heads} heads)" if self.heads else ""
         return (
             f"{self.row}{heads}: {self.stages} stages{where} x {self.replicas} replicas, "
-            f"{self.micro_batches} x {self.micro_batch} sequences{', recomputing' if self.recompute else ''}"
+            f"{self.micro_batches} x {self.micro_batch} "
+            f"sequences{', recomputing' if self.recompute else ''}"
         )
 
 

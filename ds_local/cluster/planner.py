@@ -88,8 +88,9 @@ def plan(
         candidates.setdefault(layout.row, []).append(pricing.price(layout))
     if not candidates:
         raise ConfigError(
-            f"{pricing.sequences} sequences per step cannot be divided over {pricing.cluster.devices} devices; "
-            "choose --batch-tokens so that it is a multiple of devices x sequence length, or of fewer replicas with more stages"
+            f"{pricing.sequences} sequences per step cannot be divided over "
+            f"{pricing.cluster.devices} devices; choose --batch-tokens so that it is a multiple of "
+            "devices x sequence length, or of fewer replicas with more stages"
         )
     limit = pricing.cluster.memory_gib * GIB
     found: dict[str, list[Price]] = {}

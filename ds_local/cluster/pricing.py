@@ -24,7 +24,7 @@ from ds_local.cluster.candidates import (
 )
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
-from ds_local.config.schema import SECTION
+from ds_local.config.strict import SECTION
 from ds_local.model.flops import UnitCosts, choose_parts, unit_flops
 
 

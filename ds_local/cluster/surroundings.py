@@ -112,22 +112,24 @@ def check_surroundings(
     )
     if missing is not None:
         raise ClusterError(
-            f"{where}: the launcher was given --hostfile {missing}, which does not exist, so it started on this machine alone; "
-            "give the path of the hostfile"
+            f"{where}: the launcher was given --hostfile {missing}, which does not exist, so it "
+            "started on this machine alone; give the path of the hostfile"
         )
     interfaces = [name for _, name in socket.if_nameindex()]
     for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         wanted = environment.get(key, "").removeprefix("=").removeprefix("^").split(",")[0]
         if wanted and not any(name.startswith(wanted) for name in interfaces):
             raise ClusterError(
-                f"{where}: {key} is {environment[key]} but the interfaces are {', '.join(interfaces)}; set it to one of these"
+                f"{where}: {key} is {environment[key]} but the interfaces are "
+                f"{', '.join(interfaces)}; set it to one of these"
             )
     master, ranks = environment.get("MASTER_ADDR", ""), int(environment.get("WORLD_SIZE", "1"))
     here = ranks_here(environment, ranks)
     if here < ranks and (master == "localhost" or master.startswith("127.")):
         raise ClusterError(
-            f"{where}: the master address is {master}, but {ranks - here} of the {ranks} ranks are on other machines; "
-            "pass --master_addr with an address of rank 0's machine that they can reach"
+            f"{where}: the master address is {master}, but {ranks - here} of the {ranks} ranks are "
+            "on other machines; pass --master_addr with an address of rank 0's machine that they "
+            "can reach"
         )
     check_builds(builds)
 
@@ -137,8 +139,8 @@ def check_builds(builds: str | None = None) -> None:
     lock = stale_lock(builds)
     if lock is not None:
         raise ClusterError(
-            f"on {socket.gethostname()} (rank {os.environ.get('RANK', '0')}): {lock} was left behind by a build that was "
-            "killed, and builds wait for it without end; remove it"
+            f"on {socket.gethostname()} (rank {os.environ.get('RANK', '0')}): {lock} was left "
+            "behind by a build that was killed, and builds wait for it without end; remove it"
         )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from ds_local.config.deepspeed import check_deepspeed
 from ds_local.config.files import load_config, local_parallel
-from ds_local.config.schema import SECTION, Scheme
+from ds_local.config.scheme import Scheme
+from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 
 
@@ -23,7 +24,8 @@ def read_settings(args: Namespace) -> dict[str, Any]:
     asked, there = args.backprop_micro_batches, config.get("gradient_accumulation_steps")
     if isinstance(asked, int) and isinstance(there, int) and asked > there:
         raise ConfigError(
-            f"--backprop-micro-batches {asked} exceeds gradient_accumulation_steps, which is {there}"
+            f"--backprop-micro-batches {asked} exceeds gradient_accumulation_steps, which is "
+            f"{there}"
         )
     config[SECTION] = overridden_section(config.get(SECTION, {}), args)
     local_parallel(config)

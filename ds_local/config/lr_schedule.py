@@ -1,4 +1,5 @@
-"""Learning-rate schedules that `ds_config.json` can name and DeepSpeed lacks: warm-up, stable, decay.
+"""Learning-rate schedules that `ds_config.json` can name and DeepSpeed lacks: warm-up, stable,
+decay.
 
     "scheduler": {"type": "WarmupStableDecayLR", "params": {"total_num_steps": 10000}}
 

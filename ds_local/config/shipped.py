@@ -1,4 +1,4 @@
-"""The configs that come with the package, found by name: gpt2-nano.json, deepspeed/gpt2-small.json."""
+"""The configs that come with the package, found by name, as in deepspeed/gpt2-small.json."""
 
 from __future__ import annotations
 

@@ -22,14 +22,16 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ds_local.data.dataset import FORMAT, KIND, SPLITS
-from ds_local.data.sources import Document, Skipped, documents
+from ds_local.data.readers import Document, Skipped
+from ds_local.data.sources import documents
 from ds_local.data.tokenizers import encode, fingerprint, make_tokenizer, save_tokenizer
 from ds_local.errors import DataError
 from ds_local.outputs import new_folder
 
 # characters tokenized at once: a 50 MB line must not need 50 MB of tokenizer lattice
 PIECE = 100_000
-HELD_BACK = 256  # sequences written last, so that the validation split can have some if no document was held out
+# sequences written last, so that the validation split can have some if no document was held out
+HELD_BACK = 256
 _LENGTHS = range(2, 2**24)  # of a sequence: two tokens have one to predict
 
 
@@ -122,7 +124,8 @@ def _check_numbers(seq_len: int, validation_share: float) -> None:
         )
     if not 0 <= validation_share < 1:  # NaN too
         raise DataError(
-            f"--validation-share is {validation_share}; give at least 0 and less than 1, for example 0.02"
+            f"--validation-share is {validation_share}; give at least 0 and less than 1, for "
+            "example 0.02"
         )
 
 

@@ -82,11 +82,13 @@ class TokenData:
             counts = {split: len(self._splits[split]) for split in SPLITS}
         except Exception as error:  # a foreign folder can fail in many ways
             raise DataError(
-                f"{self.folder} holds no sequences that can be read ({first_line(error)}); {_again(self.folder)}"
+                f"{self.folder} holds no sequences that can be read ({first_line(error)}); "
+                f"{_again(self.folder)}"
             ) from error
         if counts != self.facts["sequences"]:
             raise DataError(
-                f"{self.folder} holds {counts} sequences, prepared.json says {self.facts['sequences']}"
+                f"{self.folder} holds {counts} sequences, prepared.json says "
+                f"{self.facts['sequences']}"
             )
 
     @property
@@ -113,8 +115,9 @@ class TokenData:
         ids = np.asarray(self._splits[split][list(indices)]["input_ids"]).astype(np.int64)
         if ids.size and (ids.max() >= self.vocab_size or ids.min() < 0):
             raise DataError(
-                f"{self.folder}/{split} has token ids from {ids.min()} to {ids.max()} but the tokenizer has {self.vocab_size} "
-                "tokens; the data is damaged or belongs to another tokenizer"
+                f"{self.folder}/{split} has token ids from {ids.min()} to {ids.max()} but the "
+                f"tokenizer has {self.vocab_size} tokens; the data is damaged or belongs to "
+                "another tokenizer"
             )
         return torch.from_numpy(ids)
 

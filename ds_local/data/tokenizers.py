@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
-from ds_local.data.sources import Document
+from ds_local.data.readers import Document
 from ds_local.errors import DataError, DsLocalError, first_line
 
 _SIZES = range(300, 1_000_001)  # that can be trained
@@ -27,8 +27,9 @@ _SAMPLE = (
     "two  spaces,   three,\ttab,\r\nline\n\n\n  indented",
     "def f(x):\n    return x ** 2  # code_with_names\n",
     "na\u00efve caf\u00e9 \u2014 na\u0131\u0308ve cafe\u0301 \u00df \ufb01",
-    "\u65e5\u672c\u8a9e\u3068\u4e2d\u6587 \ud55c\uad6d\uc5b4 \u0440\u0443\u0441\u0441\u043a\u0438\u0439 "
-    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u0939\u093f\u0928\u094d\u0926\u0940",
+    "\u65e5\u672c\u8a9e\u3068\u4e2d\u6587 \ud55c\uad6d\uc5b4 "
+    "\u0440\u0443\u0441\u0441\u043a\u0438\u0439 \u0627\u0644\u0639\u0631\u0628\u064a\u0629 "
+    "\u0939\u093f\u0928\u094d\u0926\u0940",
     "\u2603 \U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u00a0\u200b\ufeff.",
     "<s> </s> <unk> <|endoftext|> \u2581under \u0120space",
 )
@@ -84,8 +85,8 @@ def _train_sentencepiece(size: int, texts: Iterable[Document]) -> PreTrainedToke
     first = next(lines, None)
     if first is None:
         raise DataError(
-            f"the sources have no line of less than {_LONGEST_LINE} characters to train a tokenizer "
-            "on; break the lines, or give an existing --tokenizer"
+            f"the sources have no line of less than {_LONGEST_LINE} characters to train a "
+            "tokenizer on; break the lines, or give an existing --tokenizer"
         )
     try:
         sentencepiece.SentencePieceTrainer.train(

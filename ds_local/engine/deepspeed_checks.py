@@ -34,7 +34,8 @@ from pydantic import BaseModel, ValidationError
 
 from ds_local.config.deepspeed import bf16_enabled, check_deepspeed, zero_stage
 from ds_local.config.files import load_config, local_parallel, must_be
-from ds_local.config.schema import SECTION, LocalParallelConfig
+from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.strict import SECTION
 from ds_local.engine.optimizer_checks import check_optimizer, check_scheduler, cpp_compiler
 from ds_local.engine.trials import check_keys, try_out
 from ds_local.errors import ConfigError
@@ -217,6 +218,6 @@ def _check_precision(config: Mapping[str, Any]) -> None:
         )
         if key != constants.BUFFER_DTYPE and dtype != own and not sums_in_fp32:
             raise ConfigError(
-                f"data_types.{key} is {text!r} but the weights are {str(own).removeprefix('torch.')}; "
-                "make them agree, or remove it"
+                f"data_types.{key} is {text!r} but the weights are "
+                f"{str(own).removeprefix('torch.')}; make them agree, or remove it"
             )

@@ -7,11 +7,9 @@ the private hooks that a local pipeline replaces turned into methods of their ow
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from importlib import import_module
 from inspect import getmembers, isfunction
-from io import BytesIO
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -19,21 +17,18 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from ds_local.engine.deepspeed_version import REMEDY
-from ds_local.errors import CheckpointError, UnsupportedDeepSpeed
+from ds_local.engine.safe_files import SafeCheckpointEngine
+from ds_local.errors import UnsupportedDeepSpeed
 
 # owner -> the names of it that no page of DeepSpeed's documents
 NAMES: dict[Any, tuple[str, ...]] = {
@@ -106,7 +101,6 @@ check_names()
 # compiled first (a start killed meanwhile leaves a lock on which all later ones wait in silence),
 # and each run leaves 64 MB per rank behind in /dev/shm.
 import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-
 
 # --- processes ----------------------------------------------------------------------------------
 
@@ -200,7 +194,7 @@ class PipelineEngineSeam(PipelineEngine):
 
     def use_safe_checkpoints(self) -> None:
         """Read checkpoint files without running what is in them."""
-        self.checkpoint_engine = SafeCheckpointEngine(self._config)
+        self.checkpoint_engine: Any = SafeCheckpointEngine(self._config)
 
     def keep_norms_local(self) -> None:
         """Clip and check overflow per stage: the reductions over all stages would bring the bubble
@@ -264,12 +258,6 @@ MUON_PARAMETERS: dict[str, Any] = {
 """What the Muon optimizer reads of a config -> its kind; None for any."""
 
 
-# --- checkpoint files ---------------------------------------------------------------------------
-
-# what DeepSpeed pickles into its optimizer files besides tensors and plain data
-_PLAIN_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
-
-
 # --- gradients that are not finite --------------------------------------------------------------
 
 
@@ -296,80 +284,3 @@ def spoil_gradients(optimizer: Any) -> None:
     flat = getattr(optimizer, "fp32_groups_gradients_flat", [])
     for gradient in [g for group in averaged for g in group or () if g is not None] + list(flat):
         gradient.fill_(torch.nan)
-
-
-# what DeepSpeed itself puts into the files that `client_state` goes to
-RESERVED = (
-    "module",
-    "buffer_names",
-    "optimizer",
-    "param_shapes",
-    "frozen_param_shapes",
-    "shared_params",
-    "frozen_param_fragments",
-    "lr_scheduler",
-    "data_sampler",
-    "random_ltd",
-    "skipped_steps",
-    "global_steps",
-    "global_samples",
-    "dp_world_size",
-    "mp_world_size",
-    "ds_config",
-    "ds_version",
-)
-
-
-class SafeCheckpointEngine(TorchCheckpointEngine):
-    """DeepSpeed's checkpoint files, read without running what is in them."""
-
-    def save(self, state_dict: Any, path: str) -> None:
-        with open(path, "wb") as file:  # torch's own writer does not say why a disk takes no more
-            torch.save(state_dict, file, _use_new_zipfile_serialization=self.zipfile_serialization)
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        try:
-            return _read(path, map_location)
-        except Exception as error:  # a damaged file can fail in many ways
-            raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
-
-    def look(self, path: str) -> Any:
-        """As `load`, with tensors that are read from the disk when somebody looks at them."""
-        try:
-            mapped = zipfile.is_zipfile(path)  # the only kind that can be mapped
-            return _read(path, "cpu", mmap=mapped)
-        except Exception as error:  # a damaged file can fail in many ways
-            raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
-
-
-def _read(source: Any, map_location: Any = None, **how: Any) -> Any:
-    with torch.serialization.safe_globals(_PLAIN_CLASSES):
-        return torch.load(source, map_location=map_location, weights_only=True, **how)
-
-
-def unloadable(value: Any, name: str) -> str | None:
-    """What in `value`, called `name`, could be saved but not be read again; None: nothing."""
-    buffer = BytesIO()
-    try:
-        torch.save(value, buffer)
-        buffer.seek(0)
-        _read(buffer)
-    except Exception:  # there are many ways
-        parts: list[tuple[Any, str]] = []
-        if isinstance(value, dict):
-            parts = [(key, f"the key {key!r} of {name}") for key in value]
-            parts += [(part, f"{name}[{key!r}]") for key, part in value.items()]
-        elif isinstance(value, list | tuple | set):
-            parts = [(part, f"{name}[{number}]") for number, part in enumerate(value)]
-        found = next(filter(None, (unloadable(part, where) for part, where in parts)), None)
-        return found or f"{name} is a {type(value).__module__}.{type(value).__qualname__}"
-    return None
-
-
-def _reason(error: Exception) -> str:
-    """The telling line of torch's long message about a file it does not trust."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return next(
-        (line.strip().partition(". Please use")[0] for line in lines if "Unsupported" in line),
-        lines[0],
-    )

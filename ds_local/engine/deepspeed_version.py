@@ -8,7 +8,10 @@ from ds_local.errors import UnsupportedDeepSpeed
 
 TESTED = ("0.19.8",)
 LOWEST, BELOW = "0.19.8", "0.20"
-REMEDY = f"ds_local is tested with DeepSpeed {', '.join(TESTED)}: run pip install deepspeed=={TESTED[-1]}"
+REMEDY = (
+    f"ds_local is tested with DeepSpeed {', '.join(TESTED)}: run pip install "
+    f"deepspeed=={TESTED[-1]}"
+)
 
 
 def check() -> None:

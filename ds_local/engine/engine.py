@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.pipe.schedule import ReduceGrads
 from torch import Tensor
 
 from ds_local.engine import instructions, loading, saving
@@ -41,10 +42,12 @@ from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError, ConfigError
 from ds_local.links import notices
 from ds_local.links.failures import Failures, meeting
-from ds_local.links.transport import End, Receiver, Sender, make_end
+from ds_local.links.pair import Receiver, Sender
+from ds_local.links.transport import End, make_end
 from ds_local.links.watchdog import Watchdog
+from ds_local.replicas.group import replica_group
 from ds_local.replicas.head_copies import Copies, refresh_delay
-from ds_local.replicas.sync import Together, replica_group
+from ds_local.replicas.sync import Together
 from ds_local.schedules.replay import validate
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Link, Schedule
@@ -237,7 +240,8 @@ class LocalPipelineEngine(StageUpdates):
 
         Raises:
             TransportError: when a neighbour is gone or silent.
-            NonFiniteError: after more steps in a row that are not finite than "on_nonfinite" allows.
+            NonFiniteError: after more steps in a row that are not finite than "on_nonfinite"
+                allows.
             OutOfData: when the data runs out.
         """
         if not torch.is_grad_enabled():
@@ -582,5 +586,5 @@ class LocalPipelineEngine(StageUpdates):
             instruction: _by_executor(method)
             for instruction, method in instructions.METHODS.items()
         },
-        instructions.ReduceGrads: StageUpdates.reduce_gradients,
+        ReduceGrads: StageUpdates.reduce_gradients,
     }

@@ -19,6 +19,7 @@ from ds_local.config.schema import LocalParallelConfig
 from ds_local.engine import finite
 from ds_local.engine.stash import Stash, Used
 from ds_local.errors import ConfigError, OutOfData
+from ds_local.links.buffers import Tag
 from ds_local.links.messages import (
     Slots,
     activation_message,
@@ -28,10 +29,16 @@ from ds_local.links.messages import (
     parts_of_gradient,
     to_device,
 )
-from ds_local.links.transport import End, MemoryLink, Receiver, Tag
+from ds_local.links.pair import Receiver
+from ds_local.links.transport import End, MemoryLink
 from ds_local.links.trees import CannotTravel, Tree
 from ds_local.model.seeds import seeded
-from ds_local.model.split_linear import PutOff, catch_up, left_out, put_off
+from ds_local.model.split_linear import (
+    DeferredGrads,
+    defer_weight_grads,
+    no_weight_grads,
+    run_deferred,
+)
 from ds_local.schedules.schedule import Link, Schedule
 
 
@@ -117,7 +124,9 @@ class Executor:
         self._watches: dict[int, finite.Watch] = {}  # of later ones
         self.live: dict[tuple[int, int, int], _Live] = {}  # (segment, step, micro-batch)
         self.keep_output: Callable[[int, Any], None] | None = None
-        self._deferred: dict[tuple[int, int, int], PutOff] = {}  # (segment, micro-batch, pass)
+        self._deferred: dict[
+            tuple[int, int, int], DeferredGrads
+        ] = {}  # (segment, micro-batch, pass)
         self._schedule: Schedule
         self._data: Iterator[Any] = iter(())
         self._read: deque[tuple[Any, Any, float]] = deque()  # inputs, labels, weight
@@ -360,16 +369,16 @@ class Executor:
         keep_graph = live.passes_left > 0
         found: Sequence[Tensor | None] = [None] * len(inputs)
         if outputs and inputs and not one.weights:
-            with left_out(), self.stash.weights(segment, live.used):
+            with no_weight_grads(), self.stash.weights(segment, live.used):
                 found = torch.autograd.grad(
                     outputs, inputs, given, retain_graph=keep_graph, allow_unused=True
                 )
         elif outputs and one.weights:
             weights = self.stash.weights(segment, live.used)
-            with put_off() if split else nullcontext() as later, weights:
+            with defer_weight_grads() if split else nullcontext() as deferred, weights:
                 torch.autograd.backward(outputs, given, retain_graph=keep_graph)
-            if later is not None:
-                self._deferred[segment, micro_batch, which] = later
+            if deferred is not None:
+                self._deferred[segment, micro_batch, which] = deferred
             found = [slot.grad for slot in inputs]
             for slot in inputs:
                 slot.grad = None
@@ -382,7 +391,7 @@ class Executor:
             self.watch.see(finite.SENT, segment, live.passed_on, micro_batch)
 
     def weight_gradient(self, segment: int, micro_batch: int, which: int) -> None:
-        catch_up(self._deferred.pop((segment, micro_batch, which), []))
+        run_deferred(self._deferred.pop((segment, micro_batch, which), []))
 
     def _run_head(self, segment: int, micro_batch: int, live: _Live) -> None:
         """Loss, gradients of the head's own parameters, and the loss's gradient at the output.

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from ds_local.errors import CheckpointError, NonFiniteError
@@ -163,8 +163,9 @@ class Events:
                 self.tell(facts | event)
             in_a_row = f", the {_ordinal(count)} time in a row" if count > 1 else ""
             raise NonFiniteError(
-                f"{_WORDS[kind].format(segment)} not finite in step {step} on {self._who}{in_a_row}; "
-                "go on from the latest checkpoint with a lower learning rate or other data, or let "
+                f"{_WORDS[kind].format(segment)} not finite in step {step} on "
+                f"{self._who}{in_a_row}; go on from the latest checkpoint with a lower learning "
+                "rate or other data, or let "
                 'more such steps pass with local_parallel.on_nonfinite {"skip": n}'
             )
 
@@ -177,7 +178,18 @@ def _ordinal(count: int) -> str:
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
-def check_state(engine: Any, what: str, remedy: str) -> None:
+class Holder(Protocol):
+    """A rank with its weights and its optimizer: an engine."""
+
+    stage_id: int
+    global_rank: int
+    basic_optimizer: Any
+
+    @property
+    def module(self) -> nn.Module: ...
+
+
+def check_state(engine: Holder, what: str, remedy: str) -> None:
     """Weights and the optimizer's state on all ranks are finite. A collective call.
 
     Args:

@@ -51,7 +51,8 @@ def initialize(
     """
     if not isinstance(model, LocalPipelineModule) or mpu is not None or mesh_param is not None:
         raise ConfigError(
-            f"ds_local.initialize takes a LocalPipelineModule and neither mpu nor mesh_param, got {type(model).__name__}"
+            "ds_local.initialize takes a LocalPipelineModule and neither mpu nor mesh_param, got "
+            f"{type(model).__name__}"
         )
     given = (config, config_params, getattr(args, "deepspeed_config", None))
     source = next((one for one in given if one is not None), None)
@@ -72,9 +73,9 @@ def initialize(
         model_parameters is not None or optimizer is not None
     ):
         raise ConfigError(
-            "local_parallel.lr_multipliers, warmup_stagger and delay_discount need parameter groups "
-            "by segment, which initialize makes for the optimizer of the config; leave optimizer and "
-            "model_parameters out, or scale the rates of your own groups"
+            "local_parallel.lr_multipliers, warmup_stagger and delay_discount need parameter "
+            "groups by segment, which initialize makes for the optimizer of the config; leave "
+            "optimizer and model_parameters out, or scale the rates of your own groups"
         )
     if model.section.scales_learning_rates:
         model_parameters = [

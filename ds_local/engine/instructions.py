@@ -41,7 +41,7 @@ class GradientPass(PipeInstruction):
 
 
 class WeightGradient(PipeInstruction):
-    """Compute the weight gradients that a split pass has put off."""
+    """Compute the weight gradients that a split pass has deferred."""
 
 
 class SendGrad(PipeInstruction):

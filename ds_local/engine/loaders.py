@@ -48,7 +48,7 @@ def data_for(
     return None, RepeatingLoader(loader)
 
 
-class _Share(IterableDataset):
+class _Share(IterableDataset[Any]):
     """One replica's samples of a stream: of every `num_replicas` micro-batches one."""
 
     def __init__(

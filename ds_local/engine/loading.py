@@ -8,17 +8,20 @@ from typing import Any
 
 from deepspeed.utils import logger
 
+from ds_local.checkpoints.agreement import gather, together
 from ds_local.checkpoints.facts import layout_changes, read_facts
-from ds_local.checkpoints.folder import agreed_tag, gather, latest_tag, locate, together, verify
-from ds_local.engine.deepspeed_seam import RESERVED
+from ds_local.checkpoints.folder import agreed_tag, latest_tag, locate
+from ds_local.checkpoints.sums import verify
 from ds_local.engine.finite import check_state
+from ds_local.engine.safe_files import RESERVED
 from ds_local.engine.saving import facts_of
+from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError
-from ds_local.replicas.subnets import saved_scaling
+from ds_local.replicas.cuts import saved_scaling
 
 WEIGHTS_ONLY = (
-    "keep the layout, or load weights only: load_optimizer_states=False (step and schedule go on) or "
-    "load_module_only=True; scripts/train.py --resume --allow-change layout"
+    "keep the layout, or load weights only: load_optimizer_states=False (step and schedule go on) "
+    "or load_module_only=True; scripts/train.py --resume --allow-change layout"
 )
 _STATE = {  # of DeepSpeed's mp_rank files
     "module": object,
@@ -34,7 +37,7 @@ _OF_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", 
 
 
 def load(
-    engine: Any,
+    engine: StageUpdates,
     read: Callable[[str, bool], tuple[str | None, dict[str, Any]]],
     load_dir: str,
     tag: str | None,
@@ -79,7 +82,9 @@ def load(
     return path, {key: value for key, value in client_state.items() if key not in RESERVED}
 
 
-def load_what_fits(engine: Any, load_dir: str, tag: str | None, allowed: Collection[str]) -> str:
+def load_what_fits(
+    engine: StageUpdates, load_dir: str, tag: str | None, allowed: Collection[str]
+) -> str:
     """Load a checkpoint as `load_checkpoint` does, without the optimizer's state or the scheduler's
     where that is of another kind and may be: with "layout" or "scheduler" among what is allowed.
 
@@ -101,7 +106,7 @@ def load_what_fits(engine: Any, load_dir: str, tag: str | None, allowed: Collect
     return f"{' and '.join(said)} starts afresh" if said else ""
 
 
-def same_scheduler(facts: Mapping[str, Any], engine: Any) -> bool:
+def same_scheduler(facts: Mapping[str, Any], engine: StageUpdates) -> bool:
     """Is the checkpoint's scheduler of this run's kind, as far as is known?"""
     own = facts_of(engine)["scheduler"]
     return (
@@ -113,7 +118,12 @@ class _Checks:
     """What this rank would read, against what it has."""
 
     def __init__(
-        self, engine: Any, place: Path, facts: Mapping[str, Any], strict: bool, with_optimizer: bool
+        self,
+        engine: StageUpdates,
+        place: Path,
+        facts: Mapping[str, Any],
+        strict: bool,
+        with_optimizer: bool,
     ) -> None:
         self.engine, self.place, self.facts = engine, place, facts
         self.strict, self.with_optimizer = strict, with_optimizer
@@ -150,8 +160,8 @@ class _Checks:
         if fits or not schedule.leads or engine.starts_afresh_at(step):
             return []
         return [
-            f"{self.place} has nothing that runs ahead as it does here: forwards start afresh, on the "
-            "weights that are loaded"
+            f"{self.place} has nothing that runs ahead as it does here: forwards start afresh, on "
+            "the weights that are loaded"
         ]
 
     def _look(self, name: str) -> dict[str, Any]:

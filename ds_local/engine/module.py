@@ -8,51 +8,36 @@ loss) is here; in which order stages do it is `schedule.py`, what travels betwee
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
-from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import ProcessTopology
-from deepspeed.utils import log_dist, logger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_local.checkpoints.facts import FACTS, head_options, read_facts
-from ds_local.checkpoints.folder import HEAD_FILE
-from ds_local.checkpoints.tensors import check_tensors
 from ds_local.cluster.surroundings import complete_environment
-from ds_local.config.deepspeed import batch_sizes, check_number
-from ds_local.config.placement import num_stages_and_replicas
-from ds_local.config.schema import SECTION, LocalParallelConfig
+from ds_local.config.strict import SECTION
 from ds_local.engine.batches import TokenBatches, split_batch
 from ds_local.engine.deepspeed_checks import checked
-from ds_local.engine.deepspeed_seam import (
-    PipelineModuleSeam,
-    SafeCheckpointEngine,
-)
+from ds_local.engine.module_checks import check_arguments, check_batches, check_layers, stages_of
+from ds_local.engine.module_files import ModuleFiles
 from ds_local.engine.process_group import start_processes
-from ds_local.errors import CheckpointError, ConfigError
+from ds_local.errors import ConfigError
 from ds_local.links.failures import meeting
 from ds_local.links.trees import map_tensors
 from ds_local.model import blocks, heads
-from ds_local.model.flops import choose_parts
-from ds_local.model.partition import balance
-from ds_local.model.pretrained import Weights, find_weights, load_head, load_layer
+from ds_local.model.cut import balance
 from ds_local.model.split_linear import make_splittable
-from ds_local.replicas.head_copies import Copy, planned_copies
-from ds_local.replicas.subnets import check_cut
-from ds_local.schedules.run_plan import RunPlan, head_segments
+from ds_local.replicas.head_copies import Copy
+from ds_local.schedules.run_plan import head_segments
 
 MakeHead = Callable[[int], nn.Module]
 
 
-class LocalPipelineModule(PipelineModuleSeam):
+class LocalPipelineModule(ModuleFiles):
     """Layers, cut into segments and dealt to pipeline stages.
 
     Args:
@@ -88,9 +73,9 @@ class LocalPipelineModule(PipelineModuleSeam):
     ) -> None:
         layers = list(layers)
         ds_config, self.section = checked(config or {})
-        stages = _num_stages(self.section, num_stages, topology)
-        _check_arguments(loss_fn, head, activation_checkpoint_interval)
-        _check_batches(ds_config, self.section, stages)
+        stages = stages_of(self.section, num_stages, topology)
+        check_arguments(loss_fn, head, activation_checkpoint_interval)
+        check_batches(ds_config, self.section, stages)
         self.hf_config: Any = (
             None  # of a Hugging Face model; set by `causal_lm`, as are its batches and copies
         )
@@ -99,7 +84,7 @@ class LocalPipelineModule(PipelineModuleSeam):
         self.on_load: list[Callable[[], None]] = []  # called when weights have been loaded
         self._given_parts = self.section.parts or parts
         self._make_head = head
-        self._check_layers(layers, stages)
+        check_layers(layers, stages, self.section, self._given_parts, head is not None)
         if self.section.loss_weighting == "token" and loss_fn is not heads.lm_loss:
             raise ConfigError(
                 f'{SECTION}.loss_weighting is "token", but only the loss of language models counts '
@@ -123,41 +108,6 @@ class LocalPipelineModule(PipelineModuleSeam):
             )
         del self._make_head
         self.register_load_state_dict_post_hook(self._loaded)
-
-    def _check_layers(self, layers: list[Any], num_stages: int) -> None:
-        num_segments = num_stages * self.section.segments_per_stage
-        self.section.check_lengths(num_segments)
-        if num_segments > len(layers):
-            raise ConfigError(
-                f"{num_stages} stages x {self.section.segments_per_stage} segments need at least {num_segments} layers, "
-                f"the model has {len(layers)}; lower num_stages or segments_per_stage"
-            )
-        if num_stages > 1 and (tied := _tied(layers)):
-            raise ConfigError(
-                f"{tied}: weights that stages share need a collective over all stages in every "
-                "step; use separate layers (untied)"
-            )
-        if not any(getattr(layer, "typename", None) is blocks.Block for layer in layers):
-            check_cut(None, self.section.replicas, 1)
-        parts = self._given_parts
-        if parts is not None:
-            rising = all(a < b for a, b in pairwise(parts))
-            if (
-                len(parts) != num_segments + 1
-                or parts[0] != 0
-                or parts[-1] != len(layers)
-                or not rising
-            ):
-                raise ConfigError(
-                    f"local_parallel.parts is {list(parts)}; it needs {num_segments + 1} increasing numbers "
-                    f"from 0 to the number of layers, {len(layers)}"
-                )
-        if (
-            head_segments(self.section, num_segments) and self._make_head is None
-        ):  # also refuses routes that do not fit
-            raise ConfigError(
-                "the routes give segments before the last a loss; pass head=make_head to LocalPipelineModule"
-            )
 
     # --- building ---------------------------------------------------------------------------------
 
@@ -206,112 +156,12 @@ class LocalPipelineModule(PipelineModuleSeam):
         """
         if self.section.split_backward:
             raise ConfigError(
-                "engine.compile() makes one piece of what local_parallel.split_backward takes apart; leave one out"
+                "engine.compile() makes one piece of what local_parallel.split_backward takes "
+                "apart; leave one out"
             )
         super().compile(*args, **kwargs)
         for head in self.heads.values():
             head.compile(*args, **kwargs)
-
-    # --- checkpoints: heads have files of their own, so that the layer files fit a stock
-    # PipelineModule ---------------------
-
-    def save_state_dict(
-        self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False
-    ) -> None:
-        super().save_state_dict(save_dir, checkpoint_engine, exclude_frozen_params)
-        if self.grid.data_parallel_id == 0:
-            for segment, head in self.heads.items():
-                state = clone_tensors_for_torch_save(head.state_dict())
-                checkpoint_engine.save(
-                    state_dict=state, path=os.path.join(save_dir, HEAD_FILE.format(int(segment)))
-                )
-
-    def load_state_dir(
-        self, load_dir: str, checkpoint_engine: Any = None, strict: bool = True
-    ) -> None:
-        """Load the weights of this stage from layer files, and of the heads whose segments end at a
-        layer where the checkpoint has one. Files of a stock `PipelineModule` will do.
-
-        Raises:
-            CheckpointError: when they are not of this model. Nothing has been changed by then.
-        """
-        engine = checkpoint_engine or SafeCheckpointEngine()
-        heads = self.check_state_dir(load_dir, engine, strict)
-        super().load_state_dir(load_dir, engine, strict)
-        for segment, head in self.heads.items():
-            path = heads[segment]
-            if path is not None:
-                head.load_state_dict(engine.load(path, map_location="cpu"), strict=strict)
-            elif self.grid.data_parallel_id == 0:
-                layer = self.segment_parts[int(segment) + 1]
-                logger.warning(
-                    f"{load_dir} has no head that fits after {layer} layers: that of segment "
-                    f"{segment} starts afresh"
-                )
-        self._loaded()
-
-    def _loaded(self, *_: Any) -> None:
-        for follow in self.on_load:
-            follow()
-
-    def check_state_dir(
-        self,
-        load_dir: str,
-        checkpoint_engine: Any,
-        strict: bool = True,
-        shape_of: Callable[[Tensor], torch.Size] = lambda tensor: tensor.shape,
-    ) -> dict[str, str | None]:
-        """Compare what `load_state_dir` would load with what there is, by names and shapes.
-
-        Args:
-            shape_of: the shape in a checkpoint of one of this stage's tensors.
-
-        Returns:
-            The file of each head, None where no head of the checkpoint fits.
-
-        Raises:
-            CheckpointError: naming the file and the tensors that do not fit.
-        """
-        for index, layer in enumerate(self.forward_funcs):
-            if isinstance(layer, nn.Module):
-                paths = self.ckpt_layer_path_list(load_dir, index)
-                if not paths:
-                    name = os.path.basename(self.ckpt_layer_path(load_dir, index))
-                    raise CheckpointError(
-                        f"{load_dir} has no {name}; give a checkpoint of the same model"
-                    )
-                if len(paths) == 1:  # several: slices for tensor parallelism, which DeepSpeed joins
-                    found = checkpoint_engine.look(paths[0])
-                    check_tensors(found, layer, paths[0], strict, shape_of)
-        return {
-            segment: self._head_file(int(segment), head, load_dir, checkpoint_engine, shape_of)
-            for segment, head in self.heads.items()
-        }
-
-    def _head_file(
-        self,
-        segment: int,
-        head: nn.Module,
-        load_dir: str,
-        checkpoint_engine: Any,
-        shape_of: Callable[[Tensor], torch.Size],
-    ) -> str | None:
-        """Of the head that a checkpoint has where this segment ends, if it is of the same kind."""
-        if not os.path.exists(os.path.join(load_dir, FACTS)):
-            return None
-        facts = read_facts(load_dir)
-        segments = {end: number for number, end in enumerate(facts["segment_parts"][1:])}
-        name = HEAD_FILE.format(segments.get(self.segment_parts[segment + 1], -1))
-        if name not in facts["files"]:
-            return None
-        path = os.path.join(load_dir, name)
-        try:
-            check_tensors(checkpoint_engine.look(path), head, path, shape_of=shape_of)
-        except CheckpointError:
-            if head_options(facts) != head_options({SECTION: self.section.model_dump(mode="json")}):
-                return None
-            raise
-        return path
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -419,67 +269,6 @@ class LocalPipelineModule(PipelineModuleSeam):
             yield from (p for p in self.heads[str(segment)].parameters() if p.requires_grad)
 
 
-def _check_arguments(loss_fn: Any, head: Any, activation_checkpoint_interval: Any) -> None:
-    for name, value in (("loss_fn", loss_fn), ("head", head)):
-        if value is not None and not callable(value):
-            raise ConfigError(f"{name} is a {type(value).__name__}; pass a function")
-    check_number("activation_checkpoint_interval", activation_checkpoint_interval, least=0)
-
-
-def _check_batches(
-    ds_config: Mapping[str, Any], section: LocalParallelConfig, num_stages: int
-) -> None:
-    """The steps' schedules can be made, where the config says how large a step is."""
-    if {"train_batch_size", "train_micro_batch_size_per_gpu"} & ds_config.keys():
-        _, num_micro_batches = batch_sizes(ds_config, _world_size() // num_stages)
-        _ = RunPlan.of(section, num_stages, num_micro_batches).schedules
-
-
-def _tied(layers: Sequence[Any]) -> str | None:
-    """Which layers share weights, if any do."""
-    owner: dict[nn.Parameter, int] = {}
-    for number, layer in enumerate(layers):
-        if isinstance(layer, TiedLayerSpec):
-            return f"layer {number} is a TiedLayerSpec"
-        for parameter in layer.parameters() if isinstance(layer, nn.Module) else ():
-            if owner.setdefault(parameter, number) != number:
-                return f"layers {owner[parameter]} and {number} share weights"
-    return None
-
-
-def _num_stages(section: LocalParallelConfig, num_stages: int | None, topology: Any) -> int:
-    """Checked against the number of processes, which the launcher has announced even before they
-    have met."""
-    if topology is not None:
-        axes = sorted(topology.get_axis_names())
-        if axes != ["data", "pipe"]:
-            raise ConfigError(f"topology has the axes {axes}; make one of pipe and data")
-        num_stages = topology.get_dim("pipe")
-    return num_stages_and_replicas(section, _world_size(), num_stages)[0]
-
-
-def _world_size() -> int:
-    return (
-        dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    )
-
-
-def _check_widths(hf_config: Any, section: LocalParallelConfig, num_stages: int) -> None:
-    """A bottleneck is narrower than the model, and a stage's weights fit the machine's memory."""
-    if section.head.rank is not None and section.head.rank > hf_config.hidden_size:
-        raise ConfigError(
-            f"{SECTION}.head.rank is {section.head.rank}, wider than the model's hidden state of "
-            f"{hf_config.hidden_size}; lower it, or leave it out"
-        )
-    needed = 4 * sum(p.numel() for p in blocks.skeleton(hf_config).parameters()) // num_stages
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise ConfigError(
-            f"a stage's weights take {needed / 2**30:,.0f} GiB in fp32, this machine has "
-            f"{memory / 2**30:,.0f} GiB; use more stages or a smaller model"
-        )
-
-
 def _apply(layers: Sequence[Callable[[Any], Any]], inputs: Any) -> Any:
     for layer in layers:
         inputs = layer(inputs)
@@ -489,86 +278,3 @@ def _apply(layers: Sequence[Callable[[Any], Any]], inputs: Any) -> Any:
 def _apply_to_copy(layers: Sequence[Callable[[Any], Any]], inputs: Any) -> Any:
     """For a layer that changes its input in place: recomputing must start from what it was."""
     return _apply(layers, map_tensors(inputs, Tensor.clone))
-
-
-def causal_lm(
-    model: Any,
-    num_stages: int | None = None,
-    config: str | Path | Mapping[str, Any] | None = None,
-    seq_len: int | None = None,
-    activation_checkpoint_interval: int = 0,
-    topology: Any = None,
-    weights: str | Path | None = None,
-    from_scratch: bool = False,
-) -> LocalPipelineModule:
-    """A Hugging Face causal language model, ready to train: embedding, blocks, readout, and an
-    auxiliary head per segment.
-
-    Args:
-        model: a config.json in Hugging Face's form, a model folder or name, a dict or a
-            `PretrainedConfig`.
-        weights: folder of safetensors to start from; default `model`, where that is a folder or
-            name that has some.
-        from_scratch: start from fresh weights whatever there is.
-        num_stages, config, activation_checkpoint_interval, topology: as for `LocalPipelineModule`.
-        seq_len: tokens in a sequence, for balancing the segments; default the model's longest.
-
-    Raises:
-        UnsupportedModel: for a family that is not in `blocks.FAMILIES`.
-        ConfigError: when the configuration contradicts the model or the number of processes.
-        WeightsError: when the pretrained weights are damaged or of another model.
-    """
-    ds_config, section = checked(config or {})
-    hf_config = blocks.load_model_config(model)
-    if weights is None and not from_scratch and isinstance(model, str | Path):
-        weights = find_weights(model)
-    pretrained = None if weights is None or from_scratch else Weights(weights, hf_config)
-    depth = blocks.num_blocks(hf_config)
-    stages = _num_stages(section, num_stages, topology)
-    num_segments = stages * section.segments_per_stage
-    section.check_lengths(num_segments)
-    if num_segments > depth:
-        raise ConfigError(
-            f"{stages} stages x {section.segments_per_stage} segments need at least {num_segments} blocks, "
-            f"the model has {depth}; lower num_stages or use a deeper model"
-        )
-    _check_widths(hf_config, section, stages)
-    check_cut(hf_config, section.replicas, _world_size() // stages, pretrained is not None)
-    longest = blocks.num_positions(hf_config)
-    if seq_len is not None:
-        check_number("seq_len", seq_len)
-    if seq_len is not None and seq_len > longest:
-        raise ConfigError(
-            f"sequences have {seq_len} tokens but the model takes at most {longest}; prepare data with --seq-len {longest}"
-        )
-
-    seed = section.seed
-    layers = [
-        LayerSpec(blocks.Embedding, hf_config, seed),
-        *(LayerSpec(blocks.Block, hf_config, index, seed) for index in range(depth)),
-        LayerSpec(blocks.Readout, hf_config, seed, section.head.kernel),
-    ]
-    num_micro_batches = batch_sizes(ds_config, _world_size() // stages)[1]
-    parts = section.parts or choose_parts(
-        hf_config, section, num_segments, num_micro_batches, seq_len or longest
-    )
-    module = LocalPipelineModule(
-        layers,
-        stages,
-        loss_fn=heads.lm_loss,
-        config=config,
-        parts=parts,
-        head=lambda segment: blocks.make_head(hf_config, segment, seed, section.head, parts),
-        activation_checkpoint_interval=activation_checkpoint_interval,
-        topology=topology,
-    )
-    module.hf_config = hf_config
-    module.token_batches = TokenBatches(hf_config.vocab_size, blocks.learned_positions(hf_config))
-    module.copies = planned_copies(section, num_segments, head_segments(section, num_segments))
-    if pretrained is not None:
-        log_dist(f"starting from the weights in {pretrained.folder}", ranks=[0])
-        for number, layer in enumerate(module.forward_funcs, module.first_layer):
-            load_layer(layer, number, pretrained)
-        for segment, head in module.heads.items():
-            load_head(head, int(segment), section.head, parts, pretrained)
-    return module

@@ -146,8 +146,8 @@ def check_client_parts(config: Mapping[str, Any], optimizer: Any, scheduler: Any
         )
     if optimizer is not None and not (isinstance(optimizer, Optimizer) or callable(optimizer)):
         raise ConfigError(
-            f"optimizer is a {type(optimizer).__name__}; pass a torch.optim.Optimizer, or a function "
-            "that makes one of parameters"
+            f"optimizer is a {type(optimizer).__name__}; pass a torch.optim.Optimizer, or a "
+            "function that makes one of parameters"
         )
     if isinstance(optimizer, Optimizer) and zero_stage(config):
         _check_zero(type(optimizer), type(optimizer).__name__, config)

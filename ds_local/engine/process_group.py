@@ -12,7 +12,8 @@ import deepspeed
 from torch import distributed as dist
 from torch.distributed import distributed_c10d
 
-from ds_local.cluster.start_check import LIMIT_SECONDS, Assembly
+from ds_local.cluster.assembly import Assembly
+from ds_local.cluster.start_check import LIMIT_SECONDS
 from ds_local.cluster.surroundings import own_address
 from ds_local.engine.deepspeed_seam import ENGINES
 from ds_local.links import notices
@@ -78,7 +79,9 @@ def end_processes() -> None:
     """Leave the process group, so that this process may join another one."""
     for engine in list(ENGINES):
         with suppress(RuntimeError):  # a neighbour may be gone
-            engine.destroy()  # hooks of DeepSpeed's bf16 and ZeRO optimizers would keep it, and its links' threads, for ever
+            # hooks of DeepSpeed's bf16 and ZeRO optimizers would keep it, and its links' threads,
+            # for ever
+            engine.destroy()
     ENGINES.clear()
     notices.end()
     if dist.is_initialized():

@@ -19,7 +19,9 @@ from torch import distributed as dist
 
 from ds_local.engine.finite import KINDS
 from ds_local.links.mailbox import Mailbox
-from ds_local.links.transport import End, Sender
+from ds_local.links.pair import Sender
+from ds_local.links.transport import End
+from ds_local.replicas.sync import Together
 
 # columns of the figures each segment reports
 FIGURES = (
@@ -86,10 +88,10 @@ class Traffic:
         self._ends = ends
         self._before: tuple[list[float], dict[str, float]] = ([], {})
 
-    def begin(self, replicas: Any) -> None:
+    def begin(self, replicas: Together) -> None:
         self._before = self._totals(replicas)
 
-    def end(self, replicas: Any) -> dict[str, float | None]:
+    def end(self, replicas: Together) -> dict[str, float | None]:
         """Figures of the step since `begin`."""
         waits, totals = self._totals(replicas)
         waits = [now - then for now, then in zip(waits, self._before[0], strict=True)]
@@ -98,7 +100,7 @@ class Traffic:
             "slowest_link": slowest
         }
 
-    def _totals(self, replicas: Any) -> tuple[list[float], dict[str, float]]:
+    def _totals(self, replicas: Together) -> tuple[list[float], dict[str, float]]:
         waits = [0.0 if end is None else end.waited for end in self._ends]
         totals = {
             "waited": sum(waits) + replicas.waited,
@@ -123,8 +125,8 @@ class Reports:
         local_segments: this rank's segments, empty on replicas other than the first.
         links: names of all links; "slowest_link" is a number of one of them.
         timeout_seconds: longest wait for reports that are on their way.
-        steps_ahead: by how many steps the forwards of a segment, which carry figures, may be ahead
-            of the newest step of another segment.
+        steps_ahead: that forwards may run ahead. Figures of so many steps travel beside the newest:
+            no forward is left to carry them in the last steps before a phase ends.
     """
 
     def __init__(
@@ -138,7 +140,9 @@ class Reports:
         timeout_seconds: float = 300.0,
         steps_ahead: int = 0,
     ) -> None:
-        self.figures = torch.zeros((num_segments, _COLUMNS), dtype=torch.float64)
+        self._slots = 1 + steps_ahead
+        # [segment, step modulo slots, column]
+        self.figures = torch.zeros((num_segments, self._slots, _COLUMNS), dtype=torch.float64)
         self.listeners: list[Listener] = []  # called on rank 0
         self._per_stage = segments_per_stage
         self._every = every
@@ -163,11 +167,12 @@ class Reports:
             self._note(range(len(self.figures)))
 
     def _note(self, segments: Iterable[int]) -> None:
-        steps = self.figures[:, FIGURES.index("step")].tolist()
+        steps = self.figures[..., FIGURES.index("step")].tolist()
         for segment in segments:
-            if (step := int(steps[segment])) > self._last_mailed:
-                rows = self._noted.setdefault(step, {})
-                rows.setdefault(segment, self.figures[segment].clone())
+            for slot, step in enumerate(map(int, steps[segment])):
+                if step > self._last_mailed:
+                    rows = self._noted.setdefault(step, {})
+                    rows.setdefault(segment, self.figures[segment, slot].clone())
 
     def close_step(self, rows: dict[int, dict[str, Any]]) -> None:
         """Book this rank's figures of the step that ends, and pass on those of the steps before
@@ -179,7 +184,8 @@ class Reports:
                 self._emit(self._mailbox.read())
         for segment, row in rows.items():
             numbers = to_row(row)
-            self.figures[segment] = torch.tensor(numbers, dtype=torch.float64)
+            slot = int(row["step"]) % self._slots
+            self.figures[segment, slot] = torch.tensor(numbers, dtype=torch.float64)
             if segment in self._local_segments:
                 self._own.setdefault(int(row["step"]), {})[segment] = numbers
         for step in sorted(self._own)[: -self._kept]:

@@ -9,17 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_local.checkpoints.files import reason
-from ds_local.checkpoints.folder import Writing, gather, together
-from ds_local.engine.deepspeed_seam import RESERVED, unloadable
+from ds_local.checkpoints.agreement import gather, together
+from ds_local.checkpoints.folder import Writing
 from ds_local.engine.finite import check_state
+from ds_local.engine.safe_files import RESERVED, unloadable
+from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError, SaveError
-from ds_local.model.blocks import config_dict
+from ds_local.model.families import config_dict
+from ds_local.outputs import reason
 from ds_local.schedules.run_plan import head_segments
 
 
 def save(
-    engine: Any,
+    engine: StageUpdates,
     write: Callable[[str], Any],
     save_dir: str,
     tag: str | None,
@@ -128,7 +130,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _check_state(engine: Any, client_state: Mapping[str, Any]) -> None:
+def _check_state(engine: StageUpdates, client_state: Mapping[str, Any]) -> None:
     """Refuse what could be saved but not be loaded again."""
     for key in client_state:
         if not isinstance(key, str) or key in RESERVED:
@@ -149,7 +151,7 @@ def _check_state(engine: Any, client_state: Mapping[str, Any]) -> None:
         )
 
 
-def facts_of(engine: Any) -> dict[str, Any]:
+def facts_of(engine: StageUpdates) -> dict[str, Any]:
     """What a checkpoint says about itself."""
     module = engine.module
     by_config = None if engine.client_optimizer else engine.optimizer_name()

@@ -164,8 +164,8 @@ class Stash:
         return torch.autograd._unsafe_preserve_version_counter(parameters)
 
     def on_the_way(self, segment: int, last: int | None) -> Iterator[tuple[int, int]]:
-        """(step, micro-batch) of what the segment below has sent and this one has not taken, between
-        two steps.
+        """(step, micro-batch) of what the segment below has sent and this one has not taken,
+        between two steps.
 
         Args:
             last: see `before_update`.
@@ -235,8 +235,8 @@ class Stash:
         return fits
 
     def load(self, folder: str | Path | None, schedule: Schedule) -> None:
-        """Go on with what ran ahead in a checkpoint, if it goes with this run; the micro-batches are
-        computed once more, on the weights they had."""
+        """Go on with what ran ahead in a checkpoint, if it goes with this run; the micro-batches
+        are computed once more, on the weights they had."""
         self.end()
         for segment, parameters in self._weights.items():
             path = Path(folder or "", stash_file(segment))

@@ -1,4 +1,5 @@
-"""The end of a step, stage by stage: averages over replicas, clipping, the finite check, the update.
+"""The end of a step, stage by stage: averages over replicas, clipping, the finite check, the
+update.
 
 What DeepSpeed computes over all stages here (norms, overflow) is computed per stage.
 """
@@ -17,6 +18,8 @@ from ds_local.engine.deepspeed_seam import PipelineEngineSeam, gradient_of, spoi
 from ds_local.engine.executor import Executor
 from ds_local.engine.finite import WEIGHTS, Events
 from ds_local.engine.module import LocalPipelineModule
+from ds_local.engine.reports import Reports
+from ds_local.replicas.head_copies import Copies
 from ds_local.replicas.sync import Together
 from ds_local.schedules.run_plan import RunPlan
 
@@ -30,6 +33,10 @@ class StageUpdates(PipelineEngineSeam):
     plan: RunPlan
     events: Events
     replicas: Together
+    copies: Copies
+    reports: Reports
+    replica_id: int
+    num_segments: int
     segment_losses: Any  # by segment
     _one_by_one: bool  # segments can be updated one by one: fp32 without ZeRO
     _grad_norms: dict[int, Any]

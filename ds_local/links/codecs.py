@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ds_local.config.schema import LinkConfig
+from ds_local.config.sections import LinkConfig
 
 Parts = dict[str, Tensor]
 

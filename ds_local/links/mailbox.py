@@ -57,7 +57,8 @@ class Mailbox:
         try:
             work = None if self._group is None else dist.isend(buffer, self._reader, self._group)
         except RuntimeError:
-            return  # the reader has finished and left; if it died, those who need its work will say so
+            # the reader has finished and left; if it died, those who need its work will say so
+            return
         if len(self._kept) >= self._RING and self._group is not None:
             self._kept.popleft()  # long gone: the reader is at most a few steps away
         self._kept.append((work, buffer))

@@ -1,7 +1,8 @@
 """What travels between segments: packed, encoded and unpacked here and nowhere else.
 
 A message is a dict of named tensors. A value that is a tensor goes under its name; any other goes
-as its leaves, `hidden.0`, `hidden.1`, ..., and `hidden=FORM`, which has no bytes: names travel once.
+as its leaves, `hidden.0`, `hidden.1`, ..., and `hidden=FORM`, which has no bytes: names travel
+once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ds_local.config.schema import LinkConfig
+from ds_local.config.sections import LinkConfig
 from ds_local.links import codecs
 from ds_local.links.trees import (
     TENSOR,

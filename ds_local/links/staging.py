@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_local.config.schema import SECTION
+from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 
 
@@ -104,29 +104,29 @@ class Direct:
         ranks, devices = ranks_here(), torch.cuda.device_count()
         if ranks > devices:
             raise ConfigError(
-                f"{SECTION}.link.past_host needs a GPU for every rank, but {ranks} ranks share {devices} on this machine; "
-                "set it to false"
+                f"{SECTION}.link.past_host needs a GPU for every rank, but {ranks} ranks share "
+                f"{devices} on this machine; set it to false"
             )
         return "nccl"
 
-    def send(self, layout: Any, tensors: Mapping[str, Tensor]) -> Any:
+    def send(self, packed: Any, tensors: Mapping[str, Tensor]) -> Any:
         """Copy tensors into one buffer and send it. Returns what to wait for before the buffer's
         memory may serve again."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self._device)
-            for name, view in layout.views(buffer).items():
+            buffer = torch.empty(packed.num_bytes, dtype=torch.uint8, device=self._device)
+            for name, view in packed.views(buffer).items():
                 view.copy_(tensors[name].detach())
                 if self._stream is not None:
                     tensors[name].record_stream(self._stream)
             return _Sent(dist.isend(buffer, self._peer, self._group), buffer)
 
-    def receive(self, layout: Any) -> tuple[Any, Tensor]:
+    def receive(self, packed: Any) -> tuple[Any, Tensor]:
         """(what to wait for, the buffer). On CUDA waiting orders the computation that follows; the
         host goes on."""
         with torch.cuda.stream(self._stream):
-            buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self._device)
+            buffer = torch.empty(packed.num_bytes, dtype=torch.uint8, device=self._device)
             work = dist.irecv(buffer, self._peer, self._group)
         if self._stream is None:
             return work, buffer

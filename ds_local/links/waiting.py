@@ -24,7 +24,6 @@ _BROKEN = (
 _OF_THE_PROGRAM = ("CUDA error", "Cuda failure", "enforce fail")  # said by these, yet no lost peer
 _LATE = ("imed out", "imeout")
 
-
 EVERYBODY = -1  # stands for a rank
 
 

@@ -21,7 +21,7 @@ from torch import distributed as dist
 
 from ds_local.measure import network
 from ds_local.measure.live import LiveTensors
-from ds_local.model.split_linear import now_or_later
+from ds_local.model.split_linear import weight_grad
 
 EVENTS: list[
     tuple[str, float, float]
@@ -69,7 +69,7 @@ class _SleepBackward(torch.autograd.Function):
             sleep(ctx.what, ctx.seconds)
             return gradient
 
-        return slowly() if ctx.weight is None else now_or_later(ctx.weight, slowly), None, None
+        return slowly() if ctx.weight is None else weight_grad(ctx.weight, slowly), None, None
 
 
 class Stage(nn.Module):
@@ -123,11 +123,16 @@ def loss_fn(hidden: Tensor, labels: Tensor) -> Tensor:
 
 
 def ds_local(
-    times: Times, stages: int, micro_batches: int, steps: int, link: network.Shape, section: dict
+    times: Times,
+    stages: int,
+    micro_batches: int,
+    steps: int,
+    link: network.Shape,
+    section: dict[str, Any],
 ) -> dict[str, Any]:
     """This package with any `local_parallel` section."""
     import ds_local as package
-    from ds_local.links.transport import Receiver
+    from ds_local.links.pair import Receiver
 
     config = _config(micro_batches) | {"local_parallel": section}
     module = package.LocalPipelineModule(
@@ -220,7 +225,8 @@ def asynchronous(
     and without stashing (as in PipeMare and PACI): gradients are stale and computed with newer
     weights than their forwards.
     """
-    from ds_local.links.transport import Tag, make_end
+    from ds_local.links.buffers import Tag
+    from ds_local.links.transport import make_end
 
     rank, total = dist.get_rank(), micro_batches * steps
 

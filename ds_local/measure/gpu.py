@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ds_local.config.files import local_parallel
 from ds_local.errors import ConfigError
-from ds_local.model import blocks
+from ds_local.model import blocks, families
 from ds_local.model.flops import choose_parts
 from ds_local.schedules.list_scheduler import make_schedule
 from ds_local.schedules.peers import PEERS
@@ -96,7 +96,7 @@ class _Bench:
 
     def config(self, model: str) -> Any:
         width, depth, heads = MODELS[model]
-        return blocks.load_model_config(
+        return families.load_model_config(
             {
                 "model_type": "gpt2",
                 "vocab_size": self.vocabulary,
@@ -233,7 +233,8 @@ class _Bench:
         useful = self.useful_flops(config, len(numbers), last)
         total = sum(times.values())
         print(
-            f"{model}, stage {stage} of {len(parts) - 1}, compiled {compiled}: {1000 * total:.2f} ms",
+            f"{model}, stage {stage} of {len(parts) - 1}, compiled {compiled}: {1000 * total:.2f} "
+            "ms",
             file=sys.stderr,
         )
         return {

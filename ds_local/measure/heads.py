@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_local.config.schema import HeadConfig
+from ds_local.config.sections import HeadConfig
 from ds_local.measure.live import LiveTensors
-from ds_local.model import blocks
+from ds_local.model import blocks, families
 
 SEED = 1234
 PARTS = [0, 2, 4, 6]  # an embedding, a block | two blocks | a block, a readout
@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def model_config(width: int, vocabulary: int, tokens: int, depth: int = 4) -> Any:
-    return blocks.load_model_config(
+    return families.load_model_config(
         {
             "model_type": "gpt2",
             "vocab_size": vocabulary,

@@ -74,7 +74,7 @@ def _serve(
         gc.collect()
 
 
-def _run(function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from ds_local.engine.process_group import end_processes, start_processes
 
     with open(os.environ.get("DS_LOCAL_RANKS_LOG", os.devnull), "a") as sink:

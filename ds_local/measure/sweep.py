@@ -69,7 +69,8 @@ def sweep(
                 seen[system.name].append(results)
                 periods[system.name].append(emulated.period(results, setting.steps()[0]))
                 share = setting.ideal_seconds / periods[system.name][-1]
-                where = f"P={setting.stages} M={setting.micro_batches} {_link_words(setting)}{system.name}"
+                shape = f"P={setting.stages} M={setting.micro_batches}"
+                where = f"{shape} {_link_words(setting)}{system.name}"
                 took = time.monotonic() - started
                 print(
                     f"{where}, repetition {repeat + 1}: {share:.1%} of ideal ({took:.0f} s)",

@@ -26,12 +26,10 @@ class System:
     owner: str  # whose pipeline
     schedule: str
     run: Callable[..., dict[str, Any]]  # a function of `emulated`
-    arguments: Callable[
-        [int, int], tuple
-    ]  # of (stages, micro-batches): what `run` takes besides the common ones
-    theory: Callable[
-        [int, int, Any], Schedule | list[Schedule] | None
-    ]  # of (stages, micro-batches, what rank 0 returned)
+    # of (stages, micro-batches): what `run` takes besides the common ones
+    arguments: Callable[[int, int], tuple[Any, ...]]
+    # of (stages, micro-batches, what rank 0 returned)
+    theory: Callable[[int, int, Any], Schedule | list[Schedule] | None]
     least: Callable[[int], int] = lambda stages: 1  # of stages: fewest micro-batches
     pieces: int = 1  # of a stage
     head: float = 0.0  # cost of an auxiliary head, as a share of a stage's useful time

@@ -3,10 +3,10 @@
 The layers wrap Hugging Face's own modules and call them by keyword, with the causal mask and the
 positions computed on the spot from the hidden state's shape, so that one tensor is all that travels
 between stages. Where a micro-batch has a mask or positions of its own, layers pass a dict of these
-and the hidden state. Every module is taken from a real `PreTrainedModel`: a block built from a bare config has no
-attention implementation and silently sees the future.
+and the hidden state. Every module is taken from a real `PreTrainedModel`: a block built from a bare
+config has no attention implementation and silently sees the future.
 
-A family of models is one entry of `FAMILIES`. Shapes: B sequences, T tokens, D hidden, V
+A family of models is one entry of `families.FAMILIES`. Shapes: B sequences, T tokens, D hidden, V
 vocabulary.
 """
 
@@ -16,21 +16,22 @@ import copy
 import functools
 import json
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.pytorch_utils import Conv1D
 
-from ds_local.config.schema import HeadConfig
-from ds_local.errors import ConfigError
-from ds_local.model.config_file import read_config, reason
+from ds_local.config.sections import HeadConfig
+from ds_local.model.families import (
+    attention_of,
+    config_dict,
+    family_of,
+    num_blocks,
+    skeleton,
+)
 from ds_local.model.heads import (
     HIDDEN,
     AuxiliaryHead,
@@ -41,116 +42,6 @@ from ds_local.model.heads import (
 )
 from ds_local.model.seeds import seeded
 from ds_local.model.split_linear import SPLITTABLE, casts, linear
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a family of Hugging Face models keeps its parts (dotted names below the causal LM)."""
-
-    tokens: str
-    blocks: str
-    norm: str
-    readout: str = "lm_head"
-    positions: str | None = None  # learned position embedding
-    dropout: str | None = None  # after the embeddings
-    rotary: str | None = None
-
-
-_LLAMA = Family("model.embed_tokens", "model.layers", "model.norm", rotary="model.rotary_emb")
-
-FAMILIES: dict[str, Family] = {
-    "gpt2": Family(
-        "transformer.wte",
-        "transformer.h",
-        "transformer.ln_f",
-        positions="transformer.wpe",
-        dropout="transformer.drop",
-    ),
-    "gpt_neox": Family(  # Pythia too
-        "gpt_neox.embed_in",
-        "gpt_neox.layers",
-        "gpt_neox.final_layer_norm",
-        dropout="gpt_neox.emb_dropout",
-        rotary="gpt_neox.rotary_emb",
-    ),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2"), _LLAMA),
-}
-
-
-def load_model_config(source: str | Path | dict[str, Any] | PretrainedConfig) -> PretrainedConfig:
-    """A Hugging Face config from a JSON file, a model folder, a hub name, a dict or a config.
-
-    Raises:
-        UnsupportedModel: when it cannot be read or its family is not supported; the message lists
-            the families.
-        ConfigError: for a key that only resembles a real one, and numbers that do not fit.
-    """
-    config, where = read_config(source, FAMILIES)
-    config.dtype = None  # that of the saved weights; in training the DeepSpeed config decides
-    try:
-        _run_one_block(config)
-    except Exception as error:  # whatever a model says about its numbers
-        key = _key_at_fault(config)
-        raise ConfigError(
-            f"{where}: no {config.model_type} can be made of it{f' with this {key}' if key else ''}: "
-            f"{reason(error, config)}"
-        ) from error
-    return config
-
-
-def _key_at_fault(config: PretrainedConfig) -> str | None:
-    """The one key without which, at its default, a block runs; None where no single one is to
-    blame."""
-    for key, value in config.to_diff_dict().items():
-        usual = getattr(type(config)(), key, value)
-        if key in ("model_type", "transformers_version") or usual == value:
-            continue
-        changed = copy.deepcopy(config)
-        setattr(changed, key, usual)
-        with suppress(Exception):
-            _run_one_block(changed)
-            return f"{key} ({value!r})"
-    return None
-
-
-def _run_one_block(config: PretrainedConfig) -> None:
-    """Without storage: shapes that do not fit are found here."""
-    model, family = skeleton(config), family_of(config)
-    hidden_BTD = torch.empty(1, 2, config.hidden_size, device="meta")
-    positions = torch.zeros(1, 2, dtype=torch.long, device="meta")
-    kwargs: dict[str, Any] = {"attention_mask": None, "position_ids": positions}
-    with torch.no_grad():
-        if family.rotary is not None:
-            kwargs["position_embeddings"] = model.get_submodule(family.rotary)(
-                hidden_BTD, positions
-            )
-        model.get_submodule(f"{family.blocks}.0")(hidden_BTD, use_cache=False, **kwargs)
-
-
-@functools.lru_cache(maxsize=4)
-def _skeleton_of(config_json: str) -> PreTrainedModel:
-    config = AutoConfig.for_model(**json.loads(config_json))
-    with init_empty_weights(include_buffers=True):
-        return AutoModelForCausalLM.from_config(config)
-
-
-def config_dict(config: PretrainedConfig) -> dict[str, Any]:
-    """The config as plain JSON values, without private fields, which must never be taken from a
-    file."""
-    return {
-        k: v
-        for k, v in json.loads(config.to_json_string(use_diff=False)).items()
-        if not k.startswith("_") and k != "loss_type"
-    }
-
-
-def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The whole model without storage, for its structure; shared, so never changed."""
-    return _skeleton_of(json.dumps(config_dict(config), sort_keys=True))
-
-
-def family_of(config: PretrainedConfig) -> Family:
-    return FAMILIES[config.model_type]
 
 
 def _materialize(config: PretrainedConfig, name: str, *key: int | str) -> nn.Module:
@@ -164,7 +55,8 @@ def _materialize(config: PretrainedConfig, name: str, *key: int | str) -> nn.Mod
 
 
 class _Conv1D(Conv1D):
-    """GPT-2's linear layer, whose weight is transposed, with a weight gradient that can wait."""
+    """GPT-2's linear layer, whose weight is transposed, with a weight gradient that can be
+    deferred."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (
@@ -191,7 +83,7 @@ class _Context:
             if rotary is None
             else type(skeleton(config).get_submodule(rotary))(config=self.config)
         )
-        self._kept: dict[tuple, dict[str, Any]] = {}
+        self._kept: dict[tuple[Any, ...], dict[str, Any]] = {}
         # the newest mask or positions that a micro-batch gave, and what came of them
         self._newest: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
 
@@ -346,39 +238,6 @@ class Readout(nn.Module):
         return loss / count_targets(labels_BT).clamp(min=1)
 
 
-def hf_names(config: PretrainedConfig, layer: int) -> dict[str, str]:
-    """Where the parts of pipeline layer `layer` are in the Hugging Face model: name in the layer ->
-    name in the model."""
-    family = family_of(config)
-    if layer == 0:
-        return {"tokens": family.tokens} | (
-            {"positions": family.positions} if family.positions else {}
-        )
-    if layer <= num_blocks(config):
-        return {"block": f"{family.blocks}.{layer - 1}"}
-    return {"norm": family.norm, "readout": family.readout}
-
-
-def tensor_names(config: PretrainedConfig, layer: int) -> dict[str, str]:
-    """Every saved tensor of pipeline layer `layer`: name in the layer -> name in the Hugging Face
-    model."""
-    whole = skeleton(config).state_dict()
-    return {
-        part + name.removeprefix(prefix): name
-        for part, prefix in hf_names(config, layer).items()
-        for name in whole
-        if name.startswith(prefix + ".")
-    }
-
-
-def attention_of(config: PretrainedConfig, index: int) -> str:
-    """ "full_attention" or "sliding_attention" of block `index`."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types:
-        return layer_types[index]
-    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-
-
 def make_head(
     config: PretrainedConfig, segment: int, seed: int, head: HeadConfig, parts: Sequence[int]
 ) -> AuxiliaryHead:
@@ -425,20 +284,6 @@ def head_blocks(
     or above it."""
     last = parts[segment + 2] if head.blocks_from == "next_tracked" else parts[-1]
     return head.blocks_of(segment, min(last - 1, num_blocks(config)) - (parts[segment + 1] - 1))
-
-
-def num_blocks(config: PretrainedConfig) -> int:
-    return len(skeleton(config).get_submodule(family_of(config).blocks))
-
-
-def num_positions(config: PretrainedConfig) -> int:
-    """Longest sequence the model takes."""
-    return config.max_position_embeddings
-
-
-def learned_positions(config: PretrainedConfig) -> int | None:
-    """How many positions the model has an embedding of, None where it computes them."""
-    return num_positions(config) if family_of(config).positions else None
 
 
 def forward_flops(config: PretrainedConfig, seq_len: int) -> tuple[float, float]:

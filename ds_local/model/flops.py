@@ -14,10 +14,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from ds_local.config.schema import HeadConfig, LocalParallelConfig
+from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
-from ds_local.model import blocks
-from ds_local.model.partition import balance
+from ds_local.model import blocks, families
+from ds_local.model.cut import balance
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import BACKWARD, FORWARD, INPUT_GRADIENT, Schedule
 
@@ -42,7 +43,7 @@ def unit_flops(config: Any, head: HeadConfig, num_segments: int, seq_len: int) -
 
 def _head_flops(config: Any, head: HeadConfig, segment: int, block: float, readout: float) -> float:
     private = (
-        head.blocks_of(segment, blocks.num_blocks(config))
+        head.blocks_of(segment, families.num_blocks(config))
         * block
         * (2 if head.blocks_from == "next_tracked" else 3)
     )
@@ -70,7 +71,8 @@ def unit_times(profile: str | Path) -> UnitCosts:
         return UnitCosts(sum(whole) / sum(sizes), costs["head"][-1], heads)
     except (OSError, KeyError, TypeError, IndexError, ZeroDivisionError, ValueError) as error:
         raise ConfigError(
-            f"local_parallel.partition names {profile}, which is no profile written by scripts/train.py --profile: {error}"
+            f"local_parallel.partition names {profile}, which is no profile written by "
+            f"scripts/train.py --profile: {error}"
         ) from error
 
 
@@ -89,7 +91,7 @@ def choose_parts(
     Raises:
         ConfigError: when the profile does not fit.
     """
-    depth = blocks.num_blocks(config)
+    depth = families.num_blocks(config)
     if section.partition == "uniform":
         costs, extras = [1.0] * depth, [0.0] * num_segments
     else:
@@ -101,7 +103,8 @@ def choose_parts(
         )
         if len(unit.heads) != num_segments - 1:
             raise ConfigError(
-                f"the profile {section.partition} is of {len(unit.heads) + 1} segments, this run has {num_segments}; "
+                f"the profile {section.partition} is of {len(unit.heads) + 1} segments, this run "
+                f"has {num_segments}; "
                 'profile a run with as many, or use partition "cost"'
             )
         costs = [unit.block] * (depth - 1) + [unit.block + unit.readout]

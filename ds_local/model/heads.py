@@ -34,9 +34,8 @@ def hidden_of(state: State) -> Tensor:
 
 # below this many logits the plain loss is faster, and there is little memory to save
 _PLAIN_LOGITS = 1 << 20
-_CHUNK = (
-    512  # positions; on CPU much smaller chunks, torch's own choice, cost several times the time
-)
+# positions of a slice; on CPU much smaller ones, torch's own choice, cost several times the time
+_SLICE = 512
 
 
 def lm_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -68,7 +67,7 @@ def count_targets(labels_BT: Tensor) -> Tensor:
 def linear_cross_entropy(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, kernel: str = "torch"
 ) -> Tensor:
-    """Summed cross-entropy of `hidden @ weight.T`, by chunks of positions where the logits would be
+    """Summed cross-entropy of `hidden @ weight.T`, by slices of positions where the logits would be
     large.
 
     Args:
@@ -86,7 +85,7 @@ def linear_cross_entropy(
 
 
 def _torch_kernel(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """torch's chunked operation (2.13 and later), which computes its gradients in the forward
+    """torch's sliced operation (2.13 and later), which computes its gradients in the forward
     pass."""
     if not hasattr(F, "linear_cross_entropy"):
         return _checkpointed_kernel(hidden_ND, weight_VD, targets_N)
@@ -100,21 +99,21 @@ def _torch_kernel(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Te
 @lru_cache
 def _torch_options(device: str) -> Any:
     if device == "cpu":
-        return nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=_CHUNK)
+        return nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=_SLICE)
     return nn.LinearCrossEntropyOptions()
 
 
 def _checkpointed_kernel(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """For older torch: the logits of each chunk are computed twice."""
+    """For older torch: the logits of each slice are computed twice."""
 
-    def chunk_loss(hidden: Tensor, targets: Tensor) -> Tensor:
+    def slice_loss(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(
             F.linear(hidden, weight_VD).float(), targets, ignore_index=IGNORE, reduction="sum"
         )
 
     losses = [
-        checkpoint(chunk_loss, hidden, targets, use_reentrant=False)
-        for hidden, targets in zip(hidden_ND.split(_CHUNK), targets_N.split(_CHUNK), strict=True)
+        checkpoint(slice_loss, hidden, targets, use_reentrant=False)
+        for hidden, targets in zip(hidden_ND.split(_SLICE), targets_N.split(_SLICE), strict=True)
     ]
     return torch.stack(losses).sum()
 

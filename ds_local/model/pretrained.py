@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ds_local.config import shipped
-from ds_local.config.schema import HeadConfig
 from ds_local.errors import WeightsError, first_line
-from ds_local.model import blocks
+from ds_local.model import families
 
-HEADS_FILE = "auxiliary_heads.safetensors"  # beside an exported model, with its heads as they are
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 # bytes read at a time: a mapped file's pages count as memory of the process until it is closed
 _PIECE = 4 << 20
@@ -34,6 +32,7 @@ _COMPUTED = re.compile(
     r"(attn|attention)\.(masked_)?bias$|rotary_emb\.(inv_freq|(cos|sin)_cached)$"
 )
 # weights in forms that are not read
+HEADS_FILE = "auxiliary_heads.safetensors"  # beside an exported model, with its heads as they are
 _OTHER_FORMS = (
     "*.bin",
     "*.pt",
@@ -78,9 +77,10 @@ def find_weights(model: str | Path) -> Path | None:
             "whole model"
         )
     raise WeightsError(
-        f"{model} has no safetensors{f' but {others[0]}' if others else ''}; pickled weights can run code when they are read. If "
-        "you trust them, rewrite them with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...); "
-        "for fresh weights use --from-scratch"
+        f"{model} has no safetensors{f' but {others[0]}' if others else ''}; pickled weights can "
+        "run code when they are read. If you trust them, rewrite them with "
+        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...); for fresh weights use "
+        "--from-scratch"
     )
 
 
@@ -115,7 +115,7 @@ class Weights:
 
     def _check_names(self) -> None:
         """All tensors of the model, and no others."""
-        wanted = blocks.skeleton(self.config).state_dict().keys()
+        wanted = families.skeleton(self.config).state_dict().keys()
         used = {self.name_of(name) for name in wanted}
         known = {other for name in wanted for other in self._names_of(name)}
         strange = [
@@ -152,7 +152,7 @@ class Weights:
 
     def _names_of(self, wanted: str) -> Iterator[str]:
         """The names that a tensor of the model may have."""
-        base = blocks.family_of(self.config).tokens.partition(".")[0] + "."
+        base = families.family_of(self.config).tokens.partition(".")[0] + "."
         yield from (wanted, wanted.removeprefix(base), *_OLD_NAMES.get(wanted, ()))
 
     def name_of(self, wanted: str) -> str:
@@ -161,18 +161,20 @@ class Weights:
         Raises:
             WeightsError: when it has none.
         """
-        family = blocks.family_of(self.config)
+        family = families.family_of(self.config)
         names = list(self._names_of(wanted))
         if wanted == f"{family.readout}.weight" and not any(name in self._files for name in names):
             if not self.config.tie_word_embeddings:
                 raise WeightsError(
-                    f"{self.folder} has no tensor {wanted}, and its config does not tie it to the embedding"
+                    f"{self.folder} has no tensor {wanted}, and its config does not tie it to the "
+                    "embedding"
                 )
             return self.name_of(f"{family.tokens}.weight")
         found = next((name for name in names if name in self._files), None)
         if found is None:
             raise WeightsError(
-                f"{self.folder} has no tensor {wanted}, which a model of its config has; is it of another model?"
+                f"{self.folder} has no tensor {wanted}, which a model of its config has; is it of "
+                "another model?"
             )
         return found
 
@@ -195,7 +197,8 @@ class Weights:
         _check_type(self.folder / file, name, dtype)
         if list(shape) != list(target.shape):
             raise WeightsError(
-                f"{self.folder / file}: tensor {name} has shape {shape}, the model needs {list(target.shape)}"
+                f"{self.folder / file}: tensor {name} has shape {shape}, the model needs "
+                f"{list(target.shape)}"
             )
         rows = max(1, _PIECE // max(1, target[:1].numel() * 4))
         for start in range(0, target.shape[0], rows):
@@ -209,82 +212,9 @@ class Weights:
 
 def load_layer(layer: nn.Module, number: int, weights: Weights) -> None:
     """Fill pipeline layer `number`. Raises WeightsError."""
-    names = blocks.tensor_names(weights.config, number)
+    names = families.tensor_names(weights.config, number)
     for own, tensor in layer.state_dict().items():
         weights.read_into(tensor, names[own])
-
-
-def load_head(
-    head: nn.Module, segment: int, how: HeadConfig, parts: Sequence[int], weights: Weights
-) -> None:
-    """Fill what an auxiliary head has of the model's own: copied blocks, a shared readout, norm and
-    readout with init "model".
-
-    Heads that were exported with the model, cut at the same layers and made in the same way, are
-    taken whole instead.
-
-    Raises:
-        WeightsError: when a tensor is missing, damaged or of another shape.
-    """
-    state = head.state_dict()
-    if _exported_with(weights.folder, parts):
-        _read_exported(state, segment, weights.folder)
-        return
-    for name, wanted in _of_the_model(weights.config, state, segment, how, parts).items():
-        weights.read_into(state[name], wanted)
-
-
-def _of_the_model(
-    config: Any, state: Mapping[str, Tensor], segment: int, how: HeadConfig, parts: Sequence[int]
-) -> dict[str, str]:
-    """name in a head -> name in the model, of what the head starts from."""
-    family = blocks.family_of(config)
-    names = {}
-    for name in state:
-        part, _, rest = name.partition(".")
-        if part == "blocks" and how.blocks_from != "new":
-            index, _, rest = rest.partition(".block.")
-            names[name] = f"{family.blocks}.{parts[segment + 1] - 1 + int(index)}.{rest}"
-        elif part == "norm" and how.init == "model":
-            names[name] = f"{family.norm}.{rest}"
-        elif part == "readout" and (how.init == "model" or how.readout == "shared"):
-            names[name] = f"{family.readout}.{rest}"
-    return names
-
-
-def _exported_with(folder: Path, parts: Sequence[int]) -> bool:
-    """Are there heads of a model cut at the same layers?"""
-    if not (folder / HEADS_FILE).is_file():
-        return False
-    with _open_heads(folder) as tensors:
-        told = (tensors.metadata() or {}).get("segment_parts", "null")
-    return told == json.dumps(list(parts))
-
-
-def _read_exported(state: Mapping[str, Tensor], segment: int, folder: Path) -> None:
-    prefix = f"segment_{segment}."
-    with _open_heads(folder) as tensors, torch.no_grad():
-        found = {name.removeprefix(prefix) for name in tensors.keys() if name.startswith(prefix)}  # noqa: SIM118
-        if found != set(state):
-            raise WeightsError(
-                f"{folder / HEADS_FILE}: the head of segment {segment} has {sorted(found - set(state))} too much and lacks "
-                f"{sorted(set(state) - found)}; use the head options it was trained with, or remove the file"
-            )
-        for name, target in state.items():
-            tensor = tensors.get_tensor(prefix + name)
-            if tensor.shape != target.shape:
-                raise WeightsError(
-                    f"{folder / HEADS_FILE}: tensor {prefix}{name} has shape {list(tensor.shape)}, this run needs "
-                    f"{list(target.shape)}; use the head options it was trained with, or remove the file"
-                )
-            target.copy_(tensor)
-
-
-def _open_heads(folder: Path) -> Any:
-    try:
-        return safe_open(folder / HEADS_FILE, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"cannot read {folder / HEADS_FILE}: {first_line(error)}") from error
 
 
 def whole_model(model: str | Path) -> Any:
@@ -308,7 +238,8 @@ def whole_model(model: str | Path) -> Any:
     wrong = [f"{kind} {sorted(info[f'{kind}_keys'])[0]}" for kind in kinds if info[f"{kind}_keys"]]
     if wrong:
         raise WeightsError(
-            f"{model} has other weights than its config says ({', '.join(wrong)}); is it of another model?"
+            f"{model} has other weights than its config says ({', '.join(wrong)}); is it of "
+            "another model?"
         )
     if not all(parameter.isfinite().all() for parameter in loaded.parameters()):
         raise WeightsError(f"{model} has weights that are NaN or infinite")

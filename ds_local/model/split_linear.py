@@ -1,11 +1,11 @@
-"""Linear layers whose weight gradient can wait: the half of a backward pass that no other stage
+"""Linear layers with deferred weight gradients: the half of a backward pass that no other stage
 needs.
 
-The backward of a `LinearLayer` gives the input gradient at once. Within `put_off()` it leaves the
-product that makes the weight gradient for later, and so does any layer whose backward asks
-`now_or_later`. Gradients of all else (biases, norms, embeddings) are cheap and come with the input
-gradient. Splitting a backward so is Zero Bubble's idea (Qi et al. 2024, arXiv 2401.10241); here it
-costs no second walk through the graph.
+The backward of a `LinearLayer` gives the input gradient at once. Within `defer_weight_grads()` the
+product that makes the weight gradient is deferred until `run_deferred`, and so it is in any layer
+whose backward returns `weight_grad(...)`. Gradients of all else (biases, norms, embeddings) are
+cheap and come with the input gradient. Splitting a backward so is Zero Bubble's idea (Qi et al.
+2024, arXiv 2401.10241); here it costs no second walk through the graph.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PutOff = list[tuple[Tensor, Callable[[], Tensor]]]  # weight, and what computes its gradient
+DeferredGrads = list[tuple[Tensor, Callable[[], Tensor]]]  # weight, and what computes its gradient
 
 # What collects them, None where nobody wants them. Of the process: on a GPU autograd has threads of
 # its own for backward passes.
-_collecting: list[PutOff | None] = []
+_collecting: list[DeferredGrads | None] = []
 
 
 @contextmanager
-def left_out() -> Iterator[None]:
+def no_weight_grads() -> Iterator[None]:
     """No weight gradients from the backward passes within, now or later."""
     _collecting.append(None)
     try:
@@ -36,9 +36,9 @@ def left_out() -> Iterator[None]:
 
 
 @contextmanager
-def put_off() -> Iterator[PutOff]:
+def defer_weight_grads() -> Iterator[DeferredGrads]:
     """Collect the weight gradients of the backward passes within instead of computing them."""
-    gradients: PutOff = []
+    gradients: DeferredGrads = []
     _collecting.append(gradients)
     try:
         yield gradients
@@ -46,12 +46,12 @@ def put_off() -> Iterator[PutOff]:
         _collecting.pop()
 
 
-def now_or_later(weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
-    """What a layer's backward returns for `weight`: its gradient, or None where it is put off or
-    left out.
+def weight_grad(weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
+    """What a layer's backward returns for `weight`: its gradient, or None where that is deferred or
+    not wanted.
 
-    Not put off is that of a weight with a graph of its own below it, which must be there, or with
-    hooks, which expect a gradient.
+    Never deferred: the gradient of a weight with a graph of its own below it, which must be there,
+    or with hooks, which expect a gradient.
     """
     if not _collecting or not weight.is_leaf or weight._backward_hooks:
         return compute()
@@ -60,9 +60,9 @@ def now_or_later(weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None
     return None
 
 
-def catch_up(gradients: PutOff) -> None:
-    """Compute what was put off and add it to the gradients, in the order of the backward pass,
-    letting go of it as it goes."""
+def run_deferred(gradients: DeferredGrads) -> None:
+    """Compute deferred gradients and add them up in `weight.grad`, in the order of the backward
+    pass. Each lets go of its activations when it is done; the list is empty in the end."""
     gradients.reverse()
     while gradients:
         weight, compute = gradients.pop()
@@ -95,7 +95,7 @@ class _Linear(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         return (
             (rows @ (weight.t() if transposed else weight)).view_as(x) if wanted[0] else None,
-            now_or_later(ctx.leaf, product) if wanted[1] else None,
+            weight_grad(ctx.leaf, product) if wanted[1] else None,
             rows.sum(0) if wanted[2] else None,
             None,
         )
@@ -103,7 +103,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     """[..., I] and a weight, [O, I] or, `transposed`, [I, O], to [..., O]; the weight's gradient
-    can wait."""
+    can be deferred."""
     return _Linear.apply(x, weight, bias, transposed)
 
 
@@ -113,7 +113,7 @@ def casts(x: Tensor) -> bool:
 
 
 class LinearLayer(nn.Linear):
-    """`nn.Linear` whose weight gradient can wait."""
+    """`nn.Linear` whose weight gradient can be deferred."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (
@@ -125,8 +125,8 @@ SPLITTABLE: dict[type, type] = {nn.Linear: LinearLayer}
 
 
 def make_splittable(module: nn.Module) -> None:
-    """Turn the linear layers in `module` into ones whose weight gradient can wait. Subclasses of
-    them stay as they are."""
+    """Turn the linear layers in `module` into ones whose weight gradients can be deferred.
+    Subclasses of them stay as they are."""
     for layer in module.modules():
         if type(layer) in SPLITTABLE:
             layer.__class__ = SPLITTABLE[type(layer)]

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.errors import CheckpointError
-from ds_local.links.transport import End, MemoryLink, Receiver, Sender, Tag
+from ds_local.links.buffers import Tag
+from ds_local.links.pair import Receiver, Sender
+from ds_local.links.transport import End, MemoryLink
 
 
 class Copy(NamedTuple):

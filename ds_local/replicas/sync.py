@@ -1,7 +1,7 @@
 """How the replicas of a stage stay one model: `Together`, by averaging gradients in every step, or
 `Apart`, each training by itself and meeting the others every so many steps.
 
-`Periodic` keeps full replicas and averages their weights, with an outer Nesterov step (DiLoCo,
+`periodic.Periodic` keeps full replicas and averages their weights (DiLoCo,
 Douillard et al. 2023, arXiv 2311.08105). `subnets.Subnets` deals the weights out instead. The
 engine holds one of these objects and asks it at a few places; a `Together` asks for nothing. Stages
 never meet here: each stage's replicas talk among themselves.
@@ -16,13 +16,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ds_local.config.schema import SECTION, ReplicasConfig
-from ds_local.errors import CheckpointError, LostConnection
-from ds_local.links.waiting import Waiter, is_lost
+from ds_local.config.sections import ReplicasConfig
+from ds_local.config.strict import SECTION
+from ds_local.errors import CheckpointError
+from ds_local.replicas.engine import Engine, Module
+from ds_local.replicas.group import replica_group
 
 WEIGHTS = "weights"
 Write = Callable[[Any, str], None]  # state, path
@@ -68,8 +68,8 @@ class Together:
             return []  # nothing but the full model
         kept = {key: theirs[key] for key in ("sync", "every", "partition", "outer_momentum")}
         return [
-            f"the checkpoint's replicas trained apart ({kept}), this run's differ ({dict(own)}): it "
-            "goes on from the merged model, what each replica had of its own is left out"
+            f"the checkpoint's replicas trained apart ({kept}), this run's differ ({dict(own)}): "
+            "it goes on from the merged model, what each replica had of its own is left out"
         ]
 
     def before_load(self) -> None:
@@ -78,111 +78,6 @@ class Together:
     def load(self, folder: str | None, facts: Mapping[str, Any]) -> None:
         """Go on from the full model that has just been loaded, and from this replica's own file in
         `folder` if it fits."""
-
-
-# --- talking --------------------------------------------------------------------------------------
-
-
-class Parcels:
-    """Tensors on their way between the replicas of a stage."""
-
-    def __init__(self, group: ReplicaGroup, sent: Sequence[Tensor], sizes: Sequence[int]) -> None:
-        self._group = group
-        self._received = [torch.empty(size, dtype=sent[0].dtype) for size in sizes]
-        self._received[group.index] = sent[group.index]
-        self._sent = [tensor.contiguous() for tensor in sent]  # alive until they have gone
-        self._works: list[tuple[int, Any]] = []
-        for other in group.others:
-            if sizes[other]:
-                self._works.append((other, group.start(other, dist.irecv, self._received[other])))
-        for other in group.others:
-            if self._sent[other].numel():
-                self._works.append((other, group.start(other, dist.isend, self._sent[other])))
-                group.num_bytes += self._sent[other].nbytes
-
-    def wait(self) -> list[Tensor]:
-        """What each replica sent. Raises LostConnection naming the replica that is gone or late."""
-        for other, work in self._works:
-            self._group.wait(other, work)
-        return self._received
-
-
-class ReplicaGroup(Waiter):
-    """The replicas of one stage. Each talks to each directly, so whoever is missing is named. Bytes
-    travel over gloo.
-
-    Args:
-        stage: for messages.
-        ranks: global ranks of the replicas.
-        group: a process group of these ranks that nothing else uses.
-        timeout_seconds: longest wait for another replica.
-    """
-
-    def __init__(
-        self, stage: int, ranks: Sequence[int], group: Any, timeout_seconds: float
-    ) -> None:
-        super().__init__(timeout_seconds)
-        self.stage, self.ranks = stage, list(ranks)
-        self.size = len(self.ranks)
-        self.index = self.ranks.index(dist.get_rank())
-        self.others = [replica for replica in range(self.size) if replica != self.index]
-        self.num_bytes = 0  # sent to others
-        self._group = group
-
-    def exchange(self, sent: Sequence[Tensor], sizes: Sequence[int]) -> Parcels:
-        """Start sending `sent[r]` (one dimension, on the CPU) to each replica r, which sends
-        `sizes[r]` elements back."""
-        return Parcels(self, sent, sizes)
-
-    def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Means over the replicas, with the same bits on all of them: each replica adds up one
-        share, in replica order.
-
-        Sends 2 (R - 1) / R times the tensors' bytes, as the best all-reduce does.
-        """
-        if not tensors:
-            return []
-        flat = torch.cat([tensor.detach().flatten().cpu() for tensor in tensors])
-        size = -(-flat.numel() // self.size)
-        shares = F.pad(flat, (0, size * self.size - flat.numel())).split(size)
-        received = self.exchange(shares, [size] * self.size).wait()
-        total = received[0].clone()
-        for share in received[1:]:
-            total += share
-        means = self.exchange([total / self.size] * self.size, [size] * self.size).wait()
-        pieces = torch.cat(means)[: flat.numel()].split([tensor.numel() for tensor in tensors])
-        return [
-            piece.view_as(tensor).to(tensor.device)
-            for piece, tensor in zip(pieces, tensors, strict=True)
-        ]
-
-    def start(self, other: int, operation: Any, buffer: Tensor) -> Any:
-        try:
-            return operation(buffer, self.ranks[other], self._group)
-        except RuntimeError as error:
-            if not is_lost(error):
-                raise
-            raise LostConnection(f"cannot reach {self._name(other)}") from error
-
-    def wait(self, other: int, work: Any) -> None:
-        purpose = "at the exchange between replicas"
-        self.wait_for(work, self.ranks[other], self._name(other), purpose)
-
-    def _name(self, other: int) -> str:
-        return f"replica {other} of stage {self.stage} (rank {self.ranks[other]})"
-
-
-def replica_group(engine: Any) -> ReplicaGroup:
-    """A group of this rank's own, for every stage of the engine. A collective call."""
-    seconds = engine.section.link.timeout_seconds
-    mine = None
-    for stage in range(engine.num_stages):
-        ranks = [engine.rank_of(stage, replica) for replica in range(engine.dp_world_size)]
-        group = dist.new_group(ranks, backend="gloo")
-        if stage == engine.stage_id:
-            mine = ReplicaGroup(stage, ranks, group, seconds)
-    assert mine is not None, "every rank has a stage"
-    return mine
 
 
 # --- training apart -------------------------------------------------------------------------------
@@ -212,7 +107,7 @@ class Apart(Together, ABC):
 
     reduces_gradients = False
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.settings = engine.section.replicas
         self.group = replica_group(engine)
@@ -357,62 +252,12 @@ class Apart(Together, ABC):
         """The inverse of `extra_state`."""
 
 
-class Periodic(Apart):
-    """Full replicas whose weights are averaged every `every` steps; the optimizer's moments stay
-    with each replica.
-
-    With an outer step, the difference between the last common weights and the mean is taken for a
-    gradient, and a Nesterov step of `outer_lr` and `outer_momentum` from the last common weights
-    gives the next ones. It costs two more copies of the weights; plain averaging (rate 1, no
-    momentum) costs none.
-    """
-
-    def __init__(self, engine: Any) -> None:
-        super().__init__(engine)
-        self.has_outer_step = (self.settings.outer_lr, self.settings.outer_momentum) != (1.0, 0.0)
-        self.common: dict[str, Tensor] = {}
-        self.velocity: dict[str, Tensor] = {}
-        self.start_from_whole()
-
-    def meet(self) -> None:
-        rate, momentum = self.settings.outer_lr, self.settings.outer_momentum
-        for part in self.parts:
-            slots = self.slots(part, moments=False)
-            self.share(slots)
-            for name, parameter, *_ in slots:
-                if name in self.common:
-                    common, velocity = self.common[name], self.velocity[name]
-                    gradient = common - parameter.data
-                    velocity.mul_(momentum).add_(gradient)
-                    common.sub_(gradient.add_(velocity, alpha=momentum), alpha=rate)
-                    parameter.data.copy_(common)
-
-    def start_from_whole(self) -> None:
-        learning = {
-            n: p
-            for part in self.parts.values()
-            for n, p in part.items()
-            if p.requires_grad and self.has_outer_step
-        }
-        self.common = {name: parameter.detach().clone() for name, parameter in learning.items()}
-        self.velocity = {name: torch.zeros_like(parameter) for name, parameter in learning.items()}
-
-    def state_depends_on(self, settings: ReplicasConfig, seed: int) -> dict[str, Any]:
-        return {"an outer step": (settings.outer_lr, settings.outer_momentum) != (1.0, 0.0)}
-
-    def extra_state(self) -> dict[str, Any]:
-        return {"common": self.common, "velocity": self.velocity}
-
-    def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        self.common, self.velocity = state["common"], state["velocity"]
-
-
 def _unlike_steps(state: Mapping[str, Any]) -> list[Tensor]:
     """What has the shape of its parameter: all but counters."""
     return [value for key, value in state.items() if key != "step"]
 
 
-def parts_of(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+def parts_of(module: Module) -> dict[str, dict[str, nn.Parameter]]:
     """The parameters of a stage by layer or head: part -> name in the stage -> parameter."""
     parts: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in module.named_parameters():

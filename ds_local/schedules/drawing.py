@@ -99,8 +99,8 @@ def draw(timelines: Sequence[Timeline], path: str | Path) -> None:
         )
         axis.invert_yaxis()
         axis.set_title(
-            f"{timeline.schedule.name}: {timeline.makespan:g} alone, {timeline.steady_period:g} a step in a long run, "
-            f"idle {timeline.idle_share:.0%}",
+            f"{timeline.schedule.name}: {timeline.makespan:g} alone, {timeline.steady_period:g} a "
+            f"step in a long run, idle {timeline.idle_share:.0%}",
             loc="left",
             fontsize=9,
         )

@@ -15,7 +15,7 @@ give the same bits on 1, 2 or K ranks.
 
 With `split_backward` a pass that trains weights and sends a gradient is cut in two: the input
 gradient, sent at once, and the weight gradients, which fill the time in which the stage would wait.
-A stage puts off as many as there are stages below it to wait for the gradient (ZB-H1 for
+A stage defers as many as there are stages below it to wait for the gradient (ZB-H1 for
 backpropagation), or twice as many and runs as much further ahead (ZB-H2; Qi et al. 2024, arXiv
 2401.10241).
 
@@ -45,7 +45,7 @@ def make_schedule(
         mix: the rows of the step's micro-batches, those that should go first at the front.
         num_stages: the segments are dealt to the stages in order, evenly.
         transfer: time from one stage to the next, in forwards, to be reckoned with.
-        split_backward: put the weight gradients of passes that send off: 0 not; 1 in the memory of
+        split_backward: defer the weight gradients of passes that send: 0 not; 1 in the memory of
             1F1B's first stage, on all stages; 2 in twice that.
 
     Raises:
@@ -112,7 +112,7 @@ class _ListScheduler:
             for p in range(num_stages)
         ]
         self.order: list[list[Action]] = [[] for _ in range(num_stages)]
-        # what a segment adds up, the gradients of its weights, of those put off and of its head ->
+        # what a segment adds up (the gradients of its weights, deferred ones, those of its head) ->
         # micro-batches in the order in which they are added
         self.sums: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.required_sums = template.sums if template else None
@@ -131,13 +131,12 @@ class _ListScheduler:
         self.peak: list[int] = [0] * num_segments
         self.passes_left: dict[tuple[int, int], int] = {}  # (segment, micro-batch)
         self.missing: dict[Action, int] = {}  # inputs a pass still waits for
-        self.readers: dict[tuple[int, int, int], list[Action]] = defaultdict(
-            list
-        )  # (segment, micro-batch, loss)
-        self.ready: list[list[tuple]] = [
-            [] for _ in range(num_stages)
-        ]  # heaps of passes whose inputs are there
-        self.put_off: list[deque[Action]] = [deque() for _ in range(num_stages)]  # weight gradients
+        # by (segment, micro-batch, loss)
+        self.readers: dict[tuple[int, int, int], list[Action]] = defaultdict(list)
+        # heaps of passes whose inputs are there, most urgent first
+        self.ready: list[list[tuple[bool, int, int, int, Action]]] = [[] for _ in range(num_stages)]
+        # weight gradients
+        self.deferred: list[deque[Action]] = [deque() for _ in range(num_stages)]
         self.busy = [False] * num_stages
         # heap of (time, is it the arrival of a result at the stage rather than the end of its
         # computation?, stage, action)
@@ -180,28 +179,28 @@ class _ListScheduler:
 
     def _most_urgent(self, stage: int) -> Action | None:
         limit = self.split * self._stages_waiting(stage) * len(self.segments[stage])
-        if len(self.put_off[stage]) > limit and (action := self._take_put_off(stage)):
+        if len(self.deferred[stage]) > limit and (action := self._take_deferred(stage)):
             return action
         if self.mixed:
             return (
                 self._take_pass(stage, silent=False)
                 or self._take_forward(stage, self._within_reach)
                 or self._take_pass(stage, silent=True)
-                or self._take_put_off(stage)
+                or self._take_deferred(stage)
                 or self._take_forward(stage, self._within_bound)
             )
         return (
             self._take_forward(stage, self._within_reach)
             or self._take_pass(stage, silent=True)
-            or self._take_put_off(stage)
+            or self._take_deferred(stage)
         )
 
     def _stages_waiting(self, stage: int) -> int:
-        """How many stages below wait for the input gradient of the weight gradient put off
-        first."""
-        if not self.put_off[stage]:
+        """How many stages below wait for the input gradient that goes with the oldest deferred
+        weight gradient."""
+        if not self.deferred[stage]:
             return 0
-        action = self.put_off[stage][0]
+        action = self.deferred[stage][0]
         routes = self.mix[self.row_of[action.micro_batch]][0]
         lowest = action.segment
         while lowest and routes.messages(lowest):
@@ -263,10 +262,10 @@ class _ListScheduler:
             heapq.heappush(ready, entry)
         return self._booked(taken)
 
-    def _take_put_off(self, stage: int) -> Action | None:
-        taken = next(filter(self._keeps_sums, self.put_off[stage]), None)
+    def _take_deferred(self, stage: int) -> Action | None:
+        taken = next(filter(self._keeps_sums, self.deferred[stage]), None)
         if taken is not None:
-            self.put_off[stage].remove(taken)
+            self.deferred[stage].remove(taken)
         return self._booked(taken)
 
     def _booked(self, taken: Action | None) -> Action | None:
@@ -286,13 +285,13 @@ class _ListScheduler:
         """The first pass of a micro-batch that reads the segment's own loss also runs its head."""
         segment, kind = action.segment, action.kind
         passes = self.mix[self.row_of[action.micro_batch]][0].passes[segment]
-        put_off = (
-            [("put off", segment)]
+        deferred = (
+            [("deferred", segment)]
             if passes[action.which].weights and kind != INPUT_GRADIENT
             else []
         )
         if kind == WEIGHT_GRADIENT:
-            return put_off
+            return deferred
         weights = [("weights", segment)] if passes[action.which].weights else []
         with_own_loss = [
             which
@@ -300,7 +299,9 @@ class _ListScheduler:
             if any(loss == segment for loss, _ in one.reads)
         ]
         return (
-            put_off + weights + ([("head", segment)] if with_own_loss[:1] == [action.which] else [])
+            deferred
+            + weights
+            + ([("head", segment)] if with_own_loss[:1] == [action.which] else [])
         )
 
     def _finish(self, action: Action) -> None:
@@ -317,7 +318,7 @@ class _ListScheduler:
         elif kind != WEIGHT_GRADIENT:
             self.passes_left[segment, micro_batch] -= 1
             self.live[segment][row] -= not self.passes_left[segment, micro_batch]
-            self.put_off[self.stage_of[segment]].extend(
+            self.deferred[self.stage_of[segment]].extend(
                 Action.of_pass(passes[action.which], *action[1:4], self.split > 0)[1:]
             )
 

@@ -53,7 +53,8 @@ def interleaved(num_stages: int, num_micro_batches: int, per_stage: int = 2) -> 
     """
     if num_micro_batches % num_stages:
         raise ScheduleError(
-            f"interleaved 1F1B needs micro-batches in multiples of the {num_stages} stages, got {num_micro_batches}"
+            f"interleaved 1F1B needs micro-batches in multiples of the {num_stages} stages, got "
+            f"{num_micro_batches}"
         )
     num_segments = num_stages * per_stage
     total = num_micro_batches * per_stage

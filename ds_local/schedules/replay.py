@@ -245,7 +245,8 @@ def validate(schedules: Schedule | Sequence[Schedule], link_depth: int) -> None:
     if stuck is not None:
         grids = "\n".join(map(grid_of, schedules))
         raise ScheduleError(
-            f"{schedules[0].name}: {stuck}; links hold {link_depth} messages, raise link.depth\n{grids}"
+            f"{schedules[0].name}: {stuck}; links hold {link_depth} messages, raise "
+            f"link.depth\n{grids}"
         )
 
 

@@ -253,17 +253,20 @@ def make_routes(
         raise RouteError(f"mode {mode!r} takes no window, got window = {window}; leave it out")
     if combine not in ("sum", "mean") or (combine == "mean" and mode != "overlapping"):
         raise RouteError(
-            f'combine is "sum" or, for mode "overlapping", "mean"; got {combine!r} with mode {mode!r}'
+            f'combine is "sum" or, for mode "overlapping", "mean"; got {combine!r} with mode '
+            f"{mode!r}"
         )
     if weights is not None and mode != "deep_supervision":
         raise RouteError(
-            f'weights belong to mode "deep_supervision", got them with mode {mode!r}; leave them out'
+            f'weights belong to mode "deep_supervision", got them with mode {mode!r}; leave them '
+            f"out"
         )
     if window is None:
         window = min(2, num_segments)
     if not 1 <= window <= num_segments:
         raise RouteError(
-            f"window is {window} but the model has {num_segments} segments; choose 1 to {num_segments}"
+            f"window is {window} but the model has {num_segments} segments; choose 1 to "
+            f"{num_segments}"
         )
 
     shift = {"shift": step % window} if mode == "shifted_chunked" else {}
@@ -314,10 +317,12 @@ def _loss_weights(weights: Sequence[float] | None, num_segments: int) -> list[fl
     factors = [float(w) for w in weights]
     if len(factors) != num_segments:
         raise RouteError(
-            f"weights has {len(factors)} entries but the model has {num_segments} segments; give one per segment"
+            f"weights has {len(factors)} entries but the model has {num_segments} segments; give "
+            "one per segment"
         )
     if any(not math.isfinite(w) or w < 0 for w in factors) or factors[-1] == 0:
         raise RouteError(
-            f"weights are {factors}; they must be finite and >= 0, and the last one > 0 or the readout never learns"
+            f"weights are {factors}; they must be finite and >= 0, and the last one > 0 or the "
+            "readout never learns"
         )
     return factors

@@ -11,7 +11,9 @@ import math
 from functools import cache, cached_property
 from itertools import takewhile
 
-from ds_local.config.schema import SECTION, LocalParallelConfig, Row, Scheme
+from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.scheme import Row, Scheme
+from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 from ds_local.schedules.list_scheduler import make_schedule
 from ds_local.schedules.routes import Routes, corrected, make_routes
@@ -140,7 +142,8 @@ class RunPlan:
         if rest < 0 or (rest > 0 and None not in counts):
             raise ConfigError(
                 f"{SECTION}.mix names {given} micro-batches but gradient_accumulation_steps is "
-                f"{self.num_micro_batches}; make them agree, or leave micro_batches out of one entry"
+                f"{self.num_micro_batches}; make them agree, or leave micro_batches out of one "
+                "entry"
             )
         followers = [rest if count is None else count for count in counts]
         if scheme.correction and followers[0]:

@@ -57,7 +57,8 @@ class Link(NamedTuple):
 
     kind: str  # "activation" (up) or "gradient" (down)
     lower: int  # the lower of the two segments
-    distance: int = 0  # of a gradient: how far above the lower segment its loss is; each distance has its own link
+    # of a gradient: how far above the lower segment its loss is; each distance has its own link
+    distance: int = 0
 
     def __str__(self) -> str:
         arrow = "->" if self.kind == "activation" else "<-"
@@ -294,8 +295,8 @@ class Schedule:
         return {}
 
     @cached_property
-    def peak_put_off(self) -> tuple[int, ...]:
-        """Per stage the largest number of split passes whose weight gradients wait at once."""
+    def peak_deferred(self) -> tuple[int, ...]:
+        """Per stage the largest number of split passes with deferred weight gradients at once."""
         peaks = []
         for stage in self.stages:
             halves = {action[1:] for action in stage if action.kind == WEIGHT_GRADIENT}

@@ -89,7 +89,8 @@ class Timeline:
 
     schedule: Schedule
     makespan: float  # of one step alone, from empty to empty
-    steady_period: float  # of a step in a long run; no stage waits for another between steps unless the routes demand it
+    # of a step in a long run; no stage waits for another between steps unless the routes demand it
+    steady_period: float
     busy: list[float]  # per stage, in one step
     events: list[Event] = field(repr=False)  # of the step alone
     activation_bytes: float = 0.0
@@ -258,7 +259,8 @@ class StepTimer:
         self._program = Program(successive([*self._schedules] * together), link_depth)
         if self._program.stuck is not None:
             raise ScheduleError(
-                f"{self._schedules[0].name}: {self._program.stuck}; links hold {link_depth} messages"
+                f"{self._schedules[0].name}: {self._program.stuck}; links hold {link_depth} "
+                "messages"
             )
 
     def steady_period(self, costs: Costs) -> float:

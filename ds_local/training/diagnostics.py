@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.links.trees import Tree
 from ds_local.schedules.schedule import Schedule
 
 FIGURES = ("gradient_cosine", "activation_norm", "activation_rank")
 
 
-def probe(engine: Any, micro_batch: Any) -> dict[int, dict[str, float]]:
+def probe(engine: LocalPipelineEngine, micro_batch: Any) -> dict[int, dict[str, float]]:
     """The figures of every segment, on every rank. A collective call, between two steps.
 
     Args:
@@ -51,7 +52,10 @@ def probe(engine: Any, micro_batch: Any) -> dict[int, dict[str, float]]:
 
 
 def _gradients(
-    engine: Any, schedule: Schedule, micro_batch: Any, keep: Callable[[int, Tensor], None]
+    engine: LocalPipelineEngine,
+    schedule: Schedule,
+    micro_batch: Any,
+    keep: Callable[[int, Tensor], None],
 ) -> dict[int, Tensor]:
     """The gradient of each local segment's layers, flat, without its head's."""
     engine.run_without_step(schedule, micro_batch, keep)

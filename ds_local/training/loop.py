@@ -21,22 +21,23 @@ from typing import Any
 from torch import distributed as dist
 from tqdm import tqdm
 
-from ds_local.checkpoints.files import reason
-from ds_local.checkpoints.folder import agreed_tag, clean, gather, newest_tag, together
+from ds_local.checkpoints.agreement import gather, together
+from ds_local.checkpoints.folder import agreed_tag, clean, newest_tag
 from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.cluster import start_check as cluster
+from ds_local.cluster.edges import describe_hosts, stage_hosts
 from ds_local.cluster.surroundings import builds_of, complete_environment
 from ds_local.config.command_line import read_settings
 from ds_local.config.deepspeed import batch_sizes
+from ds_local.config.degrees import num_stages_and_replicas
 from ds_local.config.files import local_parallel
-from ds_local.config.placement import num_stages_and_replicas
 from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
 from ds_local.data.tokenizers import check_same_tokenizer
+from ds_local.engine.causal_lm import causal_lm
 from ds_local.engine.deepspeed_checks import checked
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.initialize import initialize
 from ds_local.engine.loading import load_what_fits
-from ds_local.engine.module import causal_lm
 from ds_local.engine.optimizer_checks import check_client_parts
 from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import SegmentReport
@@ -44,9 +45,10 @@ from ds_local.errors import ConfigError, SaveError
 from ds_local.links import notices
 from ds_local.links.failures import meeting
 from ds_local.links.logs import LOG, say, start_log
-from ds_local.model import blocks
+from ds_local.model import families
 from ds_local.model.flops import auxiliary_shares
 from ds_local.model.pretrained import find_weights
+from ds_local.outputs import reason
 from ds_local.schedules.replay import grid_of
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Schedule
@@ -115,7 +117,7 @@ def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:
     if world_size > 1 and "MASTER_ADDR" in os.environ:
         neighbours = section.layout.neighbours(int(os.environ["RANK"]), stages, replicas)
         meetings = {key: value for key, value in vars(args).items() if key in _MEETINGS}
-        own = cluster.own_facts([config, blocks.config_dict(hf_config), meetings], args.data)
+        own = cluster.own_facts([config, families.config_dict(hf_config), meetings], args.data)
         limit = section.layout.start_timeout_seconds
         cluster.check_start(own, neighbours, limit, builds=builds_of(config))
 
@@ -129,9 +131,9 @@ def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:
         run.say(f"resuming at step {engine.global_steps}{afresh and '; ' + afresh}")
     shape = BatchShape(micro_batch_size, num_micro_batches, replicas, engine.replica_id)
     with engine.meeting("the start of the run"):
-        hosts = cluster.stage_hosts(engine.stage_id)
+        hosts = stage_hosts(engine.stage_id)
         facts |= _layout_of(engine, data, hosts)
-        run.say(cluster.describe_hosts(hosts))
+        run.say(describe_hosts(hosts))
         together(lambda: run.start(facts, engine.global_steps, tag, data.tokenizer_folder))
         clean(run.checkpoints)
     start_log(run.path / "logs", engine.stage_id, engine.global_rank)
@@ -158,19 +160,20 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
     check_client_parts(config, None, None)
     # the files are compared with their checksums once on each host
     data = TokenData(args.data, verify=os.environ.get("LOCAL_RANK", "0") == "0")
-    hf_config = blocks.load_model_config(args.model)
+    hf_config = families.load_model_config(args.model)
     padding = hf_config.vocab_size - data.vocab_size
     weights = None if args.from_scratch or args.resume else find_weights(args.model)
     same_tokens = weights is not None and check_same_tokenizer(weights, data.tokenizer_folder)
     if padding < 0 or (padding >= VOCABULARY_PADDING and not same_tokens and not args.resume):
         raise ConfigError(
-            f"{args.model} has vocab_size {hf_config.vocab_size} but the tokenizer in {args.data} has {data.vocab_size} tokens; "
-            f"set vocab_size to {data.vocab_size}, or prepare the data with another tokenizer"
+            f"{args.model} has vocab_size {hf_config.vocab_size} but the tokenizer in {args.data} "
+            f"has {data.vocab_size} tokens; set vocab_size to {data.vocab_size}, or prepare the "
+            "data with another tokenizer"
         )
-    if data.seq_len > blocks.num_positions(hf_config):
+    if data.seq_len > families.num_positions(hf_config):
         raise ConfigError(
             f"{args.data} has sequences of {data.seq_len} tokens but {args.model} takes at most "
-            f"{blocks.num_positions(hf_config)}; prepare the data with a smaller --seq-len"
+            f"{families.num_positions(hf_config)}; prepare the data with a smaller --seq-len"
         )
     hf_config.bos_token_id = hf_config.eos_token_id = data.facts["eos_token_id"]
     return config, data, hf_config
@@ -188,7 +191,7 @@ def _facts_of_start(
     return {
         "arguments": asked,
         "config": config,
-        "model": blocks.config_dict(hf_config),
+        "model": families.config_dict(hf_config),
         "weights": _name_of_weights(args),
         "data": {"folder": str(data.folder), **data.facts},
         "layout": {"replicas": replicas},
@@ -477,7 +480,8 @@ class _Loop:
         what = "stopped as asked" if self.engine.should_stop else "finished"
         print(summary_table(self.metrics.read()))
         print(
-            f"{what} at step {self.engine.global_steps}; loss curves: {picture}; checkpoints: {self.run_folder / 'checkpoints'}"
+            f"{what} at step {self.engine.global_steps}; loss curves: {picture}; checkpoints: "
+            f"{self.run_folder / 'checkpoints'}"
         )
         sys.stdout.flush()
 

@@ -23,11 +23,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ds_local.config import strict_json
+from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.recorder import Event
+from ds_local.links.buffers import Tag
 from ds_local.links.messages import parts_of_activation, to_device
-from ds_local.links.transport import Tag
 from ds_local.links.trees import Tree
-from ds_local.model.split_linear import left_out
+from ds_local.model.split_linear import no_weight_grads
 from ds_local.outputs import write_file
 from ds_local.schedules.simulator import Costs, simulate
 
@@ -40,7 +41,7 @@ COMPUTE = (
 )  # instructions that never wait for another stage
 
 
-def measure(engine: Any, inputs: Any) -> dict[str, list[float]]:
+def measure(engine: LocalPipelineEngine, inputs: Any) -> dict[str, list[float]]:
     """Seconds per segment of every part of its work. A collective call.
 
     All stages are timed at once, as they run: stages on one machine share its memory and cores.
@@ -81,7 +82,9 @@ def measure(engine: Any, inputs: Any) -> dict[str, list[float]]:
     return costs
 
 
-def _measure_segment(engine: Any, segment: int, hidden: Any, labels: Any) -> dict[str, float]:
+def _measure_segment(
+    engine: LocalPipelineEngine, segment: int, hidden: Any, labels: Any
+) -> dict[str, float]:
     module = engine.module
     module.train()
     parameters = list(module.segment_parameters(segment))
@@ -98,7 +101,8 @@ def _measure_segment(engine: Any, segment: int, hidden: Any, labels: Any) -> dic
         of the run."""
 
         def run() -> None:
-            with context():  # left_out: layers that can split would compute weight gradients although nobody asks for them
+            # no_weight_grads: layers that can defer them would compute them although nobody asks
+            with context():
                 torch.autograd.grad(
                     module.run_segment(segment, hidden), inputs, gradient, allow_unused=True
                 )
@@ -107,7 +111,7 @@ def _measure_segment(engine: Any, segment: int, hidden: Any, labels: Any) -> dic
 
     forward = _seconds(lambda: module.run_segment(segment, hidden))
     backward = through([*wanted, *parameters]) - forward
-    input_grad = through(wanted, left_out) - forward if wanted else backward / 2
+    input_grad = through(wanted, no_weight_grads) - forward if wanted else backward / 2
     costs = {
         "forward": forward,
         "input_grad": max(0.0, input_grad),
@@ -127,14 +131,15 @@ def _measure_segment(engine: Any, segment: int, hidden: Any, labels: Any) -> dic
 
 
 def _measure_link(
-    engine: Any, lower_stage: int, inputs: Any, own: dict[str, dict[int, float]]
+    engine: LocalPipelineEngine, lower_stage: int, inputs: Any, own: dict[str, dict[int, float]]
 ) -> Any:
     """Send messages over the link above a stage; the receiver times them."""
     lower = (lower_stage + 1) * engine.section.segments_per_stage - 1
     link = engine.activation_links[lower]
     tags = [Tag(engine.global_steps, -1000 - n) for n in range(REPEATS)]
     if engine.stage_id == lower_stage:
-        message = engine.executor.message(lower, *map(Tree.of, inputs))
+        outputs, labels = map(Tree.of, inputs)
+        message = engine.executor.message(lower, outputs, labels)
         for tag in tags:
             link.send(tag, message)
         link.flush()
@@ -159,7 +164,7 @@ def _seconds(run: Callable[[], Any]) -> float:
     return median(times[2:])
 
 
-def write(engine: Any, inputs: Any, folder: Path) -> None:
+def write(engine: LocalPipelineEngine, inputs: Any, folder: Path) -> None:
     """profile.json and trace.json. A collective call; rank 0 writes.
 
     Args:
@@ -217,7 +222,9 @@ def write(engine: Any, inputs: Any, folder: Path) -> None:
     write_file(folder / "trace.json", strict_json.dumps(_trace(gathered)))
 
 
-def _in_the_run(engine: Any, stage: int, events: list[Event], costs: dict[str, Any]) -> float:
+def _in_the_run(
+    engine: LocalPipelineEngine, stage: int, events: list[Event], costs: dict[str, Any]
+) -> float:
     """How much longer a stage computed in a step than its parts take by themselves: gradients are
     added up, caches are cold."""
     alone = Costs(

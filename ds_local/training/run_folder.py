@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from ds_local.checkpoints.facts import read_facts
-from ds_local.checkpoints.files import reason, scratch_name, write_whole
 from ds_local.checkpoints.folder import complete_tags, locate, newest_tag
 from ds_local.config import strict_json
 from ds_local.config.changes import CHANGES
-from ds_local.config.deepspeed import batch_sizes
-from ds_local.config.files import local_parallel
-from ds_local.config.schema import SECTION
-from ds_local.errors import CheckpointError, ConfigError, DataError, RunError
+from ds_local.errors import CheckpointError, DataError, RunError
+from ds_local.outputs import reason, scratch_name, write_whole
+from ds_local.training.differences import UNKNOWN, by_kind, differences, in_words, of_checkpoint
 from ds_local.training.run_lock import RunLock
 
 _MADE = (
@@ -40,26 +38,6 @@ _MADE = (
 )
 # of a start, in the list of all
 _KEPT = ("arguments", "config", "data", "versions", "machine")
-# keys of the section that change no figure, or that the checkpoint itself is checked for
-_FREE = (
-    "seed",
-    "num_stages",
-    "segments_per_stage",
-    "partition",
-    "parts",
-    "layout",
-    "split_backward",
-    "compile",
-    "diagnostics",
-)
-_FREE_OF_LINKS = ("depth", "warn_seconds", "transfer", "timeout_seconds", "past_host")
-_COMPARED = (
-    SECTION,
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-)
-_UNKNOWN = "unknown"
 
 
 class RunFolder:
@@ -136,28 +114,28 @@ class RunFolder:
         was = self.recorded()
         if was is None and not self.is_first:
             return
-        old = _by_kind(was) if was else _of_checkpoint(read_facts(locate(self.checkpoints, tag)))
-        new = _by_kind(now)
+        old = by_kind(was) if was else of_checkpoint(read_facts(locate(self.checkpoints, tag)))
+        new = by_kind(now)
         absent = dict.fromkeys(old["settings"].keys() | new["settings"].keys(), "not set")
         old["settings"], new["settings"] = absent | old["settings"], absent | new["settings"]
         copy = self.checkpoints / "tokenizer"
         if None in (old["tokenizer"]["fingerprint"], new["tokenizer"]["fingerprint"]):
             same = copy.is_dir() and same_tokenizer(copy)
-            old["tokenizer"]["fingerprint"] = f"of {copy}" if copy.is_dir() else _UNKNOWN
+            old["tokenizer"]["fingerprint"] = f"of {copy}" if copy.is_dir() else UNKNOWN
             new["tokenizer"]["fingerprint"] = f"of {copy}" if same else "that of the data"
-        changes = {kind: _differences(old[kind], new[kind]) for kind in new}
+        changes = {kind: differences(old[kind], new[kind]) for kind in new}
         self.changed = [kind for kind in CHANGES if changes.get(kind)]
         refused = [kind for kind in self.changed if kind not in allowed]
         if refused:
             lost = "" if was else " (its run.json is missing or damaged)"
-            told = "; ".join(f"{kind}: {_told(changes[kind])}" for kind in refused)
+            told = "; ".join(f"{kind}: {in_words(changes[kind])}" for kind in refused)
             raise RunError(
                 f"{self.path} does not go on as it was{lost}, {told}; change it back, or add "
                 f"--allow-change {','.join(refused)}"
             )
         if was and changes["settings"]:
             self.say(
-                f"settings that changed since the last start: {_told(changes['settings'])}; the "
+                f"settings that changed since the last start: {in_words(changes['settings'])}; the "
                 "optimizer keeps the values of the checkpoint, all else follows the new ones"
             )
 
@@ -257,85 +235,6 @@ def _content(folder: Path) -> dict[str, bytes]:
 
 
 # --- comparing ----------------------------------------------------------------------------------
-
-
-def _by_kind(facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What run.json says, by the kind of change that it would be."""
-    config, data = dict(facts.get("config") or {}), dict(facts.get("data") or {})
-    replicas = (facts.get("layout") or {}).get("replicas", 1)
-    try:
-        section = local_parallel(config).model_dump(mode="json")
-        sizes: Mapping[str, Any] = dict(
-            zip(("of a micro-batch", "micro-batches"), batch_sizes(config, replicas), strict=True)
-        )
-    except ConfigError:  # of another version
-        section, sizes = {}, {}
-    settings = {key: value for key, value in config.items() if key not in _COMPARED}
-    return {
-        **_of_section(section),
-        "model": dict(facts.get("model") or {}),
-        "data": {key: data.get(key, _UNKNOWN) for key in ("fingerprint", "seq_len")},
-        "tokenizer": {"fingerprint": data.get("tokenizer_fingerprint")},
-        "batch": {**sizes, "replicas": replicas},
-        "settings": _flat(settings),
-    }
-
-
-def _of_checkpoint(facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What ds_local.json knows of the same."""
-    return {
-        **_of_section(facts[SECTION]),
-        "model": dict(facts["model"] or {}),
-        "data": {"fingerprint": _UNKNOWN},
-        "tokenizer": {"fingerprint": None},
-        "batch": {"of a micro-batch": _UNKNOWN},
-        "settings": {},  # not known either; only said where they are
-    }
-
-
-def _of_section(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    scheme = {key: value for key, value in section.items() if key not in _FREE}
-    if "link" in scheme:
-        links = scheme["link"].items()
-        scheme["link"] = {key: value for key, value in links if key not in _FREE_OF_LINKS}
-    return {"seed": {"seed": section.get("seed", _UNKNOWN)}, "scheme": _flat(scheme)}
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested settings by their full names."""
-    if not isinstance(value, Mapping):
-        return {path: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{path}.{key}" if path else str(key))
-    return flat
-
-
-# of the model's config: what versions and file formats write there
-_NOT_THE_MODEL = ("transformers_version", "architectures", "torch_dtype", "dtype", "use_cache")
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Name -> (old value, new value). What only one version of a package knows is no difference."""
-    names = [name for name in new if name in old and name not in _NOT_THE_MODEL]
-    return {
-        name: (old[name], new[name]) for name in names if _plain(old[name]) != _plain(new[name])
-    }
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
-
-
-def _told(changes: Mapping[str, tuple[Any, Any]]) -> str:
-    shown = [f"{name} {_short(a)}, now {_short(b)}" for name, (a, b) in list(changes.items())[:4]]
-    more = len(changes) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:12]}..."
 
 
 def tokenizer_test(check: Callable[[Path, Path], bool], folder: Path) -> Callable[[Path], bool]:

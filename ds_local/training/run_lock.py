@@ -18,9 +18,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ds_local.checkpoints.files import reason, scratch_name
-from ds_local.cluster.processes import Process
 from ds_local.errors import RunError
+from ds_local.outputs import reason, scratch_name
+from ds_local.outputs.processes import Process
 
 NAME = "lock.json"
 BEAT_SECONDS = 5.0  # between two signs of life

@@ -15,8 +15,8 @@ from ds_local.checkpoints.folder import (
     latest_tag,
     locate,
     newest_tag,
-    verify,
 )
+from ds_local.checkpoints.sums import verify
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.errors import CheckpointError, SaveError
 

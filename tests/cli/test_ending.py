@@ -38,7 +38,7 @@ def end(body, **environment):
     [
         ("return None", 0, ""),
         ("return 3", 3, ""),
-        ("raise ConfigError('optimizer.typ is not a key')", 1, "ConfigError: optimizer.typ is not a key"),
+        ("raise ConfigError('typ is not a key')", 1, "ConfigError: typ is not a key"),
         ("raise SystemExit(2)", 2, ""),
         ("raise KeyboardInterrupt", 130, "interrupted"),
     ],

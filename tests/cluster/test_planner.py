@@ -2,12 +2,12 @@ import pytest
 from commands import command
 from launch import ROOT
 
-from ds_local.cluster.candidate_cost import schedule_for
 from ds_local.cluster.candidates import GIB, ROWS, Cluster, Model
 from ds_local.cluster.planner import is_legal, layouts, plan
 from ds_local.cluster.pricing import Pricing
+from ds_local.cluster.row_samples import schedule_for
 from ds_local.errors import ConfigError
-from ds_local.model import blocks
+from ds_local.model import families
 
 FAST = Cluster(
     nodes=2, devices_per_node=4, tflops=100, memory_gib=80, link_gbps=400, intra_gbps=4000
@@ -16,7 +16,7 @@ FAST = Cluster(
 
 @pytest.fixture(scope="module")
 def small():
-    return Model.of(blocks.load_model_config(str(ROOT / "configs" / "gpt2-small.json")))
+    return Model.of(families.load_model_config(str(ROOT / "configs" / "gpt2-small.json")))
 
 
 def test_data_parallelism_wins_where_links_are_fast_and_the_model_fits(small):

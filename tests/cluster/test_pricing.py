@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from ds_local.cluster.candidate_cost import schedule_for, streams_leaving_a_node
 from ds_local.cluster.candidates import ROWS, Candidate, Cluster, Model, measured_model
 from ds_local.cluster.pricing import Pricing, expected_memory
+from ds_local.cluster.row_samples import schedule_for, streams_leaving_a_node
 from ds_local.errors import ConfigError
 from ds_local.model.flops import UnitCosts, stage_flops
 from ds_local.schedules.list_scheduler import make_schedule
@@ -124,9 +124,9 @@ def test_a_mix_keeps_its_share_of_backpropagation(row, micro_batches, backprop):
 
 @pytest.mark.parametrize("mode", ["backprop", "chunked"])
 def test_a_run_is_taken_for_the_row_that_splits_as_it_does(mode):
-    """More micro-batches are alive on every stage; put off, their blocks are kept whole even where
+    """More micro-batches are alive on every stage; deferred, their blocks are kept whole even where
     they were recomputed."""
-    from ds_local.model.blocks import load_model_config
+    from ds_local.model.families import load_model_config
 
     model = load_model_config({"model_type": "gpt2"})
     expected = {}
@@ -148,7 +148,7 @@ def test_a_run_is_taken_for_the_row_that_splits_as_it_does(mode):
 
 
 def test_a_mix_is_taken_for_the_one_of_a_quarter():
-    from ds_local.model.blocks import load_model_config
+    from ds_local.model.families import load_model_config
 
     model = load_model_config({"model_type": "gpt2"})
     mix = [{"mode": "backprop", "micro_batches": 2}, {"mode": "local"}]

@@ -7,9 +7,10 @@ import pytest
 from sentences import assert_one_sentence
 
 from ds_local.config.deepspeed import check_deepspeed
+from ds_local.config.degrees import num_stages_and_replicas
 from ds_local.config.files import load_config, local_parallel
-from ds_local.config.placement import num_stages_and_replicas
-from ds_local.config.schema import LinkConfig, LocalParallelConfig, ReplicasConfig
+from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.sections import LinkConfig, ReplicasConfig
 from ds_local.errors import ConfigError, DsLocalError
 from ds_local.schedules.run_plan import RunPlan
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ds_local.config.deepspeed import SECTIONS, batch_sizes, check_deepspeed
+from ds_local.config.deepspeed import batch_sizes, check_deepspeed
+from ds_local.config.deepspeed_rules import SECTIONS
+from ds_local.config.degrees import num_stages_and_replicas
 from ds_local.config.files import load_config, local_parallel
-from ds_local.config.placement import num_stages_and_replicas
 from ds_local.errors import ConfigError
 from ds_local.schedules.run_plan import RunPlan, head_segments
 from ds_local.schedules.simulator import Costs, simulate
@@ -334,15 +335,11 @@ def test_known_deepspeed_keys_are_the_ones_deepspeed_reads():
 
 
 def test_every_field_says_what_it_means():
-    from ds_local.config import schema as config
+    from ds_local.config.schema import LocalParallelConfig
+    from ds_local.config.scheme import MixEntry, Phase
+    from ds_local.config.sections import HeadConfig, LinkConfig
 
-    for model in (
-        config.LocalParallelConfig,
-        config.Phase,
-        config.MixEntry,
-        config.LinkConfig,
-        config.HeadConfig,
-    ):
+    for model in (LocalParallelConfig, Phase, MixEntry, LinkConfig, HeadConfig):
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name}"
 

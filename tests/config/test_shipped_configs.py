@@ -9,7 +9,7 @@ import pytest
 from ds_local.cluster.surroundings import read_hostfile
 from ds_local.config.deepspeed import batch_sizes, check_deepspeed
 from ds_local.config.files import load_config, local_parallel
-from ds_local.model import blocks
+from ds_local.model import families
 from ds_local.model.flops import choose_parts
 from ds_local.schedules.run_plan import RunPlan
 
@@ -32,8 +32,8 @@ TIED = {"gpt2-small": 124.440, "gpt2-medium": 354.823, "gpt2-large": 774.030, "g
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_models_load_and_have_their_size(path):
-    config = blocks.load_model_config(path)
-    size = sum(p.numel() for p in blocks.skeleton(config).parameters())
+    config = families.load_model_config(path)
+    size = sum(p.numel() for p in families.skeleton(config).parameters())
     assert size / 1e6 == pytest.approx(MILLIONS[path.stem], abs=1e-3)
     if path.stem in TIED:
         assert (size - config.vocab_size * config.hidden_size) / 1e6 == pytest.approx(
@@ -55,12 +55,12 @@ def test_deepspeed_configs_fit_their_models(path):
     section = local_parallel(config)
     assert config["bf16"]["enabled"]
     assert config["zero_optimization"]["stage"] == 1
-    model = blocks.load_model_config(CONFIGS / path.name)
+    model = families.load_model_config(CONFIGS / path.name)
     for stages, replicas in ((2, 4), (4, 2), (8, 1)):
         _, micro_batches = batch_sizes(config, replicas)
         assert RunPlan(section, stages, micro_batches).schedules
-        parts = choose_parts(model, section, stages, micro_batches, blocks.num_positions(model))
-        assert parts[-1] == blocks.num_blocks(model) + 2
+        parts = choose_parts(model, section, stages, micro_batches, families.num_positions(model))
+        assert parts[-1] == families.num_blocks(model) + 2
         assert min(b - a for a, b in pairwise(parts)) >= 1
 
 

@@ -16,12 +16,13 @@ from small_disks import small_disk
 from tokenizers import Regex, Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ds_local import outputs
 from ds_local.data import corpus
 from ds_local.data.corpus import prepare
 from ds_local.data.dataset import TokenData
-from ds_local.data.sources import Skipped, documents
+from ds_local.data.readers import Skipped
+from ds_local.data.sources import documents
 from ds_local.errors import DataError
+from ds_local.outputs.storage import size_of
 
 
 def words(number, seed=0):
@@ -273,7 +274,7 @@ def test_a_full_disk_while_preparing(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text(words(20_000))
     (tmp_path / "few.txt").write_text(words(300))
     make(tmp_path, tokenizer, tmp_path / "a.txt")
-    whole = outputs._size(tmp_path / "data") // 1024
+    whole = size_of(tmp_path / "data") // 1024
     with small_disk(tmp_path / "disk", f"size={whole * 3 // 2}k") as disk:
         facts = prepare([str(tmp_path / "few.txt")], tokenizer, 16, disk / "data", progress=False)
         for place in ("data", "new"):

@@ -22,6 +22,7 @@ from ds_local.data.dataset import (
 )
 from ds_local.errors import DataError
 from ds_local.model.heads import IGNORE
+from ds_local.outputs.lists import seal
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def edit(folder, drop=None, **changes):
 def reseal(folder):
     listed = outputs.read_list(folder)
     (folder / outputs.FILES).unlink()
-    outputs._seal(folder, listed["kind"], listed["about"])
+    seal(folder, listed["kind"], listed["about"])
 
 
 def flip(path, position):

@@ -18,7 +18,8 @@ from sentences import one_sentence
 from test_corpus import words
 
 from ds_local.data.corpus import prepare
-from ds_local.data.sources import Skipped, documents
+from ds_local.data.readers import Skipped
+from ds_local.data.sources import documents
 from ds_local.errors import DataError
 
 ROWS = [{"text": words(20, seed), "id": seed} for seed in range(30)]

@@ -226,7 +226,7 @@ def test_reading_runs_no_code(copy, tmp_path, name):
 
 def _seal(folder, name):
     """Make a forged file pass the checksums."""
-    from ds_local.checkpoints.folder import _checksum
+    from ds_local.checkpoints.sums import _checksum
 
     facts = json.loads((folder / "ds_local.json").read_text())
     facts["files"][name] = _checksum(folder / name)
@@ -251,7 +251,7 @@ def save_and_die(folder, point):
     original_save, original_whole, original_sums = (
         engine.checkpoint_engine.save,
         checkpoint._write_whole,
-        checkpoint._checksums,
+        checkpoint.checksums,
     )
     count = 0
 
@@ -275,7 +275,7 @@ def save_and_die(folder, point):
             raise Killed
         return original_sums(*args)
 
-    engine.checkpoint_engine.save, checkpoint._write_whole, checkpoint._checksums = (
+    engine.checkpoint_engine.save, checkpoint._write_whole, checkpoint.checksums = (
         save,
         write_whole,
         sums,
@@ -285,7 +285,7 @@ def save_and_die(folder, point):
     except Killed:
         return "killed"
     finally:
-        checkpoint._write_whole, checkpoint._checksums = original_whole, original_sums
+        checkpoint._write_whole, checkpoint.checksums = original_whole, original_sums
     return "saved"
 
 

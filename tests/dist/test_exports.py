@@ -19,11 +19,12 @@ from sentences import one_sentence
 from small_disks import small_disk
 from test_corpus import words
 from test_hf import train_and_save
-from test_outputs import tree
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from written import tree
 
 from ds_local import outputs
 from ds_local.checkpoints import hf_export as hf
+from ds_local.checkpoints.source import find_checkpoint
 from ds_local.cli import evaluate, generate
 from ds_local.data.corpus import prepare
 from ds_local.data.dataset import TokenData
@@ -35,6 +36,7 @@ from ds_local.errors import (
     ExportError,
     WeightsError,
 )
+from ds_local.outputs.storage import size_of
 
 VOCABULARY = 400
 TEXTS = ["def f(x):\n    return  x", "  two spaces", "héllo ☃", words(50, 3), " x\n\n"]
@@ -42,8 +44,8 @@ TEXTS = ["def f(x):\n    return  x", "  two spaces", "héllo ☃", words(50, 3),
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, other data of the same size, the same text prepared once more, and a run of a qwen2 model, for
-    which transformers takes Qwen's own tokenizer whatever is written."""
+    """A folder with data, other data of the same size, the same text prepared once more, and a run
+    of a qwen2 model, for which transformers takes Qwen's own tokenizer whatever is written."""
     place = tmp_path_factory.mktemp("made")
     for name, texts in (("data", [0]), ("other", [1]), ("held-out", [0, 2])):
         source = place / f"{name}.txt"
@@ -174,9 +176,9 @@ def test_damaged_lines_of_metrics_do_no_harm(run: Path, tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_not_exported(run: Path, tmp_path: Path) -> None:
-    from ds_local.checkpoints.folder import _checksum
+    from ds_local.checkpoints.sums import _checksum
 
-    checkpoint = hf.find_checkpoint(run)
+    checkpoint = find_checkpoint(run)
     layer = checkpoint / "layer_02-model_states.pt"
     state = torch.load(layer, weights_only=True)
     name = next(iter(state))
@@ -237,7 +239,7 @@ def test_an_output_that_is_not_ours_is_left_alone(run: Path, tmp_path: Path, wha
 
 
 def test_an_export_replaces_an_export(run: Path, tmp_path: Path) -> None:
-    for place in (run, run / "checkpoints", hf.find_checkpoint(run)):
+    for place in (run, run / "checkpoints", find_checkpoint(run)):
         with one_sentence(str(place), "is left alone"):
             hf.export(run, place)
     hf.export(run, tmp_path / "out", segment=0)
@@ -254,7 +256,7 @@ def test_an_export_replaces_an_export(run: Path, tmp_path: Path) -> None:
 
 def test_a_full_disk_while_exporting(run: Path, tmp_path: Path) -> None:
     """Whatever is written when it is full: weights, config, tokenizer, card, list of files."""
-    whole = outputs._size(hf.export(run, tmp_path / "whole")) // 1024
+    whole = size_of(hf.export(run, tmp_path / "whole")) // 1024
     with small_disk(tmp_path / "disk", f"size={whole * 3 // 2}k") as disk:
         hf.export(run, disk / "out")
         before = tree(disk)
@@ -368,7 +370,7 @@ def test_bad_arguments_of_evaluate(
 
 def test_a_model_too_small_for_the_data(made: Path, tmp_path: Path) -> None:
     for change in ({"vocab_size": VOCABULARY - 1}, {"max_position_embeddings": 15}):
-        config = hf.blocks.load_model_config(
+        config = hf.families.load_model_config(
             VARIANTS["gpt2"] | {"vocab_size": VOCABULARY, **change}
         )
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "small")
@@ -403,7 +405,7 @@ def test_prompts_that_do_not_fit(made: Path, tmp_path: Path) -> None:
     for prompt, said in (("", "--prompt has 0 tokens; "), ("x " * 50, "takes from 1 to 15")):
         with one_sentence(said, error=ConfigError):
             continued(model, prompt=prompt)
-    small = hf.blocks.load_model_config(VARIANTS["gpt2"])  # of fewer tokens than its tokenizer
+    small = hf.families.load_model_config(VARIANTS["gpt2"])  # of fewer tokens than its tokenizer
     AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "small")
     AutoTokenizer.from_pretrained(made / "data" / "tokenizer").save_pretrained(tmp_path / "small")
     with one_sentence(f"{tmp_path}/small gives the id", "the model has 64 tokens"):

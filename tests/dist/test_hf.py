@@ -16,8 +16,10 @@ from reference import batch
 from transformers import AutoModelForCausalLM
 
 from ds_local.checkpoints import hf_export as hf
+from ds_local.checkpoints.hf_layers import to_hf
+from ds_local.checkpoints.source import find_checkpoint
 from ds_local.errors import CheckpointError
-from ds_local.model import blocks
+from ds_local.model import families
 from ds_local.model.pretrained import HEADS_FILE
 
 PLAIN = {"mode": "local"}
@@ -137,7 +139,7 @@ def weights_of(model: str, section: dict[str, Any], stages: int) -> dict[str, An
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_pretrained_weights_arrive_bit_by_bit_in_any_number_of_stages(tmp_path, stages):
     for variant in ("gpt2", "mistral sliding"):  # tied and untied, one file and shards
-        config = blocks.load_model_config(VARIANTS[variant])
+        config = families.load_model_config(VARIANTS[variant])
         torch.manual_seed(stages)
         model = AutoModelForCausalLM.from_config(config)
         model.save_pretrained(
@@ -151,9 +153,9 @@ def test_pretrained_weights_arrive_bit_by_bit_in_any_number_of_stages(tmp_path, 
             stages,
         )
         layers = {number: state for rank in found for number, state in rank["layers"].items()}
-        state = hf.to_hf(config, layers)
+        state = to_hf(config, layers)
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-        family = blocks.family_of(config)
+        family = families.family_of(config)
         for head in [head for rank in found for head in rank["heads"].values()]:
             assert torch.equal(head["norm.weight"], state[f"{family.norm}.weight"])
             assert torch.equal(head["readout.weight"], state[f"{family.readout}.weight"])
@@ -168,7 +170,7 @@ def test_damaged_checkpoints_leave_nothing_behind(tmp_path):
         1,
         str(tmp_path / "run"),
     )
-    checkpoint = hf.find_checkpoint(tmp_path / "run")
+    checkpoint = find_checkpoint(tmp_path / "run")
     layer, head, facts = (
         checkpoint / name
         for name in ("layer_02-model_states.pt", "head_00-model_states.pt", "ds_local.json")
@@ -182,7 +184,7 @@ def test_damaged_checkpoints_leave_nothing_behind(tmp_path):
 
     def reseal(path: Path, state: Any) -> None:
         """What a program that keeps the checksums right could have done."""
-        from ds_local.checkpoints.folder import _checksum
+        from ds_local.checkpoints.sums import _checksum
 
         torch.save(state, path)
         told = json.loads(facts.read_text())
@@ -255,7 +257,7 @@ def peak_of_import(model: str, config: dict[str, Any], stages: int) -> tuple[int
 
 def test_each_ranks_memory_stays_near_its_share(tmp_path):
     big = {"hidden_size": 256, "intermediate_size": 768, "vocab_size": 32768}
-    model = AutoModelForCausalLM.from_config(blocks.load_model_config(VARIANTS["llama"] | big))
+    model = AutoModelForCausalLM.from_config(families.load_model_config(VARIANTS["llama"] | big))
     model.save_pretrained(tmp_path)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     del model
@@ -263,7 +265,8 @@ def test_each_ranks_memory_stays_near_its_share(tmp_path):
         peak_of_import, 2, str(tmp_path), jobs.ds_config({"mode": "backprop"}), 2
     ):
         print(
-            f"share {share / 2**20:.0f} MiB of {whole / 2**20:.0f}, peak {peak / share:.2f} times the share"
+            f"share {share / 2**20:.0f} MiB of {whole / 2**20:.0f}, peak {peak / share:.2f} times "
+            "the share"
         )
         assert share < 0.6 * whole
         assert peak < 1.3 * share

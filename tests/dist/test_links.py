@@ -63,7 +63,8 @@ def failing(past_host):
 
     from ds_local.engine.process_group import start_processes
     from ds_local.errors import TransportError
-    from ds_local.links.transport import Tag, make_end
+    from ds_local.links.buffers import Tag
+    from ds_local.links.transport import make_end
 
     start_processes()
     end = make_end("link", dist.get_rank(), 0, 1, [[0, 1]], 2, 60.0, torch.device("cpu"), past_host)
@@ -96,7 +97,8 @@ def crossing():
     import torch.distributed as dist
 
     from ds_local.engine.process_group import start_processes
-    from ds_local.links.transport import Tag, make_end
+    from ds_local.links.buffers import Tag
+    from ds_local.links.transport import make_end
 
     start_processes()
     rank = dist.get_rank()
@@ -265,8 +267,9 @@ def staged(fail=False):
     import torch.distributed as dist
 
     from ds_local.engine.process_group import start_processes
+    from ds_local.links.buffers import Tag
+    from ds_local.links.pair import Peer, Receiver, Sender
     from ds_local.links.staging import Staging
-    from ds_local.links.transport import Peer, Receiver, Sender, Tag
 
     start_processes()
     group, depth, count = dist.new_group([0, 1], backend="gloo"), 2, 7

@@ -144,7 +144,7 @@ def test_fp32_copies_follow_when_the_config_leaves_the_saved_ones_alone(tmp_path
 
 
 # --- what does not fit
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def refusal(folder, section=LOCAL, stages=2, how=None, settings=None):
@@ -400,7 +400,7 @@ def test_a_checkpoint_that_was_moved_aside_is_found(copy, checkpoint):
 
 
 # --- other programs
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def stock_save(folder):
@@ -448,7 +448,7 @@ def test_a_checkpoint_of_the_stock_pipeline_is_named_and_its_weights_can_be_take
 
 
 # --- heads and replicas
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Told(logging.Handler):

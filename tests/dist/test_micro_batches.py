@@ -53,10 +53,10 @@ def trained_alone(family, keys):
     """The whole model of Hugging Face: its loss, and its weights after three steps."""
     from transformers import AutoModelForCausalLM
 
-    from ds_local.checkpoints.hf_export import from_hf, to_hf
-    from ds_local.model import blocks
+    from ds_local.checkpoints.hf_layers import from_hf, to_hf
+    from ds_local.model import families
 
-    config = blocks.load_model_config(MODELS[family])
+    config = families.load_model_config(MODELS[family])
     config.tie_word_embeddings = False
     model = AutoModelForCausalLM.from_config(config)
     layers = Reference(family, [0, 6]).layers

@@ -414,7 +414,8 @@ def test_neither_saved_nor_loaded(tmp_path, where):
         assert len(said) == 2
         what = r"\S+" if where == "weights" else "the optimizer's exp_avg_sq"
         assert re.search(
-            rf"bad is not written: stage 1 \(rank 1\) holds numbers that are not finite in {what}.*; what was saved before stays",
+            r"bad is not written: stage 1 \(rank 1\) holds numbers that are not finite in "
+            rf"{what}.*; what was saved before stays",
             said[0],
         )
         assert re.search(

@@ -12,7 +12,7 @@ import torch
 from ranks import run_ranks
 from reference import Reference, batch, table_of
 
-from ds_local.replicas.subnets import deal
+from ds_local.replicas.cuts import deal
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 PLAIN_AVERAGE = {"sync": "periodic", "every": 2, "outer_lr": 1.0, "outer_momentum": 0.0}

@@ -19,7 +19,8 @@ LOCAL = {"mode": "local"}
 def fail_and_go_on(folder, break_it, mend_it, tag):
     """Save, train with failing saves, mend, save again. What was said, losses, and what the folder
     held after the failure; then the state that a fresh engine finds in the last checkpoint."""
-    from ds_local.checkpoints.folder import latest_tag, locate, verify
+    from ds_local.checkpoints.folder import latest_tag, locate
+    from ds_local.checkpoints.sums import verify
     from ds_local.errors import SaveError
 
     engine = jobs.build(LOCAL, 2)

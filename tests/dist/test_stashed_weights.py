@@ -172,7 +172,7 @@ def journey(
     section, stages, steps, folder=None, save_at=(), evaluate_at=(), told=False, back=0, **settings
 ):
     """Train to `steps` steps from the latest checkpoint in `folder`, if any, with saves and
-    evaluations on the way; `back`: after the first step beyond a save, load it again so many times."""
+    evaluations on the way; `back`: after the first step beyond a save, load it so many times."""
     engine = jobs.build(section, stages, **settings)
     reports = {}
     engine.reports.listeners.append(

@@ -14,9 +14,9 @@ def stock(kind, stages, steps, gas, folder=None, save=False, **extra):
     from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
     from reference import GPT2, SEED, batch
 
-    from ds_local.model import blocks, heads
+    from ds_local.model import blocks, families, heads
 
-    model = blocks.load_model_config(GPT2)
+    model = families.load_model_config(GPT2)
     layers = [
         LayerSpec(blocks.Embedding, model, SEED),
         *(LayerSpec(blocks.Block, model, i, SEED) for i in range(4)),
@@ -105,9 +105,9 @@ def evaluate_stock(folder, tag):
     from deepspeed.pipe import LayerSpec, PipelineModule
     from reference import GPT2, SEED, batch
 
-    from ds_local.model import blocks, heads
+    from ds_local.model import blocks, families, heads
 
-    model = blocks.load_model_config(GPT2)
+    model = families.load_model_config(GPT2)
     layers = [
         LayerSpec(blocks.Embedding, model, SEED + 1),
         *(LayerSpec(blocks.Block, model, i, SEED + 1) for i in range(4)),

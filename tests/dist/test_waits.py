@@ -16,7 +16,7 @@ def wait_until(condition):
         time.sleep(0.01)
 
 
-# --- one rank stays away ----------------------------------------------------------------------------
+# --- one rank stays away --------------------------------------------------------------------------
 
 
 def one_stays_away(section, stages, absent, what):
@@ -65,7 +65,7 @@ def test_who_stays_away_is_named_within_the_limit(section, ranks, stages, absent
         assert not any(f"rank {other}" in words for other in others), ended
 
 
-# --- leaving together -------------------------------------------------------------------------------
+# --- leaving together -----------------------------------------------------------------------------
 
 
 def stopped_in_an_evaluation(stages, asks):
@@ -137,7 +137,7 @@ def test_a_second_engine_hears_nothing_of_the_first():
     assert run_ranks(two_engines, 2) == [("of the first engine", None, False, 4)] * 2
 
 
-# --- beside the steps -------------------------------------------------------------------------------
+# --- beside the steps -----------------------------------------------------------------------------
 
 
 def words_in_steps():

@@ -1,8 +1,9 @@
-"""Damage to the files of a run that is to be resumed: bits, bytes, whole files and edited JSON of a checkpoint, the pointer to
-it, run.json, and the data's prepared.json.
+"""Damage to the files of a run that is to be resumed: bits, bytes, whole files and edited JSON of a
+checkpoint, the pointer to it, run.json, and the data's prepared.json.
 
-Right: refused in one sentence that names the file or what differs in it, before a weight changes; nothing in the run folder but
-logs changes, and no code in a file runs. A damaged line of metrics.jsonl is set aside: the run goes on with all other rows.
+Right: refused in one sentence that names the file or what differs in it, before a weight changes;
+nothing in the run folder but logs changes, and no code in a file runs. A damaged line of
+metrics.jsonl is set aside: the run goes on with all other rows.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""No room: the disk full, nearly full, out of inodes, or read-only, while a run saves, at its start, while data is prepared and
-while a model is exported. The disk is a small tmpfs of its own, so this needs root.
+"""No room: the disk full, nearly full, out of inodes, or read-only, while a run saves, at its
+start, while data is prepared and while a model is exported. The disk is a small tmpfs of its own,
+so this needs root.
 
-Right, in a run: a sentence with the path (and bytes, where bytes are missing), the older checkpoint whole, the partial one gone,
-training goes on, and the next save works once there is room, so that the run ends as if nothing had been. Elsewhere: refused in
-one sentence with the path, and nothing is left behind.
+Right, in a run: a sentence with the path (and bytes, where bytes are missing), the older checkpoint
+whole, the partial one gone, training goes on, and the next save works once there is room, so that
+the run ends as if nothing had been. Elsewhere: refused in one sentence with the path, and nothing
+is left behind.
 """
 
 from __future__ import annotations

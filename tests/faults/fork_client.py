@@ -87,7 +87,8 @@ class Run:
         self.launcher, *self.pids = json.loads((folder / "pids.json").read_text())
 
     def status(self, rank: int) -> int | None:
-        """Exit code, the negative number of the signal that ended it, or None: it runs, or its launcher was killed."""
+        """Exit code, the negative number of the signal that ended it, or None: it runs, or its
+        launcher was killed."""
         path = self.folder / f"rank-{rank}.status"
         return int(path.read_text()) if path.exists() else None
 
@@ -132,9 +133,11 @@ class Run:
         return done
 
     def wait_as_launchers_do(self, seconds: float) -> bool:
-        """Wait until all have ended, or one has failed: then the others are told to end, and killed at last.
+        """Wait until all have ended, or one has failed: then the others are told to end, and killed
+        at last.
 
-        `ended` is when the first one failed. Has everything ended by itself or been told to, in time?
+        `ended` is when the first one failed. Has everything ended by itself or been told to, in
+        time?
         """
         ranks = range(len(self.pids))
         wait_for(lambda: any(map(self.status, ranks)) or not self.alive(), seconds)
@@ -167,7 +170,8 @@ class Run:
 
 
 class Launched:
-    """A run started by a real launcher, with all it says in one file; seen from outside as a `Run` is."""
+    """A run started by a real launcher, with all it says in one file; seen from outside as a `Run`
+    is."""
 
     def __init__(self, folder: Path, launcher: str, argv: Sequence[str], ranks: int) -> None:
         self.began, self.ended = time.monotonic(), 0.0
@@ -285,7 +289,8 @@ class Server:
         return run
 
     def finish(self, script: str, argv: Sequence[str], seconds: float = 60, **how: Any) -> Run:
-        """Start, and wait for the end; what has not ended by then is killed, which its statuses show."""
+        """Start, and wait for the end; what has not ended by then is killed, which its statuses
+        show."""
         run = self.start(script, argv, **how)
         run.wait(seconds)
         run.close()

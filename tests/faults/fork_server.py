@@ -1,15 +1,18 @@
-"""A process that has imported everything and forks ranks of real runs: a start costs a fraction of a second.
+"""A process that has imported everything and forks ranks of real runs: a start costs a fraction of
+a second.
 
     python tests/faults/fork_server.py        (started by `fork_client.Server`, which speaks to it)
 
-A job is a line of JSON on standard input: {"folder", "script", "argv", "ranks", "env", "hooks"}. For each job a process is
-forked that stands for the launcher; it forks the ranks and notes their ends:
+A job is a line of JSON on standard input: {"folder", "script", "argv", "ranks", "env", "hooks"}.
+For each job a process is forked that stands for the launcher; it forks the ranks and notes their
+ends:
 
     server -> launcher (leads a process group) -> rank 0, rank 1, ...
 
-A rank runs the script as `python SCRIPT ARGV` would, as `__main__`, with the environment that a launcher sets, and ends as any
-Python process does. In the job's folder lie pids.json, rank-N.txt (what it said) and rank-N.status (exit code; negative: the
-signal that ended it). Nothing here may start a thread before a fork.
+A rank runs the script as `python SCRIPT ARGV` would, as `__main__`, with the environment that a
+launcher sets, and ends as any Python process does. In the job's folder lie pids.json, rank-N.txt
+(what it said) and rank-N.status (exit code; negative: the signal that ended it). Nothing here may
+start a thread before a fork.
 """
 
 from __future__ import annotations

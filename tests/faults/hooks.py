@@ -42,7 +42,8 @@ def _digest(module: Any) -> str:
 
 
 def _wrap_method(name: str, wrapper: Callable[..., Any]) -> None:
-    """Put `wrapper(original, self, ...)` in place of a method of every engine class that has one of its own."""
+    """Put `wrapper(original, self, ...)` in place of a method of every engine class that has one of
+    its own."""
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
     for kind in _subclasses(PipelineEngine):
@@ -76,7 +77,8 @@ def poison(
         value: "nan", "inf" or "-inf".
         first_step, last_step: counted from 1, as in metrics.jsonl.
         block: among the transformer blocks of this rank; of losses it is the stage's any.
-        micro_batch: how many forward passes of that block (losses of that stage) pass unharmed first.
+        micro_batch: how many forward passes of that block (losses of that stage) pass unharmed
+            first.
     """
     import torch
 
@@ -177,8 +179,8 @@ def kill_at_operation(
 ) -> None:
     """SIGKILL at the n-th operation on files below a folder; 0: never, only count them.
 
-    Counted are opening for writing, each half of a write, fsync, renaming, removing, making and removing
-    folders, and before and after torch's own writer opens and closes a file.
+    Counted are opening for writing, each half of a write, fsync, renaming, removing, making and
+    removing folders, and before and after torch's own writer opens and closes a file.
     """
     operations = _Operations(folder, number, count_file)
     operations.armed = armed
@@ -271,7 +273,8 @@ def stop_in(where: str, nth: int = 1) -> None:
     """SIGSTOP of this rank at the n-th call of something.
 
     Args:
-        where: "start": at once; "group": at the start of the process group; else a method of the engine.
+        where: "start": at once; "group": at the start of the process group; else a method of the
+            engine.
     """
     if where == "start":
         os.kill(os.getpid(), signal.SIGSTOP)

@@ -1,7 +1,8 @@
-"""Bad inputs: data folders, models, config files, sources of text, tokenizers, run folders, and runs continued with others.
+"""Bad inputs: data folders, models, config files, sources of text, tokenizers, run folders, and
+runs continued with others.
 
-Right: refused in one sentence that names the file or the difference, within 10 s; what was there before is there afterwards, and
-no process stays.
+Right: refused in one sentence that names the file or the difference, within 10 s; what was there
+before is there afterwards, and no process stays.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ def _prepared(
 def _prepare(
     *arguments: str, files: dict[str, str | bytes] | None = None, text: bool = True
 ) -> Maker:
-    """prepare_data.py on text of its own; "{folder}" in an argument or a file's name is the case's folder."""
+    """prepare_data.py on text of its own; "{folder}" in an argument or a file's name is the case's
+    folder."""
 
     def make(bench: Bench, folder: Path) -> Start:
         source = ["--source", str(bench.work / "text.txt")] if text else []

@@ -51,7 +51,8 @@ class Outcome:
 
 
 def left_by(run: Path) -> dict[str, Any]:
-    """What a run must have left whatever happened to it: the latest checkpoint's tensors, figures of every step."""
+    """What a run must have left whatever happened to it: the latest checkpoint's tensors, figures
+    of every step."""
     latest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
     return {
         "latest": latest.name,
@@ -106,7 +107,8 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     )
     if missing or more:
         words.append(
-            f"metrics.jsonl: {len(missing)} rows missing, {len(more)} unexpected, such as {(missing + more)[0]}"
+            f"metrics.jsonl: {len(missing)} rows missing, {len(more)} unexpected, such as "
+            f"{(missing + more)[0]}"
         )
     return words
 
@@ -128,7 +130,8 @@ def last_words(output: str) -> str:
 
 
 def refused(run: Run, names: Sequence[str]) -> Outcome:
-    """Judge a run that has to be refused: in one sentence with one of the names, in time, with nothing left running."""
+    """Judge a run that has to be refused: in one sentence with one of the names, in time, with
+    nothing left running."""
     outcome = Outcome()
     if not run.wait_as_launchers_do(6 * REFUSAL_SECONDS):
         outcome.wrong.append(f"no end within {6 * REFUSAL_SECONDS:.0f} s")
@@ -169,7 +172,8 @@ def ended(run: Run | Launched, seconds: float, ranks: Sequence[int] | None = Non
 
 
 def blamed(run: Run, dead: int) -> list[str]:
-    """What is wrong with what the survivors of a rank said. Who had finished by then need not say anything."""
+    """What is wrong with what the survivors of a rank said. Who had finished by then need not say
+    anything."""
     wrong = []
     for rank, status in enumerate(run.statuses()):
         if rank == dead or status == 0:

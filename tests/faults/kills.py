@@ -1,7 +1,8 @@
-"""SIGKILL of a random rank at a random moment; then the same command again. A few under the real launchers.
+"""SIGKILL of a random rank at a random moment; then the same command again. A few under the real
+launchers.
 
-Right: the others end in time, name the dead rank and blame no living one, no process stays, and the restarted run ends with
-the weights and the figures of an undisturbed one, bit for bit.
+Right: the others end in time, name the dead rank and blame no living one, no process stays, and the
+restarted run ends with the weights and the figures of an undisturbed one, bit for bit.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ LAUNCHED_EVERY = 25  # one case in so many goes through a real launcher
 
 
 def cases(seed: int, count: int) -> list[dict[str, Any]]:
-    """Layouts by turns; one case in three is killed twice. A kill: rank, moment as a share of the usual time."""
+    """Layouts by turns; one case in three is killed twice. A kill: rank, moment as a share of the
+    usual time."""
     found = []
     for number in range(count):
         rng = random.Random(f"{seed} {number}")

@@ -1,8 +1,10 @@
-"""A NaN or an infinity in a loss, a gradient or an activation: at each segment, under each row of the route table, in fp32,
-bf16 and bf16 with ZeRO-1; once, or from some step on; where such steps are to be skipped, and where the run is to stop.
+"""A NaN or an infinity in a loss, a gradient or an activation: at each segment, under each row of
+the route table, in fp32, bf16 and bf16 with ZeRO-1; once, or from some step on; where such steps
+are to be skipped, and where the run is to stop.
 
-Right: the latest checkpoint is finite; a line on the console names the stage where it arose and the step; metrics.jsonl stays
-strict JSON; skipped, the run ends with status 0; stopped, or more than allowed in a row, all ranks end with another one.
+Right: the latest checkpoint is finite; a line on the console names the stage where it arose and the
+step; metrics.jsonl stays strict JSON; skipped, the run ends with status 0; stopped, or more than
+allowed in a row, all ranks end with another one.
 """
 
 from __future__ import annotations

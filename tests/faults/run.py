@@ -4,7 +4,8 @@
     python tests/faults/run.py kills --count 20 --seed 7       one campaign, shorter
     python tests/faults/run.py table                           only write the page from the rows there are
 
-A half-done campaign goes on where it stopped: rows lie in runs/faults, and those of other code or another seed do not count.
+A half-done campaign goes on where it stopped: rows lie in runs/faults, and those of other code or
+another seed do not count.
 Results: docs/results/reliability.json (all rows) and reliability.md (the table).
 """
 
@@ -162,7 +163,8 @@ def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def page(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     table = "\n".join(
-        f"| {name} | {one['cases']} | {one['right']} | {one['wrong']} | {one['slowest_seconds']} | `{one['command']}` |"
+        f"| {name} | {one['cases']} | {one['right']} | {one['wrong']} | {one['slowest_seconds']} | "
+        f"`{one['command']}` |"
         for name, one in facts["campaigns"].items() if one["cases"]
     )  # fmt: skip
     played = {name: one for name, one in facts["campaigns"].items() if one["cases"]}

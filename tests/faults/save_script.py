@@ -1,10 +1,11 @@
-"""A script of a user who saves by himself: what the campaign of kills within a save runs on every rank.
+"""A script of a user who saves by himself: what the campaign of kills within a save runs on every
+rank.
 
     save_script.py save FOLDER MODEL CONFIG first|other|again      dies in its last save, if a hook says so
     save_script.py load FOLDER MODEL CONFIG first|other|again      prints what it found, then saves once more
 
-first: nothing has been saved before. other: a save under another tag. again: a save under the same tag.
-Each save prints the step with a digest of weights and optimizer.
+first: nothing has been saved before. other: a save under another tag. again: a save under the same
+tag. Each save prints the step with a digest of weights and optimizer.
 """
 
 from __future__ import annotations

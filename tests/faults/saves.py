@@ -1,8 +1,10 @@
-"""SIGKILL of a rank at every single file operation of a save: of the first save of all, of one beside an older one, and of one
-under a tag that there was already. And at operations on the run folder during a whole run of train.py.
+"""SIGKILL of a rank at every single file operation of a save: of the first save of all, of one
+beside an older one, and of one under a tag that there was already. And at operations on the run
+folder during a whole run of train.py.
 
-Right: what is loaded afterwards is one whole save, older or newer, the same on all ranks, and there is always one where there
-was one before; the next save works. A run of train.py goes on to the weights and figures of an undisturbed one.
+Right: what is loaded afterwards is one whole save, older or newer, the same on all ranks, and there
+is always one where there was one before; the next save works. A run of train.py goes on to the
+weights and figures of an undisturbed one.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ OTHERS_END = 45.0
 
 
 def cases(seed: int, count: int, bench: Bench) -> list[dict[str, Any]]:
-    """Every operation of every rank in the three kinds of saves, then operations of a run; `count` of them."""
+    """Every operation of every rank in the three kinds of saves, then operations of a run; `count`
+    of them."""
     rng = random.Random(f"saves {seed}")
     saves = [
         {"kind": kind, "rank": rank, "operation": operation}

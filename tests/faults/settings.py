@@ -1,7 +1,9 @@
-"""Bad settings: keys and values of ds_config.json at every level, numbers of the command line, keys and values of a model's
-config; misspelt, of a wrong type, NaN, infinite, negative, huge, "auto", contradictory, of packages that are not there.
+"""Bad settings: keys and values of ds_config.json at every level, numbers of the command line, keys
+and values of a model's config; misspelt, of a wrong type, NaN, infinite, negative, huge, "auto",
+contradictory, of packages that are not there.
 
-Right: refused before any step, in one sentence that names the key, within 10 s, and no process stays.
+Right: refused before any step, in one sentence that names the key, within 10 s, and no process
+stays.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class Place(NamedTuple):
     """A key, named by its path from the top: numbers are positions in a list.
 
     Attributes:
-        right: a value that is accepted, written under a misspelt key; None: the key is not misspelt.
+        right: a value that is accepted, written under a misspelt key; None: the key is not
+            misspelt.
         wrong: values to be refused.
         beside: path -> value of other keys that make the key meaningful.
     """

@@ -1,9 +1,11 @@
-"""Told to stop, and stopped: SIGTERM, SIGINT and SIGHUP to one rank or to all, under real launchers too; a second SIGINT; the
-launcher gone; and SIGSTOP of a rank in a step, a save, an evaluation or the start.
+"""Told to stop, and stopped: SIGTERM, SIGINT and SIGHUP to one rank or to all, under real launchers
+too; a second SIGINT; the launcher gone; and SIGSTOP of a rank in a step, a save, an evaluation or
+the start.
 
-Right: told to stop, all ranks save the same step and are gone within 30 s with the same status, and the run goes on from there as
-if nothing had been. After a second SIGINT they are gone at once. A rank that hangs is named while the others wait, and when their
-limits end them; no living rank is blamed.
+Right: told to stop, all ranks save the same step and are gone within 30 s with the same status, and
+the run goes on from there as if nothing had been. After a second SIGINT they are gone at once. A
+rank that hangs is named while the others wait, and when their limits end them; no living rank is
+blamed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The folder of a campaign: tiny inputs, the fork server, undisturbed runs, and the command line of a run."""
+"""The folder of a campaign: tiny inputs, the fork server, undisturbed runs, and the command line of
+a run."""
 
 from __future__ import annotations
 
@@ -96,9 +97,10 @@ class Bench:
 
         Args:
             settings: what is otherwise in ds_config.json, by path ("local_parallel.link.depth").
-            shape: what is otherwise in the model's config; None takes a key away, here and in settings.
-            options: of the command line, underscores for dashes; None takes one away, True gives one
-                without a value.
+            shape: what is otherwise in the model's config; None takes a key away, here and in
+                settings.
+            options: of the command line, underscores for dashes; None takes one away, True gives
+                one without a value.
         """
         model = with_changes({**MODEL, "vocab_size": self.vocab_size}, shape or {})
         given = {
@@ -147,7 +149,8 @@ def finished_run(bench: Bench) -> Path:
 
 
 def with_changes(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON content with other values at some paths; None takes a key away, a number is a position in a list."""
+    """JSON content with other values at some paths; None takes a key away, a number is a position
+    in a list."""
     changed = copy.deepcopy(dict(content))
     for path, value in changes.items():
         *above, last = path.split(".")

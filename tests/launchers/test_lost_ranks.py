@@ -29,7 +29,10 @@ def test_an_exception_on_one_stage_reaches_all_others(tmp_path, doom):
 
 
 def test_an_error_inside_a_step_travels_with_its_words(tmp_path):
-    fate = "engine.module.run_segment = lambda *_: (_ for _ in ()).throw(ValueError('the disk is on fire'))"
+    fate = (
+        "engine.module.run_segment = lambda *_: (_ for _ in ()).throw("
+        "ValueError('the disk is on fire'))"
+    )
     outputs = finish(start(tmp_path, fate, 1))
     assert all("the disk is on fire" in output for output in outputs), outputs
     assert "the run ended elsewhere: stage 1 (rank 1) at step 5: the disk is on fire" in outputs[2]
@@ -102,7 +105,10 @@ def test_too_many_in_a_row_end_every_stage_with_the_name_of_the_first(
     run = start(tmp_path, fate, segment, section=section)
     outputs = finish(run)
     times = ", the 3rd time in a row" if step == 8 else ""
-    said = f"the loss of segment {segment} was not finite in step {step} on stage {segment}{times}; go on from"
+    said = (
+        f"the loss of segment {segment} was not finite in step {step} on stage {segment}{times}; "
+        "go on from"
+    )
     for status, output in zip(run.statuses(), outputs, strict=True):
         assert status != 0
         assert "ENDED" not in output

@@ -123,7 +123,8 @@ def test_the_exported_model_has_the_reported_loss_in_plain_transformers(run, inp
         result = script("export_hf.py", str(run[0]), "--output", folders[-1], *arguments)
         assert result.returncode == 0, result.stdout
     code = (
-        "import sys, datasets, torch; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T\n"
+        "import sys, datasets, torch\n"
+        "from transformers import AutoModelForCausalLM as A, AutoTokenizer as T\n"
         "data, *folders = sys.argv[1:]\n"
         "rows = datasets.load_from_disk(data)['validation'].with_format('numpy')[:]['input_ids']\n"
         "ids = torch.tensor(rows.astype('int64'))\n"

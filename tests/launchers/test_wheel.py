@@ -78,7 +78,8 @@ def test_shipped_configs_are_found_by_name(installed):
     code = (
         "import json, ds_local; from ds_local.config.files import load_config\n"
         "steps = load_config('deepspeed/gpt2-small.json')['scheduler']['params']\n"
-        "from ds_local.model import blocks; width = blocks.load_model_config('gpt2-nano.json').n_embd\n"
+        "from ds_local.model import families\n"
+        "width = families.load_model_config('gpt2-nano.json').n_embd\n"
         "print(json.dumps([ds_local.__file__, ds_local.__version__, steps, width]))"
     )
     found = json.loads(say(sys.executable, "-c", code))

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ds_local.checkpoints import hf_export as hf
 from ds_local.data.tokenizers import check_same_tokenizer
 from ds_local.errors import DataError
-from ds_local.model import blocks
+from ds_local.model import families
 
 # --- from pretrained weights ----------------------------------------------------------------------
 
@@ -38,7 +38,7 @@ def fine_tuned(tmp_path_factory):
     torch.manual_seed(5)
     fields = json.loads(Path(inputs["--model"]).read_text())
     model = AutoModelForCausalLM.from_config(
-        blocks.load_model_config(fields | {"initializer_range": 0.2})
+        families.load_model_config(fields | {"initializer_range": 0.2})
     )
     model.save_pretrained(folder / "pretrained", max_shard_size="30KB")
     AutoTokenizer.from_pretrained(folder / "data" / "tokenizer").save_pretrained(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ds_local.config.files import local_parallel
-from ds_local.config.schema import LinkConfig
+from ds_local.config.sections import LinkConfig
 from ds_local.errors import ConfigError
 from ds_local.links.codecs import CODECS, decode, encode
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from ds_local.config.schema import LinkConfig
+from ds_local.config.sections import LinkConfig
 from ds_local.errors import TransportError
+from ds_local.links.buffers import Tag
 from ds_local.links.messages import (
     activation_message,
     combine,
@@ -20,7 +21,7 @@ from ds_local.links.messages import (
     parts_of_gradient,
     unpack,
 )
-from ds_local.links.transport import MemoryLink, Tag
+from ds_local.links.transport import MemoryLink
 from ds_local.links.trees import CannotTravel, Tree, map_tensors
 
 

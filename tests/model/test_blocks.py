@@ -7,16 +7,16 @@ from families import check_no_look_into_the_future, layers_of, run
 from reference import MODELS
 from transformers import AutoModelForCausalLM
 
-from ds_local.checkpoints.hf_export import from_hf, to_hf
-from ds_local.config.schema import HeadConfig
+from ds_local.checkpoints.hf_layers import from_hf, to_hf
+from ds_local.config.sections import HeadConfig
 from ds_local.errors import UnsupportedModel
-from ds_local.model import blocks
+from ds_local.model import blocks, families
 from ds_local.model.heads import lm_loss
 
 
 @pytest.fixture(params=sorted(MODELS))
 def config(request):
-    return blocks.load_model_config(MODELS[request.param])
+    return families.load_model_config(MODELS[request.param])
 
 
 def test_logits_equal_hugging_faces(config):
@@ -84,17 +84,17 @@ def test_building_leaves_the_random_numbers_alone(config):
 
 def test_unsupported_families_are_named(tmp_path):
     with pytest.raises(UnsupportedModel, match=r"supported are .*gpt2.*llama"):
-        blocks.load_model_config({"model_type": "bert"})
+        families.load_model_config({"model_type": "bert"})
     path = tmp_path / "config.json"
     path.write_text("{")
     with pytest.raises(UnsupportedModel, match="no Hugging Face model config"):
-        blocks.load_model_config(path)
+        families.load_model_config(path)
     with pytest.raises(UnsupportedModel, match="no model config at"):
-        blocks.load_model_config(tmp_path / "missing.json")
+        families.load_model_config(tmp_path / "missing.json")
 
 
 def test_forward_flops_of_gpt2_small():
-    small = blocks.load_model_config({"model_type": "gpt2"})
+    small = families.load_model_config({"model_type": "gpt2"})
     block, readout = blocks.forward_flops(small, 1024)
     assert block == 2 * 12 * 768**2 + 4 * 1024 * 768
     assert readout == 2 * 50257 * 768

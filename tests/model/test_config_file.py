@@ -8,7 +8,7 @@ from sentences import assert_one_sentence
 from transformers import AutoConfig
 
 from ds_local.errors import DsLocalError
-from ds_local.model.blocks import load_model_config
+from ds_local.model.families import load_model_config
 
 GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 99}
 LLAMA = {

@@ -6,13 +6,13 @@ import torch
 from families import VARIANTS, check_no_look_into_the_future, layers_of, run
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_local.checkpoints.hf_export import from_hf, to_hf
-from ds_local.model import blocks
+from ds_local.checkpoints.hf_layers import from_hf, to_hf
+from ds_local.model import families
 
 
 @pytest.fixture(params=sorted(VARIANTS))
 def config(request):
-    return blocks.load_model_config(VARIANTS[request.param])
+    return families.load_model_config(VARIANTS[request.param])
 
 
 def tokens(*shape):
@@ -30,11 +30,11 @@ def random_model(config):
 
 
 def test_every_family_has_a_variant():
-    assert {fields["model_type"] for fields in VARIANTS.values()} == set(blocks.FAMILIES)
+    assert {fields["model_type"] for fields in VARIANTS.values()} == set(families.FAMILIES)
 
 
 def test_the_table_agrees_with_the_pipeline_plan_of_the_config():
-    for model_type, family in blocks.FAMILIES.items():
+    for model_type, family in families.FAMILIES.items():
         plan = getattr(AutoConfig.for_model(model_type), "base_model_pp_plan", None)
         if plan is None:
             continue

@@ -6,9 +6,9 @@ from reference import MODELS
 from torch.nn import functional as F
 
 from ds_local.config.files import local_parallel
-from ds_local.config.schema import HeadConfig
+from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
-from ds_local.model import blocks, heads
+from ds_local.model import blocks, families, heads
 from ds_local.model.heads import IGNORE, count_targets, linear_cross_entropy, lm_loss
 from ds_local.replicas.head_copies import planned_copies, refresh_delay
 from ds_local.schedules.run_plan import RunPlan
@@ -22,7 +22,7 @@ def make_head(config, segment, seed=3, **options):
 
 @pytest.fixture(params=sorted(MODELS))
 def config(request):
-    return blocks.load_model_config(MODELS[request.param])
+    return families.load_model_config(MODELS[request.param])
 
 
 def tokens(*shape, seed=0):
@@ -52,10 +52,10 @@ def test_the_loss_is_computed_in_float32():
 
 @pytest.mark.parametrize("family", sorted(MODELS))
 def test_a_head_is_the_familys_norm_and_a_readout(family):
-    config = blocks.load_model_config(MODELS[family])
+    config = families.load_model_config(MODELS[family])
     head = make_head(config, 1)
     assert type(head.norm) is type(
-        blocks.skeleton(config).get_submodule(blocks.family_of(config).norm)
+        families.skeleton(config).get_submodule(families.family_of(config).norm)
     )
     hidden, labels = torch.randn(2, 6, 32), torch.randint(0, 64, (2, 6))
     assert head(hidden, labels).item() == lm_loss(head.readout(head.norm(hidden)), labels).item()
@@ -64,18 +64,18 @@ def test_a_head_is_the_familys_norm_and_a_readout(family):
 
 
 @pytest.mark.parametrize("kernel", ["torch", "checkpointed"])
-def test_chunked_loss_equals_plain_loss_in_value_and_gradients(kernel):
+def test_sliced_loss_equals_plain_loss_in_value_and_gradients(kernel):
     hidden, weight = (
         torch.randn(1100, 24),
         torch.randn(2000, 24) / 5,
-    )  # large enough for chunks, and an incomplete last one
+    )  # large enough for slices, and an incomplete last one
     targets = torch.randint(0, 2000, (1100,))
     targets[::7] = IGNORE
     assert hidden.shape[0] * weight.shape[0] > heads._PLAIN_LOGITS
     results = []
-    for chunked in (True, False):
+    for sliced in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        if chunked:
+        if sliced:
             loss = linear_cross_entropy(h, w, targets, kernel)
         else:
             loss = F.cross_entropy(h @ w.T, targets, ignore_index=IGNORE, reduction="sum")
@@ -85,7 +85,7 @@ def test_chunked_loss_equals_plain_loss_in_value_and_gradients(kernel):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_chunked_loss_in_bf16_is_near_plain_loss():
+def test_sliced_loss_in_bf16_is_near_plain_loss():
     torch.manual_seed(0)
     hidden, weight, targets = (
         torch.randn(1100, 24),
@@ -93,10 +93,10 @@ def test_chunked_loss_in_bf16_is_near_plain_loss():
         torch.randint(0, 2000, (1100,)),
     )
     plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
-    chunked = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
-    assert chunked.dtype == torch.float32
+    sliced = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
+    assert sliced.dtype == torch.float32
     # bf16 keeps 8 bits; over four seeds the two differ by 0.2 to 0.8 %
-    assert chunked.item() == pytest.approx(plain.item(), rel=1e-2)
+    assert sliced.item() == pytest.approx(plain.item(), rel=1e-2)
 
 
 def test_kernels_of_missing_packages_say_what_to_install():

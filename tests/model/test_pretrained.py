@@ -12,12 +12,12 @@ from sentences import one_sentence
 from transformers import AutoModelForCausalLM
 
 from ds_local.errors import WeightsError
-from ds_local.model import blocks
+from ds_local.model import blocks, families
 from ds_local.model.pretrained import Weights, find_weights, load_layer, whole_model
 
 
 def save(folder, variant="gpt2", **how):
-    config = blocks.load_model_config(VARIANTS[variant])
+    config = families.load_model_config(VARIANTS[variant])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder, **how)
@@ -25,7 +25,7 @@ def save(folder, variant="gpt2", **how):
 
 
 def layers_from(folder):
-    config = blocks.load_model_config(folder)
+    config = families.load_model_config(folder)
     weights = Weights(find_weights(folder), config)
     layers = [
         blocks.Embedding(config, 1),
@@ -72,7 +72,7 @@ def test_large_tensors_come_in_pieces(tmp_path, monkeypatch):
 
 
 def test_half_precision_weights_become_float32(tmp_path):
-    config = blocks.load_model_config(VARIANTS["llama"])
+    config = families.load_model_config(VARIANTS["llama"])
     model = AutoModelForCausalLM.from_config(config).bfloat16()
     model.save_pretrained(tmp_path)
     layers = layers_from(tmp_path)

@@ -6,11 +6,11 @@ from reference import MODELS
 
 from ds_local.config.deepspeed import check_deepspeed
 from ds_local.config.files import local_parallel
-from ds_local.config.schema import ReplicasConfig
+from ds_local.config.sections import ReplicasConfig
 from ds_local.errors import ConfigError
-from ds_local.model import blocks
+from ds_local.model import families
 from ds_local.replicas import subnets
-from ds_local.replicas.subnets import CUTS, check_cut, deal, put, scale_outputs, take
+from ds_local.replicas.cuts import CUTS, check_cut, deal, put, scale_outputs, take
 
 NEOX = {
     "model_type": "gpt_neox",
@@ -139,7 +139,7 @@ def test_shares_of_hugging_faces_modules_add_up_to_the_whole(model, kind):
 
 def test_models_that_cannot_be_dealt_out():
     settings = ReplicasConfig(sync="subnets")
-    config = blocks.load_model_config(MODELS["llama"])
+    config = families.load_model_config(MODELS["llama"])
     check_cut(config, settings, 2)
     with pytest.raises(
         ConfigError, match=r"4 replicas cannot share the 2 attention heads \(key-value groups\)"
@@ -200,7 +200,7 @@ def test_optimizers_that_shard_over_replicas_are_refused(sharded, sync):
 
 
 def test_the_merged_factor_goes_into_exported_weights():
-    config = blocks.load_model_config(MODELS["gpt2"])
+    config = families.load_model_config(MODELS["gpt2"])
     names = [
         "block.attn.c_proj.weight",
         "block.attn.c_proj.bias",

@@ -363,7 +363,7 @@ def test_chunks_split_leave_no_bubble():
         assert periods == [15, 13, 12]
         lives = [max(make_schedule(row, stages, 0.0, split).peak_live) for split in (0, 1, 2)]
         assert lives == [2, 2, 3]
-    for per_stage in (2, 3):  # several segments on a stage put off as many micro-batches as one
+    for per_stage in (2, 3):  # several segments on a stage defer as many micro-batches as one
         finer = make_schedule([(make_routes("backprop", 4 * per_stage), 16)], 4, 0.0, 2)
         assert max(finer.peak_live) == 7 * per_stage
         assert simulate(finer, Costs()).steady_period <= 16 * 3 * per_stage + per_stage

@@ -94,7 +94,8 @@ def test_nohup_keeps_its_word():
 
 def test_a_console_that_is_gone_stops_no_save(tmp_path):
     saved = tmp_path / "saved"
-    then = f"asked.wait(); [print('x' * 100000, flush=True) for _ in range(9)]; open({str(saved)!r}, 'w')"
+    printed = "[print('x' * 100000, flush=True) for _ in range(9)]"
+    then = f"asked.wait(); {printed}; open({str(saved)!r}, 'w')"
     process = start(then)
     process.stdout.close()  # as a terminal does
     process.send_signal(signal.SIGHUP)
@@ -104,8 +105,9 @@ def test_a_console_that_is_gone_stops_no_save(tmp_path):
 
 def test_a_forked_child_has_its_own_signals():
     then = (
-        "import os, signal, time; child = os.fork(); child or time.sleep(600); os.kill(child, signal.SIGTERM); "
-        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), asked.is_set(), flush=True)"
+        "import os, signal, time; child = os.fork(); child or time.sleep(600); os.kill(child, "
+        "signal.SIGTERM); print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), "
+        "asked.is_set(), flush=True)"
     )
     assert end(start(then)) == (0, f"{-signal.SIGTERM} False\n")
 

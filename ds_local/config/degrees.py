@@ -1,9 +1,10 @@
-"""How the processes of a run divide into pipeline stages and replicas."""
+"""The degrees of parallelism: how many pipeline stages, how many replicas."""
 
 from __future__ import annotations
 
 from ds_local.config.deepspeed import check_number
-from ds_local.config.schema import SECTION, LocalParallelConfig
+from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 
 
@@ -24,10 +25,12 @@ def num_stages_and_replicas(
     stages = num_stages or section.num_stages or world_size
     if num_stages and section.num_stages and num_stages != section.num_stages:
         raise ConfigError(
-            f"num_stages is {num_stages} but {SECTION}.num_stages is {section.num_stages}; make them agree"
+            f"num_stages is {num_stages} but {SECTION}.num_stages is {section.num_stages}; make "
+            "them agree"
         )
     if world_size % stages:
         raise ConfigError(
-            f"{world_size} processes cannot be divided into {stages} stages; start a multiple of {stages} processes"
+            f"{world_size} processes cannot be divided into {stages} stages; start a multiple of "
+            f"{stages} processes"
         )
     return stages, world_size // stages

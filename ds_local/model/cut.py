@@ -26,7 +26,8 @@ def balance(costs: Sequence[float], extras: Sequence[float]) -> list[int]:
     num_layers, num_segments = len(costs), len(extras)
     if num_layers < num_segments:
         raise ConfigError(
-            f"{num_layers} layers cannot be cut into {num_segments} segments; use fewer stages or a deeper model"
+            f"{num_layers} layers cannot be cut into {num_segments} segments; use fewer stages or "
+            "a deeper model"
         )
     total = [0.0, *accumulate(costs)]
     # best[k][n]: (largest cost, sum of squares, start of the last segment) of the first k segments

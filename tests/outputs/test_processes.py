@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-from ds_local.cluster.processes import Process
+from ds_local.outputs.processes import Process
 
 
 def test_this_process_lives():
@@ -21,7 +21,7 @@ def test_a_number_that_was_used_again_is_another_process():
 def test_a_process_that_ended_is_gone_even_unburied():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     place = Process.own()
-    code = f"from ds_local.cluster.processes import _started; print(_started({process.pid}))"
+    code = f"from ds_local.outputs.processes import _started; print(_started({process.pid}))"
     started = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     )

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from ds_local.model.partition import balance
+from ds_local.model.cut import balance
 
 
 @pytest.mark.parametrize(

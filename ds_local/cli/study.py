@@ -1,0 +1,103 @@
+"""The quality study: methods on equal tokens and the same data order, one table.
+
+    python scripts/study.py run --methods backprop local mixed --segments 4 --seeds 1 --minutes 9
+    python scripts/study.py table
+
+`run` trains what is not finished yet, all segments of a model in one process through the real
+engine, and stops after the given minutes; call it again to go on. Several may run at once: each
+takes runs that nobody else works on. A run that ends in backpropagation goes on from where the same
+scheme without such a tail was, once that is finished: the two are the same until then. So are WSD
+runs of different lengths until the shorter one decays. `table` adds what is finished to
+docs/quality-runs.jsonl, one line a run, and writes docs/quality.json, docs/quality.png and the
+tables in docs/quality.md, those of the presets with "ratio" in docs/quality-ratio.md. `methods`
+lists them. Paths are below the working directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ds_local.cli.arguments import Parser, number, whole
+from ds_local.config import strict_json
+from ds_local.outputs import write_file
+from ds_local.study.methods import METHODS
+from ds_local.study.recipes import PRESETS
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("command", choices=["run", "table", "methods"])
+    add("--preset", choices=sorted(PRESETS), default="cpu")
+    methods = list(METHODS)
+    add("--methods", nargs="+", choices=sorted(METHODS), default=methods, metavar="METHOD")
+    add("--segments", nargs="+", type=whole(1), default=[4])
+    add("--seeds", nargs="+", type=whole(), default=[1])
+    factor = number(above=True)
+    add(
+        "--lr-factors",
+        nargs="+",
+        type=factor,
+        default=[1.0],
+        help="factors on the preset's learning rate",
+    )
+    add(
+        "--step-factors",
+        nargs="+",
+        type=factor,
+        default=[1.0],
+        help="factors on the preset's number of steps",
+    )
+    add(
+        "--minutes",
+        type=number(above=True),
+        default=9.0,
+        help="stop after so long; what is unfinished goes on next time",
+    )
+    add("--folder", default="out/study", help="where runs are kept")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    if args.command == "methods":
+        print("\n".join(METHODS))
+        return 0
+    if args.command == "table":
+        return table(Path(args.folder), Path("docs"))
+    from ds_local.study.running import work
+
+    return work(args)
+
+
+def table(folder: Path, docs: Path) -> int:
+    """Add the finished runs in a folder to those in `docs`, and write the pages."""
+    from ds_local.study.picture import draw
+    from ds_local.study.results import all_runs
+    from ds_local.study.summary import summary
+    from ds_local.study.tables import markdown, ratio_markdown, write_between
+
+    docs.mkdir(exist_ok=True)
+    results = all_runs(docs / "quality-runs.jsonl", folder)
+    rows_of = {name: summary(name, [r for r in results if r["preset"] == name]) for name in PRESETS}
+    rows_of = {name: rows for name, rows in rows_of.items() if rows}
+    if not rows_of:
+        print("no backprop run is finished yet; run it first", file=sys.stderr)
+        return 1
+    rows = [row for rows in rows_of.values() for row in rows]
+    write_file(docs / "quality.json", strict_json.dumps(rows, indent=1) + "\n")
+    at_ratio = {name: rows for name, rows in rows_of.items() if "ratio" in name}
+    others = {name: rows for name, rows in rows_of.items() if name not in at_ratio}
+    for page, written, text_of in (
+        ("quality.md", others, markdown),
+        ("quality-ratio.md", at_ratio, ratio_markdown),
+    ):
+        if written:
+            text = text_of(written)
+            write_between(docs / page, text)
+            print(text)
+    if others:
+        draw(results, others, docs / "quality.png")
+    return 0

@@ -1,0 +1,92 @@
+"""What a row of the planner asks of its stages, read from its schedule."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ds_local.cluster.candidates import (
+    ONE_IN,
+    ROWS,
+)
+from ds_local.config.files import local_parallel
+from ds_local.config.strict import SECTION
+from ds_local.schedules.run_plan import RunPlan
+from ds_local.schedules.schedule import Schedule
+from ds_local.schedules.simulator import StepTimer
+
+
+def section_for(row: str, micro_batches: int) -> dict[str, Any]:
+    """The "local_parallel" section of a row."""
+    section = ROWS[row]
+    if row in ONE_IN:
+        first, second = section["mix"]
+        return {"mix": [{**first, "micro_batches": max(1, micro_batches // ONE_IN[row])}, second]}
+    return section
+
+
+@lru_cache(maxsize=4096)
+def schedule_for(row: str, stages: int, micro_batches: int) -> Schedule:
+    return RunPlan.of(
+        local_parallel({SECTION: section_for(row, micro_batches)}), stages, micro_batches
+    ).schedule_at(0)
+
+
+@lru_cache(maxsize=4096)
+def timer_for(row: str, stages: int, micro_batches: int) -> StepTimer:
+    return StepTimer(schedule_for(row, stages, micro_batches))
+
+
+class Sample(NamedTuple):
+    """What a row asks of its stages."""
+
+    rows: tuple[Any, ...]
+    losses: list[float]  # of each stage, the share of micro-batches that compute its loss
+    peak_live: tuple[int, ...]
+    peak_deferred: tuple[int, ...]
+    sends_gradients: bool
+
+
+@lru_cache(maxsize=4096)
+def sample_of(row: str, stages: int, micro_batches: int) -> Sample:
+    """From a schedule of at most so many micro-batches."""
+    schedule = schedule_for(row, stages, min(micro_batches, 4 * stages))
+    rows = schedule.rows
+    losses = [
+        sum(stage in routes.weights for routes in rows) / len(rows) for stage in range(stages)
+    ]
+    return Sample(
+        rows,
+        losses,
+        schedule.peak_live,
+        schedule.peak_deferred,
+        schedule.message_counts()["gradients"] > 0,
+    )
+
+
+@lru_cache(maxsize=4096)
+def streams_leaving_a_node(
+    stages: int, replicas: int, place: str, devices_per_node: int
+) -> tuple[int, int]:
+    """Of the fullest node: (activations to a next stage elsewhere, rings of replicas that go on
+    elsewhere).
+
+    Rank = stage x replicas + replica where stages lie across nodes, replica x stages + stage within
+    a node.
+    """
+    across = place == "across_nodes"
+    ranks = np.arange(stages * replicas)
+    stage, replica = (
+        (ranks // replicas, ranks % replicas) if across else (ranks % stages, ranks // stages)
+    )
+
+    def node(of_stage: Any, of_replica: Any) -> Any:
+        rank = of_stage * replicas + of_replica if across else of_replica * stages + of_stage
+        return rank // devices_per_node
+
+    here = ranks // devices_per_node
+    edges = here[(stage + 1 < stages) & (node(np.minimum(stage + 1, stages - 1), replica) != here)]
+    rings = here[(replicas > 1) & (node(stage, (replica + 1) % replicas) != here)]
+    return int(np.bincount(edges, minlength=1).max()), int(np.bincount(rings, minlength=1).max())

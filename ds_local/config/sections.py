@@ -1,0 +1,203 @@
+"""The objects inside the "local_parallel" section: links, placement, heads, replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from ds_local.config.strict import OptionOf, Strict
+from ds_local.errors import ConfigError
+
+Seconds = Annotated[PositiveFloat, Field(le=1e7)]  # four months
+
+CodecName = Literal["none", "bf16", "int8", "int4", "topk", "lowrank"]
+
+
+class LinkConfig(Strict):
+    """Messages between stages."""
+
+    depth: Annotated[PositiveInt, Field(le=1024)] = 4
+    """Messages a link holds before its sender waits; also the number of receives posted ahead."""
+    warn_seconds: Seconds = 60.0
+    """A longer wait is reported, with who waits for whom."""
+    transfer: Annotated[NonNegativeFloat, Field(le=1e6)] = 0.0
+    """Time a message takes, in forwards of a stage, that the order of work should reckon with.
+    Mixes need it on slow links."""
+    timeout_seconds: Seconds = 300.0
+    """Longest wait for a neighbour. Must exceed the longest pause of any stage (compilation, a slow
+    disk)."""
+    past_host: bool = False
+    """Tensors on a device go to the next stage's device over NCCL, instead of through host memory
+    over gloo. For stages that NVLink or InfiniBand connects; every rank needs a GPU to itself."""
+    codec: CodecName | tuple[CodecName, ...] = "none"
+    """How activations are compressed (see `codecs.py`); a list has one entry per segment but the
+    last."""
+    group_size: Annotated[
+        Annotated[PositiveInt, Field(multiple_of=2, le=2**16)] | None,
+        OptionOf("codec", ("int8", "int4")),
+    ] = None
+    """int8, int4: features of a token that share a scale. Default: all."""
+    keep: Annotated[float, Field(gt=0, le=1), OptionOf("codec", ("topk",))] = 1 / 16
+    """topk: share of a token's features that travel."""
+    rank: Annotated[PositiveInt | None, OptionOf("codec", ("lowrank",))] = None
+    """lowrank: dimensions that a micro-batch's hidden state is projected to. Default: an eighth of
+    its features."""
+
+    def codec_above(self, segment: int) -> CodecName:
+        """The codec of the link from `segment` to the next."""
+        return self.codec if isinstance(self.codec, str) else self.codec[segment]
+
+
+class LayoutConfig(Strict):
+    """Which ranks hold which stage."""
+
+    stages: Literal["across_nodes", "within_node"] = "across_nodes"
+    """What crosses machines: the edges between stages (rank = stage x replicas + replica), which
+    send little and one way only under local losses, or the averages over the replicas of a stage
+    (rank = replica x stages + stage)."""
+    start_timeout_seconds: Seconds = 180.0
+    """Longest wait for all ranks to come, at the start."""
+
+    def rank(self, stage: int, replica: int, num_stages: int, num_replicas: int) -> int:
+        return (
+            stage * num_replicas + replica
+            if self.stages == "across_nodes"
+            else replica * num_stages + stage
+        )
+
+    def ranks(self, num_stages: int, num_replicas: int) -> list[list[int]]:
+        """For each replica the global rank of each stage."""
+        return [
+            [self.rank(s, r, num_stages, num_replicas) for s in range(num_stages)]
+            for r in range(num_replicas)
+        ]
+
+    def neighbours(self, rank: int, num_stages: int, num_replicas: int) -> list[int]:
+        """The ranks that `rank` exchanges messages with: one stage up and down, and the next
+        replica of its stage."""
+        for replica, chain in enumerate(self.ranks(num_stages, num_replicas)):
+            if rank in chain:
+                stage = chain.index(rank)
+                beside = self.rank(stage, (replica + 1) % num_replicas, num_stages, num_replicas)
+                return [
+                    *chain[max(0, stage - 1) : stage],
+                    *chain[stage + 1 : stage + 2],
+                    *({beside} - {rank}),
+                ]
+        raise ConfigError(
+            f"rank {rank} is not one of {num_stages} stages x {num_replicas} replicas"
+        )
+
+
+class HeadConfig(Strict):
+    """Auxiliary heads of `causal_lm` models: private blocks -> norm -> bottleneck -> readout ->
+    loss."""
+
+    blocks: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
+    """Private blocks before the norm, made of the model's own block; a list has one entry per
+    segment but the last. No head gets more blocks than the model has above its segment."""
+    blocks_from: Literal["new", "next", "next_tracked"] = "new"
+    """Weights of the private blocks: their own, a copy of the next segment's first blocks that then
+    learns by itself, or a read-only moving average of these that follows them."""
+    readout: Literal["private", "shared"] = "private"
+    """A readout of its own, or a read-only copy of the last segment's."""
+    refresh_every: PositiveInt = 20
+    """Steps between two refreshes of what is copied from other segments."""
+    tracking: float = Field(default=0.9, ge=0, lt=1)
+    """Share of the old value in the moving average of tracked blocks, at each refresh."""
+    init: Literal["new", "model"] = "new"
+    """Start norm and readout afresh, or as the model's final norm and readout (pretrained ones
+    where the model is)."""
+    rank: PositiveInt | None = None
+    """Width of a bottleneck before the readout. Default: none."""
+    temperature: bool = False
+    """Learn a factor on the logits."""
+    token_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the positions of a micro-batch whose loss is computed in training."""
+    every: PositiveInt = 1
+    """Auxiliary losses are computed for one in so many micro-batches, and count that much more."""
+    kernel: Literal["torch", "checkpointed", "liger", "cce"] = "torch"
+    """What computes large losses (see `heads.linear_cross_entropy`); liger and cce need their
+    packages and a GPU."""
+
+    @model_validator(mode="after")
+    def _rank_of_its_own(self) -> HeadConfig:
+        if self.rank is not None and self.readout == "shared":
+            raise ValueError(
+                "a shared readout has the full width; leave rank out, or use a private readout"
+            )
+        if self.rank is not None and self.init == "model":
+            raise ValueError("the model's readout has the full width; leave rank out, or init")
+        return self
+
+    def blocks_of(self, segment: int, blocks_above: int) -> int:
+        """Private blocks in the head of `segment`."""
+        asked = self.blocks if isinstance(self.blocks, int) else self.blocks[segment]
+        return min(asked, blocks_above)
+
+
+class ReplicasConfig(Strict):
+    """How the data-parallel replicas of a stage stay one model."""
+
+    sync: Literal["gradients", "subnets", "periodic"] = "gradients"
+    """Average gradients in every step; or deal the blocks' weights out, so that each replica trains
+    a part of them alone; or train full replicas apart and average their weights now and then."""
+    every: Annotated[PositiveInt, OptionOf("sync", ("subnets", "periodic"))] = 15
+    """Steps between two exchanges."""
+    partition: Annotated[
+        tuple[Literal["attention_heads", "mlp"], ...], OptionOf("sync", ("subnets",))
+    ] = ("attention_heads", "mlp")
+    """What subnets deal out; the rest is shared."""
+    scale: Annotated[Literal["none", "train", "eval", "sqrt"], OptionOf("sync", ("subnets",))] = (
+        "eval"
+    )
+    """Factor on the output of what is dealt out among R replicas: none; R in training; 1/R in the
+    merged model; or sqrt(R) in training."""
+    optimizer_state: Annotated[
+        Literal["carry", "reset", "keep_second_moment"], OptionOf("sync", ("subnets",))
+    ] = "carry"
+    """What becomes of the optimizer's moments at an exchange of subnets: they travel with the
+    weights; all are forgotten; or the second travel and the first are zeroed."""
+    outer_lr: Annotated[PositiveFloat, OptionOf("sync", ("periodic",))] = 0.7
+    """Learning rate of the outer Nesterov step of periodic averaging; 1 without momentum is plain
+    averaging."""
+    outer_momentum: Annotated[float, Field(ge=0, lt=1), OptionOf("sync", ("periodic",))] = 0.9
+    """Momentum of the outer step."""
+
+    @model_validator(mode="after")
+    def _parts_once_each(self) -> ReplicasConfig:
+        if not self.partition or len(set(self.partition)) < len(self.partition):
+            raise ValueError(
+                "partition must name attention_heads, mlp or both, once each, got "
+                f"{list(self.partition)}"
+            )
+        return self
+
+
+class NonFiniteConfig(Strict):
+    """What becomes of a step whose loss, gradient or activations are not finite."""
+
+    skip: PositiveInt = 10
+    """The stage leaves out the update and says so; this many such steps in a row end the run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _or_stop(cls, value: Any) -> Any:
+        if value == "stop":
+            return {"skip": 1}
+        if not isinstance(value, Mapping | NonFiniteConfig):
+            raise ValueError(f'must be "stop" or {{"skip": n}}, got {value!r}')
+        return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [{"const": "stop"}, handler.resolve_ref_schema(handler(core))]}

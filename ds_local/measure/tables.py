@@ -1,0 +1,259 @@
+"""The Markdown tables of each benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import median
+from typing import Any
+
+from ds_local.config import strict_json
+
+Row = dict[str, Any]
+
+MISSING = "-"
+
+
+def merged(rows: Sequence[Row]) -> list[Row]:
+    """Repetitions of the same thing from several files, taken together; sorted by size."""
+    same: dict[str, Row] = {}
+    for row in rows:
+        key = strict_json.dumps(
+            [row[name] for name in ("system", "schedule", "stages", "micro_batches", "link")]
+        )
+        times = same.get(key, {"repetitions": []})["repetitions"] + row["repetitions"]
+        ideal, middle = row["efficiency"] * row["step_seconds"], median(times)
+        same[key] = row | {
+            "repetitions": times,
+            "step_seconds": middle,
+            "efficiency": ideal / middle,
+            "efficiency_lowest": ideal / max(times),
+            "efficiency_highest": ideal / min(times),
+        }
+    return sorted(same.values(), key=lambda row: (row["stages"], row["micro_batches"]))
+
+
+def grid(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    cells = [list(map(str, head)), ["---"] * len(head), *(list(map(str, line)) for line in lines)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def pivot(
+    rows: Sequence[Row],
+    line: Callable[[Row], str],
+    column: Callable[[Row], str],
+    cell: Callable[[Row], str],
+    title: str,
+) -> str:
+    """A table with a line for each value of `line` and a column for each value of `column`, in
+    order of appearance."""
+    columns = list(dict.fromkeys(map(column, rows)))
+    cells = {(line(row), column(row)): cell(row) for row in rows}
+    lines = dict.fromkeys(map(line, rows))
+    return grid(
+        [title, *columns],
+        [[one, *(cells.get((one, c), MISSING) for c in columns)] for one in lines],
+    )
+
+
+def name_of(row: Row) -> str:
+    return f"{row['system']} {row['schedule']}"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    return MISSING if share is None else f"{100 * share:.{digits}f}"
+
+
+def _efficiency(row: Row) -> str:
+    """Median, in brackets lowest and highest, then the simulator's figure."""
+    spread = f" ({percent(row['efficiency_lowest'], 0)}-{percent(row['efficiency_highest'], 0)})"
+    simulated = row["simulated_efficiency"]
+    return (
+        percent(row["efficiency"])
+        + spread
+        + ("" if simulated is None else f" / {percent(simulated, 0)}")
+    )
+
+
+def schedule_tables(rows: Sequence[Row]) -> list[str]:
+    place = list(map(name_of, rows))  # the order in which they ran
+    by_size = merged(rows)
+    tables = []
+    for stages in dict.fromkeys(row["stages"] for row in by_size):
+        own = [row for row in by_size if row["stages"] == stages]
+        columns = list(dict.fromkeys(row["micro_batches"] for row in own))
+        own.sort(key=lambda row: place.index(name_of(row)))
+        cells = {(name_of(row), row["micro_batches"]): _efficiency(row) for row in own}
+        lines = [
+            [name, *(cells.get((name, m), MISSING) for m in columns)]
+            for name in dict.fromkeys(map(name_of, own))
+        ]
+        tables.append(grid([f"P = {stages}", *(f"M = {m}" for m in columns)], lines))
+    return tables
+
+
+def link_tables(rows: Sequence[Row]) -> list[str]:
+    rows = sorted(rows, key=lambda row: (row["link"]["c_over_f"], row["link"]["delay_seconds"]))
+
+    def condition(row: Row) -> str:
+        link = row["link"]
+        delay = f"delay {1000 * link['delay_seconds']:g} ms"
+        return delay if row["sweep"] == "delay" else f"c/F = {link['c_over_f']:g}"
+
+    return [
+        pivot(
+            [r for r in rows if r["sweep"] == one],
+            name_of,
+            condition,
+            _efficiency,
+            f"P = {rows[0]['stages']}, M = {rows[0]['micro_batches']}",
+        )
+        for one in dict.fromkeys(row["sweep"] for row in rows)
+    ]
+
+
+def memory_tables(rows: Sequence[Row]) -> list[str]:
+    def cells(row: Row) -> list[str]:
+        live = ", ".join(f"{n:.1f}" for n in row["peak_live_micro_batches"])
+        grown = ", ".join(f"{n / 2**20:.0f}" for n in row["rss_growth_bytes"])
+        posted = f"{max(row['posted_receive_bytes']) / 2**20:.2f}"
+        return [name_of(row), live, f"{max(row['live_bytes']) / 2**20:.1f}", grown, posted]
+
+    head = [
+        "live micro-batches by stage",
+        "most live on a stage, MiB",
+        "growth of the process by stage, MiB",
+        "posted receives, MiB",
+    ]
+    settings = dict.fromkeys((r["stages"], r["micro_batches"]) for r in rows)
+    return [
+        grid(
+            [f"P = {p}, M = {m}", *head],
+            [cells(r) for r in rows if (r["stages"], r["micro_batches"]) == (p, m)],
+        )
+        for p, m in settings
+    ]
+
+
+def _columns(rows: Sequence[Row], names: dict[str, Callable[[Row], str]]) -> str:
+    return grid(list(names), [[show(row) for show in names.values()] for row in rows])
+
+
+def number(value: float | None, form: str = ".1f") -> str:
+    return MISSING if value is None else format(value, form)
+
+
+def _tokens(row: Row) -> str:
+    lowest, highest = row["tokens_per_second_lowest"], row["tokens_per_second_highest"]
+    return f"{row['tokens_per_second']:,.0f} ({lowest:,.0f}-{highest:,.0f})"
+
+
+def _mebibytes(count: float | None) -> str:
+    return MISSING if count is None else f"{count / 2**20:.0f}"
+
+
+def real_tables(rows: Sequence[Row]) -> list[str]:
+    speed = [r for r in rows if r["what"] == "speed"]
+    quality = [r for r in rows if r["what"] == "time to loss"]
+    tables = []
+    if speed:
+        tables.append(
+            pivot(
+                speed,
+                name_of,
+                lambda r: f"M = {r['micro_batches']}",
+                _tokens,
+                "tokens/s, median (lowest-highest)",
+            )
+        )
+    if quality:
+        tables.append(
+            _columns(
+                quality,
+                {
+                    "system": name_of,
+                    "target loss": lambda r: f"{r['target_loss']:g}",
+                    "seconds to it": lambda r: number(r["seconds"], ".0f"),
+                    "steps": lambda r: number(r["steps"], ".0f"),
+                    "loss at the end": lambda r: number(r["last_loss"], ".3f"),
+                },
+            )
+        )
+    return tables
+
+
+def head_tables(rows: Sequence[Row]) -> list[str]:
+    return [
+        _columns(
+            rows,
+            {
+                "head": lambda r: r["head"],
+                "forward + backward, processor ms": lambda r: number(1000 * r["seconds"], ".0f"),
+                "lowest-highest": lambda r: (
+                    f"{1000 * r['seconds_lowest']:.0f}-{1000 * r['seconds_highest']:.0f}"
+                ),
+                "in blocks": lambda r: number(r["seconds"] / r["block_seconds"], ".2f"),
+                "saved for backward, MiB": lambda r: _mebibytes(r["live_bytes"]),
+                "growth of the process, MiB": lambda r: _mebibytes(r["rss_growth_bytes"]),
+                "trainable parameters, M": lambda r: number(r["parameters"] / 1e6, ".1f"),
+            },
+        )
+    ]
+
+
+def gpu_tables(rows: Sequence[Row]) -> list[str]:
+    stages = [r for r in rows if r["what"] == "stage"]
+    whole = [r for r in rows if r["what"] == "whole model"]
+    predicted = [r for r in rows if r["what"] == "prediction"]
+    tables = [
+        _columns(
+            stages,
+            {
+                "model": lambda r: r["model"],
+                "stages": lambda r: str(r["stages"]),
+                "stage": lambda r: str(r["stage"]),
+                "compiled": lambda r: "yes" if r["compiled"] else "no",
+                "forward ms": lambda r: number(1000 * r["forward"], ".2f"),
+                "backward ms": lambda r: number(1000 * (r["input_grad"] + r["weight_grad"]), ".2f"),
+                "head ms": lambda r: number(1000 * r["head"], ".2f"),
+                "useful MFU %": lambda r: percent(r["useful_mfu"]),
+                "peak GiB": lambda r: (
+                    MISSING if r["peak_bytes"] is None else number(r["peak_bytes"] / 2**30, ".2f")
+                ),
+            },
+        )
+    ]
+    if whole:
+        tables.append(
+            _columns(
+                whole,
+                {
+                    "model, one process": lambda r: r["model"],
+                    "compiled": lambda r: "yes" if r["compiled"] else "no",
+                    "tokens/s": lambda r: f"{r['tokens_per_second']:,.0f}",
+                    "MFU %": lambda r: percent(r["useful_mfu"]),
+                    "peak GiB": lambda r: (
+                        MISSING
+                        if r["peak_bytes"] is None
+                        else number(r["peak_bytes"] / 2**30, ".2f")
+                    ),
+                },
+            )
+        )
+    if predicted:
+        line = lambda r: f"{r['model']}, P = {r['stages']}, {r['schedule']}"  # noqa: E731
+        cell = lambda r: f"{percent(r['efficiency'], 0)} ({r['tokens_per_second']:,.0f} tokens/s)"  # noqa: E731
+        tables.append(
+            pivot(predicted, line, lambda r: r["link"]["name"], cell, "predicted efficiency %")
+        )
+    return tables
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
+    "schedules": schedule_tables,
+    "links": link_tables,
+    "memory": memory_tables,
+    "real": real_tables,
+    "heads": head_tables,
+    "gpu": gpu_tables,
+}

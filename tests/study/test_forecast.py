@@ -1,0 +1,16 @@
+"""Simulated times of whole runs."""
+
+import pytest
+
+from ds_local.study.forecast import predict
+from ds_local.study.methods import METHODS
+from ds_local.study.recipes import gpt2
+
+
+def test_a_split_backward_takes_the_bubble_out_of_the_forecast():
+    """By the known makespans; heads and the readout cost next to nothing beside so wide a block."""
+    wide = gpt2(8, 512, 4, 16, 64)
+    _, plain, split = predict(wide, METHODS["chunked 2"], 4, 64)
+    assert plain[4, 0] == pytest.approx(15 / 21, rel=0.01)
+    assert split[4, 0] == pytest.approx(12 / 21, rel=0.01)
+    assert split[8, 0] == pytest.approx(24 / 33, rel=0.01)
