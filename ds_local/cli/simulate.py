@@ -77,6 +77,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=0,
         help="defer weight gradients: 1 as ZB-H1, 2 as ZB-H2",
     )
+    add(
+        "--run-ahead",
+        nargs="?",
+        type=number_or_auto,
+        const="auto",
+        default=0,
+        metavar="N|auto",
+        help="forwards of later steps run ahead of the update, at most N; auto: as many as leave "
+        "no stage waiting",
+    )
     add("--segments-per-stage", type=whole(1), default=1)
     add(
         "--transfer",
@@ -158,6 +168,8 @@ def section_for(
             scheme = {"mix": [{"mode": "backprop", "micro_batches": count}, scheme]}
         if args.correction:
             scheme["correction"] = args.correction
+        if args.run_ahead:
+            scheme["run_ahead"] = args.run_ahead
         scheme["split_backward"] = args.split_backward
     section = {
         **scheme,
@@ -232,7 +244,18 @@ def describe(timeline: Timeline) -> str:
         f"messages a step: {report['messages']['activations']} activations, "
         f"{report['messages']['gradients']} gradients",
     ]
+    if timeline.schedule.leads:
+        lines.append(
+            f"  delay of gradients in steps, by stage: {_listed(report['delay_steps'])}; "
+            f"copies of earlier weights: {_listed(report['weight_copies'])}"
+        )
     return "\n".join(lines)
+
+
+def _listed(figures: list[float]) -> str:
+    if len(figures) > WIDEST:
+        return f"at most {max(figures):.3g}"
+    return ", ".join(f"{figure:.3g}" for figure in figures)
 
 
 def main(arguments: list[str] | None = None) -> int:

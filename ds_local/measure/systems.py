@@ -168,6 +168,12 @@ SYSTEMS: tuple[System, ...] = (
     _ours("backprop", _row("backprop")),
     _ours("backprop, split 1", _row("backprop", split_backward=1)),
     _ours("backprop, split 2", _row("backprop", split_backward=2)),
+    _ours("backprop, run ahead", _row("backprop", run_ahead="auto")),
+    _ours(
+        "backprop, run ahead, transfer 1",
+        _row("backprop", run_ahead="auto", link={"transfer": 1.0}),
+    ),
+    _ours("chunked 2, run ahead", _row("chunked", window=2, run_ahead="auto")),
     System("deepspeed", "1F1B", emulated.deepspeed, lambda s, m: (False,), _flushed),
     System(
         "deepspeed",

@@ -83,6 +83,7 @@ class Loop:
             )
         if args.profile:
             engine.recorder = Recorder(engine.device)
+        engine.ends_after(args.max_steps)
         saved = engine.global_steps if args.resume else -1
         evaluated = self._last_evaluation()
         while engine.global_steps < args.max_steps and not engine.should_stop:
