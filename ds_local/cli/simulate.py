@@ -102,20 +102,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="schedules to show beside it",
     )
     _add_costs(parser)
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--json",
-        type=output_file('"makespan"'),
-        help="file for the figures, - for the console instead of the grid",
-    )
-    output.add_argument(
-        "--html", type=PAGE, help="page with the time lines, to zoom and to point at"
-    )
-    output.add_argument("--png", type=PICTURE, help="picture of the time lines")
-    output.add_argument(
-        "--steps", type=whole(1), default=2, help="steps that --html and --png show; default 2"
-    )
-    output.add_argument("--trace", type=TRACE, help="Chrome/Perfetto trace of one step")
+    _add_output(parser)
     return parser.parse_args(arguments)
 
 
@@ -147,6 +134,23 @@ def _add_costs(parser: argparse.ArgumentParser) -> None:
     costs.add_argument(
         "--link-depth", type=whole(1), help="messages a link holds; default no limit"
     )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json",
+        type=output_file('"makespan"'),
+        help="file for the figures, - for the console instead of the grid",
+    )
+    output.add_argument(
+        "--html", type=PAGE, help="page with the time lines, to zoom and to point at"
+    )
+    output.add_argument("--png", type=PICTURE, help="picture of the time lines")
+    output.add_argument(
+        "--steps", type=whole(1), default=2, help="steps that --html and --png show; default 2"
+    )
+    output.add_argument("--trace", type=TRACE, help="Chrome/Perfetto trace of one step")
 
 
 def section_for(

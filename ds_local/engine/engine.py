@@ -103,6 +103,13 @@ class LocalPipelineEngine(StageUpdates):
         self._last_step: int | None = None
         self.activation_links, self.gradient_links = self._make_links()
         self.copies = self._make_copies()
+        self._make_reports_and_executor()
+        self._traffic = Traffic(list(self._ends.values()))
+        if self.global_rank == 0 and self.monitor.enabled:
+            self.reports.listeners.append(monitor_listener(self.monitor, self.train_batch_size()))
+            self.monitor.enabled = False  # DeepSpeed would write learning rates ahead of reports
+
+    def _make_reports_and_executor(self) -> None:
         last = self.rank_of(self.num_stages - 1, 0)
         own = self.module.local_segments if self.replica_id == 0 else range(0)
         names = list(self._ends)
@@ -128,10 +135,6 @@ class LocalPipelineEngine(StageUpdates):
             self._replica_mean(),
         )
         self.executor.on_figures = self.reports.note
-        self._traffic = Traffic(list(self._ends.values()))
-        if self.global_rank == 0 and self.monitor.enabled:
-            self.reports.listeners.append(monitor_listener(self.monitor, self.train_batch_size()))
-            self.monitor.enabled = False  # DeepSpeed would write learning rates ahead of reports
 
     def _look_after_each_other(self) -> None:
         """What the ranks of this engine tell each other beside the steps."""

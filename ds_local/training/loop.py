@@ -25,8 +25,9 @@ from ds_local.engine.causal_lm import causal_lm
 from ds_local.engine.initialize import initialize
 from ds_local.engine.loading import load_what_fits
 from ds_local.links import notices
-from ds_local.links.failures import meeting
-from ds_local.links.logs import start_log
+from ds_local.links.failures import around, meeting
+from ds_local.links.logs import LOG, start_log
+from ds_local.links.waiting import is_late, is_lost
 from ds_local.model import families
 from ds_local.model.pretrained import find_weights
 from ds_local.schedules.run_plan import RunPlan
@@ -132,6 +133,13 @@ def end_quietly() -> None:
     """Leave together, so that no rank sees a neighbour's connection close while it still works."""
     if dist.is_initialized():
         with meeting("the end of the run"):
-            dist.barrier()
+            try:
+                dist.barrier()
+            except RuntimeError as error:
+                known = around(notices.current()).first
+                if known or not is_lost(error) or is_late(error):
+                    raise
+                # whoever is gone had nothing left to do, and those it took along have ended well
+                LOG.info("all is done; the last to leave: %s", error)
         notices.end()
         dist.destroy_process_group()

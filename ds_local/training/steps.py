@@ -156,10 +156,7 @@ class Loop:
             if r.nonfinite
         ]
         waits += f" | not finite: {'; '.join(events)}" if events else ""
-        self.bar.set_postfix_str(
-            f"loss {losses} | {speed:,.0f} tokens/s | {waits}",
-            refresh=False,
-        )
+        self.bar.set_postfix_str(f"loss {losses} | {speed:,.0f} tokens/s | {waits}", refresh=False)
         self.bar.update(step - self.bar.n)
 
     def note_last_event(self) -> None:
@@ -178,7 +175,7 @@ class Loop:
         self.engine.eval_batch(iter(batches), num_micro_batches=len(batches))
         if self.engine.should_stop:  # not all of it has been seen
             return -1
-        held = _most_held(self.engine)
+        held = profiling.most_held(self.engine)
         probed = (
             diagnostics.probe(self.engine, batches[0]) if self.engine.section.diagnostics else {}
         )
@@ -295,14 +292,6 @@ class Loop:
         )
         print(f"loss curves: {picture}; checkpoints: {self.run_folder / 'checkpoints'}")
         sys.stdout.flush()
-
-
-def _most_held(engine: LocalPipelineEngine) -> dict[int, int]:
-    """Stage -> the most bytes that one of its ranks has held. A collective call."""
-    found: dict[int, int] = {}
-    for stage, held in gather((engine.stage_id, profiling.peak_memory(engine.device))):
-        found[stage] = max(found.get(stage, 0), held)
-    return found
 
 
 def _tell(sentence: str) -> None:
