@@ -57,6 +57,9 @@ def main() -> int:
         "--work", type=Path, default=ROOT / "runs" / "faults", help="folder for rows and runs"
     )
     parser.add_argument("--fresh", action="store_true", help="do not go on with earlier rows")
+    parser.add_argument(
+        "--wrong", action="store_true", help="right rows of other code count; play all others"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the folders of runs")
     args = parser.parse_args()
     chosen = args.campaign or list(CAMPAIGNS)
@@ -79,7 +82,10 @@ def campaign(name: str, args: argparse.Namespace) -> int:
     if args.fresh:
         path.unlink(missing_ok=True)
     code = code_version()
-    done = {(row["seed"], row["number"]): row for row in rows_in(path) if row["code"] == code}
+    done = {
+        (row["seed"], row["number"]): row for row in rows_in(path)
+        if row["code"] == code or (args.wrong and not row["wrong"])
+    }  # fmt: skip
     stamp = args.work / name / "code.txt"
     if not stamp.exists() or stamp.read_text() != code:  # what is kept there is of other code
         shutil.rmtree(args.work / name, ignore_errors=True)
@@ -157,6 +163,7 @@ def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "cases": len(rows), "right": len(rows) - wrong, "wrong": wrong,
         "slowest_seconds": max((row["seconds"] for row in rows), default=None),
         "command": f"python tests/faults/run.py {name}",
+        "code": sorted({row["code"] for row in rows}),
         "what": importlib.import_module(name).__doc__,
     }  # fmt: skip
 
@@ -176,6 +183,7 @@ def page(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"- {row['campaign']} {row['number']}, seed {row['seed']}: {'; '.join(row['wrong'])[:300]}"
         for row in wrong
     )
+    codes = {code for one in played.values() for code in one["code"]}
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     return f"""# Reliability
 
@@ -188,7 +196,8 @@ its campaign asks for. Every row, with its case, is in [reliability.json](reliab
 | --- | ---: | ---: | ---: | ---: | --- |
 {table}
 
-{facts["date"]}, {facts["machine"]}, {versions}.
+{facts["date"]}, {facts["machine"]}, {versions}. Rows come from {len(codes)} states of the code: what was wrong has
+been played again after it was mended (`--wrong`), what was right has not.
 
 ## What the campaigns ask for
 
