@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_local.config.placement import num_stages_and_replicas
+from ds_local.config.degrees import num_stages_and_replicas
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.errors import ConfigError
 
