@@ -4,7 +4,7 @@ import pytest
 from reference import GPT2
 
 from ds_local.config.schema import HeadConfig
-from ds_local.model import blocks
+from ds_local.model import families
 from ds_local.model.flops import UnitCosts, segment_times, stage_flops, unit_flops
 from ds_local.schedules.list_scheduler import make_schedule
 from ds_local.schedules.routes import make_routes
@@ -39,6 +39,6 @@ def test_two_micro_batches_on_two_stages(mode, auxiliary):
     ids=str,
 )
 def test_heads_of_width_32_over_64_tokens(head, cost):
-    unit = unit_flops(blocks.load_model_config(GPT2), HeadConfig(**head), 3, 16)
+    unit = unit_flops(families.load_model_config(GPT2), HeadConfig(**head), 3, 16)
     assert unit.heads == [cost, cost]
     assert unit.readout == 3 * 2 * 32 * 64
