@@ -23,7 +23,7 @@ from ds_local.cluster.candidates import Candidate, Cluster, Model, measured_mode
 from ds_local.cluster.pricing import Pricing
 from ds_local.cluster.row_samples import section_for
 from ds_local.config import strict_json
-from ds_local.measure import emulated, network
+from ds_local.measure import emulated, network, sleeping
 from ds_local.measure.ranks import Pool
 from ds_local.measure.real import pinned
 from ds_local.measure.real_systems import Job
@@ -55,7 +55,7 @@ MODEL = Path(__file__).resolve().parents[1] / "configs" / "gpt2-nano.json"
 SECONDS = 0.1  # of a stage's forward, of each of its gradients
 
 
-def predicted(layout: Candidate, times: emulated.Times) -> float:
+def predicted(layout: Candidate, times: sleeping.Times) -> float:
     """Seconds of a step."""
     model = Model(
         depth=layout.stages,
@@ -76,7 +76,7 @@ def predicted(layout: Candidate, times: emulated.Times) -> float:
     return pricing.simulate(pricing.price(layout)).step_seconds
 
 
-def measured(pool: Pool, layout: Candidate, times: emulated.Times, steps: int) -> float:
+def measured(pool: Pool, layout: Candidate, times: sleeping.Times, steps: int) -> float:
     section = section_for(layout.row, layout.micro_batches)
     settings = times, layout.stages, layout.micro_batches, steps, network.Shape(), section
     results = pool.run(emulated.ds_local, layout.stages * layout.replicas, *settings, timeout=300)
@@ -88,7 +88,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     rows = []
     for row, stages, replicas, micro_batches, head in layouts:
-        times = emulated.Times(seconds, seconds, seconds, head)
+        times = sleeping.Times(seconds, seconds, seconds, head)
         layout = Candidate(stages, replicas, row, "full" if head else "", 1, micro_batches)
         expected, found = predicted(layout, times), measured(pool, layout, times, steps)
         rows.append(_row(layout, expected, found, head=head))

@@ -127,7 +127,7 @@ def reference() -> str:
         seen.add(model)
         also = " It takes `mode`, `window`, `combine` and `weights` as above" if shared else ""
         also += (
-            " or `mix`, and:"
+            " or `mix`, with `correction`, `run_ahead` and what corrects for it, and:"
             if "mix" in model.model_fields and shared
             else ", and:"
             if shared

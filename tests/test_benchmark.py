@@ -10,14 +10,21 @@ import torch
 from ranks import run_ranks
 
 from ds_local.cli import benchmark
-from ds_local.measure import emulated, network, pictures, real, real_systems, report
+from ds_local.measure import (
+    network,
+    pictures,
+    real,
+    real_systems,
+    report,
+    sleeping,
+)
 from ds_local.measure.live import LiveTensors
 from ds_local.measure.sweep import Setting, sweep
 from ds_local.measure.systems import SYSTEMS, choose, from_torch
 from ds_local.schedules.simulator import Costs, simulate
 
 POOL = SimpleNamespace(run=run_ranks)
-QUICK = emulated.Times(0.001, 0.001, 0.001)
+QUICK = sleeping.Times(0.001, 0.001, 0.001)
 CONTRACT = {
     "system",
     "schedule",
@@ -52,13 +59,13 @@ def test_saved_tensors_are_counted_once_and_weights_never():
 
 
 def test_a_stage_splits_its_backward_pass():
-    emulated.EVENTS.clear()
-    stage, x = emulated.Stage(QUICK), torch.ones(1, 3, requires_grad=True)
+    sleeping.EVENTS.clear()
+    stage, x = sleeping.Stage(QUICK), torch.ones(1, 3, requires_grad=True)
     y = stage(x)
     torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
-    assert [what for what, *_ in emulated.EVENTS] == ["forward", "input gradient"]
+    assert [what for what, *_ in sleeping.EVENTS] == ["forward", "input gradient"]
     y.sum().backward()
-    assert sorted(what for what, *_ in emulated.EVENTS[2:]) == ["input gradient", "weight gradient"]
+    assert sorted(what for what, *_ in sleeping.EVENTS[2:]) == ["input gradient", "weight gradient"]
 
 
 def test_torch_actions_become_a_schedule():
@@ -110,7 +117,6 @@ def rows_of(names, times=QUICK, stages=2, micro_batches=4):
     }
 
 
-@pytest.mark.dist
 def test_the_planner_is_held_against_real_engines():
     layouts = [("local", 2, 1, 4, 0.0), ("mixed 1/4", 2, 1, 4, 0.01)]
     rows = check_planner.compare(POOL, layouts, seconds=0.02, steps=5)
@@ -120,7 +126,6 @@ def test_the_planner_is_held_against_real_engines():
     )  # nothing is faster than its sleep
 
 
-@pytest.mark.dist
 def test_every_system_runs_and_gives_the_row_of_the_contract(tmp_path):
     traced, systems = [], [system for system in SYSTEMS if system.head in (0, 0.05)]
     setting = Setting(2, 8, QUICK, network.Shape())
@@ -150,9 +155,8 @@ def test_every_system_runs_and_gives_the_row_of_the_contract(tmp_path):
     assert (tmp_path / "bars.png").stat().st_size > 10_000
 
 
-@pytest.mark.dist
 def test_what_is_alive_is_what_the_schedule_says():
-    times = emulated.Times(0.001, 0.001, 0.001, 0.0, floats=64 * 64, layers=8, width=64)
+    times = sleeping.Times(0.001, 0.001, 0.001, 0.0, floats=64 * 64, layers=8, width=64)
     rows = rows_of(
         ["ds_local:local", "ds_local:backprop", "deepspeed:1F1B", "torch:GPipe", "async"], times
     )
@@ -181,7 +185,6 @@ def test_a_target_loss_is_reached_between_two_looks():
     assert real.reached(curve[:1], 4.5) == (10, 5.0)
 
 
-@pytest.mark.dist
 def test_real_systems_train_the_same_model():
     model = {
         "model_type": "gpt2",

@@ -111,13 +111,38 @@ def test_export_needs_no_deepspeed():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+# what is longer than 300 lines, and why it is not two files
+LONG_FILES = {
+    "engine/engine": (600, "one class; its parts are StageUpdates, Executor, saving, loading"),
+    "engine/executor": (470, "one class: every instruction, in the order of a micro-batch"),
+    "schedules/list_scheduler": (370, "one event loop over one state"),
+    "schedules/replay": (330, "one program: events of links and stages, and its clocks"),
+    "schedules/schedule": (330, "the schedule itself and what is worked out from it"),
+    "schedules/simulator": (340, "one time line, and the search for its steady state"),
+    "cli/simulate": (330, "one parser, and what it shows"),
+    "schedules/routes": (330, "the table and all its rows"),
+    "measure/gpu": (340, "one class over one device"),
+    "cli/benchmark": (310, "one parser for seven benchmarks"),
+}
+
+
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_files_and_functions_stay_readable(path):
     text = path.read_text()
-    assert text.count("\n") <= 600
+    most, _ = LONG_FILES.get(name(path), (300, ""))
+    assert text.count("\n") <= most
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno <= 100, f"{node.name} in {name(path)}"
+            documented = ast.get_docstring(node) is not None and len(node.body) > 1
+            begins = node.body[1 if documented else 0].lineno
+            assert node.end_lineno - begins < 60, f"{node.name} in {name(path)}"
+
+
+def test_no_exception_is_left_over():
+    for path in FILES:
+        if name(path) in LONG_FILES:
+            assert path.read_text().count("\n") > 300, f"{name(path)} needs none any more"
+    assert LONG_FILES.keys() <= {name(path) for path in FILES}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

@@ -29,9 +29,6 @@ from ds_local.outputs import new_folder, read_list
 KIND = "exported model"
 
 
-# --- writing a folder -----------------------------------------------------------------------------
-
-
 def export(
     source: str | Path, output: str | Path, segment: int | None = None, heads: bool = False
 ) -> Path:

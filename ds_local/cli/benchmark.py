@@ -27,9 +27,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from ds_local.cli.arguments import PICTURE, output_file
 from ds_local.measure import network, pictures, report
-from ds_local.measure.emulated import Times
 from ds_local.measure.ranks import Pool
 from ds_local.measure.relay import Relay
+from ds_local.measure.sleeping import Times
 from ds_local.measure.sweep import Setting, sweep
 from ds_local.measure.systems import System, choose
 from ds_local.measure.tables import Row
@@ -209,9 +209,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=[0, 0.25, 0.5, 1, 2, 3, 6],
         help="c/F: link time over forward time",
     )
-    sub.add_argument(
-        "--delays", type=float, nargs="*", default=[0, 10, 50, 100], help="one way, in ms"
-    )
+    delays = [0, 10, 50, 100]
+    sub.add_argument("--delays", type=float, nargs="*", default=delays, help="one way, in ms")
     sub.add_argument("--activation-bytes", type=int, default=1_250_000)
 
     _add_real_compute(command, compared)
@@ -257,9 +256,8 @@ def _add_real_compute(
     sub = command(heads, "variants of the auxiliary head in time and memory")
     sub.add_argument("--width", type=int, default=768)
     sub.add_argument("--vocabulary", type=int, default=50257)
-    sub.add_argument(
-        "--tokens", type=int, default=512, help="in a sequence, one sequence a micro-batch"
-    )
+    text = "in a sequence, one sequence a micro-batch"
+    sub.add_argument("--tokens", type=int, default=512, help=text)
     sub.add_argument("--repeats", type=int, default=5)
 
     sub = command(
@@ -297,12 +295,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows = args.run(args)
     report.save(rows, args.json, args.benchmark)
     if rows:
-        facts = {
-            "benchmark": args.benchmark,
-            "command": report.command(),
-            "machine": report.machine(),
-        }
-        print(report.markdown([facts | row for row in rows]))
+        facts = {"command": report.command(), "machine": report.machine()}
+        print(report.markdown([{"benchmark": args.benchmark, **facts, **row} for row in rows]))
     if rows and getattr(args, "png", None):
         pictures.draw_bars(rows, args.png)
     return 0

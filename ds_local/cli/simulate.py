@@ -77,6 +77,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=0,
         help="defer weight gradients: 1 as ZB-H1, 2 as ZB-H2",
     )
+    add(
+        "--run-ahead",
+        nargs="?",
+        type=number_or_auto,
+        const="auto",
+        default=0,
+        metavar="N|auto",
+        help="forwards of later steps run ahead of the update, at most N; auto: as many as leave "
+        "no stage waiting",
+    )
     add("--segments-per-stage", type=whole(1), default=1)
     add(
         "--transfer",
@@ -91,6 +101,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=[*MODES, *PEERS],
         help="schedules to show beside it",
     )
+    _add_costs(parser)
+    _add_output(parser)
+    return parser.parse_args(arguments)
+
+
+def _add_costs(parser: argparse.ArgumentParser) -> None:
     costs = parser.add_argument_group("times per segment and micro-batch, in any unit")
     costs.add_argument("--forward", type=number(), default=1.0)
     costs.add_argument("--input-grad", type=number(), default=1.0)
@@ -118,6 +134,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     costs.add_argument(
         "--link-depth", type=whole(1), help="messages a link holds; default no limit"
     )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json",
@@ -132,7 +151,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--steps", type=whole(1), default=2, help="steps that --html and --png show; default 2"
     )
     output.add_argument("--trace", type=TRACE, help="Chrome/Perfetto trace of one step")
-    return parser.parse_args(arguments)
 
 
 def section_for(
@@ -154,6 +172,8 @@ def section_for(
             scheme = {"mix": [{"mode": "backprop", "micro_batches": count}, scheme]}
         if args.correction:
             scheme["correction"] = args.correction
+        if args.run_ahead:
+            scheme["run_ahead"] = args.run_ahead
         scheme["split_backward"] = args.split_backward
     section = {
         **scheme,
@@ -228,7 +248,18 @@ def describe(timeline: Timeline) -> str:
         f"messages a step: {report['messages']['activations']} activations, "
         f"{report['messages']['gradients']} gradients",
     ]
+    if timeline.schedule.leads:
+        lines.append(
+            f"  delay of gradients in steps, by stage: {_listed(report['delay_steps'])}; "
+            f"copies of earlier weights: {_listed(report['weight_copies'])}"
+        )
     return "\n".join(lines)
+
+
+def _listed(figures: list[float]) -> str:
+    if len(figures) > WIDEST:
+        return f"at most {max(figures):.3g}"
+    return ", ".join(f"{figure:.3g}" for figure in figures)
 
 
 def main(arguments: list[str] | None = None) -> int:

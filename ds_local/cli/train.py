@@ -72,6 +72,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="write profile.json (for simulate.py) and trace.json (for Perfetto) at the end",
     )
+    _add_scheme(parser)
+    _add_deepspeed(parser)
+    return parser.parse_args(arguments)
+
+
+def _add_scheme(parser: argparse.ArgumentParser) -> None:
     scheme = parser.add_argument_group(
         "scheme (instead of what the config file's local_parallel section says)"
     )
@@ -92,6 +98,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--backprop-from", type=whole(1), help="plain backpropagation from this step on"
     )
     scheme.add_argument("--seed", type=whole(), help="of weights, dropout and data order")
+
+
+def _add_deepspeed(parser: argparse.ArgumentParser) -> None:
     deepspeed = parser.add_argument_group("DeepSpeed")
     deepspeed.add_argument(
         "--deepspeed", action="store_true", help="accepted for DeepSpeed's sake; always on"
@@ -102,7 +111,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"ds_config.json, or the name of a shipped one ({', '.join(shipped.DEEPSPEED)})",
     )
     deepspeed.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:

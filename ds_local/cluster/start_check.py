@@ -3,7 +3,7 @@
 A job over many machines fails in ways that look alike: it hangs. So before any process group is
 made every rank looks at its own surroundings, reports to rank 0 over the launcher's key-value
 store, and opens a plain connection to its neighbours. Rank 0 judges, and all ranks end with its
-verdict within the limit. `measure_edges` afterwards times a message on every edge.
+verdict within the limit. `edges.measure_edges` afterwards times a message on every edge.
 """
 
 from __future__ import annotations
@@ -33,9 +33,6 @@ REMEDIES = {
     "config": "give every node the same config files and arguments",
     "data": "copy one prepared data folder to every node",
 }
-
-
-# --- all ranks together ---------------------------------------------------------------------------
 
 
 def fingerprint(*parts: Any) -> str:

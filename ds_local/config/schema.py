@@ -98,6 +98,20 @@ class LocalParallelConfig(Scheme):
         return self
 
     @model_validator(mode="after")
+    def _runs_ahead_alone(self) -> LocalParallelConfig:
+        if not any(scheme.run_ahead for _, scheme in self.schemes()):
+            return self
+        apart = self.replicas.sync != "gradients"
+        for key, is_set, why in (
+            ("split_backward", self.split_backward, "leaves no time for"),
+            ("diagnostics", self.diagnostics, "has no gradients of the same weights to compare in"),
+            ("replicas.sync", apart, "needs the same weights on all replicas, without"),
+        ):
+            if is_set:
+                raise ValueError(f"run_ahead {why} {key}: leave one of them out")
+        return self
+
+    @model_validator(mode="after")
     def _no_copies_of_parts(self) -> LocalParallelConfig:
         if (
             self.replicas.sync == "subnets"
@@ -162,7 +176,8 @@ class LocalParallelConfig(Scheme):
 
     @property
     def scales_learning_rates(self) -> bool:
-        return self.lr_multipliers is not None or self.warmup_stagger > 0
+        discounts = any(scheme.delay_discount for _, scheme in self.schemes())
+        return self.lr_multipliers is not None or self.warmup_stagger > 0 or discounts
 
     def lr_multiplier(self, segment: int, step: int) -> float:
         """Factor on a segment's learning rate in optimizer step `step` (counted from 0)."""
@@ -179,6 +194,13 @@ class LocalParallelConfig(Scheme):
             if phase.until_step is None or step < phase.until_step:
                 return phase
         return self
+
+    def last_of_phase(self, step: int) -> int | None:
+        """The last step of the phase that `step` is in; None: it does not end."""
+        ends = [phase.until_step for phase in self.phases or ()] or [None]
+        within = step % self.cycle_steps if self.cycle_steps else step
+        end = next(end for end in ends if end is None or within < end) or self.cycle_steps
+        return None if end is None else step - within + end - 1
 
     def distinct_steps(self) -> list[int]:
         """Steps whose schedules together show every schedule of the run."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import (
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveInt,
     model_validator,
 )
@@ -64,6 +65,19 @@ class Scheme(Row):
     at all; 1, the mean gradient of a step is the first row's (a control variate), with more
     noise."""
 
+    run_ahead: Annotated[NonNegativeInt, Field(le=2**16)] | Literal["auto"] = 0
+    """Forwards of later steps that a segment may run before it updates, where gradients cross
+    segments: no stage waits for gradients to come back. Every update takes its own step's
+    micro-batches, but some of them went forward, and go backward, with older weights, of which a
+    stage keeps copies. "auto": as many as leave no stage waiting, one for each segment up to the
+    furthest loss, two or more where `link.transfer` says that links are slow."""
+    predict_weights: bool = False
+    """With run_ahead: micro-batches that cross an update go forward and backward with weights on
+    which the last update is added once more for each update they cross. Costs one more copy."""
+    delay_discount: Annotated[NonNegativeFloat, Field(le=10)] = 0.0
+    """With run_ahead: a segment's learning rate is divided by 1 + its delay, in steps on average,
+    to this power."""
+
     @model_validator(mode="after")
     def _mode_or_mix(self) -> Scheme:
         if self.mix is not None:
@@ -85,6 +99,33 @@ class Scheme(Row):
             raise ValueError(
                 f"correction is between the two entries of a mix, got {len(self.mix or ())}: leave "
                 "it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _runs_ahead_of_gradients(self) -> Scheme:
+        rows = self.mix or (self,)
+        if not self.run_ahead:
+            for name in ("predict_weights", "delay_discount"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} corrects what run_ahead delays: set run_ahead, or leave it out"
+                    )
+            return self
+        if all(row.mode == "local" for row in rows):
+            raise ValueError(
+                "run_ahead is for gradients that cross segments, and with mode 'local' none does: "
+                "leave it out"
+            )
+        if any(row.mode == "shifted_chunked" for row in rows):
+            raise ValueError(
+                "run_ahead needs the same chunks in every step, and those of mode "
+                "'shifted_chunked' move: use 'chunked', or leave run_ahead out"
+            )
+        if any(entry.micro_batches == "auto" for entry in self.mix or ()):
+            raise ValueError(
+                'run_ahead hides any number of micro-batches: give a number instead of "auto", or '
+                "leave run_ahead out"
             )
         return self
 

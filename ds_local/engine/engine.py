@@ -36,12 +36,13 @@ from ds_local.engine.instructions import StageSchedule
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import Reports, Traffic, monitor_listener
+from ds_local.engine.stash import Stash
 from ds_local.engine.stopping import Stopping
 from ds_local.engine.updates import StageUpdates
-from ds_local.errors import CheckpointError
+from ds_local.errors import CheckpointError, ConfigError
 from ds_local.links import notices
 from ds_local.links.failures import Failures, meeting
-from ds_local.links.pair import Sender
+from ds_local.links.pair import Receiver, Sender
 from ds_local.links.transport import End, make_end
 from ds_local.links.watchdog import Watchdog
 from ds_local.replicas.group import replica_group
@@ -99,8 +100,16 @@ class LocalPipelineEngine(StageUpdates):
         ] = {}  # name of each link of the model -> this rank's end of it
         self.plan = RunPlan.of(self.section, self.num_stages, self.micro_batches)
         self._schedules: dict[Any, StageSchedule] = {}
+        self._last_step: int | None = None
         self.activation_links, self.gradient_links = self._make_links()
         self.copies = self._make_copies()
+        self._make_reports_and_executor()
+        self._traffic = Traffic(list(self._ends.values()))
+        if self.global_rank == 0 and self.monitor.enabled:
+            self.reports.listeners.append(monitor_listener(self.monitor, self.train_batch_size()))
+            self.monitor.enabled = False  # DeepSpeed would write learning rates ahead of reports
+
+    def _make_reports_and_executor(self) -> None:
         last = self.rank_of(self.num_stages - 1, 0)
         own = self.module.local_segments if self.replica_id == 0 else range(0)
         names = list(self._ends)
@@ -112,6 +121,7 @@ class LocalPipelineEngine(StageUpdates):
             own,
             names,
             self.section.link.timeout_seconds,
+            self.plan.steps_ahead,
         )
         self.executor = Executor(
             self.module,
@@ -121,12 +131,10 @@ class LocalPipelineEngine(StageUpdates):
             self.activation_links,
             self.gradient_links,
             self.reports.figures,
+            Stash({s: list(self.module.layer_parameters(s)) for s in self.module.local_segments}),
             self._replica_mean(),
         )
-        self._traffic = Traffic(list(self._ends.values()))
-        if self.global_rank == 0 and self.monitor.enabled:
-            self.reports.listeners.append(monitor_listener(self.monitor, self.train_batch_size()))
-            self.monitor.enabled = False  # DeepSpeed would write learning rates ahead of reports
+        self.executor.on_figures = self.reports.note
 
     def _look_after_each_other(self) -> None:
         """What the ranks of this engine tell each other beside the steps."""
@@ -160,6 +168,9 @@ class LocalPipelineEngine(StageUpdates):
             lower: self._make_link(Link("activation", lower))
             for lower in range(self.num_segments - 1)
         }
+        for end in activations.values():
+            if isinstance(end, Receiver):
+                end.steps_ahead = self.plan.steps_ahead
         return activations, {link: self._make_link(link) for link in self.plan.gradient_links}
 
     def _make_link(self, link: Link) -> End | None:
@@ -173,6 +184,7 @@ class LocalPipelineEngine(StageUpdates):
     def _make_copies(self) -> Copies:
         head, depth = self.section.head, self.section.link.depth
         delay = refresh_delay(self.num_segments, self.micro_batches, depth)
+        delay += self.plan.steps_ahead
         return Copies(
             self.module.copies,
             self.module.copied_tensors,
@@ -245,10 +257,11 @@ class LocalPipelineEngine(StageUpdates):
         started = time.perf_counter()
         self._traffic.begin(self.replicas)
         with self._failures_reported(f"step {self.global_steps + 1}"):
-            if self.is_first_stage():
-                self.executor.last_step |= self._stopping.is_last(self.global_steps)
+            schedule = self._schedule_of_step()
+            self._see_whether_to_stop(schedule.whole)
             self.copies.take(self.global_steps)
-            self._run(self._schedule_of_step(), self._batches())
+            self._run(schedule, self._batches())
+            self.executor.finish()
             self.replicas.after_step()
             self.copies.send(self.global_steps)
             traffic = self._traffic.end(self.replicas)
@@ -277,6 +290,8 @@ class LocalPipelineEngine(StageUpdates):
         step = self.global_steps
         self.executor.begin(step, pipe_schedule.whole, data)
         for group in pipe_schedule:
+            if self.executor.is_too_late(group[0].kwargs.get("ahead", 0)):
+                continue
             for instruction in group:
                 run = partial(self.run_instruction, instruction)
                 if self.recorder is None:
@@ -308,14 +323,58 @@ class LocalPipelineEngine(StageUpdates):
             self.segment_losses = losses
 
     def _schedule_of_step(self) -> StageSchedule:
+        executor, step = self.executor, self.global_steps
+        # the caller goes on all the same
+        if executor.stop_after is not None and step > executor.stop_after:
+            executor.stop_after = None
+        if executor.data_end is not None and step > executor.data_end:
+            executor.data_end = None
         if self.plan.num_micro_batches != self.micro_batches:  # `set_train_batch_size` was called
-            self.plan = RunPlan.of(self.section, self.num_stages, self.micro_batches)
-            self._schedules.clear()
-        key = self.plan.key_at(self.global_steps)
+            self._change_plan()
+        executor.phase_end = self._last_planned(step)
+        is_first = not executor.stash.under_way
+        key = self.plan.key_at(step), is_first
         if key not in self._schedules:
-            whole = self.plan.schedule_at(self.global_steps)
+            whole = self.plan.schedule_at(step).at(is_first)
             self._schedules[key] = StageSchedule(whole, self.stage_id)
         return self._schedules[key]
+
+    def _change_plan(self) -> None:
+        if self.executor.stash.under_way:
+            raise ConfigError(
+                "set_train_batch_size() was called while forwards run ahead; call it where a phase "
+                "or the run ends, or leave local_parallel.run_ahead out"
+            )
+        self.plan = RunPlan.of(self.section, self.num_stages, self.micro_batches)
+        self._schedules.clear()
+
+    def _last_planned(self, step: int) -> int | None:
+        """The last step that forwards may run ahead to: of the phase, or of the run."""
+        ends = [self.section.last_of_phase(step), self._last_step]
+        return min((end for end in ends if end is not None and end >= step), default=None)
+
+    def starts_afresh_at(self, step: int) -> bool:
+        """Does nothing run ahead to this step, because a phase begins there?"""
+        return step == 0 or self.section.last_of_phase(step - 1) == step - 1
+
+    def ends_after(self, steps: int | None) -> None:
+        """Say after how many optimizer steps the run ends, so that nothing runs ahead of its last
+        one. Call it on all ranks, before the steps that would; None: not known.
+
+        A run that is not told ends well too, with some forwards computed for nothing.
+        """
+        self._last_step = None if steps is None else steps - 1
+
+    def _see_whether_to_stop(self, schedule: Schedule) -> None:
+        """On the first stage: a request to stop goes with the first step of which all messages, or
+        the last ones, are still to be sent."""
+        if not self.is_first_stage() or self.executor.stop_after is not None:
+            return
+        step, last = self.global_steps, self.executor.last_of_stretch
+        if schedule.leads and not schedule.is_first:
+            step += schedule.forwards_ahead[0] // schedule.num_micro_batches
+        if (last is None or step <= last) and self._stopping.is_last(step):
+            self.executor.stop_after = step
 
     @contextmanager
     def _failures_reported(self, what: str) -> Iterator[None]:
@@ -371,7 +430,8 @@ class LocalPipelineEngine(StageUpdates):
 
     def request_stop(self) -> None:
         """Ask all ranks to leave their training loop at the same step, two steps from now at the
-        latest. An evaluation that is under way ends early, with what it has seen.
+        latest, or two steps later than forwards have run ahead. An evaluation that is under way
+        ends early, with what it has seen.
 
         May be called on any rank, from a signal handler too. Every rank learns of it as
         `should_stop`, after a `train_batch`, an `eval_batch` or a `save_checkpoint`.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.engine import finite
+from ds_local.engine.stash import Stash, Used
 from ds_local.errors import ConfigError, OutOfData
 from ds_local.links.buffers import Tag
 from ds_local.links.messages import (
@@ -28,7 +29,8 @@ from ds_local.links.messages import (
     parts_of_gradient,
     to_device,
 )
-from ds_local.links.transport import End
+from ds_local.links.pair import Receiver
+from ds_local.links.transport import End, MemoryLink
 from ds_local.links.trees import CannotTravel, Tree
 from ds_local.model.seeds import seeded
 from ds_local.model.split_linear import (
@@ -72,6 +74,7 @@ class _Live:
     gradients: dict[int, Slots] = field(default_factory=dict)  # loss -> at the outputs
     passed_on: Slots = field(default_factory=list)  # gradient at the inputs, to be sent
     passes_left: int = 0
+    used: Used | None = None  # weights that are not there any more, see `stash.Stash`
 
 
 class Executor:
@@ -85,6 +88,7 @@ class Executor:
         activation_links: by lower segment.
         gradient_links: by `Link`.
         figures: what rides along with activations, one row a segment; see `reports.py`.
+        stash: earlier weights of this stage.
         mean_over_replicas: the mean of a number over the replicas that average gradients.
     """
 
@@ -97,6 +101,7 @@ class Executor:
         activation_links: Mapping[int, End | None],
         gradient_links: Mapping[Link, End | None],
         figures: Tensor,
+        stash: Stash,
         mean_over_replicas: Callable[[float], float] = float,
     ) -> None:
         self.segments, self.section = segments, section
@@ -105,12 +110,19 @@ class Executor:
         self.gradient_links: Mapping[Link, Any] = gradient_links
         self.figures = figures
         self.mean_over_replicas = mean_over_replicas
+        self.stash = stash
         self.step = 0
-        self.last_step = False  # the run ends after this step; rides along with activations
+        self.last_step = False  # the run ends after the newest step
+        # steps after which it does, the data or the phase ends, if known; the first two ride along
+        # with activations
+        self.stop_after: int | None = None
+        self.data_end: int | None = None
+        self.phase_end: int | None = None
         self.losses: dict[int, Tensor] = {}  # of this step, by segment
         self.counted: dict[int, tuple[float, int]] = {}  # (weight, micro-batches) of these losses
-        self.watch = finite.Watch()
-        self.live: dict[tuple[int, int], _Live] = {}
+        self.watch = finite.Watch()  # of this step
+        self._watches: dict[int, finite.Watch] = {}  # of later ones
+        self.live: dict[tuple[int, int, int], _Live] = {}  # (segment, step, micro-batch)
         self.keep_output: Callable[[int, Any], None] | None = None
         self._deferred: dict[
             tuple[int, int, int], DeferredGrads
@@ -118,6 +130,8 @@ class Executor:
         self._schedule: Schedule
         self._data: Iterator[Any] = iter(())
         self._read: deque[tuple[Any, Any, float]] = deque()  # inputs, labels, weight
+        self._next_step: deque[tuple[Any, Any]] = deque()  # read to see whether there is one
+        self.on_figures: Callable[[], None] = lambda: None  # called when new ones have come
 
     def begin(self, step: int, schedule: Schedule, data: Iterator[Any]) -> None:
         """Get ready for a step.
@@ -127,37 +141,97 @@ class Executor:
         """
         self.step, self._schedule, self._data = step, schedule, data
         self.losses, self.counted = {}, {}
-        self._read.clear()
-        self.watch.clear()
+        if schedule.leads:
+            self.stash.begin(step, schedule, self.section.scheme_at(step).predict_weights)
+        else:
+            self._read.clear()
+        self.watch = self._watches.pop(step, finite.Watch())
+
+    @property
+    def last_of_stretch(self) -> int | None:
+        """The last step that forwards may belong to, as far as is known."""
+        return min(
+            (end for end in (self.data_end, self.phase_end) if end is not None), default=None
+        )
+
+    def is_too_late(self, ahead: int) -> bool:
+        """Does a micro-batch so many steps ahead belong to a step that will not be, or begins
+        afresh?"""
+        last = self.last_of_stretch
+        return ahead > 0 and last is not None and self.step + ahead > last
+
+    def finish(self) -> None:
+        """The step is done."""
+        last = self.last_of_stretch
+        if self.stash.start is not None and last is not None and self.step >= last:
+            self.stash.end()
+        self.last_step |= self.stop_after is not None and self.step >= self.stop_after
+
+    def abandon(self) -> None:
+        """Forget what has run ahead, and take what is still on its way. All stages must do it after
+        the same step."""
+        for segment in range(1, self.segments.num_segments):
+            link = self.activation_links[segment - 1]
+            if isinstance(link, MemoryLink | Receiver):
+                for tag in self.stash.on_the_way(segment, self.last_of_stretch):
+                    link.receive(Tag(*tag))
+        self.stash.end()
+        self.stop_after = self.data_end = None
+        for forgotten in (self.live, self._watches, self._read, self._next_step):
+            forgotten.clear()
 
     # --- forward --------------------------------------------------------------------------------
 
-    def load_micro_batch(self, segment: int, micro_batch: int) -> None:
+    def load_micro_batch(self, segment: int, micro_batch: int, ahead: int = 0) -> None:
         if not self._read:
-            self._read_on(micro_batch)
-        inputs, labels, weight = self._read.popleft()
+            self._read_on(micro_batch, self.step + ahead)
+        self._load(segment, micro_batch, ahead, *self._read.popleft())
+
+    def _load(
+        self, segment: int, micro_batch: int, ahead: int, inputs: Any, labels: Any, weight: float
+    ) -> None:
         try:
             live = _Live(to_device(inputs, self.device), to_device(labels, self.device), weight)
         except CannotTravel as error:
             raise ConfigError(f"the data holds {error}") from None
-        self.live[segment, micro_batch] = live
-        self._see_inputs(segment, micro_batch)
+        self.live[segment, self.step + ahead, micro_batch] = live
+        self._see_inputs(segment, micro_batch, ahead)
 
-    def _read_on(self, micro_batch: int) -> None:
-        """Read the next micro-batch, or all of the step's where they are weighed."""
-        if not self._weighs_tokens:
+    def _read_on(self, micro_batch: int, step: int) -> None:
+        """Read the next micro-batch, or all of the step's where they are weighed or forwards run
+        ahead."""
+        if not self._weighs_tokens and not self._schedule.leads:
             self._read.append((*self._next(micro_batch), 1.0))
             return
         count = self._schedule.num_micro_batches
         pairs = [self._next(number) for number in range(count)]
-        targets = [float(self.segments.weight_of(labels)) for _, labels in pairs]
-        mean = self.mean_over_replicas(sum(targets) / count)
-        weights = [number / mean if mean else 0.0 for number in targets]
+        if self._schedule.leads:
+            self._look_ahead(step)
+        weights = [1.0] * count
+        if self._weighs_tokens:
+            targets = [float(self.segments.weight_of(labels)) for _, labels in pairs]
+            mean = self.mean_over_replicas(sum(targets) / count)
+            weights = [number / mean if mean else 0.0 for number in targets]
         self._read.extend((*pair, weight) for pair, weight in zip(pairs, weights, strict=True))
 
-    def _next(self, micro_batch: int) -> tuple[Any, Any]:
+    def _look_ahead(self, step: int) -> None:
+        """Before the last messages of a step go out: is there data for another one?"""
+        last = self.last_of_stretch
+        if last is not None and step >= last:
+            return
         try:
-            batch = next(self._data)
+            pairs = [self._next(number) for number in range(self._schedule.num_micro_batches)]
+        except OutOfData:
+            self.data_end = step
+        else:
+            self._next_step.extend(pairs)
+
+    def _next(self, micro_batch: int) -> tuple[Any, Any]:
+        return self._next_step.popleft() if self._next_step else self._take(self._data, micro_batch)
+
+    def _take(self, data: Iterator[Any], micro_batch: int) -> tuple[Any, Any]:
+        try:
+            batch = next(data)
         except StopIteration:
             number = max(micro_batch, -1 - micro_batch)  # those of an evaluation are negative
             raise OutOfData(
@@ -166,24 +240,38 @@ class Executor:
             ) from None
         return self.segments.split_batch(batch)
 
-    def recv_activation(self, segment: int, micro_batch: int) -> None:
+    def recv_activation(self, segment: int, micro_batch: int, ahead: int = 0) -> None:
         link = self.activation_links[segment - 1]
-        tag, message = link.receive(Tag(self.step, micro_batch))
-        self.last_step |= tag.last_step
+        tag, message = link.receive(Tag(self.step + ahead, micro_batch))
+        if tag.last_step and micro_batch < 0:
+            self.last_step = True
+        elif tag.last_step:
+            self.stop_after = tag.step
+        if tag.data_ends:
+            self.data_end = tag.step
         arrived = parts_of_activation(message)
-        self.figures[:segment] = arrived.figures[:segment]
+        if not isinstance(link, MemoryLink):  # else they are older than those that are there
+            self.figures[:segment] = arrived.figures[:segment]
+            self.on_figures()
         live = _Live(arrived.hidden, arrived.labels, arrived.weight, arrived.learns)
-        self.live[segment, micro_batch] = live
-        self._see_inputs(segment, micro_batch)
+        self.live[segment, tag.step, micro_batch] = live
+        self._see_inputs(segment, micro_batch, ahead)
 
-    def _see_inputs(self, segment: int, micro_batch: int) -> None:
-        live = self.live[segment, micro_batch]
+    def _see_inputs(self, segment: int, micro_batch: int, ahead: int) -> None:
+        live = self.live[segment, self.step + ahead, micro_batch]
         learning = [s for s, wanted in zip(live.inputs.slots, live.learns, strict=False) if wanted]
         seen = finite.state_in(live.inputs.slots, learning)
-        self.watch.see(finite.BELOW, segment, seen, micro_batch)
+        self._watch_of(ahead).see(finite.BELOW, segment, seen, micro_batch)
 
-    def forward_pass(self, segment: int, micro_batch: int) -> None:
-        live = self.live[segment, micro_batch]
+    def _watch_of(self, ahead: int) -> finite.Watch:
+        if not ahead:
+            return self.watch
+        return self._watches.setdefault(self.step + ahead, finite.Watch())
+
+    def forward_pass(self, segment: int, micro_batch: int, ahead: int = 0) -> None:
+        step = self.step + ahead
+        live = self.live[segment, step, micro_batch]
+        live.used = self.stash.forward(segment, step, micro_batch)
         passes = self._routes(micro_batch).passes[segment]
         live.passes_left = len(passes)
         inputs, live.inputs = live.inputs, _NOTHING
@@ -192,12 +280,13 @@ class Executor:
             for slot, wanted in zip(live.slots, live.learns, strict=True):
                 slot.requires_grad_(wanted)
             inputs = inputs.map(_writable)
-        dropout = self._seeded("dropout", segment, micro_batch)
-        with dropout, torch.set_grad_enabled(bool(passes)):
+        dropout = self._seeded("dropout", segment, micro_batch, step)
+        weights = self.stash.weights(segment, live.used)
+        with dropout, weights, torch.set_grad_enabled(bool(passes)):
             self._run(segment, live, inputs)
         slots = live.outputs.slots
         seen = finite.state_in(slots, [slot for slot in slots if slot.requires_grad])
-        self.watch.see(finite.OUTPUT, segment, seen, micro_batch)
+        self._watch_of(ahead).see(finite.OUTPUT, segment, seen, micro_batch)
         if self.keep_output is not None:
             self.keep_output(segment, live.outputs.value())
 
@@ -208,12 +297,16 @@ class Executor:
         except CannotTravel as error:
             raise self._refused(segment, error) from None
 
-    def send_activation(self, segment: int, micro_batch: int) -> None:
-        live = self.live[segment, micro_batch]
-        tag = Tag(self.step, micro_batch, self.last_step)
+    def send_activation(self, segment: int, micro_batch: int, ahead: int = 0) -> None:
+        step = self.step + ahead
+        live = self.live[segment, step, micro_batch]
+        stops = self.last_step if micro_batch < 0 else step == self.stop_after
+        tag = Tag(step, micro_batch, stops, step == self.data_end)
         message = self.message(segment, live.outputs, live.labels, live.weight)
         self.activation_links[segment].send(tag, message)
-        self._release(segment, micro_batch)  # if no loss of this micro-batch trains the segment
+        self._release(
+            segment, micro_batch, ahead
+        )  # if no loss of this micro-batch trains the segment
 
     def message(
         self, segment: int, outputs: Tree, labels: Tree, weight: float = 1.0
@@ -237,14 +330,12 @@ class Executor:
         if segment:
             self.recv_activation(segment, micro_batch)
         else:
-            self._data = data
-            self._read = deque([(*self._next(micro_batch), 1.0)])
-            self.load_micro_batch(segment, micro_batch)
-        live = self.live[segment, micro_batch]
+            self._load(segment, micro_batch, 0, *self._take(data, micro_batch), 1.0)
+        live = self.live[segment, self.step, micro_batch]
         self._run(segment, live, live.inputs)
         if segment + 1 < self.segments.num_segments:
             self.send_activation(segment, micro_batch)
-        self.live.pop((segment, micro_batch), None)  # sending may have let go of it
+        self.live.pop((segment, self.step, micro_batch), None)  # sending may have let go of it
         outputs, labels = (self._for_head(segment, t) for t in (live.outputs, live.labels))
         return outputs.value(), labels.value()
 
@@ -253,18 +344,19 @@ class Executor:
     def recv_grad(self, segment: int, micro_batch: int, loss: int) -> None:
         link = self.gradient_links[Link("gradient", segment, loss - segment)]
         _, message = link.receive(Tag(self.step, micro_batch))
-        gradients = self.live[segment, micro_batch].gradients[loss] = parts_of_gradient(message)
+        live = self.live[segment, self.step, micro_batch]
+        gradients = live.gradients[loss] = parts_of_gradient(message)
         self.watch.see(finite.ABOVE, segment, gradients, micro_batch)
 
     def send_grad(self, segment: int, micro_batch: int, loss: int) -> None:
-        live = self.live[segment, micro_batch]
+        live = self.live[segment, self.step, micro_batch]
         link = self.gradient_links[Link("gradient", segment - 1, loss - (segment - 1))]
         link.send(Tag(self.step, micro_batch), gradient_message(live.passed_on, live.slots))
         live.passed_on = []
         self._release(segment, micro_batch)
 
     def gradient_pass(self, segment: int, micro_batch: int, which: int, split: bool) -> None:
-        live = self.live[segment, micro_batch]
+        live = self.live[segment, self.step, micro_batch]
         one = self._routes(micro_batch).passes[segment][which]
         if any(loss == segment for loss, _ in one.reads) and segment not in live.gradients:
             self._run_head(segment, micro_batch, live)
@@ -277,12 +369,13 @@ class Executor:
         keep_graph = live.passes_left > 0
         found: Sequence[Tensor | None] = [None] * len(inputs)
         if outputs and inputs and not one.weights:
-            with no_weight_grads():
+            with no_weight_grads(), self.stash.weights(segment, live.used):
                 found = torch.autograd.grad(
                     outputs, inputs, given, retain_graph=keep_graph, allow_unused=True
                 )
         elif outputs and one.weights:
-            with defer_weight_grads() if split else nullcontext() as deferred:
+            weights = self.stash.weights(segment, live.used)
+            with defer_weight_grads() if split else nullcontext() as deferred, weights:
                 torch.autograd.backward(outputs, given, retain_graph=keep_graph)
             if deferred is not None:
                 self._deferred[segment, micro_batch, which] = deferred
@@ -309,7 +402,7 @@ class Executor:
         slots = [s.detach().requires_grad_(s.requires_grad) for s in live.outputs.slots]
         hidden = self._for_head(segment, live.outputs.with_slots(slots))
         labels = self._for_head(segment, live.labels).value()
-        with self._seeded("head", segment, micro_batch):
+        with self._seeded("head", segment, micro_batch, self.step):
             loss = self.segments.loss_of(segment, hidden.value(), labels)
         if segment + 1 == self.segments.num_segments:
             _note_changes(hidden.slots, live.outputs.slots)
@@ -335,13 +428,17 @@ class Executor:
 
     # --- helpers --------------------------------------------------------------------------------
 
-    def _release(self, segment: int, micro_batch: int) -> None:
-        if not self.live[segment, micro_batch].passes_left:
-            del self.live[segment, micro_batch]
+    def _release(self, segment: int, micro_batch: int, ahead: int = 0) -> None:
+        key = segment, self.step + ahead, micro_batch
+        if not self.live[key].passes_left and self.live.pop(key).used is not None:
+            used = [live.used for (at, *_), live in self.live.items() if at == segment]
+            self.stash.let_go(segment, used)
 
-    def _seeded(self, purpose: str, segment: int, micro_batch: int) -> AbstractContextManager[None]:
+    def _seeded(
+        self, purpose: str, segment: int, micro_batch: int, step: int
+    ) -> AbstractContextManager[None]:
         seed = self.section.seed
-        return seeded(seed, purpose, self.step, micro_batch, self.replica_id, segment)
+        return seeded(seed, purpose, step, micro_batch, self.replica_id, segment)
 
     def _routes(self, micro_batch: int) -> Any:
         return self._schedule.rows[micro_batch]

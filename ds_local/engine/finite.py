@@ -56,10 +56,6 @@ class Watch:
         self._keys: list[tuple[int, int, int]] = []  # (what, segment, micro-batch)
         self._numbers: list[Tensor] = []
 
-    def clear(self) -> None:
-        self._keys.clear()
-        self._numbers.clear()
-
     def see(
         self,
         what: int,

@@ -73,9 +73,9 @@ def initialize(
         model_parameters is not None or optimizer is not None
     ):
         raise ConfigError(
-            "local_parallel.lr_multipliers and warmup_stagger need parameter groups by segment, "
-            "which initialize makes for the optimizer of the config; leave optimizer and "
-            "model_parameters out, or scale the rates of your own groups"
+            "local_parallel.lr_multipliers, warmup_stagger and delay_discount need parameter "
+            "groups by segment, which initialize makes for the optimizer of the config; leave "
+            "optimizer and model_parameters out, or scale the rates of your own groups"
         )
     if model.section.scales_learning_rates:
         model_parameters = [

@@ -87,6 +87,7 @@ class StageSchedule(PipeSchedule):
             at = {"segment": action.segment, "micro_batch": action.micro_batch}
             if action.kind == FORWARD:
                 first, last = action.segment == 0, action.segment + 1 == len(self.whole.stage_of)
+                at["ahead"] = action.ahead
                 yield [
                     LoadMicroBatch(**at) if first else RecvActivation(**at),
                     ForwardPass(**at),

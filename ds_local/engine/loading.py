@@ -65,6 +65,7 @@ def load(
         if engine.global_rank == 0:
             logger.warning(note)
     engine.copies.collect(engine.global_steps)
+    engine.executor.abandon()
     engine.replicas.before_load()
     # DeepSpeed 0.19 writes the bf16 optimizer's shards to ZeRO files even without ZeRO, but does
     # not look for them there
@@ -75,6 +76,7 @@ def load(
     own_files = str(place) if with_optimizer else None
     engine.replicas.load(own_files, facts)
     engine.copies.load(own_files, engine.global_steps, engine.replica_id)
+    engine.executor.stash.load(own_files, engine.plan.schedule_at(engine.global_steps))
     check_state(engine, f"with {place}", "use another checkpoint")
     # DeepSpeed gives whatever it did not use, its own notes among it
     return path, {key: value for key, value in client_state.items() if key not in RESERVED}
@@ -147,8 +149,20 @@ class _Checks:
             else:
                 self._check_optimizer(state["optimizer"])
             engine.copies.check(self._look, self.facts["files"], engine.replica_id)
-            return engine.replicas.check(self._look, self.facts)
+            return self._ahead() + engine.replicas.check(self._look, self.facts)
         return []
+
+    def _ahead(self) -> list[str]:
+        """What is said where the weights of what ran ahead are not there, or do not fit."""
+        engine, step = self.engine, self.facts["step"]
+        stash, schedule = engine.executor.stash, engine.plan.schedule_at(step)
+        fits = stash.check(self._look, self.facts["files"], schedule)
+        if fits or not schedule.leads or engine.starts_afresh_at(step):
+            return []
+        return [
+            f"{self.place} has nothing that runs ahead as it does here: forwards start afresh, on "
+            "the weights that are loaded"
+        ]
 
     def _look(self, name: str) -> dict[str, Any]:
         """The content of a file, without reading its tensors."""

@@ -9,7 +9,7 @@ waits for any of this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,8 @@ class Reports:
         local_segments: this rank's segments, empty on replicas other than the first.
         links: names of all links; "slowest_link" is a number of one of them.
         timeout_seconds: longest wait for reports that are on their way.
+        steps_ahead: that forwards may run ahead. Figures of so many steps travel beside the newest:
+            no forward is left to carry them in the last steps before a phase ends.
     """
 
     def __init__(
@@ -136,14 +138,20 @@ class Reports:
         local_segments: range,
         links: Sequence[str],
         timeout_seconds: float = 300.0,
+        steps_ahead: int = 0,
     ) -> None:
-        self.figures = torch.zeros((num_segments, _COLUMNS), dtype=torch.float64)
+        self._slots = 1 + steps_ahead
+        # [segment, step modulo slots, column]
+        self.figures = torch.zeros((num_segments, self._slots, _COLUMNS), dtype=torch.float64)
         self.listeners: list[Listener] = []  # called on rank 0
         self._per_stage = segments_per_stage
         self._every = every
         self._local_segments = local_segments
         self._links = links
-        self._last_emitted = 0
+        self._last_emitted = self._last_mailed = 0
+        self._kept = 2 + steps_ahead  # steps whose figures may not have come together yet
+        self._own: dict[int, dict[int, list[float]]] = {}  # step -> segment -> figures
+        self._noted: dict[int, dict[int, Tensor]] = {}  # the same, of all segments
         rank = dist.get_rank()
         self._reads, self._writes = rank == 0, rank == source
         group = dist.new_group([0, source], backend="gloo") if source else None
@@ -153,32 +161,67 @@ class Reports:
             else None
         )
 
+    def note(self) -> None:
+        """New figures of other segments have come."""
+        if self._writes:
+            self._note(range(len(self.figures)))
+
+    def _note(self, segments: Iterable[int]) -> None:
+        steps = self.figures[..., FIGURES.index("step")].tolist()
+        for segment in segments:
+            for slot, step in enumerate(map(int, steps[segment])):
+                if step > self._last_mailed:
+                    rows = self._noted.setdefault(step, {})
+                    rows.setdefault(segment, self.figures[segment, slot].clone())
+
     def close_step(self, rows: dict[int, dict[str, Any]]) -> None:
-        """Book this rank's figures of the step that ends, and pass on those of the step before,
-        which are complete by now."""
+        """Book this rank's figures of the step that ends, and pass on those of the steps before
+        that are complete by now."""
         if self._mailbox is not None:
-            step = _step_of(self.figures)
-            if self._writes and self._every and step and step % self._every == 0:
-                self._mailbox.write(self.figures)
+            if self._writes:
+                self._mail()
             if self._reads:
                 self._emit(self._mailbox.read())
         for segment, row in rows.items():
-            self.figures[segment] = torch.tensor(to_row(row), dtype=torch.float64)
+            numbers = to_row(row)
+            slot = int(row["step"]) % self._slots
+            self.figures[segment, slot] = torch.tensor(numbers, dtype=torch.float64)
+            if segment in self._local_segments:
+                self._own.setdefault(int(row["step"]), {})[segment] = numbers
+        for step in sorted(self._own)[: -self._kept]:
+            del self._own[step]
+        if self._writes:
+            self._note(rows)
+
+    def _mail(self) -> None:
+        for step in sorted(self._noted):
+            rows = self._noted[step]
+            if len(rows) == len(self.figures):
+                if self._every and step % self._every == 0 and self._mailbox is not None:
+                    self._mailbox.write(torch.stack([rows[s] for s in range(len(rows))]))
+                self._last_mailed = step
+        self._noted = {step: rows for step, rows in self._noted.items() if step > self._last_mailed}
 
     def flush(self) -> None:
         """Bring the reports up to the last step. A collective call over all ranks: stages meet
         here."""
-        own = {segment: self.figures[segment].tolist() for segment in self._local_segments}
         mailed = self._mailbox.sent if self._mailbox and self._writes else 0
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (own, mailed))
+        dist.all_gather_object(gathered, (self._own, mailed))
+        steps: dict[int, dict[int, list[float]]] = {}
+        for own, _ in gathered:
+            for step, rows in own.items():
+                steps.setdefault(step, {}).update(rows)
+        newest = max(steps, default=0)
+        self._last_mailed = newest
+        self._noted.clear()
         if self._reads and self._mailbox is not None:
             self._emit(self._mailbox.read(at_least=max(mailed for _, mailed in gathered)))
-            figures = torch.empty_like(self.figures)
-            for rows, _ in gathered:
-                for segment, row in rows.items():
-                    figures[segment] = torch.tensor(row, dtype=torch.float64)
-            self._emit([figures])
+            for step, rows in sorted(steps.items()):
+                due = step == newest or (self._every and step % self._every == 0)
+                if due and len(rows) == len(self.figures):
+                    figures = [rows[segment] for segment in range(len(self.figures))]
+                    self._emit([torch.tensor(figures, dtype=torch.float64)])
 
     def _emit(self, reports: list[Tensor]) -> None:
         for figures in reports:

@@ -52,6 +52,8 @@ def save(
         target = str(writing.target)
         files.makedirs(target, exist_ok=True)
         engine.copies.save(files.save, target, engine.global_steps, engine.replica_id)
+        if engine.replica_id == 0:  # replicas have the same
+            engine.executor.stash.save(files.save, target)
         engine.replicas.save(files.save, target)
         with engine.replicas.whole(moments=True):
             write(writing.partial)

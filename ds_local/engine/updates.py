@@ -21,6 +21,7 @@ from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.reports import Reports
 from ds_local.replicas.head_copies import Copies
 from ds_local.replicas.sync import Together
+from ds_local.schedules.run_plan import RunPlan
 
 
 class StageUpdates(PipelineEngineSeam):
@@ -29,6 +30,7 @@ class StageUpdates(PipelineEngineSeam):
     module: LocalPipelineModule
     section: LocalParallelConfig
     executor: Executor
+    plan: RunPlan
     events: Events
     replicas: Together
     copies: Copies
@@ -51,7 +53,7 @@ class StageUpdates(PipelineEngineSeam):
         def scale(optimizer: Any, *_: Any) -> None:
             kept[:] = [group["lr"] for group in optimizer.param_groups]
             for group in optimizer.param_groups:
-                group["lr"] *= self.section.lr_multiplier(group["segment"], self.global_steps)
+                group["lr"] *= self._rate_factor(group["segment"])
 
         def restore(optimizer: Any, *_: Any) -> None:
             for group, rate in zip(optimizer.param_groups, kept, strict=True):
@@ -59,6 +61,10 @@ class StageUpdates(PipelineEngineSeam):
 
         self.basic_optimizer.register_step_pre_hook(scale)
         self.basic_optimizer.register_step_post_hook(restore)
+
+    def _rate_factor(self, segment: int) -> float:
+        step = self.global_steps
+        return self.section.lr_multiplier(segment, step) * self.plan.rate_factor(segment, step)
 
     def clip_fp32_gradients(self) -> None:
         """Clip each segment by its own gradient norm. DeepSpeed's version takes stage 0's norm for
@@ -79,6 +85,7 @@ class StageUpdates(PipelineEngineSeam):
 
     def reduce_gradients(self) -> None:
         """Average gradients and losses over the replicas of this stage, unless they train apart."""
+        self.executor.stash.before_update(self.executor.last_of_stretch)
         watch, norms = self.executor.watch, {}
         for segment, parameters in self._weights.items():
             gradients = [g for g in map(gradient_of, parameters) if g is not None]
@@ -134,7 +141,8 @@ class StageUpdates(PipelineEngineSeam):
                     first = not self.optimizer.state.get(parameter)
                     apart = not self.replicas.reduces_gradients
                     parameter.grad = torch.zeros_like(parameter) if first and apart else None
-        self.step_optimizer(lr_kwargs)
+        with self.executor.stash.during_update():
+            self.step_optimizer(lr_kwargs)
         if not self._one_by_one and self.optimizer.overflow:
             kinds = kinds or dict.fromkeys(self.module.local_segments, "gradient")
             if self.lr_scheduler is not None:
@@ -146,9 +154,9 @@ class StageUpdates(PipelineEngineSeam):
     def _judge(self) -> dict[int, str]:
         """The segments that must not be updated, and why. The one time in a step that the host
         waits for the device; what the reports need is read on the same occasion."""
-        rate, step = self.get_lr()[0], self.global_steps
+        rate = self.get_lr()[0]
         self._read = {
-            segment: {"lr": rate * self.section.lr_multiplier(segment, step)}
+            segment: {"lr": rate * self._rate_factor(segment)}
             for segment in self.module.local_segments
         }
         wanted = [

@@ -26,6 +26,7 @@ class Tag(NamedTuple):
     step: int
     micro_batch: int
     last_step: bool = False  # the sender will stop after this step
+    data_ends: bool = False  # there is none for another step
 
     def __str__(self) -> str:
         return f"step {self.step}, micro-batch {self.micro_batch}"

@@ -140,7 +140,8 @@ class Sender(_GroupEnd):
             else Buffer(staged, self._staging.buffer(staged.num_bytes))
         )
         copied = self._staging.to_host(buffer.tensors, tensors)
-        buffer.header[:] = _MESSAGE, tag.step, tag.micro_batch, tag.last_step
+        flags = tag.last_step + 2 * tag.data_ends
+        buffer.header[:] = _MESSAGE, tag.step, tag.micro_batch, flags
         while len(self._under_way) >= self.depth:
             self._take_back(f"to take a message ({tag} is next)")
         try:
@@ -200,6 +201,8 @@ class Sender(_GroupEnd):
 class Receiver(_GroupEnd):
     """The receiving end of a link between two stages."""
 
+    steps_ahead = 0  # that messages may be of, beyond the step that is asked for
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._early: dict[
@@ -207,8 +210,8 @@ class Receiver(_GroupEnd):
         ] = {}  # came before they were asked for
 
     def receive(self, tag: Tag) -> tuple[Tag, Message]:
-        """The message for `tag`; its tensors belong to the caller. Other messages of the step may
-        come first, they are kept.
+        """The message for `tag`; its tensors belong to the caller. Other messages of the step, or
+        of the `steps_ahead` after it, may come first, they are kept.
 
         Raises:
             TransportError: when a message of another step comes, or the peer failed, is gone or
@@ -225,11 +228,11 @@ class Receiver(_GroupEnd):
         self._wait(work, f"to send {tag}")
         self._post(self._staging.buffer(form.staged.num_bytes))
         buffer = Buffer(form.staged, data)
-        code, step, micro_batch, last_step = buffer.header.tolist()
+        code, step, micro_batch, flags = buffer.header.tolist()
         if code == _FAILED:
             raise _failed_elsewhere(text_of(data[HEADER * 8 :]))
-        found = Tag(step, micro_batch, bool(last_step))
-        if code != _MESSAGE or step != tag.step:
+        found = Tag(step, micro_batch, bool(flags & 1), bool(flags & 2))
+        if code != _MESSAGE or not tag.step <= step <= tag.step + self.steps_ahead:
             raise TransportError(
                 f"the {self.name} from {self.peer} brought {found}, expected {tag}; do all ranks "
                 "run the same configuration?"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from ds_local.measure import emulated
+from ds_local.measure import emulated, sleeping
 from ds_local.measure.network import Shape
 from ds_local.measure.ranks import Pool
 from ds_local.measure.systems import System, with_head
@@ -26,7 +26,7 @@ class Setting:
 
     stages: int
     micro_batches: int
-    times: emulated.Times
+    times: sleeping.Times
     link: Shape
 
     @property

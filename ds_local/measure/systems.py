@@ -9,7 +9,7 @@ from typing import Any
 
 from ds_local.config.files import local_parallel
 from ds_local.errors import ConfigError
-from ds_local.measure import emulated
+from ds_local.measure import emulated, sleeping
 from ds_local.schedules.peers import gpipe, one_f_one_b
 from ds_local.schedules.routes import make_routes
 from ds_local.schedules.run_plan import RunPlan
@@ -48,7 +48,7 @@ class System:
         )
 
     def predicted(
-        self, times: emulated.Times, stages: int, micro_batches: int, link_seconds: float, seen: Any
+        self, times: sleeping.Times, stages: int, micro_batches: int, link_seconds: float, seen: Any
     ) -> Any:
         """The simulator's `Timeline`, or None where it knows no such schedule."""
         schedule = self.theory(stages, micro_batches, seen)
@@ -168,6 +168,12 @@ SYSTEMS: tuple[System, ...] = (
     _ours("backprop", _row("backprop")),
     _ours("backprop, split 1", _row("backprop", split_backward=1)),
     _ours("backprop, split 2", _row("backprop", split_backward=2)),
+    _ours("backprop, run ahead", _row("backprop", run_ahead="auto")),
+    _ours(
+        "backprop, run ahead, transfer 1",
+        _row("backprop", run_ahead="auto", link={"transfer": 1.0}),
+    ),
+    _ours("chunked 2, run ahead", _row("chunked", window=2, run_ahead="auto")),
     System("deepspeed", "1F1B", emulated.deepspeed, lambda s, m: (False,), _flushed),
     System(
         "deepspeed",
@@ -206,5 +212,5 @@ def choose(names: Sequence[str] | None) -> list[System]:
     return [system for system in SYSTEMS if system.name in chosen]
 
 
-def with_head(times: emulated.Times, system: System) -> emulated.Times:
+def with_head(times: sleeping.Times, system: System) -> sleeping.Times:
     return replace(times, head=times.useful * system.head)

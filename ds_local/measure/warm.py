@@ -8,7 +8,7 @@ from importlib import import_module
 os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")  # before DeepSpeed looks
 for name in (
     "ds_local.engine.initialize",
-    "ds_local.engine.module",
+    "ds_local.engine.causal_lm",
     "ds_local.checkpoints.hf_export",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # by the optimizers of bf16 and ZeRO, seconds
     "transformers.models.gpt2.modeling_gpt2",

@@ -8,11 +8,8 @@ matrix is cut in one dimension, and all R shares together are all of it in every
 dealt out (embeddings, norms, biases on the residual side, heads, readout) each replica holds whole;
 an exchange averages it.
 
-A deal is a pure function of (seed, round, layer): every replica knows all of them, so no indices
-travel. An exchange moves each weight from the replica that had it to the one that gets it, layer by
-layer; with it go the optimizer's moments.
-
-A family of models is one entry of `CUTS`. No DeepSpeed.
+An exchange moves each weight from the replica that had it to the one that gets it, layer by layer;
+with it go the optimizer's moments. What can be cut, and who gets what, is in `cuts`. No DeepSpeed.
 """
 
 from __future__ import annotations
@@ -40,8 +37,6 @@ from ds_local.replicas.engine import Engine
 from ds_local.replicas.group import Parcels
 from ds_local.replicas.periodic import Periodic
 from ds_local.replicas.sync import WEIGHTS, Apart, Slot, Together
-
-# --- the feature ----------------------------------------------------------------------------------
 
 
 class Subnets(Apart):

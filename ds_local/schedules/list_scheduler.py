@@ -52,20 +52,9 @@ def make_schedule(
         ScheduleError: when the rows disagree on the number of segments or it is not a multiple of
             `num_stages`.
     """
-    mix = [(routes, count) for routes, count in mix if count > 0]
-    num_segments = mix[0][0].num_segments
-    if any(routes.num_segments != num_segments for routes, _ in mix) or num_segments % num_stages:
-        raise ScheduleError(
-            f"{num_segments} segments cannot be dealt evenly to {num_stages} stages"
-        )
-    name = (
-        " + ".join(f"{count} x {routes.mode}" for routes, count in mix)
-        if len(mix) > 1
-        else mix[0][0].mode
-    )
-    stage_of = tuple(segment * num_stages // num_segments for segment in range(num_segments))
-    if len(mix) > 1 and num_stages < num_segments:
-        template = _ListScheduler(mix, tuple(range(num_segments)), transfer, split_backward)
+    mix, name, stage_of = deal(mix, num_stages)
+    if len(mix) > 1 and num_stages < len(stage_of):
+        template = _ListScheduler(mix, tuple(range(len(stage_of))), transfer, split_backward)
         template.run()
         scheduler = _ListScheduler(mix, stage_of, transfer, split_backward, template)
     else:
@@ -77,6 +66,27 @@ def make_schedule(
         stage_of,
         tuple(mix[row][0] for row in scheduler.row_of),
     )
+
+
+def deal(mix: Mix, num_stages: int) -> tuple[Mix, str, tuple[int, ...]]:
+    """(the rows that some micro-batch follows, their name, segment -> stage).
+
+    Raises:
+        ScheduleError: when the rows disagree on the number of segments or it is not a multiple of
+            `num_stages`.
+    """
+    mix = [(routes, count) for routes, count in mix if count > 0]
+    num_segments = mix[0][0].num_segments
+    if any(routes.num_segments != num_segments for routes, _ in mix) or num_segments % num_stages:
+        raise ScheduleError(
+            f"{num_segments} segments cannot be dealt evenly to {num_stages} stages"
+        )
+    name = (
+        " + ".join(f"{count} x {routes.mode}" for routes, count in mix)
+        if len(mix) > 1
+        else mix[0][0].mode
+    )
+    return mix, name, tuple(segment * num_stages // num_segments for segment in range(num_segments))
 
 
 class _ListScheduler:
@@ -296,7 +306,7 @@ class _ListScheduler:
 
     def _finish(self, action: Action) -> None:
         """Book the end of `action`."""
-        kind, segment, micro_batch, _ = action
+        kind, segment, micro_batch = action[:3]
         row = self.row_of[micro_batch]
         passes = self.mix[row][0].passes[segment]
         if kind == FORWARD:
@@ -309,7 +319,7 @@ class _ListScheduler:
             self.passes_left[segment, micro_batch] -= 1
             self.live[segment][row] -= not self.passes_left[segment, micro_batch]
             self.deferred[self.stage_of[segment]].extend(
-                Action.of_pass(passes[action.which], *action[1:], self.split > 0)[1:]
+                Action.of_pass(passes[action.which], *action[1:4], self.split > 0)[1:]
             )
 
     def _target(self, action: Action) -> int:

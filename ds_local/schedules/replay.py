@@ -4,7 +4,7 @@ here."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from ds_local.schedules.schedule import (
     Event,
     Link,
     Schedule,
+    Wire,
+    successive,
 )
 
 
@@ -48,7 +50,8 @@ def replay(
         stage waits for when nothing can go on.
     """
     schedules = [schedules] if isinstance(schedules, Schedule) else schedules
-    program = Program([schedules[step % len(schedules)] for step in range(steps)], link_depth)
+    in_turn = [schedules[step % len(schedules)] for step in range(steps)]
+    program = Program(successive(in_turn), link_depth)
     seconds = [cost(program.schedules[work.step], work.action) for work in program.work]
     spans = program.spans(
         seconds, [link_time(link) for link in program.links], program.clocks_at_rest()
@@ -86,7 +89,7 @@ class Program:
     all work can run, else it is None.
 
     Args:
-        schedules: of the steps, one each.
+        schedules: of the steps, one each, as they are run (`successive`).
         link_depth: messages a link between stages holds before its sender has to wait; None: no
             limit.
     """
@@ -105,8 +108,12 @@ class Program:
         ]
         self._queues: list[list[int]] = [[] for _ in range(schedules[0].num_stages)]
         self._takers: dict[Link, list[int]] = defaultdict(list)  # of messages, in their order
-        for number, (_, _, wire) in enumerate(self._wires):
+        # (step, forward) -> number, where forwards may be needed in other steps
+        self._forwards: dict[tuple[int, Action], int] = {}
+        for number, (step, _, wire) in enumerate(self._wires):
             self._queues[wire.stage].append(number)
+            if wire.action.kind == FORWARD and schedules[step].leads:
+                self._forwards[_of_step(step, wire.action)] = number
             for link in wire.taken:
                 self._takers[link].append(number)
         self.stuck = self._arrange()
@@ -144,6 +151,14 @@ class Program:
             stages[work.stage] = end
         return spans
 
+    def _needs(self, step: int, start: int, wire: Wire) -> tuple[list[int], list[int]]:
+        """Numbers of what an action needs, of its own stage and of others."""
+        own, received = [start + n for n in wire.own], [start + n for n in wire.received]
+        for action, link in wire.elsewhere:
+            number = self._forwards[_of_step(step, action)]
+            (own if link is None else received).append(number)
+        return own, received
+
     def _arrange(self) -> str | None:
         """Let every stage go as far as it gets; who has to wait is woken by what it waits for."""
         place = [-1] * len(self._wires)  # in `work`, of what has run
@@ -161,14 +176,15 @@ class Program:
                 number = queue[position[stage]]
                 step, start, wire = self._wires[number]
                 if place[number] < 0:
-                    missing = [start + n for n in wire.own if place[start + n] < 0]
-                    missing += [start + n for n in wire.received if not left[start + n]]
+                    needs, sent_needs = self._needs(step, start, wire)
+                    missing = [n for n in needs if place[n] < 0]
+                    missing += [n for n in sent_needs if not left[n]]
                     if missing:
                         until_left.setdefault(missing[0], []).append(stage)
                         break
                     place[number] = len(self.work)
-                    own = tuple([place[start + n] for n in wire.own])
-                    received = tuple([place[start + n] for n in wire.received])
+                    own = tuple([place[n] for n in needs])
+                    received = tuple([place[n] for n in sent_needs])
                     link = -1
                     if wire.link is not None:
                         link = on.setdefault(wire.link, len(on))
@@ -202,6 +218,11 @@ class Program:
         return "deadlock: " + "; ".join(blocked) if blocked else None
 
 
+def _of_step(step: int, action: Action) -> tuple[int, Action]:
+    """An action with the step that its micro-batch belongs to, whenever it is run."""
+    return step + action.ahead, action._replace(ahead=0)
+
+
 def validate(schedules: Schedule | Sequence[Schedule], link_depth: int) -> None:
     """Prove that schedules are complete and that no run through them can deadlock at this link
     depth.
@@ -214,11 +235,13 @@ def validate(schedules: Schedule | Sequence[Schedule], link_depth: int) -> None:
     """
     schedules = [schedules] if isinstance(schedules, Schedule) else schedules
     for schedule in schedules:
-        _check_complete(schedule)
+        for steps_left in (None, *range(1, schedule.steps_ahead + 1)):
+            for is_first in (True, False):
+                _check_complete(schedule.at(is_first, steps_left))
     # every schedule after itself and after the one before it: a step meets links that the step
     # before has left full
-    twice = [schedule for schedule in schedules for _ in range(2)]
-    stuck = Program([*twice, twice[0]], link_depth).stuck
+    in_turn = [one for one in schedules for _ in range(2 + 2 * one.steps_ahead)]
+    stuck = Program(successive([*in_turn, in_turn[0]]), link_depth).stuck
     if stuck is not None:
         grids = "\n".join(map(grid_of, schedules))
         raise ScheduleError(
@@ -229,12 +252,8 @@ def validate(schedules: Schedule | Sequence[Schedule], link_depth: int) -> None:
 
 def _check_complete(schedule: Schedule) -> None:
     found = list(schedule.actions())
-    halves = {action[1:] for action in found if action.kind == WEIGHT_GRADIENT}
-    expected = {
-        Action(FORWARD, segment, micro_batch)
-        for micro_batch in range(schedule.num_micro_batches)
-        for segment in range(len(schedule.stage_of))
-    }
+    halves = {action[1:4] for action in found if action.kind == WEIGHT_GRADIENT}
+    expected = set(_forwards_of(schedule))
     for micro_batch, routes in enumerate(schedule.rows):
         for segment, passes in enumerate(routes.passes):
             for which, one in enumerate(passes):
@@ -256,15 +275,28 @@ def _check_complete(schedule: Schedule) -> None:
                 )
 
 
+def _forwards_of(schedule: Schedule) -> Iterator[Action]:
+    """Those of a step and, where they run ahead, of later ones."""
+    count, left = schedule.num_micro_batches, schedule.steps_left
+    for segment in range(len(schedule.stage_of)):
+        lead = schedule.forwards_ahead[segment] if schedule.leads else 0
+        for position in range(0 if schedule.is_first else lead, count + lead):
+            ahead, micro_batch = divmod(position, count)
+            if left is None or ahead < left:
+                yield Action(FORWARD, segment, micro_batch, ahead=ahead)
+
+
 def grid_of(schedule: Schedule) -> str:
-    """The grid of one step at unit costs, with a sentence below it if it gets stuck."""
-    events, stuck = replay(schedule)
-    return _grid(schedule, events) + ("" if stuck is None else f"\n{stuck}")
+    """The grid of one step at unit costs, or of as many as show how forwards run ahead, with a
+    sentence below it if it gets stuck."""
+    steps = 1 + 2 * schedule.steps_ahead
+    events, stuck = replay(schedule, steps=steps)
+    return _grid(schedule, events, steps) + ("" if stuck is None else f"\n{stuck}")
 
 
-def _grid(schedule: Schedule, events: list[Event]) -> str:
+def _grid(schedule: Schedule, events: list[Event], steps: int) -> str:
     """One row per stage, one column per tick of unit cost; `.` is idle, `'` the second tick of a
-    backward."""
+    backward; a `+` for each step that a forward is ahead."""
     if not events:
         return "(empty schedule)"
     makespan = int(max(e.end for e in events))
@@ -278,6 +310,7 @@ def _grid(schedule: Schedule, events: list[Event]) -> str:
     busy = sum(e.end - e.start for e in events)
     idle = 1 - busy / (makespan * schedule.num_stages)
     size = f"{schedule.num_stages} stages, {schedule.num_micro_batches} micro-batches"
+    size += f", {steps} steps" if steps > 1 else ""
     head = f"{schedule.name}: {size}, {makespan} ticks, idle {idle:.0%}"
     return "\n".join(
         [head]

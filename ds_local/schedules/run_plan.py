@@ -17,6 +17,7 @@ from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 from ds_local.schedules.list_scheduler import make_schedule
 from ds_local.schedules.routes import Routes, corrected, make_routes
+from ds_local.schedules.run_ahead import make_run_ahead
 from ds_local.schedules.schedule import Link, Schedule
 from ds_local.schedules.simulator import most_without_idling
 
@@ -73,19 +74,33 @@ class RunPlan:
         return next((i for i, phase in phases if phase is scheme), -1), step % scheme.period
 
     def schedule_at(self, step: int) -> Schedule:
-        """The schedule of one step, for all stages. Raises as `rows_at` does."""
+        """The schedule of one step, for all stages; where forwards run ahead, that of a step in the
+        middle of a stretch. Raises as `rows_at` does."""
         key = self.key_at(step)
         if key not in self._schedules:
             transfer, split_backward = self.section.link.transfer, self.section.split_backward
-            self._schedules[key] = make_schedule(
-                self.rows_at(step), self.num_stages, transfer, split_backward
+            rows, ahead = self.rows_at(step), self.section.scheme_at(step).run_ahead
+            self._schedules[key] = (
+                make_run_ahead(rows, self.num_stages, None if ahead == "auto" else ahead, transfer)
+                if ahead
+                else make_schedule(rows, self.num_stages, transfer, split_backward)
             )
         return self._schedules[key]
+
+    def rate_factor(self, segment: int, step: int) -> float:
+        """Of a segment's learning rate, for the delay of its gradients; see `delay_discount`."""
+        delay = self.schedule_at(step).delays[segment]
+        return (1 + delay) ** -self.section.scheme_at(step).delay_discount
 
     @property
     def schedules(self) -> list[Schedule]:
         """Every schedule of the run, in the order in which they first come."""
         return [self.schedule_at(step) for step in self.section.distinct_steps()]
+
+    @cached_property
+    def steps_ahead(self) -> int:
+        """The most steps that a forward runs ahead, in the whole run."""
+        return max(schedule.steps_ahead for schedule in self.schedules)
 
     @cached_property
     def notes(self) -> list[str]:

@@ -11,9 +11,10 @@ Pure Python: no torch, no DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import NamedTuple
 
 from ds_local.schedules.routes import Pass, Routes
@@ -33,6 +34,7 @@ class Action(NamedTuple):
     segment: int
     micro_batch: int
     which: int = 0  # of the segment's passes; 0 for a forward
+    ahead: int = 0  # steps from the one it is computed in to the one its micro-batch belongs to
 
     @classmethod
     def of_pass(
@@ -47,7 +49,7 @@ class Action(NamedTuple):
         return [cls(kind, segment, micro_batch, which) for kind in kinds]
 
     def __str__(self) -> str:
-        return f"{self.kind}{self.micro_batch}"
+        return f"{self.kind}{self.micro_batch}{'+' * self.ahead}"
 
 
 class Link(NamedTuple):
@@ -74,6 +76,8 @@ class Wire(NamedTuple):
     received: tuple[int, ...]  # needed from neighbouring stages
     taken: tuple[Link, ...]  # whose messages these are
     link: Link | None  # where its result leaves the stage
+    # needed from other steps, with the link between stages it comes over
+    elsewhere: tuple[tuple[Action, Link | None], ...] = ()
 
 
 class Event(NamedTuple):
@@ -89,12 +93,17 @@ class Event(NamedTuple):
 @dataclass(frozen=True)
 class Schedule:
     """What every stage computes in one optimizer step, in order. Build it with
-    `order.make_schedule`."""
+    `list_scheduler.make_schedule`, or `run_ahead.make_run_ahead` where forwards of later steps run
+    ahead; then this is a step in the middle of a run, and `at` gives those at its ends."""
 
     name: str
     stages: tuple[tuple[Action, ...], ...]
     stage_of: tuple[int, ...]  # segment -> stage
     rows: tuple[Routes, ...]  # the table of each micro-batch
+    leads: tuple[int, ...] = ()  # of each segment, see `run_ahead`; (): nothing runs ahead
+    opening: tuple[tuple[Action, ...], ...] = ()  # of each stage, before the first of all steps
+    is_first: bool = False  # nothing has run ahead before it
+    steps_left: int | None = None  # with this one, if so few that it matters
 
     @property
     def num_stages(self) -> int:
@@ -114,11 +123,11 @@ class Schedule:
 
         A message that several passes of a segment read is received once, for the first of them.
         """
-        kind, segment, micro_batch, which = action
+        kind, segment, micro_batch, which, ahead = action
         if kind == FORWARD:
             below = segment - 1
             return (
-                [(Action(FORWARD, below, micro_batch), Link("activation", below))]
+                [(Action(FORWARD, below, micro_batch, ahead=ahead), Link("activation", below))]
                 if segment
                 else []
             )
@@ -132,13 +141,13 @@ class Schedule:
 
     def received(self, action: Action) -> list[int]:
         """The losses whose gradients `action`, a pass, receives from the segment above."""
-        _, segment, micro_batch, _ = action
+        segment, micro_batch = action.segment, action.micro_batch
         losses = [loss for loss, _ in self.route(action).reads if loss != segment]
         return [loss for loss in losses if self._receivers[segment, micro_batch, loss] == action]
 
     def sends(self, action: Action) -> Link | None:
         """The link on which the result of `action` leaves its segment, if any."""
-        kind, segment, _, _ = action
+        kind, segment = action.kind, action.segment
         if kind == FORWARD:
             return Link("activation", segment) if segment + 1 < len(self.stage_of) else None
         loss = None if kind == WEIGHT_GRADIENT else self.route(action).sends
@@ -152,7 +161,7 @@ class Schedule:
         for stage, actions in enumerate(self.stages):
             for action in actions:
                 needs = [
-                    (number[one], link if link and self.crosses_stages(link) else None)
+                    (one, link if link and self.crosses_stages(link) else None)
                     for one, link in self.requires(action)
                 ]
                 link = self.sends(action)
@@ -160,10 +169,13 @@ class Schedule:
                     Wire(
                         stage,
                         action,
-                        tuple(n for n, via in needs if via is None),
-                        tuple(n for n, via in needs if via is not None),
+                        tuple(number[n] for n, via in needs if via is None and n in number),
+                        tuple(number[n] for n, via in needs if via is not None and n in number),
                         tuple(via for _, via in needs if via is not None),
                         link if link and self.crosses_stages(link) else None,
+                        tuple(need for need in needs if need[0] not in number)
+                        if self.leads
+                        else (),
                     )
                 )
         return wires
@@ -200,21 +212,87 @@ class Schedule:
     def last_use(self) -> frozenset[Action]:
         """The actions after which nothing of their micro-batch is alive in their segment any
         more."""
-        return frozenset({(a.segment, a.micro_batch): a for a in self.actions()}.values())
+        last = {(a.segment, a.micro_batch, a.ahead): a for a in self.actions()}.values()
+        return frozenset(a for a in last if a.kind != FORWARD or not self._passes_of(a))
+
+    def _passes_of(self, action: Action) -> tuple[Pass, ...]:
+        return self.rows[action.micro_batch].passes[action.segment]
 
     @cached_property
     def peak_live(self) -> tuple[int, ...]:
         """Per stage the largest number of micro-batches (of one segment each) whose activations are
         alive at once."""
         peaks = []
-        for stage in self.stages:
-            live = peak = 0
+        for number, stage in enumerate(self.stages):
+            live = peak = self._live_before(number)
             for action in stage:
                 live += action.kind == FORWARD
                 peak = max(peak, live)
                 live -= action in self.last_use
             peaks.append(peak)
         return tuple(peaks)
+
+    def _live_before(self, stage: int) -> int:
+        """Micro-batches that have run ahead on a stage when the step begins, and wait."""
+        if not self.leads or self.is_first:
+            return 0
+        return sum(
+            bool(self.rows[position % self.num_micro_batches].passes[segment])
+            for segment, count in enumerate(self.forwards_ahead)
+            for position in range(count)
+            if self.stage_of[segment] == stage
+            and (self.steps_left is None or position < self.steps_left * self.num_micro_batches)
+        )
+
+    # --- steps whose forwards run ahead -----------------------------------------------------------
+
+    @cached_property
+    def forwards_ahead(self) -> tuple[int, ...]:
+        """Of each segment the forwards of a step that are done when the step begins, in the middle
+        of a run: its lead, unless the segment below is on the same stage and done with fewer."""
+        counts: list[int] = []
+        for segment, lead in enumerate(self.leads):
+            together = segment > 0 and self.stage_of[segment - 1] == self.stage_of[segment]
+            counts.append(min(lead, counts[-1]) if together else lead)
+        return tuple(counts)
+
+    @cached_property
+    def steps_ahead(self) -> int:
+        """The most steps that a forward runs ahead."""
+        return -(-max(self.leads, default=0) // self.num_micro_batches)
+
+    @property
+    def delays(self) -> list[float]:
+        """Of each segment: updates between the weights of a forward and the update that its
+        gradient goes into, on average over the micro-batches."""
+        return [lead / self.num_micro_batches for lead in self.leads or (0,) * len(self.stage_of)]
+
+    def at(self, is_first: bool, steps_left: int | None = None) -> Schedule:
+        """The schedule of a step of a stretch, at whose end nothing runs ahead.
+
+        Args:
+            is_first: the step is the first of the stretch.
+            steps_left: of the stretch, this one included; None: more than matter.
+        """
+        if not self.leads:
+            return self
+        if steps_left is not None and steps_left > self.steps_ahead:
+            steps_left = None
+        key = is_first, steps_left
+        if key not in self._ends:
+            before = self.opening if is_first else ((),) * self.num_stages
+            stages = tuple(
+                tuple(a for a in (*first, *rest) if steps_left is None or a.ahead < steps_left)
+                for first, rest in zip(before, self.stages, strict=True)
+            )
+            self._ends[key] = replace(
+                self, stages=stages, opening=(), is_first=is_first, steps_left=steps_left
+            )
+        return self._ends[key]
+
+    @cached_property
+    def _ends(self) -> dict[tuple[bool, int | None], Schedule]:
+        return {}
 
     @cached_property
     def peak_deferred(self) -> tuple[int, ...]:
@@ -239,3 +317,13 @@ class Schedule:
             if link is not None and self.crosses_stages(link):
                 counts[link.kind + "s"] += 1
         return counts
+
+
+def successive(schedules: Sequence[Schedule]) -> list[Schedule]:
+    """The schedules of successive steps as they are run: equal ones that follow each other are a
+    stretch, which begins and ends with nothing running ahead."""
+    found: list[Schedule] = []
+    for _, group in groupby(schedules, key=id):
+        stretch = list(group)
+        found += [s.at(number == 0, len(stretch) - number) for number, s in enumerate(stretch)]
+    return found

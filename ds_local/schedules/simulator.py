@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ds_local.errors import ScheduleError
 from ds_local.schedules.list_scheduler import make_schedule
 from ds_local.schedules.replay import Program, replay
 from ds_local.schedules.routes import Routes
+from ds_local.schedules.run_ahead import copies_of
 from ds_local.schedules.schedule import (
     BACKWARD,
     FORWARD,
@@ -30,6 +31,7 @@ from ds_local.schedules.schedule import (
     Event,
     Link,
     Schedule,
+    successive,
 )
 
 MAX_ROUNDS = 24  # of steps before a run must have settled, beyond the least
@@ -120,9 +122,19 @@ class Timeline:
             "idle_share_of_stage": self.idle_share_of_stage,
             "idle_share_alone": self.idle_share_alone,
             "peak_live_micro_batches": list(self.schedule.peak_live),
+            "delay_steps": _by_stage(self.schedule, self.schedule.delays),
+            "weight_copies": _by_stage(self.schedule, copies_of(self.schedule)),
             "messages": messages,
             "bytes": sum(messages.values()) * self.activation_bytes,
         }
+
+
+def _by_stage(schedule: Schedule, figures: Sequence[float]) -> list[float]:
+    """The largest of a stage's segments."""
+    return [
+        max(figure for figure, at in zip(figures, schedule.stage_of, strict=True) if at == stage)
+        for stage in range(schedule.num_stages)
+    ]
 
 
 def simulate(
@@ -139,10 +151,7 @@ def simulate(
     """
     schedules = [schedules] if isinstance(schedules, Schedule) else schedules
     first = schedules[0]
-    per_action = {id(schedule): _action_costs(schedule, costs) for schedule in schedules}
-
-    def cost(schedule: Schedule, action: Action) -> float:
-        return per_action[id(schedule)][action]
+    cost = _costs_of_actions(costs)
 
     def link_time(link: Link) -> float:
         return costs.of("link", link.lower)
@@ -176,10 +185,9 @@ def several_steps(
 ) -> list[Event]:
     """What every stage does in the first steps of a run, and when; as `simulate` otherwise."""
     schedules = [schedules] if isinstance(schedules, Schedule) else schedules
-    times = {id(schedule): _action_costs(schedule, costs) for schedule in schedules}
     events, stuck = replay(
         schedules,
-        lambda schedule, action: times[id(schedule)][action],
+        _costs_of_actions(costs),
         lambda link: costs.of("link", link.lower),
         link_depth,
         steps,
@@ -187,6 +195,18 @@ def several_steps(
     if stuck is not None:
         raise ScheduleError(f"{schedules[0].name}: {stuck}; links hold {link_depth} messages")
     return events
+
+
+def _costs_of_actions(costs: Costs) -> Callable[[Schedule, Action], float]:
+    """What `replay` asks for, worked out once for each schedule."""
+    known: dict[int, tuple[Schedule, dict[Action, float]]] = {}
+
+    def cost(schedule: Schedule, action: Action) -> float:
+        if id(schedule) not in known:
+            known[id(schedule)] = schedule, _action_costs(schedule, costs)
+        return known[id(schedule)][1][action]
+
+    return cost
 
 
 def _action_costs(schedule: Schedule, costs: Costs) -> dict[Action, float]:
@@ -231,7 +251,7 @@ def _least_rounds(schedule: Schedule) -> int:
         if link and link.kind == "gradient"
     ]
     chunks = 0 < len(set(cut)) < schedule.num_stages - 1
-    return max(4, schedule.num_stages) if chunks else 4
+    return (max(4, schedule.num_stages) if chunks else 4) + schedule.steps_ahead
 
 
 class StepTimer:
@@ -251,9 +271,12 @@ class StepTimer:
         self._schedules = [schedules] if isinstance(schedules, Schedule) else schedules
         self._least = _least_rounds(self._schedules[0])
         # without a limit on links, rounds depend on each other by the clocks of stages and links
-        # only, so one round serves all; with one, a round waits for messages taken in another
-        together = 1 if link_depth is None else self._least + MAX_ROUNDS
-        self._program = Program([*self._schedules] * together, link_depth)
+        # only, so one round serves all; with one, a round waits for messages taken in another, and
+        # where forwards run ahead, for forwards of another
+        apart = link_depth is None and not any(one.leads for one in self._schedules)
+        self._draining = self._schedules[0].steps_ahead  # rounds at the end, not as those before
+        together = 1 if apart else self._least + MAX_ROUNDS + self._draining
+        self._program = Program(successive([*self._schedules] * together), link_depth)
         if self._program.stuck is not None:
             raise ScheduleError(
                 f"{self._schedules[0].name}: {self._program.stuck}; links hold {link_depth} "
@@ -263,8 +286,8 @@ class StepTimer:
     def steady_period(self, costs: Costs) -> float:
         """How much later a step ends than the one before it, once the run has settled."""
         program, cycle = self._program, len(self._schedules)
-        times = [_action_costs(schedule, costs) for schedule in self._schedules]
-        seconds = [times[work.step % cycle][work.action] for work in program.work]
+        cost = _costs_of_actions(costs)
+        seconds = [cost(program.schedules[work.step], work.action) for work in program.work]
         link_seconds = [costs.of("link", link.lower) for link in program.links]
         clocks = program.clocks_at_rest()
         ends: list[float] = []
@@ -273,7 +296,7 @@ class StepTimer:
             latest = [0.0] * (len(program.schedules) // cycle)
             for work, (_, end) in zip(program.work, spans, strict=True):
                 latest[work.step // cycle] = max(latest[work.step // cycle], end)
-            ends += latest
+            ends += latest[: len(latest) - self._draining]
             if len(ends) >= self._least:
                 before, last = ends[-2] - ends[-3], ends[-1] - ends[-2]
                 if abs(last - before) < 1e-6 * last:

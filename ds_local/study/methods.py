@@ -103,6 +103,25 @@ METHODS |= {
     "chunked 2, 1/4 of the tokens": Method(CHUNKED, 0.0, QUARTER),
     "chunked 2, rank 16": Method(CHUNKED, 0.0, {"rank": 16}),
 }
+AHEAD = {"mode": "backprop", "run_ahead": "auto"}
+PREDICTED = AHEAD | {"predict_weights": True}
+METHODS |= {
+    "run ahead": Method(AHEAD),
+    "run ahead, predicted": Method(PREDICTED),
+    "run ahead, rates discounted": Method(AHEAD | {"delay_discount": 0.5}),
+    "run ahead, backprop tail 20 %": Method(AHEAD, 0.2),
+    "run ahead, predicted, backprop tail 20 %": Method(PREDICTED, 0.2),
+    "run ahead, at most one": Method(AHEAD | {"run_ahead": 1}),
+    "chunked 2, run ahead": Method(CHUNKED | {"run_ahead": "auto"}),
+    "chunked 2, run ahead, predicted": Method(
+        CHUNKED | {"run_ahead": "auto", "predict_weights": True}
+    ),
+}
+for _count in (1, 2, 8, 16):  # micro-batches a step: the delay is a segment's lead divided by it
+    METHODS |= {
+        f"run ahead, {_count} micro-batches": Method(AHEAD, 0.0, {}, _count),
+        f"run ahead, predicted, {_count} micro-batches": Method(PREDICTED, 0.0, {}, _count),
+    }
 TAILS = sorted({method.tail for method in METHODS.values() if method.tail})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+from ds_local.errors import ConfigError
 from ds_local.study.methods import BACKPROP, DECAY, METHODS, WSD, section_of, switch_step
 from ds_local.study.recipes import PRESETS, adamw, cosine
 
@@ -48,6 +49,11 @@ def ds_config(run: Run) -> dict[str, Any]:
     """The DeepSpeed config of a run."""
     preset, method = PRESETS[run.preset], METHODS[run.method]
     micro_batches = method.micro_batches or preset.micro_batches
+    if preset.sequences % micro_batches:
+        raise ConfigError(
+            f"{run.method!r} needs {micro_batches} micro-batches a step, which do not divide the "
+            f"{preset.sequences} sequences of --preset {run.preset}; take another preset"
+        )
     return {
         "train_micro_batch_size_per_gpu": preset.sequences // micro_batches,
         "gradient_accumulation_steps": micro_batches,

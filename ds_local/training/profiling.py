@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ds_local.checkpoints.agreement import gather
 from ds_local.config import strict_json
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.recorder import Event
@@ -159,6 +160,14 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def most_held(engine: LocalPipelineEngine) -> dict[int, int]:
+    """Stage -> the most bytes that one of its ranks has held. A collective call."""
+    found: dict[int, int] = {}
+    for stage, held in gather((engine.stage_id, peak_memory(engine.device))):
+        found[stage] = max(found.get(stage, 0), held)
+    return found
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -235,9 +235,6 @@ def _content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-# --- comparing ----------------------------------------------------------------------------------
-
-
 def tokenizer_test(check: Callable[[Path, Path], bool], folder: Path) -> Callable[[Path], bool]:
     """Is the tokenizer in another folder that in `folder`? By their files, else by `check`, which
     raises DataError when it is not."""

@@ -266,7 +266,7 @@ def test_each_ranks_memory_stays_near_its_share(tmp_path):
     ):
         print(
             f"share {share / 2**20:.0f} MiB of {whole / 2**20:.0f}, peak {peak / share:.2f} times "
-            "the share"
+            f"the share"
         )
         assert share < 0.6 * whole
         assert peak < 1.3 * share

@@ -28,6 +28,8 @@ _ERROR = re.compile(
     re.MULTILINE,
 )
 _USAGE = re.compile(r"^\S+: error: (.*)$", re.MULTILINE)  # argparse's
+# of DeepSpeed, from another rank
+LOG_LINE = re.compile(r"^\[\d{4}-\d\d-\d\d .*$", re.MULTILINE)
 REFUSAL_SECONDS = 10.0
 
 
@@ -154,7 +156,7 @@ def refused(run: Run, names: Sequence[str]) -> Outcome:
         outcome.wrong.append(
             f"{len(sentences)} sentences: {' | '.join(sentences)[:400] or output[-400:]}"
         )
-    elif after := output.rpartition(sentences[0])[2].strip():
+    elif after := LOG_LINE.sub("", output.rpartition(sentences[0])[2]).strip():
         outcome.wrong.append(f"more than a sentence: {sentences[0][:200]} ... {after[:200]}")
     outcome.expect(
         any(name in " ".join(sentences) for name in names),

@@ -14,7 +14,7 @@ from launch import ROOT, command, environment, launch, losses, metrics, script, 
 
 from ds_local.cli.train import parse_arguments
 from ds_local.errors import ConfigError
-from ds_local.training.loop import read_inputs
+from ds_local.training.inputs import read_inputs
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What segments cost, worked out by hand: two of two blocks each, between embedding and readout."""
+"""What segments cost, worked out by hand: two segments of two blocks each."""
 
 import pytest
 from reference import GPT2

@@ -28,7 +28,10 @@ def test_every_tail_begins_at_a_checkpoint(preset):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_a_config_that_can_be_trained_with(method):
-    for preset in PRESETS:
+    needed = METHODS[method].micro_batches or 1
+    fitting = [name for name, preset in PRESETS.items() if not preset.sequences % needed]
+    assert fitting
+    for preset in fitting:
         run = run_of(method, preset=preset)
         config = load_config(ds_config(run))
         micro_batches = config["gradient_accumulation_steps"]

@@ -1,0 +1,120 @@
+"""What a run is given, checked, and what run.json says of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from argparse import Namespace
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ds_local.config.command_line import read_settings
+from ds_local.data.dataset import TokenData
+from ds_local.data.tokenizers import check_same_tokenizer
+from ds_local.engine.deepspeed_checks import checked
+from ds_local.engine.engine import LocalPipelineEngine
+from ds_local.engine.optimizer_checks import check_client_parts
+from ds_local.errors import ConfigError
+from ds_local.model import families
+from ds_local.model.flops import auxiliary_shares
+from ds_local.model.pretrained import find_weights
+from ds_local.schedules.replay import grid_of
+from ds_local.schedules.schedule import Schedule
+
+VOCABULARY_PADDING = (
+    128  # a model's vocabulary may be rounded up by less than this, as is usual for speed
+)
+
+
+def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
+    """Config, data and model of a run, checked against each other.
+
+    Raises:
+        ConfigError: naming the two values that contradict each other.
+    """
+    config, _ = checked(read_settings(args))
+    check_client_parts(config, None, None)
+    # the files are compared with their checksums once on each host
+    data = TokenData(args.data, verify=os.environ.get("LOCAL_RANK", "0") == "0")
+    hf_config = families.load_model_config(args.model)
+    padding = hf_config.vocab_size - data.vocab_size
+    weights = None if args.from_scratch or args.resume else find_weights(args.model)
+    same_tokens = weights is not None and check_same_tokenizer(weights, data.tokenizer_folder)
+    if padding < 0 or (padding >= VOCABULARY_PADDING and not same_tokens and not args.resume):
+        raise ConfigError(
+            f"{args.model} has vocab_size {hf_config.vocab_size} but the tokenizer in {args.data} "
+            f"has {data.vocab_size} tokens; set vocab_size to {data.vocab_size}, or prepare the "
+            "data with another tokenizer"
+        )
+    if data.seq_len > families.num_positions(hf_config):
+        raise ConfigError(
+            f"{args.data} has sequences of {data.seq_len} tokens but {args.model} takes at most "
+            f"{families.num_positions(hf_config)}; prepare the data with a smaller --seq-len"
+        )
+    hf_config.bos_token_id = hf_config.eos_token_id = data.facts["eos_token_id"]
+    return config, data, hf_config
+
+
+def facts_of_start(
+    args: Namespace,
+    asked: Mapping[str, Any],
+    config: dict[str, Any],
+    hf_config: Any,
+    data: TokenData,
+    replicas: int,
+) -> dict[str, Any]:
+    """What run.json says of a start before there is an engine."""
+    return {
+        "arguments": asked,
+        "config": config,
+        "model": families.config_dict(hf_config),
+        "weights": _name_of_weights(args),
+        "data": {"folder": str(data.folder), **data.facts},
+        "layout": {"replicas": replicas},
+        "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
+        "versions": {
+            name: version(name)
+            for name in ("ds_local", "torch", "deepspeed", "transformers", "datasets")
+        }
+        | {"python": platform.python_version()},
+    }
+
+
+def layout_of(
+    engine: LocalPipelineEngine, data: TokenData, hosts: dict[str, Any]
+) -> dict[str, Any]:
+    """What run.json says of the engine."""
+    schedules = engine.plan.schedules
+    return {
+        "layout": {
+            "stages": engine.num_stages,
+            "replicas": engine.dp_world_size,
+            "segments": engine.num_segments,
+            "segment_parts": engine.module.segment_parts,
+            "auxiliary_flops": [_shares(engine, schedule, data.seq_len) for schedule in schedules],
+            "hosts": hosts,
+        },
+        "routes": [list(dict.fromkeys(map(str, s.rows))) for s in schedules],
+        "schedules": [grid_of(s).splitlines() for s in schedules],
+        "machine": {
+            "processor": platform.machine(),
+            "cpus": os.cpu_count(),
+            "device": str(engine.device),
+        },
+    }
+
+
+def _shares(engine: LocalPipelineEngine, schedule: Schedule, seq_len: int) -> list[float]:
+    shares = auxiliary_shares(
+        engine.module.hf_config, engine.section, schedule, engine.module.segment_parts, seq_len
+    )
+    return [round(share, 4) for share in shares]
+
+
+def _name_of_weights(args: Namespace) -> str | None:
+    """Of the pretrained weights that a run started from: a folder's or hub name."""
+    if args.from_scratch or args.resume or find_weights(args.model) is None:
+        return None
+    return Path(args.model).resolve().name if Path(args.model).exists() else args.model
