@@ -184,3 +184,6 @@ class Pool:
         for process, _ in self._workers:
             process.join()
         self._workers, self._results = [], self._context.Queue()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None

@@ -6,10 +6,12 @@ import re
 import pytest
 from launch import ROOT, finished, start
 
+pytestmark = pytest.mark.timeout(700)
+
 
 def losses(example, ranks):
     """Stage -> the losses that the example prints, in order of steps."""
-    result = finished(start(str(ROOT / "examples" / example), ranks=ranks), 240)
+    result = finished(start(str(ROOT / "examples" / example), ranks=ranks), 600)
     assert result.returncode == 0, result.stdout
     found = re.findall(r"step (\d+), stage (\d+): loss ([\d.]+)", result.stdout)
     by_stage = {int(stage): [] for _, stage, _ in found}

@@ -111,6 +111,7 @@ def test_the_monitor_gets_tags_per_stage(run, inputs):
     assert len(rows) >= 9
 
 
+@pytest.mark.timeout(1300)
 def test_two_launchers_one_after_the_other_give_identical_losses(run, inputs, tmp_path):
     """Begun under one, resumed under the other; the run beside them had neither."""
     settings = {
@@ -119,9 +120,9 @@ def test_two_launchers_one_after_the_other_give_identical_losses(run, inputs, tm
         "--eval-every": "4",
         "--save-every": "4",
     }
-    first = launch({**settings, "--max-steps": "4"}, launcher="deepspeed")
+    first = launch({**settings, "--max-steps": "4"}, launcher="deepspeed", timeout=600)
     assert first.returncode == 0, first.stdout
-    second = launch({**settings, "--max-steps": "8"}, "--resume", launcher="torchrun")
+    second = launch({**settings, "--max-steps": "8"}, "--resume", launcher="torchrun", timeout=600)
     assert second.returncode == 0, second.stdout
     assert losses(tmp_path / "run") == losses(run[0])
     seconds = [row["seconds"] for row in metrics(tmp_path / "run") if row["split"] == "train"]

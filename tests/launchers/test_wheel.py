@@ -12,6 +12,7 @@ from launch import ROOT, environment
 
 import ds_local
 
+pytestmark = pytest.mark.timeout(700)
 PARTS = ("pyproject.toml", "README.md", "LICENSE", "ds_local", "configs")
 
 
@@ -23,7 +24,7 @@ def run(*words, cwd, **more):
         env=environment() | more,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
