@@ -120,7 +120,7 @@ class Scheme(Row):
         if any(row.mode == "shifted_chunked" for row in rows):
             raise ValueError(
                 "run_ahead needs the same chunks in every step, and those of mode "
-                "'shifted_chunked' move: use 'chunked', or leave run_ahead out"
+                "'shifted_chunked' move: leave run_ahead out"
             )
         if any(entry.micro_batches == "auto" for entry in self.mix or ()):
             raise ValueError(

@@ -173,7 +173,6 @@ SYSTEMS: tuple[System, ...] = (
         "backprop, run ahead, transfer 1",
         _row("backprop", run_ahead="auto", link={"transfer": 1.0}),
     ),
-    _ours("chunked 2, run ahead", _row("chunked", window=2, run_ahead="auto")),
     System("deepspeed", "1F1B", emulated.deepspeed, lambda s, m: (False,), _flushed),
     System(
         "deepspeed",

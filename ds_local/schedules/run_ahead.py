@@ -22,7 +22,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
+from ds_local.errors import ScheduleError
 from ds_local.schedules.list_scheduler import Mix, deal
 from ds_local.schedules.routes import Pass
 from ds_local.schedules.schedule import FORWARD, Action, Schedule, successive
@@ -57,11 +59,20 @@ def make_run_ahead(
         limit, transfer: see `leads_of`.
 
     Raises:
-        ScheduleError: when the segments cannot be dealt evenly.
+        ScheduleError: when the segments cannot be dealt evenly, or a segment would have to be ahead
+            of the one below it. Between two steps all stages may stop, to save or to evaluate, and
+            a stage must not wait then for what comes from below only after it.
     """
     mix, name, stage_of = deal(mix, num_stages)
     rows = tuple(routes for routes, count in mix for _ in range(count))
     leads = leads_of(mix, limit, transfer)
+    first = next((n for n, (own, above) in enumerate(pairwise(leads)) if own < above), None)
+    if first is not None:
+        raise ScheduleError(
+            f"run_ahead does not go with {name}: no gradient comes back to segment {first}, which "
+            f"waits for nothing, so segment {first + 1} cannot be ahead of it; leave run_ahead "
+            "out, or use one chunk"
+        )
     plain = Schedule(f"{name}, run ahead", (), stage_of, rows, leads)
     within = replace(plain, leads=leads_of(mix, None, transfer)).forwards_ahead
     held = [[s for s, at in enumerate(stage_of) if at == stage] for stage in range(num_stages)]

@@ -112,10 +112,6 @@ METHODS |= {
     "run ahead, backprop tail 20 %": Method(AHEAD, 0.2),
     "run ahead, predicted, backprop tail 20 %": Method(PREDICTED, 0.2),
     "run ahead, at most one": Method(AHEAD | {"run_ahead": 1}),
-    "chunked 2, run ahead": Method(CHUNKED | {"run_ahead": "auto"}),
-    "chunked 2, run ahead, predicted": Method(
-        CHUNKED | {"run_ahead": "auto", "predict_weights": True}
-    ),
 }
 for _count in (1, 2, 8, 16):  # micro-batches a step: the delay is a segment's lead divided by it
     METHODS |= {

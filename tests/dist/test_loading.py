@@ -466,13 +466,14 @@ def test_a_head_goes_where_the_cut_agrees_and_nowhere_else(checkpoint, tmp_path)
     )  # after layer 3
 
     def loaded(section, stages, **settings):
-        told, before, after = [], {}, {}
-        for sentences, own_before, own_after, _ in run_ranks(
+        told, before, after, parts = [], {}, {}, None
+        for sentences, own_before, own_after, cut in run_ranks(
             load_weights, stages, str(checkpoint), section, stages, **settings
         ):
             told += sentences
             before |= own_before
             after |= own_after
+            parts = cut
         return told, before, after, parts
 
     told, before, after, parts = loaded(LOCAL, 4)

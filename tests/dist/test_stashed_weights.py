@@ -88,7 +88,6 @@ def test_backpropagation_equals_one_process_with_weights_by_version(stages, gas)
 
 
 ROWS = {
-    "chunked": ({"mode": "chunked", "window": 2}, [1, 0, 1, 0]),
     "interlocking": ({"mode": "interlocking", "window": 3}, [2, 2, 1, 0]),
     "overlapping": ({"mode": "overlapping", "window": 2}, [1, 1, 1, 0]),
     "deep supervision": ({"mode": "deep_supervision"}, [3, 2, 1, 0]),
@@ -137,7 +136,6 @@ def test_nothing_ahead_is_1f1b_to_the_bit():
 SECTIONS = [
     AHEAD,
     AHEAD | {"run_ahead": 2},
-    AHEAD | {"mode": "chunked"},
     AHEAD | {"mode": "interlocking"},
     AHEAD | {"mode": "overlapping", "window": 3},
     AHEAD | {"loss_weighting": "token"},
@@ -205,7 +203,7 @@ def journey(
 
 @pytest.mark.parametrize("gas", [1, 4])
 @pytest.mark.parametrize(
-    "section", [AHEAD, AHEAD | {"mode": "chunked", "segments_per_stage": 2}], ids=str
+    "section", [AHEAD, AHEAD | {"mode": "overlapping", "segments_per_stage": 2}], ids=str
 )
 def test_saves_evaluations_and_a_resume_change_no_bit(section, gas, tmp_path):
     ranks = 4 // section.get("segments_per_stage", 1)
@@ -250,7 +248,7 @@ PHASES = {
     "phases": [
         {"mode": "backprop", "run_ahead": "auto", "until_step": 3},
         {"mode": "backprop", "until_step": 4},
-        {"mode": "chunked", "run_ahead": "auto", "until_step": 6},
+        {"mode": "overlapping", "window": 2, "run_ahead": "auto", "until_step": 6},
         {"mode": "backprop", "run_ahead": 2},
     ]
 }
@@ -268,7 +266,7 @@ def test_phases_begin_and_end_with_nothing_ahead(gas):
     rows = [
         ("backprop", [3, 2, 1, 0], 0, 3),
         ("backprop", [0] * 4, 3, 4),
-        ("chunked", [1, 0, 1, 0], 4, 6),
+        ("overlapping", [1, 1, 1, 0], 4, 6),
     ]
     rows.append(("backprop", [2, 2, 1, 0], 6, 9))
     model, weights, losses = ByVersion("gpt2", runs[0][0]["parts"]), [], []
@@ -365,7 +363,7 @@ def test_predicted_weights_equal_one_process_that_predicts(gas):
 
 
 def test_predicted_weights_have_the_same_bits_on_1_2_and_4_ranks_and_after_a_resume(tmp_path):
-    for mode in ("backprop", "chunked"):
+    for mode in ("backprop", "overlapping"):
         section = AHEAD | {"mode": mode, "predict_weights": True}
         plain, *others = [
             run_ranks(journey, n, {**section, "segments_per_stage": 4 // n}, n, 6, gas=1)

@@ -24,7 +24,6 @@ GRIDS = {
     "run_ahead_backprop_p4_m4": (rows("backprop", 4, 4), None),
     "run_ahead_backprop_p3_m1": (rows("backprop", 3, 1), None),
     "run_ahead_1_backprop_p4_m4": (rows("backprop", 4, 4), 1),
-    "run_ahead_chunked2_p4_m2": (rows("chunked", 4, 2, 2), None),
     "run_ahead_interlocking2_p4_m4": (rows("interlocking", 4, 4, 2), None),
     "run_ahead_mixed_3_of_4_p4": (rows("backprop", 4, 3) + rows("local", 4, 1), None),
 }
@@ -50,7 +49,7 @@ def test_a_step_in_the_middle_of_a_run_is_one_forward_one_backward():
 
 
 def test_a_step_alone_has_all_its_forwards_and_no_others():
-    for mode, window in [("backprop", None), ("chunked", 2), ("overlapping", 2)]:
+    for mode, window in [("backprop", None), ("chunked", 4), ("overlapping", 2)]:
         alone = make_run_ahead(rows(mode, 4, 3, window), 4).at(True, 1)
         forwards = {(a.segment, a.micro_batch) for a in alone.actions() if a.kind == FORWARD}
         assert forwards == {(s, m) for s in range(4) for m in range(3)}
@@ -61,8 +60,8 @@ def test_a_step_alone_has_all_its_forwards_and_no_others():
 @pytest.mark.parametrize("stages", [2, 4, 8])
 @pytest.mark.parametrize("link", [0, 0.5, 1, 3])
 def test_no_stage_waits(stages, micro_batches, link):
-    """Backpropagation and chunks of any size, when the order reckons with the links."""
-    for mode, window in [("backprop", None), ("chunked", 2), ("chunked", stages)]:
+    """Backpropagation, also as one chunk, when the order reckons with the links."""
+    for mode, window in [("backprop", None), ("chunked", stages)]:
         schedule = make_run_ahead(rows(mode, stages, micro_batches, window), stages, None, link)
         timeline = simulate(schedule, Costs(link=link))
         assert timeline.steady_period == pytest.approx(3 * micro_batches)
@@ -80,7 +79,6 @@ def test_live_micro_batches_are_those_of_1f1b():
     for micro_batches in (1, 2, 4, 8):
         schedule = make_run_ahead(rows("backprop", 4, micro_batches), 4)
         assert schedule.peak_live == (4, 3, 2, 1)
-    assert make_run_ahead(rows("chunked", 4, 2, 2), 4).peak_live == (2, 1, 2, 1)
     assert make_run_ahead(rows("backprop", 4, 8), 4).at(True, 1).peak_live == (4, 3, 2, 1)
 
 
@@ -118,7 +116,7 @@ def test_slow_links_need_a_longer_lead():
 def random_case(rng):
     stages = rng.choice([1, 2, 3, 4, 8])
     segments = stages * rng.choice([1, 1, 2])
-    modes = ["backprop", "chunked", "overlapping", "interlocking", "deep_supervision"]
+    modes = ["backprop", "overlapping", "interlocking", "deep_supervision"]
     mix = rows(rng.choice(modes), segments, rng.randint(1, 6))
     if rng.random() < 0.4:
         mix += rows(rng.choice(["local", *modes]), segments, rng.randint(1, 4))
@@ -204,7 +202,7 @@ def test_the_delay_is_the_lead_in_steps():
 @pytest.mark.parametrize("seed", range(20))
 def test_the_same_weights_and_sums_on_any_number_of_stages(seed):
     rng = random.Random(seed)
-    mix = rows(rng.choice(["backprop", "chunked", "interlocking"]), 4, rng.randint(1, 4))
+    mix = rows(rng.choice(["backprop", "overlapping", "interlocking"]), 4, rng.randint(1, 4))
     mix += rows("local", 4, rng.randint(0, 3))
     found = []
     for stages in (1, 2, 4):
@@ -272,15 +270,22 @@ def test_the_option_of_a_scheme():
     assert plan({"mode": "backprop", "run_ahead": 2}).schedule_at(0).leads == (2, 2, 1, 0)
     slow = {"mode": "backprop", "run_ahead": "auto", "link": {"transfer": 1.0}}
     assert plan(slow).schedule_at(0).leads == (6, 4, 2, 0)
-    phases = [{"mode": "chunked", "run_ahead": "auto", "until_step": 5}, {"mode": "backprop"}]
-    assert [s.leads for s in plan({"phases": phases}).schedules] == [(1, 0, 1, 0), ()]
+    phases = [{"mode": "overlapping", "run_ahead": "auto", "until_step": 5}, {"mode": "backprop"}]
+    assert [s.leads for s in plan({"phases": phases}).schedules] == [(1, 1, 1, 0), ()]
+
+
+def test_chunks_are_refused_since_the_upper_one_would_be_ahead_of_the_lower():
+    with pytest.raises(ScheduleError, match="segment 2 cannot be ahead of it"):
+        _ = plan({"mode": "chunked", "window": 2, "run_ahead": "auto"}).schedules
+    whole = plan({"mode": "chunked", "window": 4, "run_ahead": "auto"})
+    assert [s.leads for s in whole.schedules] == [(3, 2, 1, 0)]
 
 
 @pytest.mark.parametrize(
     ("section", "words"),
     [
         ({"mode": "local", "run_ahead": 1}, "none does: leave it out"),
-        ({"mode": "shifted_chunked", "run_ahead": "auto"}, "use 'chunked'"),
+        ({"mode": "shifted_chunked", "run_ahead": "auto"}, "leave run_ahead out"),
         ({"mode": "backprop", "run_ahead": 1, "split_backward": 1}, "leave one of them out"),
         ({"mode": "backprop", "run_ahead": 1, "diagnostics": True}, "leave one of them out"),
         ({"mode": "backprop", "run_ahead": -1}, "run_ahead"),
