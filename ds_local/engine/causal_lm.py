@@ -51,7 +51,7 @@ def _check_depth(hf_config: Any, section: LocalParallelConfig, num_stages: int) 
     if num_segments > depth:
         raise ConfigError(
             f"{num_stages} stages x {per_stage} segments need at least {num_segments} blocks, the "
-            f"model has {depth}; lower num_stages or use a deeper model"
+            f"model has {depth}; lower num_stages or segments_per_stage, or use a deeper model"
         )
 
 

@@ -96,7 +96,10 @@ class Run:
         return [self.status(rank) for rank in range(len(self.pids))]
 
     def output(self, rank: int) -> str:
-        return (self.folder / f"rank-{rank}.txt").read_text(errors="replace").replace("\r", "\n")
+        path = self.folder / f"rank-{rank}.txt"
+        if not path.exists():  # ended before it was born: another had refused already
+            return ""
+        return path.read_text(errors="replace").replace("\r", "\n")
 
     def outputs(self) -> str:
         return "".join(self.output(rank) for rank in range(len(self.pids)))
