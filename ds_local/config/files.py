@@ -25,16 +25,8 @@ def load_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """
     if isinstance(source, Mapping):
         return dict(source)
-
-    def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        double = sorted({key for key in keys if keys.count(key) > 1})
-        if double:
-            raise ConfigError(f"{source} has the key {double[0]!r} twice; keep one")
-        return dict(pairs)
-
     try:
-        config = json.loads(shipped.find(source).read_text(), object_pairs_hook=no_doubles)
+        config = read_json(shipped.find(source))
     except ConfigError:
         raise
     except OSError as error:
@@ -46,6 +38,24 @@ def load_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
             f"the DeepSpeed config {source} must be a JSON object, got {type(config).__name__}"
         )
     return config
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ConfigError: when an object in it has a key twice.
+        OSError, ValueError, RecursionError: when it cannot be read.
+    """
+
+    def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        double = sorted({key for key in keys if keys.count(key) > 1})
+        if double:
+            raise ConfigError(f"{path} has the key {double[0]!r} twice; keep one")
+        return dict(pairs)
+
+    return json.loads(path.read_text(), object_pairs_hook=no_doubles)
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

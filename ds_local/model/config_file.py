@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from ds_local.config import shipped
 from ds_local.config.deepspeed import check_number
-from ds_local.config.files import check_finite, leaves
-from ds_local.errors import ConfigError, UnsupportedModel
+from ds_local.config.files import check_finite, leaves, read_json
+from ds_local.errors import ConfigError, UnsupportedModel, first_line
 
 # what different families call the same thing
 _SAME = (
@@ -108,7 +107,9 @@ def _fields(source: str | Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
     path = shipped.find(source)
     if path.is_file():
         try:
-            fields = json.loads(path.read_text())
+            fields = read_json(path)
+        except ConfigError:
+            raise
         except (OSError, ValueError, RecursionError) as error:
             raise UnsupportedModel(f"{path} is no Hugging Face model config: {error}") from error
         if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
@@ -126,7 +127,9 @@ def _fields(source: str | Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
     try:
         fields = PretrainedConfig.get_config_dict(str(source))[0]
     except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"cannot read a model config from {source!r}: {error}") from error
+        raise UnsupportedModel(
+            f"cannot read a model config from {source!r}: {first_line(error)}"
+        ) from error
     if "model_type" not in fields:
         raise UnsupportedModel(f"{source} has no config.json with a model_type")
     return fields, str(source)

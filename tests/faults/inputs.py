@@ -307,7 +307,7 @@ INPUTS: dict[str, tuple[Maker, tuple[str, ...]]] = {
     "resume: other text": (_resumed(data=_prepared("", letters="xyzuv")), ("data", "fingerprint")),
     "resume: another tokenizer": (_resumed(data=_prepared("sentencepiece:310")), ("tokenizer", "vocab")),
     "resume: other optimizer": (_resumed({"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}), ("optimizer",)),
-    "resume: other stages": (_resumed(num_stages=1, segments_per_stage=1), ("stages", "segment")),
+    "resume: other stages": (_resumed(num_stages=1, segments_per_stage=1), ("stages", "segment", "replicas")),
     # sources of text
     "prepare: no source": (_prepare("--source", "/nowhere/text.txt", text=False), ("/nowhere/text.txt",)),
     "prepare: empty file": (_source("e.txt", ""), ("e.txt", "sources", "empty")),
