@@ -36,6 +36,7 @@ RESERVED = (
     "mp_world_size",
     "ds_config",
     "ds_version",
+    "checkpoint_parallel_dimensions",
 )
 
 

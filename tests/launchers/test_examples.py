@@ -23,10 +23,11 @@ def losses(example, ranks):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_model_of_hugging_face(ranks):
-    for first, second, third in losses("causal_lm.py", ranks).values():
-        # as good as a guess among 4096 tokens; the same batch again and again is learned by heart
+    for first, *_, last in losses("causal_lm.py", ranks).values():
+        # as good as a guess among 4096 tokens; the same batch again and again is learned by heart,
+        # once the learning rate has begun to rise
         assert first == pytest.approx(math.log(4096), abs=0.5)
-        assert third < second <= first
+        assert last < first - 0.05
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
