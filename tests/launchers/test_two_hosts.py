@@ -125,7 +125,8 @@ def test_a_cut_link_ends_both_hosts_and_is_named(hosts, inputs, tmp_path):
     assert all(wait(processes, 300)), "both launchers report the failure"
     for host, (text, other) in enumerate(zip(hosts.outputs(), (1, 0), strict=True)):
         assert f"stage {other} (rank {other})" in text, text[-3000:]
-        assert "activation link 0 -> 1" in text, (host, text[-3000:])
+        seen = ("does not answer: stopped, or out of reach", "activation link 0 -> 1")
+        assert any(words in text for words in seen), (host, text[-3000:])
     assert not hosts.processes_left()
 
 
