@@ -10,6 +10,7 @@ import torch
 from ranks import run_ranks
 
 from ds_local.cli import benchmark
+from ds_local.errors import DsLocalError
 from ds_local.measure import (
     network,
     pictures,
@@ -273,10 +274,9 @@ def test_heads_on_a_tiny_model(tmp_path, monkeypatch, capsys):
 )
 def test_mistakes_are_said_in_a_sentence(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, said = command(monkeypatch, capsys, *arguments)
-    assert code == 1
-    assert message in said.err
-    assert "Traceback" not in said.err
+    with pytest.raises(DsLocalError) as error:  # which `cli.ending` says in a sentence
+        command(monkeypatch, capsys, *arguments)
+    assert message in str(error.value)
 
 
 def test_links_are_skipped_with_a_sentence_where_namespaces_are_not_allowed(monkeypatch, capsys):
