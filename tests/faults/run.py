@@ -151,7 +151,7 @@ def write_results(work: Path) -> None:
         },
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row) for row in rows.values()]
+    lines = [json.dumps(row).replace(str(work), "WORK") for row in rows.values()]
     text = json.dumps(facts, indent=1)[:-2] + ',\n "rows": [\n' + ",\n".join(lines) + "\n]}\n"
     (RESULTS / "reliability.json").write_text(text)
     (RESULTS / "reliability.md").write_text(page(facts, list(rows.values())))
