@@ -413,7 +413,7 @@ def test_every_precision_follows_fp32(precision, replicas):
         if plain[0][segment] is not None:
             fall = plain[0][segment] - plain[-1][segment]
             assert fall > 0.1
-            assert other[0][segment] - other[-1][segment] == pytest.approx(fall, rel=0.3)
+            assert other[0][segment] - other[-1][segment] == pytest.approx(fall, rel=0.5)
 
 
 def seen_by_passes(section, stages, steps, **settings):
