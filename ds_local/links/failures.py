@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, WeakSet
 
-from ds_local.errors import DsLocalError, TransportError
+from ds_local.errors import DsLocalError, TransportError, first_line
 from ds_local.links import notices as the_notices
 from ds_local.links.logs import LOG
 from ds_local.links.notices import Absence, Answer, Notices
@@ -68,7 +68,7 @@ class Failures:
 
     def report_error(self, error: BaseException, where: str) -> str:
         """`report` for an exception. Returns the first failure of the run."""
-        self.report(getattr(error, "reason", None) or f"{where}: {first_line(error)}")
+        self.report(getattr(error, "reason", None) or f"{where}: {_in_a_line(error)}")
         return self.first or ""
 
     def explained(self, error: BaseException) -> BaseException:
@@ -79,7 +79,7 @@ class Failures:
         reason = self.first or self._found_out(is_late(error))
         if reason is None:
             return TransportError(
-                f"a connection broke, though all ranks answer; here: {first_line(error)}"
+                f"a connection broke, though all ranks answer; here: {_in_a_line(error)}"
             )
         elsewhere = "the run ended elsewhere: " if self.first else ""
         return TransportError(f"{elsewhere}{reason}", reason)
@@ -101,11 +101,11 @@ class Failures:
             time.sleep(0.2)
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception says, in a line."""
+def _in_a_line(error: BaseException) -> str:
+    """What an exception says."""
     if isinstance(error, LookupError) and not isinstance(error, DsLocalError):
         return repr(error)  # its text is a key alone
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def is_gone(answer: Answer) -> bool:
@@ -182,7 +182,7 @@ def meeting(what: str, failures: Failures | None = None) -> Iterator[None]:
             explained = failures.explained(error)
             if explained is error:
                 raise
-            failures.report(getattr(explained, "reason", None) or first_line(explained))
+            failures.report(getattr(explained, "reason", None) or _in_a_line(explained))
             raise explained from error
 
 
