@@ -8,65 +8,7 @@ from typing import Any
 
 from ds_local.config.strict import SECTION
 
-# Top-level keys of ds_config.json that DeepSpeed 0.19 reads and our users set. A key that looks
-# like one of these but is not is taken for a slip of the pen; anything further off is left to the
-# user.
-DEEPSPEED_KEYS = (
-    "activation_checkpointing",
-    "aio",
-    "autotuning",
-    "bf16",
-    "bfloat16",
-    "checkpoint",
-    "comet",
-    "comms_logger",
-    "communication_data_type",
-    "compile",
-    "csv_monitor",
-    "data_efficiency",
-    "data_types",
-    "dataloader_drop_last",
-    "disable_allgather",
-    "disable_python_gc",
-    "dump_state",
-    "elasticity",
-    "expert_parallel",
-    "flops_profiler",
-    "fp16",
-    "gradient_accumulation_steps",
-    "gradient_allreduce_op",
-    "gradient_clipping",
-    "gradient_predivide_factor",
-    "graph_harvesting",
-    "hybrid_engine",
-    "local_parallel",
-    "log_level",
-    "managed_gradient_accumulation",
-    "memory_breakdown",
-    "optimizer",
-    "pipeline",
-    "prescale_gradients",
-    "scheduler",
-    "seq_parallel_communication_data_type",
-    "sparse_attention",
-    "sparse_gradients",
-    "steps_per_print",
-    "tensor_parallel",
-    "tensorboard",
-    "timers",
-    "torch_autocast",
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "use_data_before_expert_parallelism",
-    "vocabulary_size",
-    "wall_clock_breakdown",
-    "wandb",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-)
-
-# those of them that are objects with keys of their own
+# Top-level keys of ds_config.json that are objects with keys of their own
 SECTIONS = (
     "activation_checkpointing",
     "aio",
@@ -94,6 +36,40 @@ SECTIONS = (
     "zero_optimization",
     SECTION,
 )
+
+# All top-level keys that DeepSpeed 0.19 reads and our users set. A key that looks like one of these
+# but is not is taken for a slip of the pen; anything further off is left to the user.
+DEEPSPEED_KEYS = (
+    *SECTIONS,
+    "communication_data_type",
+    "dataloader_drop_last",
+    "disable_allgather",
+    "disable_python_gc",
+    "dump_state",
+    "elasticity",
+    "expert_parallel",
+    "gradient_accumulation_steps",
+    "gradient_allreduce_op",
+    "gradient_clipping",
+    "gradient_predivide_factor",
+    "graph_harvesting",
+    "log_level",
+    "managed_gradient_accumulation",
+    "memory_breakdown",
+    "prescale_gradients",
+    "seq_parallel_communication_data_type",
+    "sparse_attention",
+    "sparse_gradients",
+    "steps_per_print",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "use_data_before_expert_parallelism",
+    "vocabulary_size",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+)
+
 
 # what is made by name -> the keys it takes, and an example of a name
 NAMED: dict[str, tuple[list[str], str]] = {
