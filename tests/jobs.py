@@ -60,7 +60,7 @@ def state_of(engine: Any) -> dict[str, Any]:
     """This rank's parameters, layers by their number in the whole model."""
     state = {}
     for name, parameter in engine.module.named_parameters():
-        state[name] = parameter.detach().clone().float()
+        state[name] = parameter.detach().float().cpu().clone()
     return state
 
 

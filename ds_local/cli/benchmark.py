@@ -260,16 +260,35 @@ def _add_real_compute(
     sub.add_argument("--tokens", type=int, default=512, help=text)
     sub.add_argument("--repeats", type=int, default=5)
 
+    _add_gpu(command)
+
+
+def _add_gpu(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         gpu,
-        "one device: times and MFU of each stage of GPT-2, and what they predict for more devices",
+        "one device: times and MFU of each stage, what they predict for more devices, heads, and "
+        "the engine beside a plain loop; goes on with the rows that --json holds",
     )
-    sub.add_argument("--models", nargs="+", default=["small", "medium", "large", "xl"])
+    sub.add_argument(
+        "--models",
+        nargs="+",
+        default=["gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl", "llama-1b"],
+        help="shipped configs",
+    )
+    sub.add_argument(
+        "--parts",
+        nargs="+",
+        choices=["whole", "stages", "heads", "engine"],
+        default=["whole", "stages", "heads", "engine"],
+        help="what to measure; heads and engine with the first model",
+    )
     sub.add_argument("--stages", type=int, nargs="+", default=[4, 8])
     sub.add_argument("--sequences", type=int, default=8, help="in a micro-batch")
     sub.add_argument("--tokens", type=int, default=1024, help="in a sequence")
     sub.add_argument("--micro-batches", type=int, default=16, help="of a step, in the prediction")
-    sub.add_argument("--repeats", type=int, default=20)
+    sub.add_argument("--accumulate", type=int, default=4, help="micro-batches of a measured step")
+    sub.add_argument("--kernel", default="torch", help="of the model's own readout: head.kernel")
+    sub.add_argument("--repeats", type=int, default=10)
     sub.add_argument(
         "--peak-tflops",
         type=float,

@@ -7,9 +7,11 @@ the private hooks that a local pipeline replaces turned into methods of their ow
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from inspect import getmembers, isfunction
+from types import SimpleNamespace
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -30,11 +32,15 @@ from ds_local.engine.deepspeed_version import REMEDY
 from ds_local.engine.safe_files import SafeCheckpointEngine
 from ds_local.errors import UnsupportedDeepSpeed
 
+pipe_engine: Any = import_module("deepspeed.runtime.pipe.engine")
+
 # owner -> the names of it that no page of DeepSpeed's documents
 NAMES: dict[Any, tuple[str, ...]] = {
     deepspeed: ("set_optimizer_flags",),
     import_module("deepspeed.comm.torch"): ("build_shm_op",),
     dist.comm: ("cdb",),
+    pipe_engine: ("p2p",),
+    pipe_engine.p2p: ("init_process_groups", "recv", "send"),
     PipelineEngine: (
         "_INSTRUCTION_MAP",
         "_backward_prologue_per_tensor",
@@ -157,6 +163,10 @@ class PipelineEngineSeam(PipelineEngine):
         super().__init_subclass__(**kwargs)
         cls._INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, **cls.INSTRUCTIONS}
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with _no_first_messages():
+            super().__init__(*args, **kwargs)
+
     def run_instruction(self, instruction: Any) -> None:
         """Run it by the method that its class is mapped to."""
         self._INSTRUCTION_MAP[type(instruction)](self, **instruction.kwargs)
@@ -218,6 +228,22 @@ class PipelineEngineSeam(PipelineEngine):
 
     def _report_progress(self, step: int) -> None:
         pass  # `reports` tells of all stages in one line
+
+
+@contextmanager
+def _no_first_messages() -> Iterator[None]:
+    """DeepSpeed's engine opens links of its own by sending a number from each stage to the next.
+    They are not used here, and ranks that share a device could not send from it."""
+
+    def nothing(*args: Any) -> None:
+        pass
+
+    theirs = pipe_engine.p2p
+    pipe_engine.p2p = SimpleNamespace(init_process_groups=nothing, recv=nothing, send=nothing)
+    try:
+        yield
+    finally:
+        pipe_engine.p2p = theirs
 
 
 class _StageLocal:

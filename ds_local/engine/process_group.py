@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from torch import distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -19,6 +20,7 @@ from ds_local.engine.deepspeed_seam import ENGINES
 from ds_local.links import notices
 from ds_local.links.failures import around, meeting
 from ds_local.links.notices import Notices
+from ds_local.links.staging import ranks_here
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LIMITS = {  # torch's own, for groups made without one
@@ -48,9 +50,27 @@ def start_processes(
         _begin(store.rank, lambda card: store.exchange("notices", card))
     limit_waits(wait_seconds)
     with meeting("the start of the process group"):
-        deepspeed.init_distributed(timeout=timedelta(seconds=wait_seconds))
+        deepspeed.init_distributed(share_devices(), timeout=timedelta(seconds=wait_seconds))
         if dist.get_world_size() > 1 and notices.current() is None:
             _begin(dist.get_rank(), _gathered)
+
+
+def share_devices() -> str | None:
+    """Where this machine has more ranks than devices, deal them out: a rank's device is the one
+    that LOCAL_RANK names, for DeepSpeed too.
+
+    Returns:
+        The process group's backend: gloo where ranks share a device, since NCCL wants one for each;
+        None for DeepSpeed's own choice.
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return None
+    devices, ranks = accelerator.device_count(), ranks_here()
+    if not 0 < devices < ranks:
+        return None
+    os.environ["LOCAL_RANK"] = str(int(os.environ.get("LOCAL_RANK", "0")) % devices)
+    return "gloo"
 
 
 def _begin(rank: int, exchange: Any) -> None:

@@ -1,5 +1,5 @@
-"""One device: what each stage of GPT-2 costs on it alone, and what the simulator makes of that for
-several such devices.
+"""One device: what each stage of a model costs on it alone, what the simulator makes of that for
+several such devices, what heads cost, and how fast the engine is beside a plain loop.
 
 Several processes on one device would share its time and hide every bubble, so stages are timed one
 after another, each alone. Useful MFU counts the model's own floating-point operations (readout and
@@ -10,18 +10,25 @@ pipeline's is then that times its efficiency.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ds_local.config import shipped
 from ds_local.config.files import local_parallel
+from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
+from ds_local.measure import report
+from ds_local.measure.device import SEED, Device, Layers
+from ds_local.measure.gpu_engine import engine_rows
+from ds_local.measure.heads import PARTS, VARIANTS
 from ds_local.model import blocks, families
 from ds_local.model.flops import choose_parts
 from ds_local.schedules.list_scheduler import make_schedule
@@ -29,16 +36,18 @@ from ds_local.schedules.peers import PEERS
 from ds_local.schedules.routes import make_routes
 from ds_local.schedules.simulator import Costs, simulate
 
-SEED = 1234
-# name -> width, blocks, attention heads
-MODELS = {
-    "small": (768, 12, 12),
-    "medium": (1024, 24, 16),
-    "large": (1280, 36, 20),
-    "xl": (1600, 48, 25),
-    "tiny": (64, 8, 2),
+Row = dict[str, Any]
+
+TINY = {
+    "model_type": "gpt2",
+    "n_embd": 64,
+    "n_layer": 8,
+    "n_head": 2,
+    "vocab_size": 512,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
-VOCABULARY = 50257
 LINKS = {
     "NVLink 450 GB/s": 3.6e12,
     "100 Gb/s": 1e11,
@@ -47,286 +56,301 @@ LINKS = {
 }  # bits per second
 HEAD = {"readout": "shared", "token_fraction": 0.125}
 PREDICTED = ("local", "1f1b", "zero_bubble")
+PARTS_OF_ALL = ("whole", "stages", "heads", "engine")
+KERNELS = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}  # kernel -> its package
 
 
-class _Layers(nn.Module):
-    def __init__(self, layers: list[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of `benchmark.py gpu`.
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Rows of `benchmark.py gpu`. What stands in `args.json` already is not measured again.
 
     Raises:
-        ConfigError: without a CUDA device, except in a dry run.
+        ConfigError: without a CUDA device, except in a dry run; for a model that is none.
     """
     if args.dry_run:
         args.models, args.tokens, args.sequences, args.repeats = ["tiny"], 16, 2, 2
+        args.micro_batches = min(args.micro_batches, 8)
     elif not torch.cuda.is_available():
         raise ConfigError(
             "benchmark.py gpu needs a CUDA device; --dry-run shows on the CPU that it works"
         )
-    unknown = set(args.models) - set(MODELS)
-    if unknown:
-        raise ConfigError(
-            f"no model is called {sorted(unknown)[0]!r}; there are {', '.join(MODELS)}"
-        )
-    bench = _Bench(args)
-    rows: list[dict[str, Any]] = []
-    for model in args.models:
-        for compiled in [False] if args.no_compile else [False, True]:
-            rows.append(bench.whole_model(model, compiled))
-            for stages in args.stages:
-                parts = bench.stages(model, stages, compiled)
-                rows += parts + bench.predictions(model, stages, compiled, parts)
+    rows = report.load([args.json]) if args.json and args.json.exists() else []
+    done = {row["task"] for row in rows}
+    for task, run in _tasks(_Bench(args), args):
+        if task in done:
+            continue
+        for row in run():
+            rows.append({"task": task, **row})
+            said = ", ".join(f"{k} {row[k]:.3g}" for k in _SAID if isinstance(row.get(k), float))
+            print(f"{task}, {row['what']}: {said}", file=sys.stderr, flush=True)
+        report.save(rows, args.json, "gpu")
     return rows
+
+
+_SAID = ("tokens_per_second", "useful_mfu", "forward", "head", "seconds", "efficiency")
+
+
+def _tasks(bench: _Bench, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(name, what makes its rows), the most telling first."""
+    kinds = [False] if args.no_compile else [True, False]
+    for model in args.models:
+        config = bench.config(model)
+        for compiled in kinds if "whole" in args.parts else []:
+            yield f"{model} whole {compiled}", partial(bench.whole, model, config, compiled)
+        for stages in args.stages if "stages" in args.parts else []:
+            for compiled in kinds:
+                name = f"{model} {stages} stages {compiled}"
+                yield name, partial(bench.stages_and_more, model, config, stages, compiled)
+    first = args.models[0]
+    source = bench.source(first)
+    if "engine" in args.parts:
+        yield f"{first} engine", partial(engine_rows, bench.device, source, first, args)
+    if "heads" in args.parts:
+        yield f"{first} heads", partial(bench.heads, first, bench.config(first))
 
 
 class _Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.device = torch.device("cpu" if args.dry_run else "cuda")
-        self.vocabulary = 512 if args.dry_run else VOCABULARY
+        self.device = Device("cpu" if args.dry_run else "cuda", args.repeats)
+
+    def source(self, model: str) -> dict[str, Any]:
+        """The model's config.json, without dropout. Raises ConfigError where there is none."""
+        if model == "tiny":
+            return TINY
+        path = shipped.find(f"{model}.json")
+        if not path.exists():
+            names = ", ".join(name.removesuffix(".json") for name in shipped.MODELS)
+            raise ConfigError(f"no model is called {model!r}; there are {names}")
+        return json.loads(path.read_text())
 
     def config(self, model: str) -> Any:
-        width, depth, heads = MODELS[model]
-        return families.load_model_config(
-            {
-                "model_type": "gpt2",
-                "vocab_size": self.vocabulary,
-                "n_positions": self.args.tokens,
-                "n_embd": width,
-                "n_layer": depth,
-                "n_head": heads,
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-                "resid_pdrop": 0.0,
-                "embd_pdrop": 0.0,
-                "attn_pdrop": 0.0,
-                "tie_word_embeddings": False,
-            }
-        )
+        return families.load_model_config(self.source(model))
 
     @property
     def tokens(self) -> int:
         return self.args.sequences * self.args.tokens
 
-    def useful_flops(self, config: Any, num_blocks: int, readout: bool) -> float:
+    def mfu(self, config: Any, num_blocks: int, readout: bool, seconds: float) -> float:
         """Of a micro-batch, forward and backward."""
         block, last = blocks.forward_flops(config, self.args.tokens)
-        return 3.0 * self.tokens * (block * num_blocks + last * readout)
-
-    def mfu(self, flops: float, seconds: float) -> float:
+        flops = 3.0 * self.tokens * (block * num_blocks + last * readout)
         return flops / seconds / (self.args.peak_tflops * 1e12)
 
-    def _prepare(self, module: nn.Module, compiled: bool) -> Any:
-        module = module.to(self.device, torch.bfloat16).train()
-        return torch.compile(module) if compiled else module
+    def _readout(self, config: Any) -> blocks.Readout:
+        return self.device.ready(blocks.Readout(config, SEED, self.args.kernel))
 
-    def _seconds(self, run: Callable[[], Any]) -> float:
-        """Median over the repetitions, by CUDA events; after a few that warm up, or compile."""
-        times = []
-        for repeat in range(3 + self.args.repeats):
-            if self.device.type == "cuda":
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                run()
-                end.record()
-                end.synchronize()
-                taken = start.elapsed_time(end) / 1000
-            else:
-                began = time.perf_counter()
-                run()
-                taken = time.perf_counter() - began
-            if repeat >= 3:
-                times.append(taken)
-        return median(times)
+    def _size(self) -> Row:
+        return {
+            "sequences": self.args.sequences,
+            "tokens": self.args.tokens,
+            "kernel": self.args.kernel,
+        }
 
-    def _forget_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def _peak(self) -> int | None:
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
-
-    def whole_model(self, model: str, compiled: bool) -> dict[str, Any]:
-        """The honest yardstick: the model in one process, forward, backward and optimizer step."""
-        config, depth = self.config(model), MODELS[model][1]
-        self._forget_peak()
-        layers = [
-            blocks.Embedding(config, SEED),
-            *(blocks.Block(config, i, SEED) for i in range(depth)),
-        ]
-        body = self._prepare(_Layers(layers), compiled)
-        readout = blocks.Readout(config, SEED).to(self.device, torch.bfloat16)
+    def whole(self, model: str, config: Any, compiled: bool) -> list[Row]:
+        """The honest yardstick: the model in one process, forward, backward and optimizer step,
+        with as many micro-batches a step as the engine has."""
+        self.device.forget_peak()
+        depth, count = families.num_blocks(config), self.args.accumulate
+        layers = [blocks.Embedding(config, SEED), *self.device.blocks(config, depth)]
+        body, readout = self.device.ready(Layers(layers), compiled), self._readout(config)
         parameters = [*body.parameters(), *readout.parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=self.device.type == "cuda")
-        ids = torch.randint(
-            self.vocabulary, (self.args.sequences, self.args.tokens), device=self.device
-        )
+        fused = self.device.device.type == "cuda"
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=fused)
+        ids = self.device.ids(config, self.args.sequences, self.args.tokens)
 
         def step() -> None:
-            readout.loss(body(ids), ids).backward()
+            for _ in range(count):
+                (readout.loss(body(ids), ids) / count).backward()
             optimizer.step()
             optimizer.zero_grad()
 
-        seconds = self._seconds(step)
-        print(
-            f"{model}, whole, compiled {compiled}: {self.tokens / seconds:,.0f} tokens/s",
-            file=sys.stderr,
-        )
-        return {
+        seconds = self.device.seconds(step) / count
+        row = {
             "what": "whole model",
             "model": model,
             "compiled": compiled,
+            "micro_batches": count,
             "tokens_per_second": self.tokens / seconds,
-            "useful_mfu": self.mfu(self.useful_flops(config, depth, True), seconds),
-            "peak_bytes": self._peak(),
-            "sequences": self.args.sequences,
-            "tokens": self.args.tokens,
+            "useful_mfu": self.mfu(config, depth, True, seconds),
+            "peak_bytes": self.device.peak(),
         }
+        return [row | self._size()]
 
-    def stages(self, model: str, stages: int, compiled: bool) -> list[dict[str, Any]]:
-        """Times of every stage by itself, cut as `causal_lm` cuts it with cheap heads."""
-        config = self.config(model)
+    def stages_and_more(self, model: str, config: Any, stages: int, compiled: bool) -> list[Row]:
+        """Times of every stage by itself, cut as `causal_lm` cuts it with cheap heads, and what
+        the simulator makes of them."""
         section = local_parallel({"local_parallel": {"mode": "local", "head": HEAD}})
         parts = choose_parts(config, section, stages, self.args.micro_batches, self.args.tokens)
-        return [
-            self._stage(model, config, section.head, parts, stage, compiled)
-            for stage in range(stages)
-        ]
+        kinds: dict[tuple[bool, bool, int], Row] = {}  # stages of one kind take one time
+        rows = []
+        for stage, (begin, end) in enumerate(pairwise(parts)):
+            first, last = stage == 0, stage + 1 == stages
+            kind = first, last, end - begin - first - last
+            if kind not in kinds:
+                kinds[kind] = self._stage(config, section.head, parts, stage, kind, compiled)
+            facts = {"model": model, "stages": stages, "stage": stage, "compiled": compiled}
+            rows.append({"what": "stage", **facts, **kinds[kind]})
+        return rows + predictions(rows, self.tokens, self.args.micro_batches)
 
     def _stage(
-        self, model: str, config: Any, head: Any, parts: list[int], stage: int, compiled: bool
-    ) -> dict[str, Any]:
-        self._forget_peak()
-        first, last, own = stage == 0, stage == len(parts) - 2, list(pairwise(parts))[stage]
-        numbers = range(own[0] + first - 1, own[1] - last - 1)  # of its blocks
-        layers: list[nn.Module] = [blocks.Block(config, number, SEED) for number in numbers]
+        self,
+        config: Any,
+        head: Any,
+        parts: list[int],
+        stage: int,
+        kind: tuple[bool, bool, int],
+        compiled: bool,
+    ) -> Row:
+        self.device.forget_peak()
+        first, last, count = kind
+        layers = self.device.blocks(config, count)
         if first:
             layers.insert(0, blocks.Embedding(config, SEED))
-        body = self._prepare(_Layers(layers), compiled)
-        ids = torch.randint(
-            self.vocabulary, (self.args.sequences, self.args.tokens), device=self.device
-        )
+        body = self.device.ready(Layers(layers), compiled)
+        ids = self.device.ids(config, self.args.sequences, self.args.tokens)
         hidden = torch.randn(
-            *ids.shape, config.hidden_size, device=self.device, dtype=torch.bfloat16
+            *ids.shape, config.hidden_size, device=self.device.device, dtype=torch.bfloat16
         )
+        loss: nn.Module
         if last:
-            readout = blocks.Readout(config, SEED).to(self.device, torch.bfloat16)
-            loss_of, loss_parameters = readout.loss, list(readout.parameters())
+            loss = self._readout(config)
+            loss_of = loss.loss
         else:
-            made = (
-                blocks.make_head(config, stage, SEED, head, parts)
-                .to(self.device, torch.bfloat16)
-                .train()
-            )
-            loss_of, loss_parameters = made, [p for p in made.parameters() if p.requires_grad]
-        times = self._times(body, ids if first else hidden, hidden, loss_of, loss_parameters, ids)
-        useful = self.useful_flops(config, len(numbers), last)
-        total = sum(times.values())
-        print(
-            f"{model}, stage {stage} of {len(parts) - 1}, compiled {compiled}: {1000 * total:.2f} "
-            "ms",
-            file=sys.stderr,
+            loss = self.device.ready(blocks.make_head(config, stage, SEED, head, parts))
+            loss_of = loss
+        given = ids if first else hidden
+        times = self._times(body, given, hidden, compiled)
+        learning = [p for p in loss.parameters() if p.requires_grad]
+        reached = hidden.detach().clone().requires_grad_()
+        times["head"] = self.device.seconds(
+            lambda: torch.autograd.grad(loss_of(reached, ids), [reached, *learning])
         )
+        total = sum(times.values())
+        times["optimizer"] = self._update([*body.parameters(), *learning])
         return {
-            "what": "stage",
-            "model": model,
-            "stages": len(parts) - 1,
-            "stage": stage,
-            "blocks": len(numbers),
-            "compiled": compiled,
+            "blocks": count,
             **times,
-            "useful_mfu": self.mfu(useful, total),
-            "peak_bytes": self._peak(),
-            "sequences": self.args.sequences,
-            "tokens": self.args.tokens,
+            "useful_mfu": self.mfu(config, count, last, total),
+            "peak_bytes": self.device.peak(),
             "activation_bytes": hidden.numel() * 2,
+            **self._size(),
         }
 
-    def _times(
-        self,
-        body: Any,
-        given: Tensor,
-        out: Tensor,
-        loss_of: Any,
-        loss_parameters: Sequence[Tensor],
-        ids: Tensor,
-    ) -> dict[str, float]:
-        """Forward, the two halves of the backward pass, and head with its gradients, in seconds."""
+    def _times(self, body: Any, given: Tensor, out: Tensor, compiled: bool) -> dict[str, float]:
+        """Forward and the two halves of the backward pass, in seconds. Compiled layers compute
+        both halves in one, so theirs are taken to be alike."""
         parameters = list(body.parameters())
-        through = given.detach().clone().requires_grad_() if given.is_floating_point() else None
-        gradient = torch.ones_like(out)
-        detached = out.detach().clone().requires_grad_()
-        inputs = [] if through is None else [through]
-        source = given if through is None else through
+        inputs = [given.detach().clone().requires_grad_()] if given.is_floating_point() else []
+        source, gradient = (inputs or [given])[0], torch.ones_like(out)
 
         def backward(wanted: list[Tensor]) -> float:
-            return self._seconds(lambda: torch.autograd.grad(body(source), wanted, gradient))
+            return self.device.seconds(lambda: torch.autograd.grad(body(source), wanted, gradient))
 
-        forward = self._seconds(lambda: body(source))
-        both = backward([*inputs, *parameters]) - forward
-        input_grad = backward(inputs) - forward if inputs else both / 2
-        head = self._seconds(
-            lambda: torch.autograd.grad(loss_of(detached, ids), [detached, *loss_parameters])
+        forward = self.device.seconds(lambda: body(source))
+        both = max(0.0, backward([*inputs, *parameters]) - forward)
+        half = both / 2
+        if inputs and not compiled:
+            half = min(both, max(0.0, backward(inputs) - forward))
+        return {"forward": forward, "input_grad": half, "weight_grad": both - half}
+
+    def _update(self, parameters: list[Tensor]) -> float:
+        """Seconds of an AdamW step on fp32 copies, which are then copied back."""
+        masters = [p.detach().float().requires_grad_() for p in parameters]
+        for master in masters:
+            master.grad = torch.zeros_like(master)
+        fused = self.device.device.type == "cuda"
+        optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=fused)
+
+        def step() -> None:
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, masters)
+
+        return self.device.seconds(step)
+
+    def heads(self, model: str, config: Any) -> Iterator[Row]:
+        """Time and memory of each kind of head, beside a block and a stage's quarter of the
+        blocks."""
+        ids = self.device.ids(config, self.args.sequences, self.args.tokens)
+        hidden = torch.randn(
+            *ids.shape, config.hidden_size, device=self.device.device, dtype=torch.bfloat16
         )
-        return {
-            "forward": forward,
-            "input_grad": max(0.0, input_grad),
-            "weight_grad": max(0.0, both - input_grad),
-            "head": head,
-        }
+        block = self.device.ready(Layers(self.device.blocks(config, 1)))
+        weights = list(block.parameters())
+        reached = hidden.clone().requires_grad_()
+        one_block = self.device.seconds(
+            lambda: torch.autograd.grad(block(reached).sum(), [reached, *weights])
+        )
+        variants = VARIANTS | {
+            f"full, {kernel}": {"kernel": kernel}
+            for kernel, package in KERNELS.items() if find_spec(package)
+        }  # fmt: skip
+        for name, given in variants.items():
+            self.device.forget_peak()
+            head = self.device.ready(blocks.make_head(config, 0, SEED, HeadConfig(**given), PARTS))
+            learning = [p for p in head.parameters() if p.requires_grad]
+            run = partial(_gradients, head, reached, ids, [reached, *learning])
+            seconds = self.device.seconds(run)
+            yield {
+                "what": "head",
+                "model": model,
+                "head": name,
+                "section": given,
+                "seconds": seconds,
+                "block_seconds": one_block,
+                "peak_bytes": self.device.peak(),
+                **self._size(),
+            }
 
-    def predictions(
-        self, model: str, stages: int, compiled: bool, rows: list[dict[str, Any]]
-    ) -> list[dict[str, Any]]:
-        """What the simulator makes of measured stages on that many devices.
 
-        Others' schedules are given the same cut without the heads, the readout's loss with the last
-        stage's work. Efficiency is the mean stage's useful time over the time of a step.
-        """
-        found = []
-        times = {
-            name: [row[name] for row in rows]
-            for name in ("forward", "input_grad", "weight_grad", "head")
-        }
-        plain = dict(times, head=[0.0] * stages)
-        for name, seconds in (("forward", 1 / 3), ("input_grad", 1 / 3), ("weight_grad", 1 / 3)):
-            plain[name] = [*times[name][:-1], times[name][-1] + seconds * times["head"][-1]]
-        useful = sum(sum(plain[name]) for name in ("forward", "input_grad", "weight_grad")) / stages
-        for link, rate in LINKS.items():
-            seconds = rows[0]["activation_bytes"] * 8 / rate
-            for schedule in PREDICTED:
-                costs = Costs(**(times if schedule == "local" else plain), link=seconds)  # type: ignore[arg-type]
-                if schedule == "local":
-                    order = make_schedule(
-                        [(make_routes("local", stages), self.args.micro_batches)], stages
-                    )
-                else:
-                    order = PEERS[schedule](stages, self.args.micro_batches)
-                period = simulate(order, costs).steady_period
-                found.append(
-                    {
-                        "what": "prediction",
-                        "system": "simulator",
-                        "schedule": schedule + (", compiled" if compiled else ""),
-                        "model": model,
-                        "stages": stages,
-                        "micro_batches": self.args.micro_batches,
-                        "compiled": compiled,
-                        "link": {"name": link, "bits_per_second": rate},
-                        "efficiency": self.args.micro_batches * useful / period,
-                        "step_seconds": period,
-                        "tokens_per_second": self.tokens * self.args.micro_batches / period,
-                        "peak_live_micro_batches": list(order.peak_live),
-                    }
-                )
-        return found
+def _gradients(head: Any, hidden: Tensor, labels: Tensor, wanted: list[Tensor]) -> Any:
+    return torch.autograd.grad(head(hidden, labels), wanted)
+
+
+def predictions(rows: list[Row], tokens: int, micro_batches: int) -> list[Row]:
+    """What the simulator makes of measured stages on that many devices.
+
+    Others' schedules are given the same cut without the heads, the readout's loss with the last
+    stage's work. Efficiency is the mean stage's useful time over the time of a step, the update
+    left out; tokens a second count it.
+
+    Args:
+        rows: of the stages of a model.
+        tokens: of a micro-batch.
+    """
+    stages = len(rows)
+    times = {
+        name: [row[name] for row in rows]
+        for name in ("forward", "input_grad", "weight_grad", "head")
+    }
+    plain = dict(times, head=[0.0] * stages)
+    for name in ("forward", "input_grad", "weight_grad"):
+        plain[name] = [*times[name][:-1], times[name][-1] + times["head"][-1] / 3]
+    useful = sum(sum(plain[name]) for name in ("forward", "input_grad", "weight_grad")) / stages
+    update = max(row["optimizer"] for row in rows)
+    found = []
+    for link, rate in LINKS.items():
+        seconds = rows[0]["activation_bytes"] * 8 / rate
+        for schedule in PREDICTED:
+            costs = Costs(**(times if schedule == "local" else plain), link=seconds)  # type: ignore[arg-type]
+            if schedule == "local":
+                order = make_schedule([(make_routes("local", stages), micro_batches)], stages)
+            else:
+                order = PEERS[schedule](stages, micro_batches)
+            period = simulate(order, costs).steady_period
+            kept = ("model", "stages", "compiled")
+            found.append(
+                {
+                    "what": "prediction",
+                    "system": "simulator",
+                    "schedule": schedule + (", compiled" if rows[0]["compiled"] else ""),
+                    **{key: rows[0][key] for key in kept},
+                    "micro_batches": micro_batches,
+                    "link": {"name": link, "bits_per_second": rate},
+                    "efficiency": micro_batches * useful / period,
+                    "step_seconds": period + update,
+                    "tokens_per_second": tokens * micro_batches / (period + update),
+                    "peak_live_micro_batches": list(order.peak_live),
+                }
+            )
+    return found

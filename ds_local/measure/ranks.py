@@ -103,8 +103,11 @@ class Pool:
         self, prepare: Callable[[int], None] | None = None, address: str = "127.0.0.1"
     ) -> None:
         self._prepare, self._address = prepare, address
-        self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(["ds_local.measure.warm"])
+        # a process that has looked for CUDA devices cannot be forked
+        forks = os.environ.get("DS_ACCELERATOR", "cpu") == "cpu"
+        self._context: Any = mp.get_context("forkserver" if forks else "spawn")
+        if forks:
+            self._context.set_forkserver_preload(["ds_local.measure.warm"])
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._workers: list[tuple[Any, Any]] = []
         self._results = self._context.Queue()

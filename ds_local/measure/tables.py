@@ -202,50 +202,56 @@ def head_tables(rows: Sequence[Row]) -> list[str]:
 
 
 def gpu_tables(rows: Sequence[Row]) -> list[str]:
-    stages = [r for r in rows if r["what"] == "stage"]
-    whole = [r for r in rows if r["what"] == "whole model"]
-    predicted = [r for r in rows if r["what"] == "prediction"]
-    tables = [
-        _columns(
-            stages,
-            {
-                "model": lambda r: r["model"],
-                "stages": lambda r: str(r["stages"]),
-                "stage": lambda r: str(r["stage"]),
-                "compiled": lambda r: "yes" if r["compiled"] else "no",
-                "forward ms": lambda r: number(1000 * r["forward"], ".2f"),
-                "backward ms": lambda r: number(1000 * (r["input_grad"] + r["weight_grad"]), ".2f"),
-                "head ms": lambda r: number(1000 * r["head"], ".2f"),
-                "useful MFU %": lambda r: percent(r["useful_mfu"]),
-                "peak GiB": lambda r: (
-                    MISSING if r["peak_bytes"] is None else number(r["peak_bytes"] / 2**30, ".2f")
-                ),
-            },
-        )
-    ]
-    if whole:
-        tables.append(
-            _columns(
-                whole,
-                {
-                    "model, one process": lambda r: r["model"],
-                    "compiled": lambda r: "yes" if r["compiled"] else "no",
-                    "tokens/s": lambda r: f"{r['tokens_per_second']:,.0f}",
-                    "MFU %": lambda r: percent(r["useful_mfu"]),
-                    "peak GiB": lambda r: (
-                        MISSING
-                        if r["peak_bytes"] is None
-                        else number(r["peak_bytes"] / 2**30, ".2f")
-                    ),
-                },
-            )
-        )
-    if predicted:
+    def of(what: str) -> list[Row]:
+        return [r for r in rows if r["what"] == what]
+
+    def model(row: Row) -> str:
+        return f"{row['model']}{', compiled' if row['compiled'] else ''}"
+
+    def gibibytes(row: Row) -> str:
+        count = row["peak_bytes"]
+        return MISSING if count is None else number(count / 2**30, ".2f")
+
+    def tokens(row: Row) -> str:
+        return f"{row['tokens_per_second']:,.0f}"
+
+    def ms(*names: str) -> Callable[[Row], str]:
+        return lambda row: number(1000 * sum(row[name] for name in names), ".2f")
+
+    shapes: dict[str, dict[str, Callable[[Row], str]]] = {
+        "whole model": {
+            "model, one process": model,
+            "tokens/s": tokens,
+            "MFU %": lambda r: percent(r["useful_mfu"]),
+            "peak GiB": gibibytes,
+        },
+        "engine": {
+            "engine, one process": lambda r: f"{model(r)}: {r['schedule']}",
+            "tokens/s": tokens,
+            "peak GiB": gibibytes,
+        },
+        "stage": {
+            "stage": lambda r: f"{model(r)}, {r['stage'] + 1} of {r['stages']}",
+            "forward ms": ms("forward"),
+            "backward ms": ms("input_grad", "weight_grad"),
+            "head ms": ms("head"),
+            "update ms": ms("optimizer"),
+            "useful MFU %": lambda r: percent(r["useful_mfu"]),
+            "peak GiB": gibibytes,
+        },
+        "head": {
+            "head": lambda r: f"{r['model']}: {r['head']}",
+            "forward + backward ms": ms("seconds"),
+            "in blocks": lambda r: number(r["seconds"] / r["block_seconds"], ".2f"),
+            "peak GiB": gibibytes,
+        },
+    }
+    tables = [_columns(of(what), columns) for what, columns in shapes.items() if of(what)]
+    if predicted := of("prediction"):
         line = lambda r: f"{r['model']}, P = {r['stages']}, {r['schedule']}"  # noqa: E731
-        cell = lambda r: f"{percent(r['efficiency'], 0)} ({r['tokens_per_second']:,.0f} tokens/s)"  # noqa: E731
-        tables.append(
-            pivot(predicted, line, lambda r: r["link"]["name"], cell, "predicted efficiency %")
-        )
+        cell = lambda r: f"{percent(r['efficiency'], 0)} ({tokens(r)} tokens/s)"  # noqa: E731
+        title = "predicted efficiency %"
+        tables.append(pivot(predicted, line, lambda r: r["link"]["name"], cell, title))
     return tables
 
 

@@ -5,7 +5,9 @@ import gc
 import os
 from importlib import import_module
 
-os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")  # before DeepSpeed looks
+# before DeepSpeed looks
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["OMP_NUM_THREADS"] = "1"
 for name in (
     "ds_local.engine.initialize",
     "ds_local.engine.causal_lm",
