@@ -24,10 +24,10 @@ from ds_local.links.messages import (
     Slots,
     activation_message,
     combine,
+    copied_to,
     gradient_message,
     parts_of_activation,
     parts_of_gradient,
-    to_device,
 )
 from ds_local.links.pair import Receiver
 from ds_local.links.transport import End, MemoryLink
@@ -191,7 +191,7 @@ class Executor:
         self, segment: int, micro_batch: int, ahead: int, inputs: Any, labels: Any, weight: float
     ) -> None:
         try:
-            live = _Live(to_device(inputs, self.device), to_device(labels, self.device), weight)
+            live = _Live(copied_to(inputs, self.device), copied_to(labels, self.device), weight)
         except CannotTravel as error:
             raise ConfigError(f"the data holds {error}") from None
         self.live[segment, self.step + ahead, micro_batch] = live

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ds_local.errors import CheckpointError, NonFiniteError
+from ds_local.links.device import to_device
 
 LOG = logging.getLogger("ds_local")
 
@@ -74,7 +75,8 @@ class Watch:
         """For each number 1 if it is not finite, else 0; the same numbers on all replicas."""
         if not self._numbers:
             return torch.zeros(0, device=device)
-        return (~torch.isfinite(torch.stack(self._numbers))).float()
+        numbers = [to_device(number, device) for number in self._numbers]  # a layer's own, perhaps
+        return (~torch.isfinite(torch.stack(numbers))).float()
 
     def judge(self, flags: Sequence[float]) -> dict[int, str]:
         """The segments that must not be updated, and why.

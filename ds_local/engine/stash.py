@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_local.errors import CheckpointError
+from ds_local.links.device import to_device
 from ds_local.schedules.run_ahead import weights_of
 from ds_local.schedules.schedule import Schedule
 
@@ -242,20 +243,25 @@ class Stash:
             path = Path(folder or "", stash_file(segment))
             if folder is None or not path.is_file():
                 return
-            state = torch.load(path, map_location=parameters[0].device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             if {key: state[key] for key in _facts(schedule)} != _facts(schedule):
                 return
             self.start = state["start"]
-            self._copies |= {
-                (segment, Used(*used)): copy for used, copy in state["weights"].items()
-            }
+            for used, copy in state["weights"].items():
+                self._copies[segment, Used(*used)] = _beside(parameters, copy)
             if "before" in state:
-                self._before[segment] = state["before"]
+                self._before[segment] = _beside(parameters, state["before"])
 
 
 def stash_file(segment: int) -> str:
     """Name of the checkpoint file with the earlier weights that a segment's micro-batches need."""
     return f"ahead_{segment:02d}-model_states.pt"
+
+
+def _beside(parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of a checkpoint, each on the device of its parameter."""
+    pairs = zip(parameters, tensors, strict=True)
+    return [to_device(tensor, parameter.device) for parameter, tensor in pairs]
 
 
 def _facts(schedule: Schedule) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ds_local.engine.executor import Executor
 from ds_local.engine.finite import WEIGHTS, Events
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.reports import Reports
+from ds_local.links.device import to_device
 from ds_local.replicas.head_copies import Copies
 from ds_local.replicas.sync import Together
 from ds_local.schedules.run_plan import RunPlan
@@ -114,8 +115,9 @@ class StageUpdates(PipelineEngineSeam):
         finite, all have found."""
         count = len(self.segment_losses)
         counted = [self.executor.counted[segment] for segment in self.segment_losses]
-        weights = torch.tensor([weight / number for weight, number in counted])
-        weights = weights.to(self.device, non_blocking=True)
+        weights = to_device(
+            torch.tensor([weight / number for weight, number in counted]), self.device
+        )
         losses = [loss.float().view(1) for loss in self.segment_losses.values()]
         weighted = torch.cat(losses) * weights if losses else weights
         numbers = torch.cat([weighted, weights, self._flags])

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ds_local.config.sections import LinkConfig
+from ds_local.links.device import to_device
 
 Parts = dict[str, Tensor]
 
@@ -147,9 +148,7 @@ def _decode_topk(parts: Parts, num_features: int) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _bits(device: torch.device) -> Tensor:
-    return torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8).to(
-        device, non_blocking=True
-    )
+    return to_device(torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8), device)
 
 
 def _pack_bits(mask: Tensor) -> Tensor:
@@ -164,9 +163,8 @@ def _unpack_bits(packed: Tensor) -> Tensor:
 @lru_cache(maxsize=4)
 def _start(num_features: int, rank: int, device: torch.device) -> Tensor:
     """The same directions in every message, on every rank."""
-    return torch.randn(num_features, rank, generator=torch.Generator().manual_seed(0)).to(
-        device, non_blocking=True
-    )
+    start = torch.randn(num_features, rank, generator=torch.Generator().manual_seed(0))
+    return to_device(start, device)
 
 
 def _encode_lowrank(hidden_ND: Tensor, link: LinkConfig) -> Parts:

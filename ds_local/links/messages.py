@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ds_local.config.sections import LinkConfig
 from ds_local.links import codecs
+from ds_local.links.device import to_device
 from ds_local.links.trees import (
     TENSOR,
     CannotTravel,
@@ -41,20 +42,18 @@ class Arrived(NamedTuple):
     figures: Tensor
 
 
-def to_device(value: Any, device: torch.device) -> Tree:
-    """A copy of a value on the device, so that layers may change it in place. On a GPU by way of
-    pinned memory, so that the host need not wait for what the device still computes.
+def copied_to(value: Any, device: torch.device) -> Tree:
+    """A copy of a value on the device, so that layers may change it in place.
 
     Raises:
         CannotTravel: see `Tree.of`.
     """
 
-    def moved(tensor: Tensor) -> Tensor:
-        if device.type == "cuda" and tensor.device.type == "cpu":
-            return tensor.pin_memory().to(device, non_blocking=True)
-        return tensor.to(device, copy=True)
+    def copied(tensor: Tensor) -> Tensor:
+        there = to_device(tensor, device)
+        return tensor.clone() if there is tensor else there
 
-    return Tree.of(value).map(moved)
+    return Tree.of(value).map(copied)
 
 
 def pack(name: str, tree: Tree) -> dict[str, Tensor]:

@@ -112,7 +112,7 @@ class Sender(_GroupEnd):
         super().__init__(*args)
         self._free: list[Buffer] = []
         self._opening: Any = None  # the message about shapes, which takes no place from the others
-        self._departures = Departures()
+        self._departures = Departures(self._staging.device)
 
     def send(self, tag: Tag, tensors: Message) -> None:
         """Hand the tensors over; they are copied. The caller may drop them at once; on a device the

@@ -38,6 +38,8 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            self.device = self._stream.device  # by number, also where the device was just "cuda"
 
     def buffer(self, num_bytes: int) -> Tensor:
         """Bytes on the host. Torch gives pinned ones to nobody else before copies from them are
@@ -64,7 +66,10 @@ class Staging:
                     tensor.record_stream(
                         self._stream
                     )  # its memory is not given away while the copy runs
-            return self._stream.record_event()
+            # one that blocks: the thread that waits for it would else take a core to itself
+            event = torch.cuda.Event(blocking=True)
+            event.record(self._stream)
+            return event
 
     def to_device(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The views of a host buffer as tensors on the device; the buffer must not be written to
@@ -155,14 +160,24 @@ class _InStream(NamedTuple):
 
 class Departures:
     """Starts sends in order, each after its event, on a thread of its own that exists once it is
-    needed."""
+    needed.
 
-    def __init__(self) -> None:
+    Args:
+        device: of the events.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._thread: ThreadPoolExecutor | None = None
 
     def after(self, event: Any, start: Callable[[], Any]) -> Departure:
-        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="link")
+        self._thread = self._thread or ThreadPoolExecutor(1, "link", self._enter)
         return Departure(self._thread.submit(lambda: (event.synchronize(), start())[1]))
+
+    def _enter(self) -> None:
+        """A new thread begins on device 0, where waiting would take memory from whose it is."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
 
 class Departure:

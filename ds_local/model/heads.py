@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ds_local.errors import ConfigError
+from ds_local.links.device import to_device
 
 IGNORE = -100  # label of a position that does not count, as in Hugging Face models
 
@@ -211,7 +212,7 @@ class AuxiliaryHead(nn.Module):
             total = len(targets_N)
             count = max(1, round(self.token_fraction * total))
             # drawn on the CPU: the same positions on any device
-            chosen = torch.randperm(total)[:count].to(targets_N.device)
+            chosen = to_device(torch.randperm(total)[:count], targets_N.device)
             hidden_ND, targets_N, factor = hidden_ND[chosen], targets_N[chosen], total / count
         weight_VD: Tensor = self.readout.weight  # type: ignore[assignment]
         loss = linear_cross_entropy(

@@ -16,6 +16,7 @@ from torch import Tensor
 from ds_local.config.sections import ReplicasConfig
 from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
+from ds_local.links.device import to_device
 from ds_local.model.seeds import seed_for
 
 
@@ -180,18 +181,18 @@ def deal(
 
 def take(tensor: Tensor, dim: int, repeats: int, held: Tensor, units: Tensor) -> Tensor:
     """Of a tensor with the units `held`, the slice with `units`."""
-    positions = torch.searchsorted(held, units).to(tensor.device)
+    positions = to_device(torch.searchsorted(held, units), tensor.device)
     laid_out = tensor.unflatten(dim, (repeats, len(held), -1))
     return laid_out.index_select(dim + 1, positions).flatten(dim, dim + 2)
 
 
 def put(tensor: Tensor, dim: int, repeats: int, held: Tensor, units: Tensor, piece: Tensor) -> None:
     """The inverse: write the slice with `units` into a tensor with the units `held`."""
-    positions = torch.searchsorted(held, units).to(tensor.device)
+    positions = to_device(torch.searchsorted(held, units), tensor.device)
     laid_out = tensor.unflatten(dim, (repeats, len(held), -1))
     shape = list(laid_out.shape)
     shape[dim + 1] = len(units)
-    laid_out.index_copy_(dim + 1, positions, piece.view(shape).to(tensor.device))
+    laid_out.index_copy_(dim + 1, positions, to_device(piece.view(shape), tensor.device))
 
 
 def common(a: Tensor, b: Tensor) -> Tensor:

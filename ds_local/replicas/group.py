@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ds_local.errors import LostConnection
+from ds_local.links.device import to_device
 from ds_local.links.waiting import Waiter, is_lost
 from ds_local.replicas.engine import Engine
 
@@ -84,7 +85,7 @@ class ReplicaGroup(Waiter):
         means = self.exchange([total / self.size] * self.size, [size] * self.size).wait()
         pieces = torch.cat(means)[: flat.numel()].split([tensor.numel() for tensor in tensors])
         return [
-            piece.view_as(tensor).to(tensor.device)
+            to_device(piece.view_as(tensor), tensor.device)
             for piece, tensor in zip(pieces, tensors, strict=True)
         ]
 

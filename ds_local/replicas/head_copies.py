@@ -19,6 +19,7 @@ from torch import Tensor
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.errors import CheckpointError
 from ds_local.links.buffers import Tag
+from ds_local.links.device import to_device
 from ds_local.links.pair import Receiver, Sender
 from ds_local.links.transport import End, MemoryLink
 
@@ -120,6 +121,7 @@ class Copies:
                 for tensor, new in zip(
                     self._tensors_of(copy, "target"), weights, strict=bool(weights)
                 ):
+                    new = to_device(new, tensor.device)  # one of a checkpoint is on the host
                     tensor.copy_(
                         tensor.float().mul_(keep).add_(new.float(), alpha=1 - keep) if keep else new
                     )

@@ -28,7 +28,7 @@ from ds_local.config import strict_json
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.recorder import Event
 from ds_local.links.buffers import Tag
-from ds_local.links.messages import parts_of_activation, to_device
+from ds_local.links.messages import copied_to, parts_of_activation
 from ds_local.links.trees import Tree
 from ds_local.model.split_linear import no_weight_grads
 from ds_local.outputs import write_file
@@ -58,7 +58,7 @@ def measure(engine: LocalPipelineEngine, inputs: Any) -> dict[str, list[float]]:
     own: dict[str, dict[int, float]] = {}
     if inputs is not None:
         parts = engine.module.split_batch(inputs)
-        inputs = tuple(to_device(part, engine.device).value() for part in parts)
+        inputs = tuple(copied_to(part, engine.device).value() for part in parts)
     inputs_of = {}
     for stage in range(engine.num_stages):
         for segment in engine.module.local_segments if engine.stage_id == stage else ():
