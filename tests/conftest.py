@@ -8,8 +8,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
 from launch import close_fork_server
 from ranks import close_ranks
+
+# tests/gpu: two ranks share a device. DS_ACCELERATOR=cuda python -m pytest tests/gpu
+ON_GPU = torch.cuda.is_available() and os.environ["DS_ACCELERATOR"] == "cuda"
+TRY = os.environ.get("DS_LOCAL_TRY") == "1"  # on a CPU, those that make sense there
 
 
 def pytest_addoption(parser):
@@ -23,6 +28,12 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     for item in items:
         item.add_marker(_group(item))
+        if (
+            "gpu" in item.path.parts
+            and not ON_GPU
+            and (item.get_closest_marker("device") or not TRY)
+        ):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and DS_ACCELERATOR=cuda"))
     if "slow" not in config.option.markexpr:
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)

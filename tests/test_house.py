@@ -121,8 +121,8 @@ LONG_FILES = {
     "schedules/simulator": (340, "one time line, and the search for its steady state"),
     "cli/simulate": (330, "one parser, and what it shows"),
     "schedules/routes": (330, "the table and all its rows"),
-    "measure/gpu": (340, "one class over one device"),
-    "cli/benchmark": (310, "one parser for seven benchmarks"),
+    "cli/benchmark": (330, "one parser for seven benchmarks"),
+    "engine/deepspeed_seam": (320, "every private name of DeepSpeed, and what stands for it"),
 }
 
 

@@ -50,27 +50,25 @@ def start_processes(
         _begin(store.rank, lambda card: store.exchange("notices", card))
     limit_waits(wait_seconds)
     with meeting("the start of the process group"):
-        deepspeed.init_distributed(share_devices(), timeout=timedelta(seconds=wait_seconds))
+        limit = timedelta(seconds=wait_seconds)
+        if not dist.is_initialized() and shares_device():
+            dist.init_process_group("gloo", timeout=limit)  # NCCL wants a device for each rank
+        deepspeed.init_distributed(timeout=limit)
         if dist.get_world_size() > 1 and notices.current() is None:
             _begin(dist.get_rank(), _gathered)
 
 
-def share_devices() -> str | None:
-    """Where this machine has more ranks than devices, deal them out: a rank's device is the one
-    that LOCAL_RANK names, for DeepSpeed too.
-
-    Returns:
-        The process group's backend: gloo where ranks share a device, since NCCL wants one for each;
-        None for DeepSpeed's own choice.
-    """
+def shares_device() -> bool:
+    """Does this machine have more ranks than devices? Then they are dealt out: a rank's device is
+    the one that LOCAL_RANK names, for DeepSpeed too."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        return None
-    devices, ranks = accelerator.device_count(), ranks_here()
-    if not 0 < devices < ranks:
-        return None
-    os.environ["LOCAL_RANK"] = str(int(os.environ.get("LOCAL_RANK", "0")) % devices)
-    return "gloo"
+        return False
+    devices = accelerator.device_count()
+    shared = 0 < devices < ranks_here()
+    if shared:
+        os.environ["LOCAL_RANK"] = str(int(os.environ.get("LOCAL_RANK", "0")) % devices)
+    return shared
 
 
 def _begin(rank: int, exchange: Any) -> None:

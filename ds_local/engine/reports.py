@@ -18,6 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ds_local.engine.finite import KINDS
+from ds_local.links.groups import host_group
 from ds_local.links.mailbox import Mailbox
 from ds_local.links.pair import Sender
 from ds_local.links.transport import End
@@ -154,7 +155,7 @@ class Reports:
         self._noted: dict[int, dict[int, Tensor]] = {}  # the same, of all segments
         rank = dist.get_rank()
         self._reads, self._writes = rank == 0, rank == source
-        group = dist.new_group([0, source], backend="gloo") if source else None
+        group = host_group([0, source]) if source else None
         self._mailbox = (
             Mailbox(group, 0, (num_segments, _COLUMNS), timeout_seconds)
             if self._reads or self._writes

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ds_local.errors import TransportError
 from ds_local.links.buffers import Message, Tag
+from ds_local.links.groups import host_group
 from ds_local.links.pair import Peer, Receiver, Sender
 from ds_local.links.staging import Direct, Staging
 
@@ -80,7 +81,7 @@ def make_end(
     mine: End | None = None
     for replica in ranks:
         pair = [replica[source], replica[target]]
-        group = dist.new_group(pair, backend="gloo")
+        group = host_group(pair)
         beside = dist.new_group(pair, backend=Direct.backend(device)) if past_host else None
         if dist.get_rank() in pair:
             is_source = dist.get_rank() == pair[0]

@@ -28,13 +28,10 @@ from ds_local.errors import ConfigError
 from ds_local.measure import report
 from ds_local.measure.device import SEED, Device, Layers
 from ds_local.measure.gpu_engine import engine_rows
+from ds_local.measure.gpu_predictions import predictions
 from ds_local.measure.heads import PARTS, VARIANTS
 from ds_local.model import blocks, families
 from ds_local.model.flops import choose_parts
-from ds_local.schedules.list_scheduler import make_schedule
-from ds_local.schedules.peers import PEERS
-from ds_local.schedules.routes import make_routes
-from ds_local.schedules.simulator import Costs, simulate
 
 Row = dict[str, Any]
 
@@ -48,15 +45,7 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-LINKS = {
-    "NVLink 450 GB/s": 3.6e12,
-    "100 Gb/s": 1e11,
-    "10 Gb/s": 1e10,
-    "1 Gb/s": 1e9,
-}  # bits per second
 HEAD = {"readout": "shared", "token_fraction": 0.125}
-PREDICTED = ("local", "1f1b", "zero_bubble")
-PARTS_OF_ALL = ("whole", "stages", "heads", "engine")
 KERNELS = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}  # kernel -> its package
 
 
@@ -305,52 +294,3 @@ class _Bench:
 
 def _gradients(head: Any, hidden: Tensor, labels: Tensor, wanted: list[Tensor]) -> Any:
     return torch.autograd.grad(head(hidden, labels), wanted)
-
-
-def predictions(rows: list[Row], tokens: int, micro_batches: int) -> list[Row]:
-    """What the simulator makes of measured stages on that many devices.
-
-    Others' schedules are given the same cut without the heads, the readout's loss with the last
-    stage's work. Efficiency is the mean stage's useful time over the time of a step, the update
-    left out; tokens a second count it.
-
-    Args:
-        rows: of the stages of a model.
-        tokens: of a micro-batch.
-    """
-    stages = len(rows)
-    times = {
-        name: [row[name] for row in rows]
-        for name in ("forward", "input_grad", "weight_grad", "head")
-    }
-    plain = dict(times, head=[0.0] * stages)
-    for name in ("forward", "input_grad", "weight_grad"):
-        plain[name] = [*times[name][:-1], times[name][-1] + times["head"][-1] / 3]
-    useful = sum(sum(plain[name]) for name in ("forward", "input_grad", "weight_grad")) / stages
-    update = max(row["optimizer"] for row in rows)
-    found = []
-    for link, rate in LINKS.items():
-        seconds = rows[0]["activation_bytes"] * 8 / rate
-        for schedule in PREDICTED:
-            costs = Costs(**(times if schedule == "local" else plain), link=seconds)  # type: ignore[arg-type]
-            if schedule == "local":
-                order = make_schedule([(make_routes("local", stages), micro_batches)], stages)
-            else:
-                order = PEERS[schedule](stages, micro_batches)
-            period = simulate(order, costs).steady_period
-            kept = ("model", "stages", "compiled")
-            found.append(
-                {
-                    "what": "prediction",
-                    "system": "simulator",
-                    "schedule": schedule + (", compiled" if rows[0]["compiled"] else ""),
-                    **{key: rows[0][key] for key in kept},
-                    "micro_batches": micro_batches,
-                    "link": {"name": link, "bits_per_second": rate},
-                    "efficiency": micro_batches * useful / period,
-                    "step_seconds": period + update,
-                    "tokens_per_second": tokens * micro_batches / (period + update),
-                    "peak_live_micro_batches": list(order.peak_live),
-                }
-            )
-    return found

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ds_local.errors import LostConnection
 from ds_local.links.device import to_device
+from ds_local.links.groups import host_group
 from ds_local.links.waiting import Waiter, is_lost
 from ds_local.replicas.engine import Engine
 
@@ -111,7 +112,7 @@ def replica_group(engine: Engine) -> ReplicaGroup:
     mine = None
     for stage in range(engine.num_stages):
         ranks = [engine.rank_of(stage, replica) for replica in range(engine.dp_world_size)]
-        group = dist.new_group(ranks, backend="gloo")
+        group = host_group(ranks)
         if stage == engine.stage_id:
             mine = ReplicaGroup(stage, ranks, group, seconds)
     assert mine is not None, "every rank has a stage"
