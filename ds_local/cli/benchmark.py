@@ -283,11 +283,11 @@ def _add_gpu(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="what to measure; heads and engine with the first model",
     )
     sub.add_argument("--stages", type=int, nargs="+", default=[4, 8])
-    sub.add_argument("--sequences", type=int, default=8, help="in a micro-batch")
+    sub.add_argument("--sequences", type=int, default=16, help="in a micro-batch")
     sub.add_argument("--tokens", type=int, default=1024, help="in a sequence")
     sub.add_argument("--micro-batches", type=int, default=16, help="of a step, in the prediction")
     sub.add_argument("--accumulate", type=int, default=4, help="micro-batches of a measured step")
-    sub.add_argument("--kernel", default="torch", help="of the model's own readout: head.kernel")
+    sub.add_argument("--kernel", default="compiled", help="head.kernel of the model's own readout")
     sub.add_argument("--repeats", type=int, default=10)
     sub.add_argument(
         "--peak-tflops",

@@ -125,9 +125,9 @@ class HeadConfig(Strict):
     """Share of the positions of a micro-batch whose loss is computed in training."""
     every: PositiveInt = 1
     """Auxiliary losses are computed for one in so many micro-batches, and count that much more."""
-    kernel: Literal["torch", "checkpointed", "liger", "cce"] = "torch"
-    """What computes large losses (see `heads.linear_cross_entropy`); liger and cce need their
-    packages and a GPU."""
+    kernel: Literal["torch", "checkpointed", "compiled", "liger", "cce"] = "torch"
+    """What computes large losses (see `heads.linear_cross_entropy`): "compiled" is several times as
+    fast on a GPU and needs a C compiler; liger and cce need their packages and a GPU."""
 
     @model_validator(mode="after")
     def _rank_of_its_own(self) -> HeadConfig:

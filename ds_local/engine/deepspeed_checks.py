@@ -108,9 +108,11 @@ def checked(source: Any) -> tuple[dict[str, Any], LocalParallelConfig]:
     check_deepspeed(config)
     section = local_parallel(config)
     check_settings(config)
-    if section.compile and get_accelerator().device_name() == "cpu" and not cpp_compiler():
+    compiles = {"compile": section.compile, "head.kernel": section.head.kernel == "compiled"}
+    if any(compiles.values()) and get_accelerator().device_name() == "cpu" and not cpp_compiler():
+        key = next(key for key, asked in compiles.items() if asked)
         raise ConfigError(
-            f"{SECTION}.compile needs a C++ compiler on a CPU and there is none; install g++, or "
+            f"{SECTION}.{key} needs a C++ compiler on a CPU and there is none; install g++, or "
             "remove the key"
         )
     return config, section

@@ -279,7 +279,7 @@ class LocalPipelineEngine(StageUpdates):
         kind, event = self.events.newest.get(segment, (None, None))
         return {
             "step": self.global_steps,
-            "grad_norm": self._grad_norms.get(segment, self.get_global_grad_norm()),
+            "grad_norm": self._grad_norms.get(segment),
             "nonfinite": None if kind is None else KINDS.index(kind),
             "nonfinite_step": event,
             "skipped": self.skipped_steps,

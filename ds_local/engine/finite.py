@@ -202,7 +202,9 @@ def check_state(engine: Holder, what: str, remedy: str) -> None:
     """
     named = [*engine.module.named_parameters(), *_optimizer_tensors(engine.basic_optimizer)]
     sums = [(name, tensor.detach().sum()) for name, tensor in named if tensor.is_floating_point()]
-    flags = torch.stack([total for _, total in sums]).isfinite().tolist()  # the one host read
+    device = next(engine.module.parameters()).device  # some optimizers count their steps on a CPU
+    numbers = torch.stack([to_device(total, device) for _, total in sums])
+    flags = numbers.isfinite().tolist()  # the one host read
     bad = [name for (name, _), fine in zip(sums, flags, strict=True) if not fine]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (engine.stage_id, engine.global_rank, bad[:3], len(bad)))

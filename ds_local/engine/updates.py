@@ -74,7 +74,7 @@ class StageUpdates(PipelineEngineSeam):
             learning = [p for p in parameters if p.grad is not None]
             if learning:
                 limit = self.gradient_clipping() * self.section.clip_multiplier(segment)
-                if segment not in self._grad_norms:  # replicas have averaged since it was measured
+                if segment not in self._grad_norms:  # its gradients are new: zeros, see `take_step`
                     self._grad_norms[segment] = get_total_norm(
                         [p.grad for p in learning if p.grad is not None]
                     )
@@ -87,12 +87,9 @@ class StageUpdates(PipelineEngineSeam):
     def reduce_gradients(self) -> None:
         """Average gradients and losses over the replicas of this stage, unless they train apart."""
         self.executor.stash.before_update(self.executor.last_of_stretch)
-        watch, norms = self.executor.watch, {}
-        for segment, parameters in self._weights.items():
-            gradients = [g for g in map(gradient_of, parameters) if g is not None]
-            if gradients:
-                norms[segment] = get_total_norm(gradients)
-                watch.see(WEIGHTS, segment, [norms[segment]])
+        watch, norms = self.executor.watch, self._norms()
+        for segment, norm in norms.items():
+            watch.see(WEIGHTS, segment, [norm])
         averages = self.is_data_parallel and self.replicas.reduces_gradients
         self._grad_norms = norms if self._one_by_one and not averages else {}
         self._flags = watch.flags(self.device)
@@ -109,6 +106,16 @@ class StageUpdates(PipelineEngineSeam):
                 parameter.grad = None
         if averages:
             self._average_losses()
+        if averages and self._one_by_one and self.gradient_clipping():
+            self._grad_norms = self._norms()  # in time for the one read of the step
+
+    def _norms(self) -> dict[int, torch.Tensor]:
+        """Of the gradient of each segment that has one."""
+        gradients = {
+            segment: [g for g in map(gradient_of, parameters) if g is not None]
+            for segment, parameters in self._weights.items()
+        }
+        return {segment: get_total_norm(found) for segment, found in gradients.items() if found}
 
     def _average_losses(self) -> None:
         """Means over the replicas, weighted as their micro-batches are; what one replica found not
@@ -145,6 +152,10 @@ class StageUpdates(PipelineEngineSeam):
                     parameter.grad = torch.zeros_like(parameter) if first and apart else None
         with self.executor.stash.during_update():
             self.step_optimizer(lr_kwargs)
+        if not self._one_by_one:
+            norm = self.get_global_grad_norm()  # read once for all segments
+            norm = None if norm is None else float(norm)
+            self._grad_norms = dict.fromkeys(self.module.local_segments, norm)
         if not self._one_by_one and self.optimizer.overflow:
             kinds = kinds or dict.fromkeys(self.module.local_segments, "gradient")
             if self.lr_scheduler is not None:

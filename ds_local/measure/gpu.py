@@ -58,6 +58,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     if args.dry_run:
         args.models, args.tokens, args.sequences, args.repeats = ["tiny"], 16, 2, 2
         args.micro_batches = min(args.micro_batches, 8)
+        args.kernel = "torch"
     elif not torch.cuda.is_available():
         raise ConfigError(
             "benchmark.py gpu needs a CUDA device; --dry-run shows on the CPU that it works"
@@ -168,7 +169,8 @@ class _Bench:
     def stages_and_more(self, model: str, config: Any, stages: int, compiled: bool) -> list[Row]:
         """Times of every stage by itself, cut as `causal_lm` cuts it with cheap heads, and what
         the simulator makes of them."""
-        section = local_parallel({"local_parallel": {"mode": "local", "head": HEAD}})
+        head = HEAD | {"kernel": self.args.kernel}
+        section = local_parallel({"local_parallel": {"mode": "local", "head": head}})
         parts = choose_parts(config, section, stages, self.args.micro_batches, self.args.tokens)
         kinds: dict[tuple[bool, bool, int], Row] = {}  # stages of one kind take one time
         rows = []
@@ -270,13 +272,12 @@ class _Bench:
         one_block = self.device.seconds(
             lambda: torch.autograd.grad(block(reached).sum(), [reached, *weights])
         )
-        variants = VARIANTS | {
-            f"full, {kernel}": {"kernel": kernel}
-            for kernel, package in KERNELS.items() if find_spec(package)
-        }  # fmt: skip
+        kernels = ["torch", *(kernel for kernel, package in KERNELS.items() if find_spec(package))]
+        variants = VARIANTS | {f"full, kernel {kernel}": {"kernel": kernel} for kernel in kernels}
         for name, given in variants.items():
             self.device.forget_peak()
-            head = self.device.ready(blocks.make_head(config, 0, SEED, HeadConfig(**given), PARTS))
+            section = HeadConfig(**{"kernel": self.args.kernel, **given})
+            head = self.device.ready(blocks.make_head(config, 0, SEED, section, PARTS))
             learning = [p for p in head.parameters() if p.requires_grad]
             run = partial(_gradients, head, reached, ids, [reached, *learning])
             seconds = self.device.seconds(run)

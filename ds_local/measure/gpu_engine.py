@@ -36,9 +36,11 @@ def engine_rows(
     """
     rows = []
     for name, section in SYSTEMS.items():
-        whole = args.no_compile or "split_backward" in section  # compiled, nothing can be deferred
-        for compiled in [False] if whole else [False, True]:
-            rows.append(_measured(device, source, section | {"compile": compiled}, args))
+        eager = args.no_compile or "split_backward" in section  # compiled, nothing can be deferred
+        for compiled in [False] if eager else [False, True]:
+            head = {"kernel": args.kernel, **section.get("head", {})}
+            whole_section = section | {"compile": compiled, "head": head}
+            rows.append(_measured(device, source, whole_section, args))
             rows[-1] |= {"what": "engine", "model": model, "schedule": name, "compiled": compiled}
     return rows
 

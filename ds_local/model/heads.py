@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_local.errors import ConfigError
 from ds_local.links.device import to_device
+from ds_local.model.compiled_loss import compiled_cross_entropy
 
 IGNORE = -100  # label of a position that does not count, as in Hugging Face models
 
@@ -130,14 +131,14 @@ def _cce_kernel(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tens
     """Apple's cut cross-entropy, in the variant without gradient filtering that its authors give
     for pretraining."""
     function = _optional("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
-    return function(
-        hidden_ND,
-        weight_VD,
-        targets_N,
-        ignore_index=IGNORE,
-        reduction="sum",
-        impl="cce_kahan_full_c",
-    ).float()
+    options = {"ignore_index": IGNORE, "reduction": "sum", "impl": "cce_kahan_full_c"}
+    try:
+        return function(hidden_ND, weight_VD, targets_N, **options).float()
+    except NotImplementedError as error:
+        raise ConfigError(
+            "head.kernel 'cce' needs the variant cce_kahan_full_c, which cut-cross-entropy 25.1.1 "
+            "lacks; install it from its repository, or use kernel 'compiled'"
+        ) from error
 
 
 def _optional(module: str, package: str) -> Any:
@@ -154,6 +155,7 @@ KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "checkpointed": _checkpointed_kernel,
     "liger": _liger_kernel,
     "cce": _cce_kernel,
+    "compiled": compiled_cross_entropy,
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ds_local.errors import LostConnection
-from ds_local.links.device import to_device
+from ds_local.links.device import to_device, to_host
 from ds_local.links.groups import host_group
 from ds_local.links.waiting import Waiter, is_lost
 from ds_local.replicas.engine import Engine
@@ -76,7 +76,7 @@ class ReplicaGroup(Waiter):
         """
         if not tensors:
             return []
-        flat = torch.cat([tensor.detach().flatten().cpu() for tensor in tensors])
+        flat = to_host(tensors)
         size = -(-flat.numel() // self.size)
         shares = F.pad(flat, (0, size * self.size - flat.numel())).split(size)
         received = self.exchange(shares, [size] * self.size).wait()

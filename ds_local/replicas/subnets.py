@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_local.config.sections import ReplicasConfig
+from ds_local.links.device import to_host
 from ds_local.model import blocks
 from ds_local.replicas.cuts import (
     CUTS,
@@ -187,13 +188,9 @@ class Subnets(Apart):
             for slot, kind, dim, repeats in cut:
                 mine, theirs = held[kind][me], held[kind][other]
                 tensor = slot.read()
-                pieces.append(
-                    take(tensor, dim, repeats, mine, common(mine, wanted[kind][other]))
-                    .flatten()
-                    .cpu()
-                )
+                pieces.append(take(tensor, dim, repeats, mine, common(mine, wanted[kind][other])))
                 size += len(common(theirs, wanted[kind][me])) * tensor.numel() // len(mine)
-            parcels.append(torch.cat(pieces))
+            parcels.append(to_host(pieces))
             sizes.append(size)
         return self.group.exchange(parcels, sizes)
 

@@ -11,7 +11,7 @@ from typing import Any
 import jobs
 
 # large enough that a block computes longer than a message is copied
-WIDE = {"n_layer": 8, "n_embd": 512, "n_head": 8, "n_positions": 256, "vocab_size": 4096}
+WIDE = {"n_layer": 4, "n_embd": 1024, "n_head": 16, "n_positions": 512, "vocab_size": 4096}
 
 
 def wide_batches(engine: Any, sequences: int = 8) -> Any:
@@ -23,7 +23,8 @@ def wide_batches(engine: Any, sequences: int = 8) -> Any:
     def generate():
         generator = torch.Generator().manual_seed(0)
         while True:
-            yield torch.randint(0, WIDE["vocab_size"], (sequences, 256), generator=generator)
+            shape = sequences, WIDE["n_positions"]
+            yield torch.randint(0, WIDE["vocab_size"], shape, generator=generator)
 
     return generate()
 

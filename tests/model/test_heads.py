@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from ds_local.config.files import local_parallel
 from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
-from ds_local.model import blocks, families, heads
+from ds_local.model import blocks, compiled_loss, families, heads
 from ds_local.model.heads import IGNORE, count_targets, linear_cross_entropy, lm_loss
 from ds_local.replicas.head_copies import planned_copies, refresh_delay
 from ds_local.schedules.run_plan import RunPlan
@@ -63,8 +63,9 @@ def test_a_head_is_the_familys_norm_and_a_readout(family):
     assert not torch.equal(head.readout.weight, make_head(config, 2).readout.weight)
 
 
-@pytest.mark.parametrize("kernel", ["torch", "checkpointed"])
-def test_sliced_loss_equals_plain_loss_in_value_and_gradients(kernel):
+@pytest.mark.parametrize("kernel", ["torch", "checkpointed", "compiled"])
+def test_sliced_loss_equals_plain_loss_in_value_and_gradients(kernel, monkeypatch):
+    monkeypatch.setattr(compiled_loss, "SLICE", 512)
     hidden, weight = (
         torch.randn(1100, 24),
         torch.randn(2000, 24) / 5,
@@ -83,6 +84,22 @@ def test_sliced_loss_equals_plain_loss_in_value_and_gradients(kernel):
         results.append((loss, h.grad, w.grad))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+def test_compiled_loss_computes_the_gradients_that_are_wanted(wanted):
+    hidden = torch.randn(1100, 24, requires_grad=wanted[0])
+    weight = torch.randn(2000, 24, requires_grad=wanted[1])
+    targets = torch.randint(0, 2000, (1100,))
+    loss = linear_cross_entropy(hidden, weight, targets, "compiled")
+    plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+    assert loss.requires_grad == any(wanted)
+    if any(wanted):
+        inputs = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
+        found = (torch.autograd.grad(one * 3, inputs) for one in (loss, plain))
+        for got, expected in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_sliced_loss_in_bf16_is_near_plain_loss():
