@@ -121,15 +121,17 @@ class Notices:
 
     # --- asking ---------------------------------------------------------------------------------
 
-    def ask(self, rank: int, topic: str, **question: Any) -> Answer:
-        """Another rank's answer, within a few seconds."""
+    def ask(
+        self, rank: int, topic: str, seconds: float = _ANSWER_SECONDS, **question: Any
+    ) -> Answer:
+        """Another rank's answer, within so many seconds."""
         card = self.cards[rank]
         if card.address.startswith("127.") and card.host != self.card.host:
             return Absence.SILENT  # it gave no address that means anything here
         question |= {"topic": topic, "secret": self.cards[0].secret}
         for _ in range(_TRIES):
             try:
-                with socket.create_connection(card[1:3], _ANSWER_SECONDS) as connection:
+                with socket.create_connection(card[1:3], seconds) as connection:
                     connection.sendall(json.dumps(question).encode() + b"\n")
                     answer = json.loads(_read_line(connection))
             except ConnectionRefusedError:

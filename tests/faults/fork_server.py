@@ -117,6 +117,9 @@ def run_rank(job: dict[str, Any], rank: int, folder: Path) -> None:
             LOCAL_WORLD_SIZE=str(job["ranks"]), MASTER_ADDR="127.0.0.1",
         )  # fmt: skip
     os.environ.update(job["env"])
+    # ranks look for a launcher above them: the process that stands for it goes by this file's name
+    signals = importlib.import_module("ds_local.training.signals")
+    signals.LAUNCHERS = (*signals.LAUNCHERS, Path(__file__).name)
     script = SCRIPTS / job["script"]
     sys.argv = [str(script), *job["argv"]]
     sys.path[0] = str(script.parent)
