@@ -12,13 +12,15 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+
+from choosing import ROWS
 
 from ds_local.charts.maps import Panel, draw_map
 from ds_local.charts.plots import Curve, chart
-from ds_local.charts.style import color_of
+from ds_local.charts.style import colors_of
 from ds_local.charts.svg import Svg
 from ds_local.charts.timelines import draw_bands
+from ds_local.config.catalog import SCHEMES, section_of
 from ds_local.config.files import local_parallel
 from ds_local.config.strict import SECTION
 from ds_local.schedules.drawing import band_of, draw_routes
@@ -29,64 +31,55 @@ from ds_local.schedules.simulator import Costs, Timeline, several_steps, simulat
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "pictures"
 CHOOSING = ROOT / "docs" / "results" / "choosing.json"  # by scripts/choosing.py
-CHUNKS: dict[str, Any] = {"mode": "chunked", "window": 2, "split_backward": 2}
-MIX: dict[str, Any] = {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}
-# file of a scheme on the page of concepts -> its section
-SCHEMES: dict[str, dict[str, Any]] = {
-    "backprop": {"mode": "backprop"},
-    "backprop-split": {"mode": "backprop", "split_backward": 2},
-    "local": {"mode": "local"},
-    "chunked": {"mode": "chunked", "window": 2},
-    "chunked-split": CHUNKS,
-    "shifted-chunked": {"mode": "shifted_chunked", "window": 2},
-    "overlapping": {"mode": "overlapping", "window": 2},
-    "interlocking": {"mode": "interlocking", "window": 2},
-    "deep-supervision": {"mode": "deep_supervision"},
-    "mix": MIX,
+# file of a scheme on the page of concepts -> its name in the table of schemes
+CONCEPTS = {
+    "backprop": "backprop",
+    "backprop-split": "backprop, split 2",
+    "run-ahead": "backprop, run ahead",
+    "local": "local",
+    "chunked": "chunked 2",
+    "chunked-split": "chunked 2, split 2",
+    "shifted-chunked": "shifted chunks 2",
+    "overlapping": "overlapping 2",
+    "interlocking": "interlocking 2",
+    "deep-supervision": "deep supervision",
+    "mix": "mixed 1/4",
 }
 
 
-def schedules_of(
-    section: dict[str, Any], stages: int = 4, micro_batches: int = 4
-) -> list[Schedule]:
+def schedules_of(scheme: str, stages: int = 4, micro_batches: int = 4) -> list[Schedule]:
+    section = section_of(SCHEMES[scheme].section, micro_batches)
     return RunPlan(local_parallel({SECTION: section}), stages, micro_batches).schedules
 
 
-def run_of(section: dict[str, Any], steps: int) -> tuple[Timeline, list[Event]]:
-    schedules = schedules_of(section)
+def run_of(scheme: str, steps: int) -> tuple[Timeline, list[Event]]:
+    schedules = schedules_of(scheme)
     return simulate(schedules, Costs()), several_steps(schedules, Costs(), steps)
 
 
 def first_picture() -> str:
     """1F1B above what we recommend for few micro-batches, two steps each."""
-    usual, ours = run_of(SCHEMES["backprop"], 2), run_of(CHUNKS, 2)
+    usual, ours = run_of("backprop", 2), run_of("chunked 2, split 2", 2)
     bands = [
-        band_of(*usual, "1F1B, DeepSpeed's pipeline"),
-        band_of(*ours, "ds_local, chunks of two stages, split backward"),
+        band_of(*usual, "backprop: 1F1B, DeepSpeed's pipeline"),
+        band_of(*ours, "chunked 2, split 2: ds_local, pairs of stages"),
     ]
     label = "Two steps of four stages under 1F1B and under chunks of two with a split backward"
     return draw_bands(bands, label).file()
 
 
-def title_of(section: dict[str, Any]) -> str:
-    """The options of a section, in short."""
-    if "mix" in section:
-        return "mix"
-    return ", ".join(value if key == "mode" else f"{key} {value}" for key, value in section.items())
-
-
-def concept(section: dict[str, Any]) -> str:
+def concept(scheme: str) -> str:
     """A scheme's route table beside two steps of its schedule."""
-    timeline, events = run_of(section, 2)
-    label = f"two steps of {timeline.schedule.name}"
-    if "mix" in section:
+    timeline, events = run_of(scheme, 2)
+    label = f"two steps of {scheme}"
+    if "mix" in SCHEMES[scheme].section:
         rows = timeline.schedule.rows
         tables = [("micro-batch 0", rows[0]), ("the others", rows[-1])]
     else:
-        steps = schedules_of(section)
+        steps = schedules_of(scheme)
         tables = [(f"step {n}" if len(steps) > 1 else "", s.rows[0]) for n, s in enumerate(steps)]
     matrix = draw_routes(tables)
-    band = band_of(timeline, events, title_of(section))
+    band = band_of(timeline, events, scheme)
     lanes = draw_bands([band], label, 860 - matrix.width, 22)
     both = Svg(860, 0, f"{matrix.label}; {label}")
     both.embed(matrix, 0, 12)
@@ -94,10 +87,16 @@ def concept(section: dict[str, Any]) -> str:
     return both.file()
 
 
+def shown(times: list[list[dict[str, float]]]) -> list[list[dict[str, float]]]:
+    """The cells of a map under the names that people read."""
+    names = {key: row.name for key, row in ROWS.items()}
+    return [[{names[key]: value for key, value in cell.items()} for cell in row] for row in times]
+
+
 def choosing() -> str:
     """The map of the page "choosing", from docs/results/choosing.json."""
     facts = json.loads(CHOOSING.read_text())
-    panels = [Panel(name, model["times"]) for name, model in facts["models"].items()]
+    panels = [Panel(name, shown(model["times"])) for name, model in facts["models"].items()]
     rows = [f"{count / facts['stages']:g}" for count in facts["micro_batches"]]
     columns = [f"{ratio:g}".removeprefix("0") or "0" for ratio in facts["message_over_forward"]]
     return draw_map(
@@ -105,6 +104,7 @@ def choosing() -> str:
         panels,
         ("micro-batches per stage", rows),
         ("time of a message, in forwards of a stage", columns),
+        "time to equal loss, in parts of what 1F1B needs on the same links",
     ).file()
 
 
@@ -137,12 +137,13 @@ def busy(
     texts = [column.partition("= ")[2] for column in columns if "=" in column]
     labels = [(scale(float(text)), text) for text in texts]
     curves, repeated = [], False
-    for n, (row, name) in enumerate(shown.items()):
+    colors = colors_of(list(shown.values()))
+    for row, name in shown.items():
         values = rows[row][: len(labels)]
         points = [(x, value[0]) for (x, _), value in zip(labels, values, strict=True)]
         spread = [value[1:] for value in values]
         repeated = repeated or any(low < high for low, high in spread)
-        curves.append(Curve(name, color_of(n, len(shown)), points, True, spread))
+        curves.append(Curve(name, colors[name], points, True, spread))
     y_name = "busy share of the stages in %"
     y_name += "; vertical lines: lowest to highest repetition" if repeated else ""
     size = (860.0, 300.0)
@@ -153,7 +154,7 @@ def busy_by_micro_batches() -> str:
     shown = {
         "ds_local local": "local",
         "ds_local local, head 10 %": "local, 10 % heads",
-        "ds_local chunked 2": "chunks of two",
+        "ds_local chunked 2": "chunked 2",
         "torch ZBVZeroBubble": "torch ZBV",
         "deepspeed 1F1B": "DeepSpeed 1F1B",
     }
@@ -169,8 +170,8 @@ def busy_by_micro_batches() -> str:
 def busy_by_links() -> str:
     shown = {
         "ds_local local": "local",
-        "ds_local chunked 2, split 2": "chunks of two, split",
-        "ds_local backprop, split 2": "backprop, split",
+        "ds_local chunked 2, split 2": "chunked 2, split 2",
+        "ds_local backprop, split 2": "backprop, split 2",
         "torch ZBVZeroBubble": "torch ZBV",
         "deepspeed 1F1B": "DeepSpeed 1F1B",
     }
@@ -189,8 +190,8 @@ def pictures() -> Iterator[tuple[Path, str]]:
     yield FOLDER / "busy.svg", busy_by_micro_batches()
     yield FOLDER / "links.svg", busy_by_links()
     yield FOLDER / "first.svg", first_picture()
-    for name, section in SCHEMES.items():
-        yield FOLDER / f"{name}.svg", concept(section)
+    for name, scheme in CONCEPTS.items():
+        yield FOLDER / f"{name}.svg", concept(scheme)
 
 
 def main() -> None:

@@ -100,6 +100,13 @@ def test_the_configuration_page_and_the_schema_are_up_to_date():
         assert path.read_text() == text, "run python scripts/config_reference.py"
 
 
+def test_the_generated_pages_are_up_to_date():
+    import generated_pages
+
+    for path, text in generated_pages.pages():
+        assert path.read_text() == text, "run python scripts/generated_pages.py"
+
+
 def test_the_pictures_are_up_to_date():
     import pictures
 

@@ -106,12 +106,14 @@ def test_a_still_picture_has_a_box_for_each_action():
 
 def test_a_map_has_the_colour_and_the_value_of_what_is_best():
     cells = [
-        [{"a": 0.5, "b": 0.4}, {"a": 0.5, "b": 0.6}],
-        [{"a": 0.3, "b": 0.3}, {"a": 1.0, "b": 2.0}],
+        [{"backprop": 0.5, "chunked 2": 0.4}, {"backprop": 0.5, "chunked 2": 0.6}],
+        [{"backprop": 0.3, "chunked 2": 0.3}, {"backprop": 1.0, "chunked 2": 2.0}],
     ]
-    text = draw_map("t", [Panel("p", cells)], ("up", ["1", "2"]), ("right", ["x", "y"])).file()
+    axes = ("up", ["1", "2"]), ("right", ["x", "y"])
+    text = draw_map("t", [Panel("p", cells)], *axes, "time").file()
     found = re.findall(
-        r'<rect[^>]*fill="(#\w+)"[^>]*><title>a: [^<]*</title></rect><text[^>]*>([\d.]+)<', text
+        r'<rect[^>]*fill="(#\w+)"[^>]*><title>backprop: [^<]*</title></rect><text[^>]*>([\d.]+)<',
+        text,
     )
     first, second = SERIES[:2]
     assert found == [(second, ".40"), (first, ".50"), (first, ".30"), (first, "1.00")]
