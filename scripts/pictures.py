@@ -27,6 +27,7 @@ from ds_local.schedules.drawing import band_of, draw_routes
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Event, Schedule
 from ds_local.schedules.simulator import Costs, Timeline, several_steps, simulate
+from ds_local.study.picture import curves_chart, gaps_chart
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "pictures"
@@ -184,8 +185,17 @@ def busy_by_links() -> str:
     )
 
 
+def study() -> Iterator[tuple[Path, str]]:
+    """The charts of the quality study, as its verb `table` draws them too."""
+    rows = json.loads((ROOT / "docs" / "quality.json").read_text())
+    runs = (ROOT / "docs" / "quality-runs.jsonl").read_text().splitlines()
+    yield FOLDER / "quality.svg", gaps_chart(rows)
+    yield FOLDER / "quality-curves.svg", curves_chart(list(map(json.loads, runs)), rows)
+
+
 def pictures() -> Iterator[tuple[Path, str]]:
     """(path, text) of every picture."""
+    yield from study()
     yield FOLDER / "choosing.svg", choosing()
     yield FOLDER / "busy.svg", busy_by_micro_batches()
     yield FOLDER / "links.svg", busy_by_links()

@@ -59,6 +59,11 @@ def colors_of(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def color_of_kind(name: str) -> str:
+    """Of all schemes that a name like this begins alike."""
+    return SERIES[_OF_SCHEMES.get(_kind(name), 5)]
+
+
 def _kind(name: str) -> str:
     return name.split()[0].rstrip(",") if name else ""
 
