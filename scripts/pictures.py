@@ -15,9 +15,10 @@ from pathlib import Path
 
 from choosing import ROWS
 
+from ds_local.charts.dots import Dot, DotPanel, draw_dots
 from ds_local.charts.maps import Panel, draw_map
 from ds_local.charts.plots import Curve, chart
-from ds_local.charts.style import colors_of
+from ds_local.charts.style import SERIES, colors_of
 from ds_local.charts.svg import Svg
 from ds_local.charts.timelines import draw_bands
 from ds_local.config.catalog import SCHEMES, section_of
@@ -31,6 +32,8 @@ from ds_local.study.picture import curves_chart, gaps_chart
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "pictures"
+TABLES = ROOT / "docs" / "results" / "benchmarks.md"
+RELIABILITY = ROOT / "docs" / "results" / "reliability.json"  # by tests/faults/run.py
 CHOOSING = ROOT / "docs" / "results" / "choosing.json"  # by scripts/choosing.py
 # file of a scheme on the page of concepts -> its name in the table of schemes
 CONCEPTS = {
@@ -110,9 +113,9 @@ def choosing() -> str:
 
 
 def measured(head: str) -> tuple[list[str], dict[str, list[tuple[float, float, float]]]]:
-    """(column names, row -> (median, lowest, highest) of each column) of a table on the page
-    "benchmarks"; a row that a column lacks is shorter."""
-    lines = (ROOT / "docs" / "benchmarks.md").read_text().splitlines()
+    """(column names, row -> (median, lowest, highest) of each column) of a benchmark's
+    table; a row that a column lacks is shorter."""
+    lines = TABLES.read_text().splitlines()
     start = lines.index(head)
     columns = [cell.strip() for cell in head.strip("|").split("|")][1:]
     rows = {}
@@ -185,6 +188,52 @@ def busy_by_links() -> str:
     )
 
 
+def memory() -> str:
+    """Live micro-batches and growth of the process on the fullest stage, from the table."""
+    shown = {
+        "ds_local local": "local",
+        "ds_local chunked 2": "chunked 2",
+        "ds_local interlocking 2": "interlocking 2",
+        "ds_local overlapping 2": "overlapping 2",
+        "ds_local mixed 1/4": "mixed 1/4",
+        "ds_local backprop": "backprop",
+        "deepspeed 1F1B": "DeepSpeed 1F1B",
+        "torch ZBVZeroBubble": "torch ZBV",
+        "torch GPipe": "torch GPipe",
+    }
+    lines = TABLES.read_text().splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith("| P = 4, M = 16 |"))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:]]
+    most = {
+        row[0]: [max(map(float, row[n].split(","))) for n in (1, 3)]
+        for row in (next(row for row in cells if row[0] == name) for name in shown)
+    }
+    live, grown = ([[Dot(most[name][n])] for name in shown] for n in (0, 1))
+    return draw_dots(
+        "Local losses hold the least: live micro-batches of the fullest of four stages",
+        list(shown.values()),
+        [
+            DotPanel("live micro-batches of 16", live, bars=True),
+            DotPanel("growth of the process, MiB", grown, bars=True),
+        ],
+    ).file()
+
+
+def reliability() -> str:
+    """Cases of every campaign and its slowest answer; red where something was wrong."""
+    everything = json.loads(RELIABILITY.read_text())["campaigns"]
+    campaigns = {name: one for name, one in everything.items() if one["cases"]}
+    cases = sum(one["cases"] for one in campaigns.values())
+    wrong = sum(one["wrong"] for one in campaigns.values())
+    panels = [
+        DotPanel(name, [[Dot(one[key])] for one in campaigns.values()], bars=True)
+        for name, key in (("cases", "cases"), ("slowest answer, s", "slowest_seconds"))
+    ]
+    colors = [SERIES[3] if one["wrong"] else SERIES[2] for one in campaigns.values()]
+    title = f"{cases:,} runs broken on purpose, {wrong or 'none'} answered wrongly"
+    return draw_dots(title, list(campaigns), panels, colors=colors).file()
+
+
 def study() -> Iterator[tuple[Path, str]]:
     """The charts of the quality study, as its verb `table` draws them too."""
     rows = json.loads((ROOT / "docs" / "quality.json").read_text())
@@ -199,6 +248,8 @@ def pictures() -> Iterator[tuple[Path, str]]:
     yield FOLDER / "choosing.svg", choosing()
     yield FOLDER / "busy.svg", busy_by_micro_batches()
     yield FOLDER / "links.svg", busy_by_links()
+    yield FOLDER / "memory.svg", memory()
+    yield FOLDER / "reliability.svg", reliability()
     yield FOLDER / "first.svg", first_picture()
     for name, scheme in CONCEPTS.items():
         yield FOLDER / f"{name}.svg", concept(scheme)

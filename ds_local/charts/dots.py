@@ -9,7 +9,7 @@ from ds_local.charts.plots import number, ticks
 from ds_local.charts.style import color_of_kind
 from ds_local.charts.svg import Svg, text_width
 
-_ROW, _TOP, _GAP = 26.0, 76.0, 26.0
+_ROW, _GAP = 26.0, 26.0
 _APART = 5.0  # of the two kinds of dots in a row, from its middle
 
 
@@ -48,7 +48,8 @@ def draw_dots(
     """
     left = 16 + max(text_width(name, 11.5) for name in names) + 12
     across = (width - 20 - left - _GAP * (len(panels) - 1)) / len(panels)
-    svg = Svg(width, _TOP + _ROW * len(names) + 34, title)
+    top = 56.0 if kinds is None else 76.0
+    svg = Svg(width, top + _ROW * len(names) + 34, title)
     svg.text(16, 24, title, 14, "ink title")
     if kinds is not None:
         at = 16.0
@@ -58,13 +59,16 @@ def draw_dots(
             at += 15 + text_width(kind, 11.5) + 24
     colors = colors or [color_of_kind(name) for name in names]
     for n, name in enumerate(names):
-        svg.text(left - 10, _TOP + n * _ROW + 17, name, 11.5, "ink", "end")
-    for number_of, panel in enumerate(panels):
-        _panel(svg, panel, colors, left + number_of * (across + _GAP), across)
+        svg.text(left - 10, top + n * _ROW + 17, name, 11.5, "ink", "end")
+    for count, panel in enumerate(panels):
+        _panel(svg, panel, colors, (left + count * (across + _GAP), top), across)
     return svg
 
 
-def _panel(svg: Svg, panel: DotPanel, colors: Sequence[str], x0: float, across: float) -> None:
+def _panel(
+    svg: Svg, panel: DotPanel, colors: Sequence[str], corner: tuple[float, float], across: float
+) -> None:
+    x0, top = corner
     values = [v for row in panel.rows for dot in row for v in dot[:3] if v is not None]
     values += [panel.mark[0]] if panel.mark else [] if values else [0.0]
     low, high = (0.0 if panel.bars else min(values)), max(values)
@@ -75,18 +79,18 @@ def _panel(svg: Svg, panel: DotPanel, colors: Sequence[str], x0: float, across: 
     def place(value: float) -> float:
         return x0 + (value - low + room) * scale
 
-    bottom = _TOP + _ROW * len(panel.rows)
-    svg.text(x0, _TOP - 8, panel.name, 11.5, "ink title")
+    bottom = top + _ROW * len(panel.rows)
+    svg.text(x0, top - 8, panel.name, 11.5, "ink title")
     for n in range(len(panel.rows)):
-        svg.rect(x0, _TOP + n * _ROW + 1.5, across, _ROW - 3, rx=2, cls="track")
+        svg.rect(x0, top + n * _ROW + 1.5, across, _ROW - 3, rx=2, cls="track")
     for value, text in ticks(low, high, 5):
-        svg.line(place(value), _TOP, place(value), bottom + 4)
+        svg.line(place(value), top, place(value), bottom + 4)
         svg.text(place(value), bottom + 17, text, 11, "faint", "middle")
     if panel.mark is not None:
-        svg.line(place(panel.mark[0]), _TOP, place(panel.mark[0]), bottom + 4, cls="strong dash")
+        svg.line(place(panel.mark[0]), top, place(panel.mark[0]), bottom + 4, cls="strong dash")
         svg.text(place(panel.mark[0]), bottom + 30, panel.mark[1], 11, "ink", "middle")
     for n, (row, color) in enumerate(zip(panel.rows, colors, strict=True)):
-        y = _TOP + (n + 0.5) * _ROW
+        y = top + (n + 0.5) * _ROW
         if panel.bars:
             for dot in row:
                 end = place(dot.value)
