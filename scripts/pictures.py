@@ -48,6 +48,7 @@ CONCEPTS = {
     "interlocking": "interlocking 2",
     "deep-supervision": "deep supervision",
     "mix": "mixed 1/4",
+    "corrected": "chunked 2, half corrected",
 }
 
 
@@ -78,7 +79,9 @@ def concept(scheme: str) -> str:
     label = f"two steps of {scheme}"
     if "mix" in SCHEMES[scheme].section:
         rows = timeline.schedule.rows
-        tables = [("micro-batch 0", rows[0]), ("the others", rows[-1])]
+        few = sum(row == rows[0] for row in rows)
+        first = "micro-batch 0" if few == 1 else f"micro-batches 0 to {few - 1}"
+        tables = [(first, rows[0]), ("the others", rows[-1])]
     else:
         steps = schedules_of(scheme)
         tables = [(f"step {n}" if len(steps) > 1 else "", s.rows[0]) for n, s in enumerate(steps)]

@@ -98,6 +98,18 @@ def test_the_configuration_page_and_the_schema_are_up_to_date():
         assert path.read_text() == text, "run python scripts/config_reference.py"
 
 
+def test_the_glossary_has_every_word_of_the_package():
+    import ds_local
+
+    words = re.sub(r"\n +", " ", ds_local.__doc__.partition("Words\n")[2].partition("Sizes")[0])
+    named = {entry.partition(":")[0].strip() for entry in words.split("\u00b7")} - {""}
+    glossary = (ROOT / "docs" / "glossary.md").read_text()
+    known = re.findall(r"^\| ([^|]+) \|", glossary, re.MULTILINE)
+    assert len(named) > 10
+    assert named <= set(known)
+    assert len(known) == len(set(known))
+
+
 def test_the_generated_pages_are_up_to_date():
     import generated_pages
 
