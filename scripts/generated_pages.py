@@ -1,5 +1,5 @@
 """Write the pages of the reference that are made from the code, docs/schemes.md,
-docs/api.md and docs/metrics.md, and the site's first page from README.
+docs/api.md, docs/options.md and docs/metrics.md, and the site's first page from README.
 
 python scripts/generated_pages.py
 """
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import api_pages
+import options_page
 
 from ds_local.checkpoints.run_fields import METRICS, RUN, SPLITS
 from ds_local.config.catalog import SCHEMES, Section, section_of
@@ -42,6 +43,13 @@ API_HEAD = f"""# API
 The public names of `ds_local`, imported on first use. A script of a few lines is in
 [the front page](index.md) and in `examples/`; what may travel between layers of your own is in
 [migrating](migrating.md#layers-of-ones-own).
+
+"""
+OPTIONS_HEAD = f"""# Options
+
+{WRITTEN}
+
+Of every command, as `--help` says them; what the commands are for is in [commands](commands.md).
 
 """
 METRICS_HEAD = f"""# Figures of a run
@@ -104,6 +112,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield DOCS / "schemes.md", schemes()
     yield DOCS / "api.md", API_HEAD + api_pages.api()
     yield DOCS / "metrics.md", metrics()
+    yield DOCS / "options.md", OPTIONS_HEAD + options_page.options()
 
 
 def main() -> None:

@@ -44,8 +44,8 @@ def short_markdown(rows: Sequence[Row]) -> str:
             *([""] if lines else []),
             f"**Steps of {facts.step_tokens:,} tokens, {facts.steps * setting[1]:,.0f} of them:**",
             "",
-            "| method | seeds | perplexity gap (lowest to highest) | time, M = 4 | M = 8 "
-            "| slow links, 4 | 8 |",
+            "| method | seeds | perplexity gap (lowest to highest) | time, 4 micro-batches | 8 "
+            "| 4, slow links | 8, slow links |",
             "|" + 7 * "---|",
             *map(_short_line, known.values()),
         ]
