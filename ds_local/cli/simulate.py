@@ -34,7 +34,7 @@ from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 from ds_local.outputs import new_file, write_file
 from ds_local.schedules.drawing import band_of, chrome_trace, draw
-from ds_local.schedules.peers import PEERS
+from ds_local.schedules.peers import PEERS, TITLES
 from ds_local.schedules.replay import grid_of
 from ds_local.schedules.routes import MODES
 from ds_local.schedules.run_plan import RunPlan, check_size
@@ -234,7 +234,7 @@ def of_model(
 
 def title_of(schedule: Schedule, mode: str, args: argparse.Namespace, main: bool) -> str:
     if mode in PEERS:
-        return schedule.name
+        return TITLES[mode]
     section = section_for(mode, args, main)
     if section.mix is None:
         return name_of(section.model_dump())

@@ -31,7 +31,7 @@ def data_of(page):
 
 def test_the_page_holds_every_action_of_every_step(tmp_path, capsys):
     data = data_of(write_page(tmp_path, "--steps", "3"))
-    assert [band["title"] for band in data["bands"]] == ["local", "1f1b"]
+    assert [band["title"] for band in data["bands"]] == ["local", "1F1B"]
     for band in data["bands"]:
         assert len(band["pieces"]) == 3 * 2 * 2 * 2  # steps, stages, micro-batches, F and B
         assert band["note"].startswith("3 steps take ")
