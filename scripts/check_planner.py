@@ -35,19 +35,19 @@ from ds_local.outputs import write_file
 # (row, stages, replicas, micro-batches per step, seconds of a head)
 LAYOUTS = (
     ("local", 4, 1, 8, 0.0),
-    ("backprop (1F1B)", 4, 1, 8, 0.0),
+    ("backprop", 4, 1, 8, 0.0),
     ("interlocking 2", 4, 1, 8, 0.0),
     ("chunked 2", 4, 1, 8, 0.0),
     ("mixed 1/4", 4, 1, 8, 0.0),
     ("local", 4, 1, 8, 0.05),
     ("local", 2, 2, 8, 0.05),
-    ("backprop (1F1B)", 2, 2, 4, 0.0),
+    ("backprop", 2, 2, 4, 0.0),
 )
 REAL_LAYOUTS = (
     Candidate(2, 1, "local", "full", 4, 8),
-    Candidate(2, 1, "backprop (1F1B)", "", 4, 8),
+    Candidate(2, 1, "backprop", "", 4, 8),
     Candidate(2, 1, "mixed 1/4", "full", 4, 8),
-    Candidate(2, 1, "backprop (1F1B)", "", 4, 2),
+    Candidate(2, 1, "backprop", "", 4, 2),
     Candidate(2, 1, "local", "full", 8, 4),
     Candidate(1, 2, "data parallel", "", 4, 4),
 )

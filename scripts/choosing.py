@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ds_local.config import strict_json
+from ds_local.config.catalog import SCHEMES
 from ds_local.config.files import local_parallel
 from ds_local.config.strict import SECTION
 from ds_local.outputs import write_file
@@ -31,16 +32,30 @@ MODELS = {
     "GPT-2 XL": ("gpt2-xl.json", 1024),
     "Llama 1B": ("llama-1b.json", 2048),
 }
-BACKPROP: dict[str, Any] = {"mode": "backprop"}
-CHUNKS: dict[str, Any] = {"mode": "chunked", "window": 2}
-# name -> (method of the study, scheme, split_backward, share of the steps in plain backpropagation)
-SCHEMES: dict[str, tuple[str, dict[str, Any], int, float]] = {
-    "1F1B": ("backprop", BACKPROP, 0, 0.0),
-    "backprop, split": ("backprop", BACKPROP, 2, 0.0),
-    "chunked 2, split": ("chunked 2", CHUNKS, 2, 0.0),
-    "chunked 2, split, tail 40 %": ("chunked 2, backprop tail 40 %", CHUNKS, 2, 0.4),
-    "local": ("local", {"mode": "local"}, 0, 0.0),
-    "local, split, tail 40 %": ("local, backprop tail 40 %", {"mode": "local"}, 2, 0.4),
+
+
+class Row(NamedTuple):
+    """What is compared: a scheme that has no tail, or a last part in backpropagation."""
+
+    scheme: str  # in the table of schemes
+    method: str  # of the study
+    tail: float = 0.0  # share of the steps in `end`
+    end: str = "backprop, split 2"
+
+    @property
+    def name(self) -> str:
+        """Where people read it."""
+        return self.scheme + (f", tail {100 * self.tail:.0f} %" if self.tail else "")
+
+
+# key in the data -> row
+ROWS = {
+    "1F1B": Row("backprop", "backprop"),
+    "backprop, split": Row("backprop, split 2", "backprop"),
+    "chunked 2, split": Row("chunked 2, split 2", "chunked 2"),
+    "chunked 2, split, tail 40 %": Row("chunked 2, split 2", "chunked 2, backprop tail 40 %", 0.4),
+    "local": Row("local", "local"),
+    "local, split, tail 40 %": Row("local", "local, backprop tail 40 %", 0.4),
 }
 
 
@@ -52,22 +67,20 @@ def more_steps() -> dict[str, float]:
         if (row["preset"], row["segments"], row["step_factor"]) == ("cpu", STAGES, 1.0)
     }
     found = {}
-    for name, (method, *_) in SCHEMES.items():
-        row = rows[method]
+    for name, compared in ROWS.items():
+        row = rows[compared.method]
         key = "M=8, c/F=0"
         found[name] = row["time_to_equal_loss"][key] / row["predicted_time_ratios"][key]
     return found
 
 
-def step_time(
-    model: Any, scheme: dict[str, Any], split: int, count: int, ratio: float, seq_len: int
-) -> float:
+def step_time(model: Any, scheme: str, count: int, ratio: float, seq_len: int) -> float:
     """Steady seconds a step, in floating-point operations."""
     from ds_local.model.flops import choose_parts, segment_times, unit_flops
     from ds_local.schedules.run_plan import RunPlan
     from ds_local.schedules.simulator import Costs, simulate
 
-    given = {**scheme, "split_backward": split, "link": {"transfer": ratio}}
+    given = {**SCHEMES[scheme].section, "link": {"transfer": ratio}}
     section = local_parallel({SECTION: given})
     parts = choose_parts(model, section, STAGES, count, seq_len)
     unit = unit_flops(model, section.head, STAGES, seq_len)
@@ -79,23 +92,17 @@ def step_time(
 
 def times_of(model: Any, seq_len: int, count: int, ratio: float) -> dict[str, float]:
     """Scheme -> time to equal loss, in parts of balanced 1F1B's."""
-    factors, known = more_steps(), {}
-
-    def time(scheme: dict[str, Any], split: int) -> float:
-        key = (scheme["mode"], split)
-        if key not in known:
-            known[key] = step_time(model, scheme, split, count, ratio, seq_len)
-        return known[key]
-
-    yardstick = time(BACKPROP, 0)
+    factors = more_steps()
+    schemes = {name for row in ROWS.values() for name in (row.scheme, row.end)}
+    time = {scheme: step_time(model, scheme, count, ratio, seq_len) for scheme in schemes}
     return {
         name: round(
             factors[name]
-            * ((1 - tail) * time(scheme, split) + tail * time(BACKPROP, split))
-            / yardstick,
+            * ((1 - row.tail) * time[row.scheme] + row.tail * time[row.end])
+            / time["backprop"],
             4,
         )
-        for name, (_, scheme, split, tail) in SCHEMES.items()
+        for name, row in ROWS.items()
     }
 
 

@@ -12,81 +12,81 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+from choosing import ROWS
+
+from ds_local.charts.dots import Dot, DotPanel, draw_dots
 from ds_local.charts.maps import Panel, draw_map
 from ds_local.charts.plots import Curve, chart
-from ds_local.charts.style import color_of
+from ds_local.charts.style import SERIES, colors_of
 from ds_local.charts.svg import Svg
 from ds_local.charts.timelines import draw_bands
+from ds_local.config.catalog import SCHEMES, section_of
 from ds_local.config.files import local_parallel
 from ds_local.config.strict import SECTION
 from ds_local.schedules.drawing import band_of, draw_routes
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Event, Schedule
 from ds_local.schedules.simulator import Costs, Timeline, several_steps, simulate
+from ds_local.study.picture import curves_chart, gaps_chart
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "pictures"
+TABLES = ROOT / "docs" / "results" / "benchmarks.md"
+RELIABILITY = ROOT / "docs" / "results" / "reliability.json"  # by tests/faults/run.py
 CHOOSING = ROOT / "docs" / "results" / "choosing.json"  # by scripts/choosing.py
-CHUNKS: dict[str, Any] = {"mode": "chunked", "window": 2, "split_backward": 2}
-MIX: dict[str, Any] = {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}
-# file of a scheme on the page of concepts -> its section
-SCHEMES: dict[str, dict[str, Any]] = {
-    "backprop": {"mode": "backprop"},
-    "backprop-split": {"mode": "backprop", "split_backward": 2},
-    "local": {"mode": "local"},
-    "chunked": {"mode": "chunked", "window": 2},
-    "chunked-split": CHUNKS,
-    "shifted-chunked": {"mode": "shifted_chunked", "window": 2},
-    "overlapping": {"mode": "overlapping", "window": 2},
-    "interlocking": {"mode": "interlocking", "window": 2},
-    "deep-supervision": {"mode": "deep_supervision"},
-    "mix": MIX,
+# file of a scheme on the page of concepts -> its name in the table of schemes
+CONCEPTS = {
+    "backprop": "backprop",
+    "backprop-split": "backprop, split 2",
+    "run-ahead": "backprop, run ahead",
+    "local": "local",
+    "chunked": "chunked 2",
+    "chunked-split": "chunked 2, split 2",
+    "shifted-chunked": "shifted chunks 2",
+    "overlapping": "overlapping 2",
+    "interlocking": "interlocking 2",
+    "deep-supervision": "deep supervision",
+    "mix": "mixed 1/4",
+    "corrected": "chunked 2, half corrected",
 }
 
 
-def schedules_of(
-    section: dict[str, Any], stages: int = 4, micro_batches: int = 4
-) -> list[Schedule]:
+def schedules_of(scheme: str, stages: int = 4, micro_batches: int = 4) -> list[Schedule]:
+    section = section_of(SCHEMES[scheme].section, micro_batches)
     return RunPlan(local_parallel({SECTION: section}), stages, micro_batches).schedules
 
 
-def run_of(section: dict[str, Any], steps: int) -> tuple[Timeline, list[Event]]:
-    schedules = schedules_of(section)
+def run_of(scheme: str, steps: int) -> tuple[Timeline, list[Event]]:
+    schedules = schedules_of(scheme)
     return simulate(schedules, Costs()), several_steps(schedules, Costs(), steps)
 
 
 def first_picture() -> str:
     """1F1B above what we recommend for few micro-batches, two steps each."""
-    usual, ours = run_of(SCHEMES["backprop"], 2), run_of(CHUNKS, 2)
+    usual, ours = run_of("backprop", 2), run_of("chunked 2, split 2", 2)
     bands = [
-        band_of(*usual, "1F1B, DeepSpeed's pipeline"),
-        band_of(*ours, "ds_local, chunks of two stages, split backward"),
+        band_of(*usual, "backprop: 1F1B, DeepSpeed's pipeline"),
+        band_of(*ours, "chunked 2, split 2: ds_local, pairs of stages"),
     ]
     label = "Two steps of four stages under 1F1B and under chunks of two with a split backward"
     return draw_bands(bands, label).file()
 
 
-def title_of(section: dict[str, Any]) -> str:
-    """The options of a section, in short."""
-    if "mix" in section:
-        return "mix"
-    return ", ".join(value if key == "mode" else f"{key} {value}" for key, value in section.items())
-
-
-def concept(section: dict[str, Any]) -> str:
+def concept(scheme: str) -> str:
     """A scheme's route table beside two steps of its schedule."""
-    timeline, events = run_of(section, 2)
-    label = f"two steps of {timeline.schedule.name}"
-    if "mix" in section:
+    timeline, events = run_of(scheme, 2)
+    label = f"two steps of {scheme}"
+    if "mix" in SCHEMES[scheme].section:
         rows = timeline.schedule.rows
-        tables = [("micro-batch 0", rows[0]), ("the others", rows[-1])]
+        few = sum(row == rows[0] for row in rows)
+        first = "micro-batch 0" if few == 1 else f"micro-batches 0 to {few - 1}"
+        tables = [(first, rows[0]), ("the others", rows[-1])]
     else:
-        steps = schedules_of(section)
+        steps = schedules_of(scheme)
         tables = [(f"step {n}" if len(steps) > 1 else "", s.rows[0]) for n, s in enumerate(steps)]
     matrix = draw_routes(tables)
-    band = band_of(timeline, events, title_of(section))
+    band = band_of(timeline, events, scheme)
     lanes = draw_bands([band], label, 860 - matrix.width, 22)
     both = Svg(860, 0, f"{matrix.label}; {label}")
     both.embed(matrix, 0, 12)
@@ -94,10 +94,16 @@ def concept(section: dict[str, Any]) -> str:
     return both.file()
 
 
+def shown(times: list[list[dict[str, float]]]) -> list[list[dict[str, float]]]:
+    """The cells of a map under the names that people read."""
+    names = {key: row.name for key, row in ROWS.items()}
+    return [[{names[key]: value for key, value in cell.items()} for cell in row] for row in times]
+
+
 def choosing() -> str:
     """The map of the page "choosing", from docs/results/choosing.json."""
     facts = json.loads(CHOOSING.read_text())
-    panels = [Panel(name, model["times"]) for name, model in facts["models"].items()]
+    panels = [Panel(name, shown(model["times"])) for name, model in facts["models"].items()]
     rows = [f"{count / facts['stages']:g}" for count in facts["micro_batches"]]
     columns = [f"{ratio:g}".removeprefix("0") or "0" for ratio in facts["message_over_forward"]]
     return draw_map(
@@ -105,13 +111,14 @@ def choosing() -> str:
         panels,
         ("micro-batches per stage", rows),
         ("time of a message, in forwards of a stage", columns),
+        "time to equal loss, in parts of what 1F1B needs on the same links",
     ).file()
 
 
 def measured(head: str) -> tuple[list[str], dict[str, list[tuple[float, float, float]]]]:
-    """(column names, row -> (median, lowest, highest) of each column) of a table on the page
-    "benchmarks"; a row that a column lacks is shorter."""
-    lines = (ROOT / "docs" / "benchmarks.md").read_text().splitlines()
+    """(column names, row -> (median, lowest, highest) of each column) of a benchmark's
+    table; a row that a column lacks is shorter."""
+    lines = TABLES.read_text().splitlines()
     start = lines.index(head)
     columns = [cell.strip() for cell in head.strip("|").split("|")][1:]
     rows = {}
@@ -137,12 +144,13 @@ def busy(
     texts = [column.partition("= ")[2] for column in columns if "=" in column]
     labels = [(scale(float(text)), text) for text in texts]
     curves, repeated = [], False
-    for n, (row, name) in enumerate(shown.items()):
+    colors = colors_of(list(shown.values()))
+    for row, name in shown.items():
         values = rows[row][: len(labels)]
         points = [(x, value[0]) for (x, _), value in zip(labels, values, strict=True)]
         spread = [value[1:] for value in values]
         repeated = repeated or any(low < high for low, high in spread)
-        curves.append(Curve(name, color_of(n, len(shown)), points, True, spread))
+        curves.append(Curve(name, colors[name], points, True, spread))
     y_name = "busy share of the stages in %"
     y_name += "; vertical lines: lowest to highest repetition" if repeated else ""
     size = (860.0, 300.0)
@@ -153,7 +161,7 @@ def busy_by_micro_batches() -> str:
     shown = {
         "ds_local local": "local",
         "ds_local local, head 10 %": "local, 10 % heads",
-        "ds_local chunked 2": "chunks of two",
+        "ds_local chunked 2": "chunked 2",
         "torch ZBVZeroBubble": "torch ZBV",
         "deepspeed 1F1B": "DeepSpeed 1F1B",
     }
@@ -169,8 +177,8 @@ def busy_by_micro_batches() -> str:
 def busy_by_links() -> str:
     shown = {
         "ds_local local": "local",
-        "ds_local chunked 2, split 2": "chunks of two, split",
-        "ds_local backprop, split 2": "backprop, split",
+        "ds_local chunked 2, split 2": "chunked 2, split 2",
+        "ds_local backprop, split 2": "backprop, split 2",
         "torch ZBVZeroBubble": "torch ZBV",
         "deepspeed 1F1B": "DeepSpeed 1F1B",
     }
@@ -183,14 +191,71 @@ def busy_by_links() -> str:
     )
 
 
+def memory() -> str:
+    """Live micro-batches and growth of the process on the fullest stage, from the table."""
+    shown = {
+        "ds_local local": "local",
+        "ds_local chunked 2": "chunked 2",
+        "ds_local interlocking 2": "interlocking 2",
+        "ds_local overlapping 2": "overlapping 2",
+        "ds_local mixed 1/4": "mixed 1/4",
+        "ds_local backprop": "backprop",
+        "deepspeed 1F1B": "DeepSpeed 1F1B",
+        "torch ZBVZeroBubble": "torch ZBV",
+        "torch GPipe": "torch GPipe",
+    }
+    lines = TABLES.read_text().splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith("| P = 4, M = 16 |"))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:]]
+    most = {
+        row[0]: [max(map(float, row[n].split(","))) for n in (1, 3)]
+        for row in (next(row for row in cells if row[0] == name) for name in shown)
+    }
+    live, grown = ([[Dot(most[name][n])] for name in shown] for n in (0, 1))
+    return draw_dots(
+        "Local losses hold the least: live micro-batches of the fullest of four stages",
+        list(shown.values()),
+        [
+            DotPanel("live micro-batches of 16", live, bars=True),
+            DotPanel("growth of the process, MiB", grown, bars=True),
+        ],
+    ).file()
+
+
+def reliability() -> str:
+    """Cases of every campaign and its slowest answer; red where something was wrong."""
+    everything = json.loads(RELIABILITY.read_text())["campaigns"]
+    campaigns = {name: one for name, one in everything.items() if one["cases"]}
+    cases = sum(one["cases"] for one in campaigns.values())
+    wrong = sum(one["wrong"] for one in campaigns.values())
+    panels = [
+        DotPanel(name, [[Dot(one[key])] for one in campaigns.values()], bars=True)
+        for name, key in (("cases", "cases"), ("slowest answer, s", "slowest_seconds"))
+    ]
+    colors = [SERIES[3] if one["wrong"] else SERIES[2] for one in campaigns.values()]
+    title = f"{cases:,} runs broken on purpose, {wrong or 'none'} answered wrongly"
+    return draw_dots(title, list(campaigns), panels, colors=colors).file()
+
+
+def study() -> Iterator[tuple[Path, str]]:
+    """The charts of the quality study, as its verb `table` draws them too."""
+    rows = json.loads((ROOT / "docs" / "quality.json").read_text())
+    runs = (ROOT / "docs" / "quality-runs.jsonl").read_text().splitlines()
+    yield FOLDER / "quality.svg", gaps_chart(rows)
+    yield FOLDER / "quality-curves.svg", curves_chart(list(map(json.loads, runs)), rows)
+
+
 def pictures() -> Iterator[tuple[Path, str]]:
     """(path, text) of every picture."""
+    yield from study()
     yield FOLDER / "choosing.svg", choosing()
     yield FOLDER / "busy.svg", busy_by_micro_batches()
     yield FOLDER / "links.svg", busy_by_links()
+    yield FOLDER / "memory.svg", memory()
+    yield FOLDER / "reliability.svg", reliability()
     yield FOLDER / "first.svg", first_picture()
-    for name, section in SCHEMES.items():
-        yield FOLDER / f"{name}.svg", concept(section)
+    for name, scheme in CONCEPTS.items():
+        yield FOLDER / f"{name}.svg", concept(scheme)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from ds_local.cli.arguments import output_file
 from ds_local.config import strict_json
+from ds_local.config.catalog import SCHEMES
 from ds_local.measure.ranks import Pool
 from ds_local.outputs import write_file
 from ds_local.study.recipes import adamw, cosine, gpt2
@@ -47,8 +48,8 @@ SYNCS: dict[str, dict[str, Any]] = {
     "plain average J=50": {**PERIODIC, "outer_lr": 1.0, "outer_momentum": 0.0},
 }
 ROWS: dict[str, dict[str, Any]] = {
-    "backprop": {"mode": "backprop"},
-    "local": {"mode": "local", "segments_per_stage": 2},
+    "backprop": SCHEMES["backprop"].section,
+    "local": SCHEMES["local"].section | {"segments_per_stage": 2},
 }
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from fork_client import Run, Server, environment, free_port
 from reference import GPT2
 
+from ds_local.checkpoints.run_fields import unknown_fields
+
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
@@ -152,7 +154,10 @@ def finished(run: Run, timeout: float) -> subprocess.CompletedProcess:
 
 
 def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Rows of metrics.jsonl; the reference knows all that is in them."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert not set().union(*map(unknown_fields, rows))
+    return rows
 
 
 def losses(run: Path) -> dict[tuple, float]:

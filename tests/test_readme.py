@@ -16,8 +16,6 @@ from launch import BIN, ROOT, environment
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# written by the study's verb `table`, and long tables live in docs/results
-WIDE = {"quality.md", "quality-ratio.md"}
 
 
 def blocks(language, text=README):
@@ -34,8 +32,8 @@ def test_the_readme_is_short():
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_tables_can_be_read(page):
-    if page.name in WIDE or page.parent.name == "results":
-        pytest.skip("a long table of raw figures")
+    if page.parent.name == "results":
+        pytest.skip("long tables and raw figures live there")
     wide = [
         line for line in page.read_text().splitlines() if re.match(r"(\|\s*:?-+:?\s*){8,}\|", line)
     ]
@@ -98,6 +96,25 @@ def test_the_configuration_page_and_the_schema_are_up_to_date():
         (config_reference.SCHEMA, config_reference.json_schema()),
     ):
         assert path.read_text() == text, "run python scripts/config_reference.py"
+
+
+def test_the_glossary_has_every_word_of_the_package():
+    import ds_local
+
+    words = re.sub(r"\n +", " ", ds_local.__doc__.partition("Words\n")[2].partition("Sizes")[0])
+    named = {entry.partition(":")[0].strip() for entry in words.split("\u00b7")} - {""}
+    glossary = (ROOT / "docs" / "glossary.md").read_text()
+    known = re.findall(r"^\| ([^|]+) \|", glossary, re.MULTILINE)
+    assert len(named) > 10
+    assert named <= set(known)
+    assert len(known) == len(set(known))
+
+
+def test_the_generated_pages_are_up_to_date():
+    import generated_pages
+
+    for path, text in generated_pages.pages():
+        assert path.read_text() == text, "run python scripts/generated_pages.py"
 
 
 def test_the_pictures_are_up_to_date():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ds_local.charts.style import SERIES
+from ds_local.charts.style import SERIES, colors_of
 from ds_local.charts.svg import Svg, text_width
 
 
@@ -26,6 +26,7 @@ def draw_map(
     panels: Sequence[Panel],
     rows: tuple[str, Sequence[str]],
     columns: tuple[str, Sequence[str]],
+    value: str,
     width: float = 860,
 ) -> Svg:
     """Panels beside each other, a row and a column for each condition; in a cell stands the best
@@ -33,14 +34,15 @@ def draw_map(
 
     Args:
         rows, columns: name of the axis, and of each row from the bottom, column from the left.
+        value: what the numbers are.
     """
     won = {best(cell) for panel in panels for row in panel.cells for cell in row}
     names = [name for name in panels[0].cells[0][0] if name in won]
-    colors = dict(zip(names, SERIES, strict=False))
+    colors = colors_of(names)
     left, top, gap = 54.0, 84.0, 16.0
     cell_w = (width - left - 14 - gap * (len(panels) - 1)) / len(panels) / len(columns[1])
     cell_h = 27.0
-    svg = Svg(width, top + cell_h * len(rows[1]) + 48, title)
+    svg = Svg(width, top + cell_h * len(rows[1]) + 64, title)
     svg.text(16, 24, title, 14, "ink title")
     at = 16.0
     for name in names:
@@ -50,7 +52,8 @@ def draw_map(
     bottom = top + cell_h * len(rows[1])
     for n, label in enumerate(rows[1]):
         svg.text(left - 8, bottom - n * cell_h - 9, label, 11, "faint", "end")
-    svg.text(16, bottom + 32, f"up: {rows[0]}; to the right: {columns[0]}", 11.5, "faint")
+    svg.text(16, bottom + 34, f"up: {rows[0]}; to the right: {columns[0]}", 11.5, "faint")
+    svg.text(16, bottom + 51, f"in the cells: {value}", 11.5, "faint")
     for number, panel in enumerate(panels):
         x0 = left + number * (cell_w * len(columns[1]) + gap)
         svg.text(x0, top - 8, panel.title, 12.5, "ink title")

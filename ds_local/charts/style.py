@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 KINDS = {
     "F": ("forward", "#4c78a8", "#ffffff"),
     "B": ("backward, both gradients", "#f2a541", "#1f2328"),
@@ -37,6 +39,33 @@ def color_of(index: int, count: int) -> str:
     if count <= len(SERIES):
         return SERIES[index]
     return f"hsl({215 + 175 * index / (count - 1):.0f} 62% 55%)"
+
+
+_OF_SCHEMES = {"backprop": 0, "chunked": 1, "local": 2, "torch": 3, "DeepSpeed": 4, "mixed": 6}
+
+
+def colors_of(names: Sequence[str]) -> dict[str, str]:
+    """Colours of schemes and other pipelines, the same in every picture; where a picture shows
+    several of a kind, the first has it and the others one of those left."""
+    found: dict[str, str] = {}
+    wanted = {
+        name: SERIES[at] for name in names if (at := _OF_SCHEMES.get(_kind(name))) is not None
+    }
+    left = [color for color in reversed(SERIES) if color not in wanted.values()]
+    for name in names:
+        color = wanted.get(name)
+        free = color is not None and color not in found.values()
+        found[name] = color if free and color else left.pop(0) if left else SERIES[-1]
+    return found
+
+
+def color_of_kind(name: str) -> str:
+    """Of all schemes that a name like this begins alike."""
+    return SERIES[_OF_SCHEMES.get(_kind(name), 5)]
+
+
+def _kind(name: str) -> str:
+    return name.split()[0].rstrip(",") if name else ""
 
 
 def _of_scheme(colors: dict[str, str]) -> str:

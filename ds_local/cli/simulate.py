@@ -27,13 +27,14 @@ from ds_local.cli.arguments import (
     whole,
 )
 from ds_local.config import strict_json
+from ds_local.config.catalog import name_of
 from ds_local.config.files import local_parallel
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 from ds_local.outputs import new_file, write_file
 from ds_local.schedules.drawing import band_of, chrome_trace, draw
-from ds_local.schedules.peers import PEERS
+from ds_local.schedules.peers import PEERS, TITLES
 from ds_local.schedules.replay import grid_of
 from ds_local.schedules.routes import MODES
 from ds_local.schedules.run_plan import RunPlan, check_size
@@ -231,9 +232,13 @@ def of_model(
     )
 
 
-def title_of(schedule: Schedule, args: argparse.Namespace, main: bool) -> str:
-    split = main and args.split_backward and args.mode in MODES
-    return schedule.name + (f", split_backward {args.split_backward}" if split else "")
+def title_of(schedule: Schedule, mode: str, args: argparse.Namespace, main: bool) -> str:
+    if mode in PEERS:
+        return TITLES[mode]
+    section = section_for(mode, args, main)
+    if section.mix is None:
+        return name_of(section.model_dump())
+    return schedule.name + (f", split {args.split_backward}" if args.split_backward else "")
 
 
 def describe(timeline: Timeline) -> str:
@@ -302,9 +307,9 @@ def main(arguments: list[str] | None = None) -> int:
             band_of(
                 timeline,
                 several_steps(steps, cost, args.steps, args.link_depth),
-                title_of(timeline.schedule, args, main),
+                title_of(timeline.schedule, mode, args, main),
             )
-            for timeline, steps, cost, (_, main) in zip(
+            for timeline, steps, cost, (mode, main) in zip(
                 timelines, schedules, costs, modes, strict=True
             )
         ]

@@ -8,9 +8,10 @@ engine, and stops after the given minutes; call it again to go on. Several may r
 takes runs that nobody else works on. A run that ends in backpropagation goes on from where the same
 scheme without such a tail was, once that is finished: the two are the same until then. So are WSD
 runs of different lengths until the shorter one decays. `table` adds what is finished to
-docs/quality-runs.jsonl, one line a run, and writes docs/quality.json, docs/quality.png and the
-tables in docs/quality.md, those of the presets with "ratio" in docs/quality-ratio.md. `methods`
-lists them. Paths are below the working directory.
+docs/quality-runs.jsonl, one line a run, and writes docs/quality.json, the tables in docs/quality.md
+(what is compared), docs/results/quality.md (all) and docs/quality-ratio.md (of the presets with
+"ratio"), and the charts in docs/pictures. `methods` lists them. Paths are below the working
+directory.
 """
 
 from __future__ import annotations
@@ -74,12 +75,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def table(folder: Path, docs: Path) -> int:
     """Add the finished runs in a folder to those in `docs`, and write the pages."""
-    from ds_local.study.picture import draw
+    from ds_local.study.picture import SMALL, compared, curves_chart, gaps_chart
     from ds_local.study.results import all_runs
     from ds_local.study.summary import summary
-    from ds_local.study.tables import markdown, ratio_markdown, write_between
+    from ds_local.study.tables import markdown, ratio_markdown, short_markdown, write_between
 
-    docs.mkdir(exist_ok=True)
+    for place in (docs / "results", docs / "pictures"):
+        place.mkdir(exist_ok=True, parents=True)
     results = all_runs(docs / "quality-runs.jsonl", folder)
     rows_of = {name: summary(name, [r for r in results if r["preset"] == name]) for name in PRESETS}
     rows_of = {name: rows for name, rows in rows_of.items() if rows}
@@ -90,14 +92,13 @@ def table(folder: Path, docs: Path) -> int:
     write_file(docs / "quality.json", strict_json.dumps(rows, indent=1) + "\n")
     at_ratio = {name: rows for name, rows in rows_of.items() if "ratio" in name}
     others = {name: rows for name, rows in rows_of.items() if name not in at_ratio}
-    for page, written, text_of in (
-        ("quality.md", others, markdown),
-        ("quality-ratio.md", at_ratio, ratio_markdown),
-    ):
-        if written:
-            text = text_of(written)
-            write_between(docs / page, text)
-            print(text)
+    if at_ratio:
+        write_between(docs / "quality-ratio.md", ratio_markdown(at_ratio))
     if others:
-        draw(results, others, docs / "quality.png")
+        write_between(docs / "results" / "quality.md", markdown(others))
+    if compared(rows, SMALL):
+        write_between(docs / "quality.md", short_markdown(rows))
+        write_file(docs / "pictures" / "quality.svg", gaps_chart(rows))
+        write_file(docs / "pictures" / "quality-curves.svg", curves_chart(results, rows))
+    print(short_markdown(rows))
     return 0

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ds_local.config.catalog import SCHEMES
 from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
 from ds_local.model import families
@@ -19,21 +20,23 @@ from ds_local.model.flops import UnitCosts, unit_times
 
 GIB = 2**30
 
-# What a layout may run: the "local_parallel" section of each row.
-ROWS: dict[str, dict[str, Any]] = {
-    "data parallel": {"mode": "backprop"},  # one stage
-    "backprop (1F1B)": {"mode": "backprop"},
-    "zero bubble H1": {"mode": "backprop", "split_backward": 1},
-    "zero bubble H2": {"mode": "backprop", "split_backward": 2},
-    "interlocking 2": {"mode": "interlocking", "window": 2},
-    "overlapping 2": {"mode": "overlapping", "window": 2},
-    "chunked 2": {"mode": "chunked", "window": 2},
-    "chunked 2, split": {"mode": "chunked", "window": 2, "split_backward": 2},
-    "mixed 1/2": {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]},
-    "mixed 1/4": {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]},
-    "local": {"mode": "local"},
+# What a layout may run; where `pricing.expected_memory` finds several alike, it takes the last.
+ROWS = {
+    name: SCHEMES[name].section
+    for name in (
+        "data parallel",  # one stage
+        "backprop",
+        "backprop, split 1",
+        "backprop, split 2",
+        "interlocking 2",
+        "overlapping 2",
+        "chunked 2",
+        "chunked 2, split 2",
+        "mixed 1/2",
+        "mixed 1/4",
+        "local",
+    )
 }
-ONE_IN = {"mixed 1/2": 2, "mixed 1/4": 4}  # micro-batches of a mix run backpropagation
 HEADS = {
     "full": HeadConfig(),
     "shared, 1/4 of tokens": HeadConfig(readout="shared", token_fraction=0.25),

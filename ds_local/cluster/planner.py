@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from ds_local.cluster.candidates import (
     GIB,
-    ONE_IN,
     ROWS,
     Candidate,
     Cluster,
@@ -21,6 +20,7 @@ from ds_local.cluster.candidates import (
     has_heads,
 )
 from ds_local.cluster.pricing import Pricing
+from ds_local.config.catalog import fewest_micro_batches
 from ds_local.errors import ConfigError
 
 # --- legal layouts --------------------------------------------------------------------------------
@@ -56,9 +56,9 @@ def is_legal(layout: Candidate) -> bool:
         return False
     if layout.row == "data parallel":
         return True
-    if layout.row in ONE_IN:
-        return layout.micro_batches >= ONE_IN[layout.row]
-    return ROWS[layout.row].get("window", 1) < layout.stages
+    section = ROWS[layout.row]
+    enough = layout.micro_batches >= fewest_micro_batches(section)
+    return enough and section.get("window", 1) < layout.stages
 
 
 # --- search ---------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from ds_local.cluster.candidates import (
     has_heads,
     split_backward_of,
 )
+from ds_local.cluster.row_samples import section_for
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
 from ds_local.config.strict import SECTION
@@ -110,7 +111,7 @@ class Pricing:
                 return even
             checked = local_parallel(
                 {
-                    SECTION: ROWS[candidate.row]
+                    SECTION: section_for(candidate.row, 1)
                     | {"head": HEADS[candidate.heads or "full"].model_dump()}
                 }
             )

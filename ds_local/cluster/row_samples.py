@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ds_local.cluster.candidates import (
-    ONE_IN,
-    ROWS,
-)
+from ds_local.cluster.candidates import ROWS
+from ds_local.config.catalog import section_of
 from ds_local.config.files import local_parallel
 from ds_local.config.strict import SECTION
 from ds_local.schedules.run_plan import RunPlan
@@ -20,11 +18,7 @@ from ds_local.schedules.simulator import StepTimer
 
 def section_for(row: str, micro_batches: int) -> dict[str, Any]:
     """The "local_parallel" section of a row."""
-    section = ROWS[row]
-    if row in ONE_IN:
-        first, second = section["mix"]
-        return {"mix": [{**first, "micro_batches": max(1, micro_batches // ONE_IN[row])}, second]}
-    return section
+    return section_of(ROWS[row], micro_batches)
 
 
 @lru_cache(maxsize=4096)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_local.config.catalog import SCHEMES, fewest_micro_batches, section_of
 from ds_local.config.files import local_parallel
 from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
 from ds_local.model.flops import choose_parts
@@ -162,20 +163,20 @@ def _layers(model: dict[str, Any]) -> list[nn.Module]:
     return [blocks.Embedding(config, SEED), *middle, blocks.Readout(config, SEED)]
 
 
-def _mixed(micro_batches: int) -> dict[str, Any]:
-    true = {"mode": "backprop", "micro_batches": max(1, micro_batches // 4)}
-    return {"mix": [true, {"mode": "local"}], "head": CHEAP_HEAD}
+def _ours(scheme: str, **more: Any) -> tuple[int, Callable[[Job], Built]]:
+    """A scheme by its name in the table of schemes."""
+    section = SCHEMES[scheme].section
+    return fewest_micro_batches(section), lambda job: ds_local(
+        job, section_of(section, job.micro_batches) | more
+    )
 
 
 # (owner, name) -> fewest micro-batches, builder
 SYSTEMS: dict[tuple[str, str], tuple[int, Callable[[Job], Built]]] = {
-    ("ds_local", "local"): (1, lambda job: ds_local(job, {"mode": "local", "head": CHEAP_HEAD})),
-    ("ds_local", "mixed 1/4"): (4, lambda job: ds_local(job, _mixed(job.micro_batches))),
-    ("ds_local", "backprop"): (1, lambda job: ds_local(job, {"mode": "backprop"})),
-    ("ds_local", "backprop, split 2"): (
-        1,
-        lambda job: ds_local(job, {"mode": "backprop", "split_backward": 2}),
-    ),
+    ("ds_local", "local"): _ours("local", head=CHEAP_HEAD),
+    ("ds_local", "mixed 1/4"): _ours("mixed 1/4", head=CHEAP_HEAD),
+    ("ds_local", "backprop"): _ours("backprop"),
+    ("ds_local", "backprop, split 2"): _ours("backprop, split 2"),
     ("deepspeed", "1F1B"): (1, deepspeed),
     ("torch", "data parallel"): (1, data_parallel),
 }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ds_local.config.catalog import SCHEMES, fewest_micro_batches, section_of
 from ds_local.config.files import local_parallel
 from ds_local.errors import ConfigError
 from ds_local.measure import emulated, sleeping
@@ -65,22 +66,24 @@ class System:
         )
 
 
-def _mixed(
-    share: int | None, link: dict[str, Any] | None = None
-) -> Callable[[int, int], dict[str, Any]]:
-    """One in `share` micro-batches runs backpropagation; None: as many as the pipeline hides."""
+def _ours(
+    scheme: str, head: float = 0.0, transfer: float = 0.0, least: Callable[[int], int] | None = None
+) -> System:
+    """One of ours.
+
+    Args:
+        scheme: name in the table of schemes.
+        transfer: `link.transfer` that its order is made for.
+        least: fewest micro-batches; default those that the shares of a mix ask for.
+    """
+    named = SCHEMES[scheme].section
 
     def section(stages: int, micro_batches: int) -> dict[str, Any]:
-        true = {
-            "mode": "backprop",
-            "micro_batches": "auto" if share is None else max(1, micro_batches // share),
-        }
-        return {"mix": [true, {"mode": "local"}], "link": link or {}}
+        made = section_of(named, micro_batches)
+        if "window" in made:
+            made["window"] = min(made["window"], stages)
+        return made | ({"link": {"transfer": transfer}} if transfer else {})
 
-    return section
-
-
-def _ours(schedule: str, section: Callable[[int, int], dict[str, Any]], **settings: Any) -> System:
     def theory(stages: int, micro_batches: int, seen: Any) -> list[Schedule]:
         return RunPlan(
             local_parallel({"local_parallel": section(stages, micro_batches)}),
@@ -88,13 +91,16 @@ def _ours(schedule: str, section: Callable[[int, int], dict[str, Any]], **settin
             micro_batches,
         ).schedules
 
+    name = scheme + (f", head {head:.0%}".replace("%", " %") if head else "")
     return System(
-        "ds_local", schedule, emulated.ds_local, lambda s, m: (section(s, m),), theory, **settings
+        "ds_local",
+        name + (f", transfer {transfer:g}" if transfer else ""),
+        emulated.ds_local,
+        lambda s, m: (section(s, m),),
+        theory,
+        least or (lambda stages: fewest_micro_batches(named)),
+        head=head,
     )
-
-
-def _row(mode: str, **more: Any) -> Callable[[int, int], dict[str, Any]]:
-    return lambda stages, micro_batches: {"mode": mode, **more}
 
 
 def _torch(schedule: str, placement: str, **settings: Any) -> System:
@@ -147,32 +153,27 @@ def _endless(stages: int, micro_batches: int, seen: Any) -> Schedule | None:
 
 
 SYSTEMS: tuple[System, ...] = (
-    _ours("local", _row("local")),
-    _ours("local, head 5 %", _row("local"), head=0.05),
-    _ours("local, head 10 %", _row("local"), head=0.10),
-    _ours("local, head 30 %", _row("local"), head=0.30),
-    _ours("mixed 1/8", _mixed(8), least=lambda stages: 8),
-    _ours("mixed 1/4", _mixed(4), least=lambda stages: 4),
-    _ours("mixed 1/4, transfer 1", _mixed(4, {"transfer": 1.0}), least=lambda stages: 4),
-    _ours("mixed auto", _mixed(None), least=lambda stages: stages),
-    _ours(
-        "mixed auto, transfer 1", _mixed(None, {"transfer": 1.0}), least=lambda stages: 2 * stages
-    ),
-    _ours("chunked 2", _row("chunked", window=2)),
-    _ours("chunked 2, split 1", _row("chunked", window=2, split_backward=1)),
-    _ours("chunked 2, split 2", _row("chunked", window=2, split_backward=2)),
-    _ours("shifted chunks 2", _row("shifted_chunked", window=2)),
-    _ours("interlocking 2", _row("interlocking", window=2)),
-    _ours("interlocking 3", lambda stages, _: {"mode": "interlocking", "window": min(3, stages)}),
-    _ours("overlapping 2", _row("overlapping", window=2)),
-    _ours("backprop", _row("backprop")),
-    _ours("backprop, split 1", _row("backprop", split_backward=1)),
-    _ours("backprop, split 2", _row("backprop", split_backward=2)),
-    _ours("backprop, run ahead", _row("backprop", run_ahead="auto")),
-    _ours(
-        "backprop, run ahead, transfer 1",
-        _row("backprop", run_ahead="auto", link={"transfer": 1.0}),
-    ),
+    _ours("local"),
+    _ours("local", head=0.05),
+    _ours("local", head=0.10),
+    _ours("local", head=0.30),
+    _ours("mixed 1/8"),
+    _ours("mixed 1/4"),
+    _ours("mixed 1/4", transfer=1.0),
+    _ours("mixed auto", least=lambda stages: stages),
+    _ours("mixed auto", transfer=1.0, least=lambda stages: 2 * stages),
+    _ours("chunked 2"),
+    _ours("chunked 2, split 1"),
+    _ours("chunked 2, split 2"),
+    _ours("shifted chunks 2"),
+    _ours("interlocking 2"),
+    _ours("interlocking 3"),
+    _ours("overlapping 2"),
+    _ours("backprop"),
+    _ours("backprop, split 1"),
+    _ours("backprop, split 2"),
+    _ours("backprop, run ahead"),
+    _ours("backprop, run ahead", transfer=1.0),
     System("deepspeed", "1F1B", emulated.deepspeed, lambda s, m: (False,), _flushed),
     System(
         "deepspeed",

@@ -99,3 +99,10 @@ PEERS: dict[str, Callable[[int, int], Schedule]] = {
     "zero_bubble": zero_bubble,
     "zero_bubble_2": partial(zero_bubble, memory=2),
 }
+TITLES = {
+    "gpipe": "GPipe",
+    "1f1b": "1F1B",
+    "interleaved": "interleaved 1F1B",
+    "zero_bubble": "ZB-H1",
+    "zero_bubble_2": "ZB-H2",
+}  # of pictures

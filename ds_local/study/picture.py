@@ -1,71 +1,126 @@
-"""The curves of the quality study."""
+"""The charts of the quality study."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any
 
-from ds_local.outputs import new_file
+from ds_local.charts.dots import Dot, DotPanel, draw_dots
+from ds_local.charts.plots import Curve, chart
+from ds_local.charts.style import colors_of
+from ds_local.charts.svg import Svg
+from ds_local.study.methods import shown
 from ds_local.study.recipes import PRESETS
 from ds_local.study.results import runs_of
 
-SHOWN = (
+Row = dict[str, Any]  # of quality.json
+
+# what is compared: small steps, and large ones with longer runs
+SMALL, LARGE = ("cpu", 1.0), ("cpu-large-batch", 3.0)
+SEGMENTS = 4
+COMPARED = (
     "backprop",
-    "local",
+    "chunked 2, backprop tail 40 %",
+    "chunked 2, backprop tail 20 %",
+    "chunked 2, last 40 % half corrected",
+    "chunked 2",
+    "mixed 1/4, tail 40 %",
     "mixed 1/4",
-    "mixed 1/4, tail 20 %",
+    "local",
+)
+HIGHEST = 2.25  # loss that the curves begin at
+FAST, SLOW = "M=4, c/F=0", "M=4, c/F=1"
+CURVES = (
+    "backprop",
     "chunked 2",
     "chunked 2, backprop tail 40 %",
-    "interlocking 2",
-    "chunked 2, last 40 % half corrected",
+    "mixed 1/4, tail 40 %",
+    "local",
 )
 
 
-def draw(
-    results: list[dict[str, Any]], rows_of: Mapping[str, list[dict[str, Any]]], picture: Path
-) -> None:
-    """Validation loss against tokens, and against predicted time: a line of panels for each preset,
-    its most compared length."""
-    import matplotlib
+def compared(rows: Sequence[Row], setting: tuple[str, float]) -> dict[str, Row]:
+    """Method -> its row, of what the page of the study compares, in that order."""
+    found = {
+        row["method"]: row
+        for row in rows
+        if (row["preset"], row["step_factor"], row["segments"]) == (*setting, SEGMENTS)
+    }
+    return {method: found[method] for method in COMPARED if method in found}
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(
-        len(rows_of),
-        2,
-        figsize=(11, 4.2 * len(rows_of)),
-        layout="constrained",
-        sharey="row",
-        squeeze=False,
-    )
-    for axes, (preset, rows) in zip(panels, rows_of.items(), strict=True):
-        shown = [row for row in rows if row["segments"] == 4 and row["method"] in SHOWN]
-        lengths = [row["step_factor"] for row in shown]
-        length = max(lengths, key=lambda factor: (lengths.count(factor), factor))
-        for row in (row for row in shown if row["step_factor"] == length):
-            runs = runs_of([r for r in results if r["preset"] == preset], row["method"], 4, length)
-            run = max(runs, key=lambda r: len(r["curve"]))  # of a few runs only the end was kept
-            seen, losses = zip(*run["curve"], strict=True)
-            for axis, scale in zip(
-                axes, (1.0, row["predicted_time_ratios_split"]["M=4, c/F=0"]), strict=True
-            ):
-                axis.plot(
-                    [tokens * scale / 1e6 for tokens in seen],
-                    losses,
-                    marker=".",
-                    color=f"C{SHOWN.index(row['method'])}",
-                    label=row["method"],
-                )
-        tokens = PRESETS[preset].step_tokens
-        axes[0].set_ylabel(f"validation loss (nats), {tokens:,} tokens a step")
-        for axis in axes:
-            axis.grid(alpha=0.3)
-            axis.set_ylim(top=min(axis.get_ylim()[1], 3.0))
-        axes[0].legend(fontsize=8)
-    panels[-1][0].set_xlabel("million tokens")
-    panels[-1][1].set_xlabel("time for P = M = 4, split backward (1F1B: 1 per million tokens)")
-    with new_file(picture) as scratch:
-        figure.savefig(scratch, dpi=130)
-    plt.close(figure)
+def gaps_chart(rows: Sequence[Row]) -> str:
+    """Perplexity behind backpropagation, and the time to equal loss, of the compared methods."""
+    both = [compared(rows, setting) for setting in (SMALL, LARGE)]
+    steps = [
+        f"steps of {PRESETS[preset].step_tokens:,} tokens, "
+        f"{PRESETS[preset].steps * factor:,.0f} of them"
+        for preset, factor in (SMALL, LARGE)
+    ]
+    gaps, times = [], []
+    for method in both[0]:
+        there = [(known.get(method), bool(n)) for n, known in enumerate(both)]
+        dots = [(row, ring) for row, ring in there if row is not None]
+        gaps.append(
+            [
+                Dot(row["gap_percent"], min(row["gaps_percent"]), max(row["gaps_percent"]), ring)
+                for row, ring in dots
+            ]
+        )
+        times.append([(row["time_to_equal_loss_split"], ring) for row, ring in dots])
+
+    def panel(name: str, condition: str) -> DotPanel:
+        found = [[Dot(of[condition], ring=ring) for of, ring in row if of] for row in times]
+        return DotPanel(name, found, mark=(1.0, "1F1B"))
+
+    return draw_dots(
+        "Chunks of two come near backpropagation, nearest with large steps and a tail of it",
+        [shown(method) for method in both[0]],
+        [
+            DotPanel("perplexity gap, %", gaps),
+            panel("time, fast links", FAST),
+            panel("time, slow links", SLOW),
+        ],
+        (steps[0], steps[1]),
+    ).file()
+
+
+def curves_chart(results: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> str:
+    """Validation loss against tokens, and against predicted time, in small steps."""
+    known, (preset, factor) = compared(rows, SMALL), SMALL
+    of_preset = [dict(r) for r in results if r["preset"] == preset]
+    runs = {
+        method: {run["seed"]: run["curve"] for run in runs_of(of_preset, method, SEGMENTS, factor)}
+        for method in CURVES
+        if method in known
+    }
+    longest = max(len(curve) for curves in runs.values() for curve in curves.values())
+    # of a few runs only the end was kept
+    whole = [{s for s, c in curves.items() if len(c) == longest} for curves in runs.values()]
+    seeds = sorted(set.intersection(*whole))
+    by_tokens, by_time = [], []
+    colors = colors_of([shown(method) for method in runs])
+    for method, curves in runs.items():
+        name, scale = shown(method), known[method]["predicted_time_ratios_split"][FAST]
+        together = zip(*(curves[seed] for seed in seeds), strict=True)
+        points = [(points[0][0] / 1e6, mean(loss for _, loss in points)) for points in together]
+        points = [(x, loss) for x, loss in points if loss < HIGHEST]
+        by_tokens.append(Curve(name, colors[name], points))
+        by_time.append(Curve(name, colors[name], [(x * scale, y) for x, y in points]))
+    both = Svg(860, 0, "Validation loss against tokens and against time")
+    y_name = f"validation loss, nats, mean of {len(seeds)} seeds; the later part of the runs"
+    for n, (title, shown_curves, x_name) in enumerate(
+        (
+            ("At equal tokens backpropagation is ahead", by_tokens, "million tokens"),
+            (
+                "At equal time chunks of two are level with it",
+                by_time,
+                "simulated time, 4 stages, 4 micro-batches, split; 1F1B takes 1 a million tokens",
+            ),
+        )
+    ):
+        size, limits = (860.0, 270.0), (1.8, HIGHEST)
+        part = chart(title, shown_curves, x_name, y_name, size=size, y_range=limits)
+        both.embed(part, 0, n * 276)
+    return both.file()

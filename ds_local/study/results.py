@@ -62,11 +62,9 @@ def runs_of(
     )
 
 
-def gap_to(yardsticks: Mapping[int, float | None], runs: list[dict[str, Any]]) -> float | None:
-    """Mean difference in loss to a yardstick (seed -> loss), over the seeds that both have; None if
-    there is none."""
-    gaps = [run["loss"] - loss for run in runs if (loss := yardsticks.get(run["seed"])) is not None]
-    return mean(gaps) if gaps else None
+def gaps_to(yardsticks: Mapping[int, float | None], runs: list[dict[str, Any]]) -> list[float]:
+    """Difference in loss to a yardstick (seed -> loss), of every seed that both have."""
+    return [run["loss"] - loss for run in runs if (loss := yardsticks.get(run["seed"])) is not None]
 
 
 def depth_pays(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+from ds_local.config.catalog import BACKPROP
 from ds_local.errors import ConfigError
-from ds_local.study.methods import BACKPROP, DECAY, METHODS, WSD, section_of, switch_step
+from ds_local.study.methods import DECAY, METHODS, WSD, section_of, switch_step
 from ds_local.study.recipes import PRESETS, adamw, cosine
 
 CHECKPOINTS = 20  # of a run, so that every tail begins at one

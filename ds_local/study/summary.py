@@ -15,7 +15,7 @@ from ds_local.study.results import (
     YARDSTICKS,
     best_rate,
     depth_pays,
-    gap_to,
+    gaps_to,
     percent,
     runs_of,
     time_for_the_loss,
@@ -41,8 +41,8 @@ def _rows_under(schedule: str, preset: str, results: list[dict[str, Any]]) -> li
     rows = []
     for method, segments, steps in sorted(kinds, key=_place):
         runs = runs_of(results, method, segments, steps)
-        gap = gap_to({seed: whole.get(steps) for seed, whole in losses.items()}, runs)
-        if gap is None:
+        gaps = gaps_to({seed: whole.get(steps) for seed, whole in losses.items()}, runs)
+        if not gaps:
             print(
                 f"{method} is left out: {yardstick} has no run of as many steps with a seed that "
                 "it has",
@@ -50,7 +50,7 @@ def _rows_under(schedule: str, preset: str, results: list[dict[str, Any]]) -> li
             )
             continue
         pays = depth_pays(results, losses, steps)
-        rows.append(_row(PRESETS[preset], runs, segments, gap, losses) | {"depth_pays": pays})
+        rows.append(_row(PRESETS[preset], runs, segments, gaps, losses) | {"depth_pays": pays})
     return rows
 
 
@@ -68,10 +68,10 @@ def _place(kind: tuple[str, int, float]) -> tuple[Any, ...]:
 
 
 def _row(
-    facts: Preset, runs: list[dict[str, Any]], segments: int, gap: float, losses: Losses
+    facts: Preset, runs: list[dict[str, Any]], segments: int, gaps: list[float], losses: Losses
 ) -> dict[str, Any]:
     """What is known of the runs of one method, number of segments and number of steps."""
-    first, loss = runs[0], mean(r["loss"] for r in runs)
+    first, loss, gap = runs[0], mean(r["loss"] for r in runs), mean(gaps)
     method, steps = METHODS[first["method"]], first["step_factor"]
     # no pipeline in the first part of those that are renewed: no time to predict
     forecast = Prediction(0.0, {}, {})
@@ -96,6 +96,7 @@ def _row(
         "perplexity": round(math.exp(loss), 4),
         "gap_percent": percent(gap),
         "gap_nats": round(gap, 4),
+        "gaps_percent": [percent(one) for one in gaps],
         "schedule": method.schedule,
         "depth_pays": None,
         "exits": {} if method.tail else first.get("exits", {}),

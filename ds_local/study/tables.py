@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from ds_local.outputs import write_file
+from ds_local.study.methods import shown
+from ds_local.study.picture import LARGE, SMALL, compared
 from ds_local.study.recipes import PRESETS
 
 Row = dict[str, Any]  # of quality.json
 START, END = "<!-- written by scripts/study.py table, from here -->", "<!-- to here -->"
+
+CONDITIONS = ("M=4, c/F=0", "M=8, c/F=0", "M=4, c/F=1", "M=8, c/F=1")
 
 PREAMBLE = """
 Each table from `python scripts/study.py run --preset PRESET ...`, all of them then by `python
@@ -26,6 +30,39 @@ backprop runs of other lengths. The last column is the time, at M = 4 and 8, unt
 at the last of the backprop runs of equal steps. Where it is cut changes nothing of a backprop run,
 so one serves for every K.
 """
+
+
+def short_markdown(rows: Sequence[Row]) -> str:
+    """What is compared in the chart, as a table for each size of steps."""
+    lines: list[str] = []
+    for setting in (SMALL, LARGE):
+        known = compared(rows, setting)
+        if not known:
+            continue
+        facts = PRESETS[setting[0]]
+        lines += [
+            *([""] if lines else []),
+            f"**Steps of {facts.step_tokens:,} tokens, {facts.steps * setting[1]:,.0f} of them:**",
+            "",
+            "| method | seeds | perplexity gap (lowest to highest) | time, 4 micro-batches | 8 "
+            "| 4, slow links | 8, slow links |",
+            "|" + 7 * "---|",
+            *map(_short_line, known.values()),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _short_line(row: Row) -> str:
+    times = row["time_to_equal_loss_split"]
+    gaps = row["gaps_percent"]
+    spread = f" ({min(gaps):+.1f} to {max(gaps):+.1f})" if len(gaps) > 1 and any(gaps) else ""
+    cells = [
+        shown(row["method"]),
+        row["seeds"],
+        f"{row['gap_percent']:+.1f} %{spread}",
+        *(f"{times[condition]:.2f}" if times else "-" for condition in CONDITIONS),
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def markdown(rows_of: Mapping[str, list[Row]]) -> str:
@@ -88,7 +125,7 @@ def _ratio_line(row: Row, steps: int) -> str:
     lowest = row["exits"].get(min(row["exits"], key=int, default=""))
     has_exit = len(row["exits"]) > 1
     cells = [
-        f"{row['method']}, K = {row['segments']}",
+        f"{shown(row['method'])}, K = {row['segments']}",
         f"{steps:,}",
         row["seeds"],
         f"{mean(row['losses']):.4f}",
@@ -119,7 +156,7 @@ def _line(row: Row, steps: int) -> str:
 
     spread = f" ({min(losses):.4f}-{max(losses):.4f})" if len(losses) > 1 else ""
     cells = [
-        row["method"],
+        shown(row["method"]),
         row["segments"],
         f"{steps:,}",
         f"{row['learning_rate']:g}",

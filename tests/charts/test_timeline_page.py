@@ -31,7 +31,7 @@ def data_of(page):
 
 def test_the_page_holds_every_action_of_every_step(tmp_path, capsys):
     data = data_of(write_page(tmp_path, "--steps", "3"))
-    assert [band["title"] for band in data["bands"]] == ["local", "1f1b"]
+    assert [band["title"] for band in data["bands"]] == ["local", "1F1B"]
     for band in data["bands"]:
         assert len(band["pieces"]) == 3 * 2 * 2 * 2  # steps, stages, micro-batches, F and B
         assert band["note"].startswith("3 steps take ")
@@ -106,12 +106,14 @@ def test_a_still_picture_has_a_box_for_each_action():
 
 def test_a_map_has_the_colour_and_the_value_of_what_is_best():
     cells = [
-        [{"a": 0.5, "b": 0.4}, {"a": 0.5, "b": 0.6}],
-        [{"a": 0.3, "b": 0.3}, {"a": 1.0, "b": 2.0}],
+        [{"backprop": 0.5, "chunked 2": 0.4}, {"backprop": 0.5, "chunked 2": 0.6}],
+        [{"backprop": 0.3, "chunked 2": 0.3}, {"backprop": 1.0, "chunked 2": 2.0}],
     ]
-    text = draw_map("t", [Panel("p", cells)], ("up", ["1", "2"]), ("right", ["x", "y"])).file()
+    axes = ("up", ["1", "2"]), ("right", ["x", "y"])
+    text = draw_map("t", [Panel("p", cells)], *axes, "time").file()
     found = re.findall(
-        r'<rect[^>]*fill="(#\w+)"[^>]*><title>a: [^<]*</title></rect><text[^>]*>([\d.]+)<', text
+        r'<rect[^>]*fill="(#\w+)"[^>]*><title>backprop: [^<]*</title></rect><text[^>]*>([\d.]+)<',
+        text,
     )
     first, second = SERIES[:2]
     assert found == [(second, ".40"), (first, ".50"), (first, ".30"), (first, "1.00")]

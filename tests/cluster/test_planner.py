@@ -70,7 +70,7 @@ def test_a_thousand_nodes_from_the_command_line():
         "--rows",
         "data parallel",
         "local",
-        "backprop (1F1B)",
+        "backprop",
         "--heads",
         "shared, 1/4 of tokens",
     )

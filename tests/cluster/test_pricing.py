@@ -67,7 +67,7 @@ def test_local_training_by_hand():
     pricing = Pricing(even(), cluster, 8)
     local, true = (
         pricing.simulate(pricing.price(Candidate(4, 1, row, "", 1, 8)))
-        for row in ("local", "backprop (1F1B)")
+        for row in ("local", "backprop")
     )
     assert local.step_seconds == pytest.approx(24)  # the links keep up
     assert local.idle_share == pytest.approx(0)
@@ -87,7 +87,7 @@ def test_streams_that_leave_a_node():
 def test_memory_by_hand():
     pricing = Pricing(even(2, kept=50), Cluster(1, 2, 1, 80, 1, 1, reserve_gib=0), 8, zero_stage=0)
     local, true = (
-        pricing.price(Candidate(2, 1, row, "", 4, 2)).memory for row in ("local", "backprop (1F1B)")
+        pricing.price(Candidate(2, 1, row, "", 4, 2)).memory for row in ("local", "backprop")
     )
     # 100 fp32 parameters with gradient and two moments; per live micro-batch 40 tokens x (50 kept +
     # 8 at the boundary) numbers

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from launch import ROOT, command, environment, launch, losses, metrics, script, start, write_inputs
 
+from ds_local.checkpoints.run_fields import METRICS, RUN
 from ds_local.cli.train import parse_arguments
 from ds_local.errors import ConfigError
 from ds_local.training.inputs import read_inputs
@@ -65,6 +66,9 @@ def test_the_report_is_of_the_whole_run(run):
 def test_metrics_follow_the_contract(run):
     rows = metrics(run[0])
     assert {row["split"] for row in rows} == {"train", "validation"}
+    for row in rows:
+        known = {name for name, field in METRICS.items() if row["split"] in field.splits}
+        assert row.keys() == known - ({"nonfinite"} if row["split"] == "validation" else set())
     train = [row for row in rows if row["split"] == "train"]
     assert [(row["step"], row["segment"], row["stage"]) for row in train] == [
         (s, k, k) for s in range(1, 9) for k in (0, 1)
@@ -83,6 +87,8 @@ def test_metrics_follow_the_contract(run):
 
 def test_run_json_tells_what_ran(run):
     facts = json.loads((run[0] / "run.json").read_text())
+    assert facts.keys() == RUN.keys()
+    assert all(f"`{name}`" in RUN["layout"] for name in facts["layout"])
     assert facts["config"]["local_parallel"]["mix"][0] == {"mode": "backprop", "micro_batches": 1}
     shares, hosts = facts["layout"].pop("auxiliary_flops"), facts["layout"].pop("hosts")
     assert facts["layout"] == {

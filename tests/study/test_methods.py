@@ -1,6 +1,6 @@
 """Sections of the methods, with shares made counts."""
 
-from ds_local.study.methods import METHODS, Method, mixed, section_of
+from ds_local.study.methods import METHODS, section_of
 
 
 def test_shares_become_numbers_of_micro_batches():
@@ -8,12 +8,11 @@ def test_shares_become_numbers_of_micro_batches():
     first, end = section["phases"]
     assert first == {
         "mix": [{"mode": "backprop", "micro_batches": 2}, {"mode": "local"}],
-        "correction": 0.0,
         "until_step": 80,
     }
     assert end == {"mode": "backprop"}
     assert (section["num_stages"], section["segments_per_stage"]) == (1, 4)
-    assert section_of(Method(mixed(1 / 8)), 4, 4, 100)["mix"][0]["micro_batches"] == 1
+    assert section_of(METHODS["mixed 1/8"], 4, 4, 100)["mix"][0]["micro_batches"] == 1
 
 
 def test_a_method_is_not_changed_by_what_is_made_of_it():

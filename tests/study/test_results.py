@@ -10,7 +10,7 @@ from ds_local.study.recipes import TRIAL
 from ds_local.study.results import (
     all_runs,
     best_rate,
-    gap_to,
+    gaps_to,
     percent,
     time_for_the_loss,
     tokens_to,
@@ -41,8 +41,8 @@ def test_backprop_to_the_same_loss():
 
 def test_the_gap_is_between_runs_of_the_same_seeds():
     runs = [{"seed": 1, "loss": 2.0}, {"seed": 2, "loss": 2.5}, {"seed": 3, "loss": 9.0}]
-    assert gap_to({1: 1.9, 2: 2.2, 3: None}, runs) == pytest.approx(0.2)
-    assert gap_to({4: 1.0}, runs) is None
+    assert gaps_to({1: 1.9, 2: 2.2, 3: None}, runs) == pytest.approx([0.1, 0.3])
+    assert gaps_to({4: 1.0}, runs) == []
     assert percent(math.log(1.05)) == 5.0
 
 

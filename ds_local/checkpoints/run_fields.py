@@ -1,0 +1,97 @@
+"""What a run's files say, field by field: metrics.jsonl and run.json.
+
+The reference is written from here; the tests hold every row that a run writes against it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+TRAIN, VALIDATION, DIAGNOSTICS, EVENT = "train", "validation", "diagnostics", "event"
+SPLITS = {
+    TRAIN: "a step of training, at the reporting interval (`steps_per_print`)",
+    VALIDATION: "a validation",
+    DIAGNOSTICS: 'what `"diagnostics": true` measures at a validation',
+    EVENT: "what was not finite, when that ends the run",
+}
+
+
+class Field(NamedTuple):
+    """One field of a row of metrics.jsonl."""
+
+    splits: tuple[str, ...]  # of the rows that have it
+    unit: str
+    meaning: str
+
+
+_ALL = tuple(SPLITS)
+_TOLD = (TRAIN, EVENT)
+METRICS = {
+    "step": Field(_ALL, "", "optimizer steps done; of an event, the step in which it arose"),
+    "segment": Field(_ALL, "", "which segment, from 0"),
+    "stage": Field(_ALL, "", "which stage holds it"),
+    "split": Field(_ALL, "", "the kind of row, as above"),
+    "loss": Field(
+        _ALL,
+        "nats a token",
+        "mean over micro-batches and replicas, of training before the update; null: none, or not "
+        "finite",
+    ),
+    "has_loss": Field((TRAIN,), "", "false where the routes give the segment no loss"),
+    "tokens": Field(_ALL, "tokens", "trained on by then, all replicas together"),
+    "seconds": Field(
+        _ALL, "s", "trained by then, without validations, saves and the first step of a start"
+    ),
+    "nonfinite": Field(
+        _ALL,
+        "",
+        "what was not finite since the row before: `batch`, `activation`, `loss`, `gradient`, "
+        "`from_below`, `from_above`; in other rows the fields it befell",
+    ),
+    "nonfinite_step": Field(_TOLD, "", "in which step"),
+    "skipped": Field(_TOLD, "steps", "left out by the stage so far"),
+    "grad_norm": Field(
+        (TRAIN,), "", "norm of the gradient before clipping; null where nobody needs to know it"
+    ),
+    "lr": Field((TRAIN,), "", "learning rate that the step was taken with"),
+    "idle_share": Field(
+        (TRAIN,), "share", "of the step that the stage waited, for neighbours or replicas"
+    ),
+    "step_seconds": Field((TRAIN,), "s", "of the step, on the stage"),
+    "sent_bytes": Field((TRAIN,), "bytes", "to neighbouring stages in the step"),
+    "exchanged_bytes": Field(
+        (TRAIN,), "bytes", "to other replicas of the stage; null where DeepSpeed averages"
+    ),
+    "slowest_link": Field((TRAIN,), "", "the link that the stage waited for longest; null: none"),
+    "memory_bytes": Field((VALIDATION,), "bytes", "most that a rank of the stage has held so far"),
+    "gradient_cosine": Field(
+        (DIAGNOSTICS,), "", "between the gradient of the segment's losses and the true one"
+    ),
+    "activation_norm": Field(
+        (DIAGNOSTICS,), "", "mean norm of a position's hidden state at the segment's end"
+    ),
+    "activation_rank": Field((DIAGNOSTICS,), "", "effective rank of these hidden states"),
+}
+
+RUN = {
+    "arguments": "the command line",
+    "config": "ds_config.json, checked, with what the command line changed",
+    "model": "the model's config in Hugging Face's form",
+    "weights": "what the run's first weights came from; null: drawn afresh",
+    "data": "`folder`, and what its prepared.json says (`fingerprint`, `seq_len`, tokens)",
+    "layout": "`stages`, `replicas`, `segments`, `segment_parts` (first layer of each segment), "
+    "`auxiliary_flops` (share of heads in the work, by stage), `hosts`",
+    "routes": "the route tables of the schedules, as text",
+    "schedules": "the schedule of a step, as a grid of ticks; several where phases or chunks "
+    "change it",
+    "machine": "`processor`, `cpus`, `device`",
+    "versions": "of ds_local, torch, deepspeed, transformers, datasets, python",
+    "starts": "every start: `step`, `time`, `host`, `pid`, `checkpoint`, `weights`, `changed` "
+    "(kinds that `--allow-change` let pass), and arguments, config, data, versions, machine of "
+    "then",
+}
+
+
+def unknown_fields(row: dict[str, Any]) -> set[str]:
+    """Of a row of metrics.jsonl: what the reference does not know in its kind of row."""
+    return {name for name in row if name not in METRICS or row["split"] not in METRICS[name].splits}

@@ -1,0 +1,127 @@
+"""Write the pages of the reference that are made from the code, docs/schemes.md,
+docs/api.md, docs/options.md and docs/metrics.md, and the site's first page from README.
+
+python scripts/generated_pages.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import api_pages
+import options_page
+
+from ds_local.checkpoints.run_fields import METRICS, RUN, SPLITS
+from ds_local.config.catalog import SCHEMES, Section, section_of
+from ds_local.outputs import write_file
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+README = DOCS.parent / "README.md"
+WRITTEN = "<!-- written by `python scripts/generated_pages.py`; change what it reads -->"
+SCHEMES_HEAD = f"""# Schemes by name
+
+{WRITTEN}
+
+One name each, in every chart, table and command: the mode, its window, its options. The section
+goes into ds_config.json as "local_parallel"; what it does is in [concepts](concepts.md). Names that
+are longer, as in the [study](quality.md), begin with one of these and say what is added: a tail in
+backpropagation, the heads, the steps. A share of a mix is written out for 8 micro-batches a step.
+
+| name | section | what it does |
+|---|---|---|
+"""
+
+
+API_HEAD = f"""# API
+
+{WRITTEN}
+
+The public names of `ds_local`, imported on first use. A script of a few lines is in
+[the front page](index.md) and in `examples/`; what may travel between layers of your own is in
+[migrating](migrating.md#layers-of-ones-own).
+
+"""
+OPTIONS_HEAD = f"""# Options
+
+{WRITTEN}
+
+Of every command, as `--help` says them; what the commands are for is in [commands](commands.md).
+
+"""
+METRICS_HEAD = f"""# Figures of a run
+
+{WRITTEN}
+
+## metrics.jsonl
+
+One object a line, strict JSON. A number that is not finite is null, and `nonfinite` says so.
+
+| `split` | a row for each segment and |
+|---|---|
+"""
+FIELDS_HEAD = """
+| field | in rows of | unit | meaning |
+|---|---|---|---|
+"""
+RUN_HEAD = """
+## run.json
+
+What the newest start was; `starts` has every one.
+
+| key | meaning |
+|---|---|
+"""
+
+
+def metrics() -> str:
+    splits = "".join(f"| `{name}` | {meaning} |\n" for name, meaning in SPLITS.items())
+    fields = "".join(
+        f"| `{name}` | {'all' if len(of.splits) == len(SPLITS) else ', '.join(of.splits)} "
+        f"| {of.unit} | {of.meaning} |\n"
+        for name, of in METRICS.items()
+    )
+    keys = "".join(f"| `{name}` | {meaning} |\n" for name, meaning in RUN.items())
+    return METRICS_HEAD + splits + FIELDS_HEAD + fields + RUN_HEAD + keys
+
+
+def index() -> str:
+    """README as a page of the site: its links begin in docs/, others lead nowhere there."""
+    text = README.read_text().replace("](docs/", "](")
+    return re.sub(r"\[([^\]]+)\]\((?:\.\./)?[A-Z]+\.md\)", r"\1", text)
+
+
+def section_text(section: Section) -> str:
+    return json.dumps(section_of(section, 8))
+
+
+def schemes() -> str:
+    lines = (
+        f"| {name} | `{section_text(scheme.section)}` | {scheme.sentence} |"
+        for name, scheme in SCHEMES.items()
+    )
+    return SCHEMES_HEAD + "\n".join(lines) + "\n"
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """(path, text) of every page."""
+    yield DOCS / "index.md", index()
+    yield DOCS / "schemes.md", schemes()
+    yield DOCS / "api.md", API_HEAD + api_pages.api()
+    yield DOCS / "metrics.md", metrics()
+    yield DOCS / "options.md", OPTIONS_HEAD + options_page.options()
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    for path, text in pages():
+        write_file(path, text)
+
+
+if __name__ == "__main__":
+    main()
