@@ -164,6 +164,11 @@ class StageUpdates(PipelineEngineSeam):
             self.skipped_steps += 1
         self.events.book(self.global_steps, kinds, self.skipped_steps)
 
+    @property
+    def losses_read(self) -> dict[int, float]:
+        """Of local segments in the newest step, as the host has read them."""
+        return {segment: row["loss"] for segment, row in self._read.items() if "loss" in row}
+
     def _judge(self) -> dict[int, str]:
         """The segments that must not be updated, and why. The one time in a step that the host
         waits for the device; what the reports need is read on the same occasion."""

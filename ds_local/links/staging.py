@@ -4,9 +4,8 @@ the device computes.
 On a CUDA device the buffers are pinned and the copies run on a stream of their own. The host never
 waits for the device here: a message leaves from a thread as soon as its copy is done, while the
 stage already launches its backward pass, and what was received is ordered before the computation
-that follows by an event. On a CPU a copy is a copy. The CUDA branches follow torch's documented
-rules for streams but have not been run on a GPU yet; tested is how sends wait for copies that take
-long, and on a CPU that `Direct` delivers what `Staging` does.
+that follows by an event. On a CPU a copy is a copy. A stand-in for a device
+holds all of it to torch's documented rules for streams (`tests/standin.py`).
 """
 
 from __future__ import annotations

@@ -90,10 +90,7 @@ class Loop:
             engine.train_batch(batches)
             step = engine.global_steps
             if step % (engine.steps_per_print() or args.max_steps) == 0:
-                own = {
-                    segment: round(float(loss), 4)
-                    for segment, loss in engine.segment_losses.items()
-                }
+                own = {segment: round(loss, 4) for segment, loss in engine.losses_read.items()}
                 LOG.info("step %d, loss of segments %s", step, own)
             if step == self.first_step + 1:
                 self.started = time.perf_counter()  # the first step pays for warm-up
