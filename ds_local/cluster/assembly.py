@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from itertools import count, groupby
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import distributed as dist
 
 from ds_local.errors import ClusterError
+from ds_local.links.store_guard import limited
 
 CONNECT_SECONDS = 5.0  # for a plain connection to a neighbour
 
@@ -51,17 +52,18 @@ class Assembly:
                 f"{self.here}: port {port} is in use, perhaps by another job; pass --master_port "
                 "with a free one"
             )
+        limit = timedelta(seconds=self.limit_seconds)
+        options: dict[str, Any] = {"wait_for_workers": False, "multi_tenant": True}
         try:
-            return dist.TCPStore(
-                address,
-                port,
-                self.world_size,
-                serves,
-                timedelta(seconds=self.limit_seconds),
-                wait_for_workers=False,
-                multi_tenant=True,
+            return limited(
+                lambda: dist.TCPStore(address, port, self.world_size, serves, limit, **options),
+                self.limit_seconds + CONNECT_SECONDS,
             )
-        except (RuntimeError, ValueError) as error:  # torch raises several kinds, all of these
+        except (
+            RuntimeError,
+            ValueError,
+            TimeoutError,
+        ) as error:  # torch raises several kinds, all of these
             raise ClusterError(
                 f"{self.here} cannot reach rank 0 at {address}:{port} within "
                 f"{self.limit_seconds:.0f} s; is rank 0 running, is this an address of its "
@@ -70,7 +72,7 @@ class Assembly:
 
     def gather(self, name: str, value: Any) -> dict[int, Any]:
         """Everybody's value on rank 0, as far as they came in time; {} elsewhere."""
-        self._store.set(f"{name}/{self.rank}", json.dumps(value))
+        self._ask(lambda store: store.set(f"{name}/{self.rank}", json.dumps(value)))
         if self.rank:
             return {}
         waiting, found = set(range(self.world_size)), {}
@@ -94,7 +96,26 @@ class Assembly:
                 f"{name}/all", json.dumps([found.get(r) for r in range(self.world_size)])
             )
         self.judge(name, absent(found, self))
-        return list(json.loads(self._store.get(f"{name}/all")))
+        return list(json.loads(self._ask(lambda store: store.get(f"{name}/all"))))
+
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        """What the store answers.
+
+        Raises:
+            ClusterError: when rank 0, which holds it, does not.
+        """
+        left = max(1.0, self.deadline - time.monotonic()) + CONNECT_SECONDS
+        try:
+            return limited(lambda: question(self._store), left)
+        except (RuntimeError, TimeoutError) as error:
+            raise ClusterError(
+                f"{self.here} waited {self.limit_seconds:.0f} s for rank 0's word; see what rank 0 "
+                "says"
+            ) from error
+
+    def store_of_group(self) -> Any:
+        """The store that the process group is made with."""
+        return dist.PrefixStore("group", self._store)
 
     @classmethod
     def release(cls) -> None:
@@ -111,25 +132,17 @@ class Assembly:
         if self.rank == 0:
             self._store.set(key, verdict)
         else:
-            began = time.monotonic()
-            try:
-                self._store.wait(
-                    [key],
-                    timedelta(seconds=max(1.0, self.deadline - time.monotonic()) + CONNECT_SECONDS),
-                )
-                verdict = self._store.get(key).decode()
-            except RuntimeError as error:
-                raise ClusterError(
-                    f"{self.here} waited {time.monotonic() - began:.0f} s for rank 0's word; see "
-                    "what rank 0 says"
-                ) from error
+            left = max(1.0, self.deadline - time.monotonic())
+            limit = timedelta(seconds=left + CONNECT_SECONDS)
+            self._ask(lambda store: store.wait([key], limit))
+            verdict = self._ask(lambda store: store.get(key)).decode()
         if verdict:
             self._leave_last(f"{name}/read")
             raise ClusterError(verdict)
 
     def _leave_last(self, key: str) -> None:
         """Rank 0 holds the store, so it goes when the others have read, or after a moment."""
-        self._store.add(key, 1)
+        self._ask(lambda store: store.add(key, 1))
         end = time.monotonic() + CONNECT_SECONDS
         while (
             self.rank == 0 and self._store.add(key, 0) < self.world_size and time.monotonic() < end

@@ -20,6 +20,7 @@ from ds_local.engine.optimizer_checks import check_client_parts
 from ds_local.engine.process_group import limit_waits
 from ds_local.errors import ConfigError
 from ds_local.links.failures import meeting
+from ds_local.links.store_guard import store_guard
 from ds_local.replicas.subnets import make_sync
 
 
@@ -82,7 +83,8 @@ def initialize(
             {"params": list(model.segment_parameters(segment)), "segment": segment}
             for segment in model.local_segments
         ]
-    with meeting("the making of the engine"):
+    what = "the making of the engine"
+    with meeting(what), store_guard(what, section.link.timeout_seconds):
         engine = LocalPipelineEngine(
             args=args,
             model=model,

@@ -27,6 +27,7 @@ from ds_local.engine.module_files import ModuleFiles
 from ds_local.engine.process_group import start_processes
 from ds_local.errors import ConfigError
 from ds_local.links.failures import meeting
+from ds_local.links.store_guard import store_guard
 from ds_local.links.trees import map_tensors
 from ds_local.model import blocks, heads
 from ds_local.model.cut import balance
@@ -97,7 +98,8 @@ class LocalPipelineModule(ModuleFiles):
             topology = ProcessTopology(
                 axes=["data", "pipe"], dims=[dist.get_world_size() // stages, stages]
             )
-        with meeting("the making of the model"):
+        what = "the making of the model"
+        with meeting(what), store_guard(what, max(limits)):
             super().__init__(
                 layers=layers,
                 num_stages=stages,

@@ -21,6 +21,7 @@ from ds_local.links import notices
 from ds_local.links.failures import around, meeting
 from ds_local.links.notices import Notices
 from ds_local.links.staging import ranks_here
+from ds_local.links.store_guard import store_guard
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LIMITS = {  # torch's own, for groups made without one
@@ -45,30 +46,43 @@ def start_processes(
         TransportError: naming the rank that was lost on the way.
     """
     launched = all(name in os.environ for name in _LAUNCHED)
+    assembly = None
     if not dist.is_initialized() and launched and int(os.environ["WORLD_SIZE"]) > 1:
-        store = Assembly(start_seconds)
-        _begin(store.rank, lambda card: store.exchange("notices", card))
+        assembly = Assembly(start_seconds)
+        _begin(assembly.rank, lambda card: assembly.exchange("notices", card))
     limit_waits(wait_seconds)
-    with meeting("the start of the process group"):
-        limit = timedelta(seconds=wait_seconds)
-        if not dist.is_initialized() and shares_device():
-            dist.init_process_group("gloo", timeout=limit)  # NCCL wants a device for each rank
+    limit = timedelta(seconds=wait_seconds)
+    what = "the start of the process group"
+    with meeting(what), store_guard(what, wait_seconds):
+        backend = group_backend()
+        if assembly is not None and backend in ("gloo", "nccl"):
+            # over the store that there is: torch's own way to a second one waits for a rank 0 that
+            # hangs without end
+            store, ranks = assembly.store_of_group(), assembly.world_size
+            dist.init_process_group(
+                backend, store=store, rank=assembly.rank, world_size=ranks, timeout=limit
+            )
         deepspeed.init_distributed(timeout=limit)
         if dist.get_world_size() > 1 and notices.current() is None:
             _begin(dist.get_rank(), _gathered)
 
 
-def shares_device() -> bool:
-    """Does this machine have more ranks than devices? Then they are dealt out: a rank's device is
-    the one that LOCAL_RANK names, for DeepSpeed too."""
+def group_backend() -> str:
+    """The backend of the process group, on the device that LOCAL_RANK names.
+
+    Where this machine has more ranks than devices they are dealt out, and gloo it is: NCCL wants a
+    device for each rank. Then LOCAL_RANK is the number of the shared device, for DeepSpeed too.
+    """
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        return False
-    devices = accelerator.device_count()
+        return accelerator.communication_backend_name()
+    devices, local_rank = accelerator.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
     shared = 0 < devices < ranks_here()
     if shared:
-        os.environ["LOCAL_RANK"] = str(int(os.environ.get("LOCAL_RANK", "0")) % devices)
-    return shared
+        local_rank %= devices
+        os.environ["LOCAL_RANK"] = str(local_rank)
+    accelerator.set_device(local_rank)
+    return "gloo" if shared else accelerator.communication_backend_name()
 
 
 def _begin(rank: int, exchange: Any) -> None:

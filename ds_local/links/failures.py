@@ -65,7 +65,7 @@ class Failures:
         LOG.info("telling all others that the run ends: %s", reason)
         if self._notices is not None:
             with waiting(EVERYBODY, "to hear of a failure"):
-                told = {"number": self._number, "reason": reason}
+                told: dict[str, Any] = {"number": self._number, "reason": reason}
                 self._notices.ask_all(_TOPIC, seconds=_TELL_SECONDS, **told)
 
     def report_error(self, error: BaseException, where: str) -> str:

@@ -197,7 +197,8 @@ def _hangs(bench: Bench, case: dict[str, Any]) -> Outcome:
         return Outcome([f"the rank did not come to {case['in']}: {run.outputs()[-300:]}"])
     stopped = time.monotonic()
     others = [other for other in range(ranks) if other != rank]
-    outcome = Outcome(ended(run, TIMEOUT + SLACK, others))
+    limit = TIMEOUT + SLACK + (START if case["in"] == "group" else 0)  # both are waited for there
+    outcome = Outcome(ended(run, limit, others))
     outcome.seconds = time.monotonic() - stopped
     run.signal(signal.SIGKILL, rank)
     run.wait(5)
