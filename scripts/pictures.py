@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "pictures"
 TABLES = ROOT / "docs" / "results" / "benchmarks.md"
 RELIABILITY = ROOT / "docs" / "results" / "reliability.json"  # by tests/faults/run.py
+GPU = ROOT / "docs" / "results" / "gpu.json"  # by benchmark.py gpu
 CHOOSING = ROOT / "docs" / "results" / "choosing.json"  # by scripts/choosing.py
 # file of a scheme on the page of concepts -> its name in the table of schemes
 CONCEPTS = {
@@ -237,6 +238,29 @@ def reliability() -> str:
     return draw_dots(title, list(campaigns), panels, colors=colors).file()
 
 
+def gpu() -> str:
+    """Tokens a second of four devices, from the stages that one device was timed with."""
+    names = ["local", "zero bubble H1", "backprop (1F1B)"]
+    rows = [
+        row
+        for row in json.loads(GPU.read_text())
+        if row["what"] == "prediction" and row["model"] == "gpt2-xl" and row["compiled"]
+    ]
+    links = list(dict.fromkeys(row["link"]["name"] for row in rows))
+    found = {
+        (row["link"]["name"], row["schedule"]): row["tokens_per_second"] / 1000 for row in rows
+    }
+    panels = [
+        DotPanel(link, [[Dot(round(found[link, name]))] for name in names], bars=True)
+        for link in links
+    ]
+    return draw_dots(
+        "GPT-2 XL on four H200, predicted thousands of tokens a second",
+        names,
+        panels,
+    ).file()
+
+
 def study() -> Iterator[tuple[Path, str]]:
     """The charts of the quality study, as its verb `table` draws them too."""
     rows = json.loads((ROOT / "docs" / "quality.json").read_text())
@@ -253,6 +277,7 @@ def pictures() -> Iterator[tuple[Path, str]]:
     yield FOLDER / "links.svg", busy_by_links()
     yield FOLDER / "memory.svg", memory()
     yield FOLDER / "reliability.svg", reliability()
+    yield FOLDER / "gpu.svg", gpu()
     yield FOLDER / "first.svg", first_picture()
     for name, scheme in CONCEPTS.items():
         yield FOLDER / f"{name}.svg", concept(scheme)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from ds_local.links.logs import LOG
 from ds_local.links.observer import Observer
 
-_ANSWER_SECONDS = 10.0  # longest wait for an answer
+_ANSWER_SECONDS = 6.0  # longest wait for an answer
 _MOST_BYTES = 1 << 16
 _MOST_AT_ONCE = 32  # ranks that are asked at the same time
 _TRIES = 3  # of a connection that breaks while it is used

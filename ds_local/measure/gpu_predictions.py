@@ -17,7 +17,8 @@ LINKS = {
     "10 Gb/s": 1e10,
     "1 Gb/s": 1e9,
 }  # bits per second
-PREDICTED = ("local", "1f1b", "zero_bubble")
+# name -> of the peers' schedules; None for our own
+PREDICTED = {"local": None, "backprop (1F1B)": "1f1b", "zero bubble H1": "zero_bubble"}
 
 
 def predictions(rows: list[Row], tokens: int, micro_batches: int) -> list[Row]:
@@ -44,19 +45,19 @@ def predictions(rows: list[Row], tokens: int, micro_batches: int) -> list[Row]:
     found = []
     for link, rate in LINKS.items():
         seconds = rows[0]["activation_bytes"] * 8 / rate
-        for schedule in PREDICTED:
-            costs = Costs(**(times if schedule == "local" else plain), link=seconds)  # type: ignore[arg-type]
-            if schedule == "local":
+        for schedule, peer in PREDICTED.items():
+            costs = Costs(**(plain if peer else times), link=seconds)  # type: ignore[arg-type]
+            if peer is None:
                 order = make_schedule([(make_routes("local", stages), micro_batches)], stages)
             else:
-                order = PEERS[schedule](stages, micro_batches)
+                order = PEERS[peer](stages, micro_batches)
             period = simulate(order, costs).steady_period
             kept = ("model", "stages", "compiled")
             found.append(
                 {
                     "what": "prediction",
                     "system": "simulator",
-                    "schedule": schedule + (", compiled" if rows[0]["compiled"] else ""),
+                    "schedule": schedule,
                     **{key: rows[0][key] for key in kept},
                     "micro_batches": micro_batches,
                     "link": {"name": link, "bits_per_second": rate},

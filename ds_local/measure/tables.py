@@ -248,7 +248,7 @@ def gpu_tables(rows: Sequence[Row]) -> list[str]:
     }
     tables = [_columns(of(what), columns) for what, columns in shapes.items() if of(what)]
     if predicted := of("prediction"):
-        line = lambda r: f"{r['model']}, P = {r['stages']}, {r['schedule']}"  # noqa: E731
+        line = lambda r: f"{model(r)}, P = {r['stages']}, {r['schedule']}"  # noqa: E731
         cell = lambda r: f"{percent(r['efficiency'], 0)} ({tokens(r)} tokens/s)"  # noqa: E731
         title = "predicted efficiency %"
         tables.append(pivot(predicted, line, lambda r: r["link"]["name"], cell, title))
