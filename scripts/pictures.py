@@ -255,7 +255,7 @@ def gpu() -> str:
         for link in links
     ]
     return draw_dots(
-        "GPT-2 XL on four H200, predicted thousands of tokens a second",
+        "Slow links do not slow local stages: GPT-2 XL on four H200, thousand tokens/s, predicted",
         names,
         panels,
     ).file()

@@ -21,7 +21,6 @@ from ds_local.links.notices import Absence, Answer, Notices
 from ds_local.links.waiting import EVERYBODY, is_late, is_lost, waiting
 
 _GRACE_SECONDS = 5.0  # for the rank that failed to say so, once its connections have broken
-_TELL_SECONDS = 3.0  # for a rank to take what it is told; one that does not answer is told in vain
 _TOPIC = "failed"
 _MOST_CHARACTERS = 1000  # of a reason
 
@@ -65,8 +64,7 @@ class Failures:
         LOG.info("telling all others that the run ends: %s", reason)
         if self._notices is not None:
             with waiting(EVERYBODY, "to hear of a failure"):
-                told: dict[str, Any] = {"number": self._number, "reason": reason}
-                self._notices.ask_all(_TOPIC, seconds=_TELL_SECONDS, **told)
+                self._notices.tell_all(_TOPIC, number=self._number, reason=reason)
 
     def report_error(self, error: BaseException, where: str) -> str:
         """`report` for an exception. Returns the first failure of the run."""

@@ -25,6 +25,7 @@ from ds_local.links.logs import LOG
 from ds_local.links.observer import Observer
 
 _ANSWER_SECONDS = 6.0  # longest wait for an answer
+_TELL_SECONDS = 3.0  # for a rank to take what it is told; one that does not answer is told in vain
 _MOST_BYTES = 1 << 16
 _MOST_AT_ONCE = 32  # ranks that are asked at the same time
 _TRIES = 3  # of a connection that breaks while it is used
@@ -121,17 +122,15 @@ class Notices:
 
     # --- asking ---------------------------------------------------------------------------------
 
-    def ask(
-        self, rank: int, topic: str, seconds: float = _ANSWER_SECONDS, **question: Any
-    ) -> Answer:
-        """Another rank's answer, within so many seconds."""
+    def ask(self, rank: int, topic: str, seconds: float | None = None, **question: Any) -> Answer:
+        """Another rank's answer, within so many seconds; by default a few."""
         card = self.cards[rank]
         if card.address.startswith("127.") and card.host != self.card.host:
             return Absence.SILENT  # it gave no address that means anything here
         question |= {"topic": topic, "secret": self.cards[0].secret}
         for _ in range(_TRIES):
             try:
-                with socket.create_connection(card[1:3], seconds) as connection:
+                with socket.create_connection(card[1:3], seconds or _ANSWER_SECONDS) as connection:
                     connection.sendall(json.dumps(question).encode() + b"\n")
                     answer = json.loads(_read_line(connection))
             except ConnectionRefusedError:
@@ -152,6 +151,10 @@ class Notices:
         with ThreadPoolExecutor(min(len(asked), _MOST_AT_ONCE)) as pool:
             answers = pool.map(lambda rank: self.ask(rank, topic, **question), asked)
             return dict(zip(asked, answers, strict=True))
+
+    def tell_all(self, topic: str, **word: Any) -> None:
+        """Tell all others; who does not take it soon is left out."""
+        self.ask_all(topic, seconds=_TELL_SECONDS, **word)
 
 
 def _listen(address: str) -> tuple[socket.socket, str]:

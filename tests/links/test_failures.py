@@ -100,6 +100,9 @@ class Ranks:
     def answer(self, topic, handler):
         self.handlers[topic] = handler
 
+    def tell_all(self, topic, **word):
+        self.ask_all(topic, **word)
+
     def ask_all(self, topic, **question):
         if topic == "state":
             return self.answers
