@@ -17,6 +17,7 @@ from ds_local.links.logs import LOG, say
 from ds_local.links.notices import Absence, Answer, Notices
 from ds_local.links.observer import Wait
 
+_PATIENCE_SECONDS = 5.0  # with a rank that is asked what it does
 TICK_SECONDS = 0.25  # between two looks at what is to be arranged with other ranks
 
 
@@ -85,12 +86,14 @@ class Watchdog:
         if wait is None or wait.seconds < self._warn_seconds:
             return False
         LOG.warning("%s", wait.sentence(self._name(self._notices.rank), self._name))
+        # who has stopped answers never; that must be said before the limits of waits end the run
+        patience = min(self._warn_seconds, _PATIENCE_SECONDS)
         for rank in range(self._notices.rank):
-            answer = self._notices.ask(rank, "state")
+            answer = self._notices.ask(rank, "state", seconds=patience)
             theirs = answer.get("waiting") if isinstance(answer, dict) else None
             if theirs and Wait(*theirs).seconds >= self._warn_seconds / 2:
                 return True  # that one says it
-        answers = self._notices.ask_all("state")
+        answers = self._notices.ask_all("state", seconds=patience)
         answers[self._notices.rank] = self._notices.observer.state()
         self._say(explain(answers, self._name))
         return True

@@ -53,7 +53,7 @@ class Notices:
         self.looks.release()
         return state(Wait(1, "to send step 5", self.seconds))
 
-    def ask_all(self, topic):
+    def ask_all(self, topic, seconds):
         return {0: self.state(), 1: state()}
 
 
