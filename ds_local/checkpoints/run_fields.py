@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-TRAIN, VALIDATION, DIAGNOSTICS, EVENT = "train", "validation", "diagnostics", "event"
+TRAIN, VALIDATION, DIAGNOSTICS = "train", "validation", "diagnostics"
+SAMPLE, EVENT = "sample", "event"
 SPLITS = {
     TRAIN: "a step of training, at the reporting interval (`steps_per_print`)",
     VALIDATION: "a validation",
     DIAGNOSTICS: 'what `"diagnostics": true` measures at a validation',
+    SAMPLE: "what the model wrote after a validation (`--sample-tokens`); last segment only",
     EVENT: "what was not finite, when that ends the run",
 }
 
@@ -63,6 +65,8 @@ METRICS = {
         (TRAIN,), "bytes", "to other replicas of the stage; null where DeepSpeed averages"
     ),
     "slowest_link": Field((TRAIN,), "", "the link that the stage waited for longest; null: none"),
+    "prompt": Field((SAMPLE,), "", "the beginning of a validation sequence"),
+    "text": Field((SAMPLE,), "", "how the model went on"),
     "memory_bytes": Field((VALIDATION,), "bytes", "most that a rank of the stage has held so far"),
     "gradient_cosine": Field(
         (DIAGNOSTICS,), "", "between the gradient of the segment's losses and the true one"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 
 from ds_local.cli.arguments import Parser, kinds_of_change, number_or_auto, whole
 from ds_local.config import shipped
@@ -34,6 +35,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         required=True,
         help="run folder: run.json, metrics.jsonl, checkpoints/, report.html, loss.png",
     )
+    _add_loop(add)
+    _add_scheme(parser)
+    _add_deepspeed(parser)
+    return parser.parse_args(arguments)
+
+
+def _add_loop(add: Callable[..., object]) -> None:
     add(
         "--max-steps",
         type=whole(1),
@@ -47,6 +55,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="steps between validations; 0: only at the end",
     )
     add("--eval-sequences", type=whole(1), help="validation sequences to use; default all")
+    add(
+        "--sample-tokens",
+        type=whole(),
+        default=0,
+        metavar="N",
+        help="after each validation the model continues a validation sequence by N tokens, each as "
+        "slow as a micro-batch of validation; shown on the console and in report.html",
+    )
     add(
         "--save-every",
         type=whole(),
@@ -72,9 +88,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="write profile.json (for simulate.py) and trace.json (for Perfetto) at the end",
     )
-    _add_scheme(parser)
-    _add_deepspeed(parser)
-    return parser.parse_args(arguments)
 
 
 def _add_scheme(parser: argparse.ArgumentParser) -> None:

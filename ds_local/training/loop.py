@@ -41,6 +41,7 @@ _MEETINGS = (
     "max_steps",
     "eval_every",
     "eval_sequences",
+    "sample_tokens",
     "save_every",
     "resume",
     "profile",

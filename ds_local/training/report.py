@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from ds_local.charts.pages import page
-from ds_local.charts.plots import Curve, chart, number
+from ds_local.charts.plots import Curve, chart
 from ds_local.charts.style import color_of
 from ds_local.charts.svg import Svg
 from ds_local.charts.timelines import draw_bands
@@ -30,10 +30,13 @@ from ds_local.training.report_charts import (
     draw_step_times,
     without_start,
 )
+from ds_local.training.report_tables import (
+    events_table,
+    memory_table,
+    samples_table,
+    waits_table,
+)
 from ds_local.training.run_record import Points, RunRecord, differences, thinned
-
-_LISTED = 50  # events
-_GIB = 2**30
 
 
 def write(runs: Sequence[RunRecord], path: str | Path) -> None:
@@ -77,14 +80,16 @@ def _one(run: RunRecord, drawings: list[Svg]) -> str:
         f"<div class='pair'>{box(draw_pace(run))}{box(draw_idle(run))}</div>",
         box(draw_step_times(run)),
         box(draw_link_waits(run)),
-        _waits(run),
+        waits_table(run),
     ]
     step = run.step_picture()
     if step is not None:
         band, unit, how = step
         lanes = draw_bands([band], "the schedule of one step", unit=unit)
         parts += ["<h2>One step</h2>", box(lanes), f"<p class='lead'>{escape(how)}</p>"]
-    parts += ["<h2>Memory</h2>", _memory(run), "<h2>Not finite</h2>", _events(run)]
+    if run.samples:
+        parts += ["<h2>What the model writes</h2>", samples_table(run)]
+    parts += ["<h2>Memory</h2>", memory_table(run), "<h2>Not finite</h2>", events_table(run)]
     return "".join([*parts, "<h2>Settings</h2>", _settings(run)])
 
 
@@ -110,60 +115,6 @@ def _box(drawing: Svg, drawings: list[Svg]) -> str:
         drawings.append(drawing)
         return f"<div class='box' id='{drawing.data['id']}'>{drawing.inline()}</div>"
     return f"<div class='box'>{drawing.inline()}</div>"
-
-
-def _waits(run: RunRecord) -> str:
-    rows = []
-    for stage in run.stages:
-        share = run.mean("idle_share", stage)
-        links = "; ".join(f"{escape(link)} ({part:.0%})" for link, part in run.waits(stage).items())
-        sent = run.mean("sent_bytes", stage)
-        cells = (
-            f"<td>{stage}</td><td class=n>{'-' if share is None else f'{share:.1%}'}</td>"
-            f"<td class=n>{'-' if sent is None else number(float(f'{sent:.3g}'))}</td>"
-            f"<td>{links or '-'}</td>"
-        )
-        rows.append(f"<tr>{cells}</tr>")
-    return (
-        "<div class='box'><table><tr><th>stage</th><th class=n>idle</th><th class=n>bytes sent a "
-        "step</th><th>waits longest for (share of the reports)</th></tr>"
-        + "".join(rows)
-        + "</table></div>"
-    )
-
-
-def _memory(run: RunRecord) -> str:
-    live = None
-    if run.plan is not None:
-        live = run.plan.schedule_at(max(run.last_step - 1, 0)).peak_live
-    rows = "".join(
-        f"<tr><td>{stage}</td><td class=n>"
-        + (f"{run.memory[stage] / _GIB:.2f}" if stage in run.memory else "-")
-        + f"</td><td class=n>{live[stage] if live else '-'}</td></tr>"
-        for stage in run.stages
-    )
-    return (
-        "<div class='box'><table><tr><th>stage</th><th class=n>most held by a rank, GiB</th>"
-        f"<th class=n>live micro-batches, at most</th></tr>{rows}</table></div>"
-        "<p class='lead'>Measured at validations: of a GPU what torch held, else of the process."
-        "</p>"
-    )
-
-
-def _events(run: RunRecord) -> str:
-    if not run.events:
-        return "<p class='lead'>Every loss and gradient was finite.</p>"
-    rows = "".join(
-        f"<tr><td class=n>{row['nonfinite_step']}</td><td class=n>{row['segment']}</td>"
-        f"<td class=n>{row['stage']}</td><td class=bad>{escape(str(row['nonfinite']))}</td>"
-        f"<td class=n>{row.get('skipped', '-')}</td></tr>"
-        for row in run.events[-_LISTED:]
-    )
-    return (
-        "<div class='box'><table><tr><th class=n>step</th><th class=n>segment</th>"
-        "<th class=n>stage</th><th>what</th><th class=n>steps left out so far</th></tr>"
-        f"{rows}</table></div>"
-    )
 
 
 def _settings(run: RunRecord) -> str:

@@ -53,6 +53,7 @@ class RunRecord:
         self.facts = _json(self.path / "run.json")
         self.train = [row for row in self.rows if row["split"] == "train"]
         self.validation = [row for row in self.rows if row["split"] == "validation"]
+        self.samples = [row for row in self.rows if row["split"] == "sample"]
         self.events = [row for row in self.rows if row.get("nonfinite_step") is not None]
 
     # --- curves --------------------------------------------------------------------------------

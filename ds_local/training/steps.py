@@ -27,8 +27,10 @@ from ds_local.training.pictures import (
     summary_table,
     tokens_per_second,
 )
+from ds_local.training.progress import progress_line
 from ds_local.training.run_folder import RunFolder
 from ds_local.training.run_record import RunRecord
+from ds_local.training.samples import sample
 
 _RECENT = 50  # reports that the pace on the progress line is of
 
@@ -142,18 +144,7 @@ class Loop:
         )
         self._write(self.recent[-1])
         speed = tokens_per_second([row for rows in self.recent for row in rows])
-        losses = " ".join(f"{r.loss:.3f}" if r.loss is not None else "-" for r in reports)
-        most = max(reports, key=lambda r: r.idle_share)
-        idle = sum(r.idle_share for r in reports) / len(reports)
-        waits = f"idle {idle:.0%}, most on stage {most.stage} {most.idle_share:.0%}"
-        waits += f" for the {most.slowest_link}" if most.slowest_link else ""
-        events = [
-            f"{r.nonfinite} of segment {r.segment} at step {r.nonfinite_step}, {r.skipped} skipped"
-            for r in reports
-            if r.nonfinite
-        ]
-        waits += f" | not finite: {'; '.join(events)}" if events else ""
-        self.bar.set_postfix_str(f"loss {losses} | {speed:,.0f} tokens/s | {waits}", refresh=False)
+        self.bar.set_postfix_str(progress_line(reports, speed), refresh=False)
         self.bar.update(step - self.bar.n)
 
     def note_last_event(self) -> None:
@@ -176,6 +167,7 @@ class Loop:
         probed = (
             diagnostics.probe(self.engine, batches[0]) if self.engine.section.diagnostics else {}
         )
+        sampled = sample(self.engine, self.data, batches[0][0], self.args.sample_tokens)
         self.started += time.perf_counter() - began  # throughput is that of training
         step = self.engine.global_steps
         if self.is_first:
@@ -192,6 +184,7 @@ class Loop:
             found["diagnostics"] = {
                 segment: {"loss": None, **figures} for segment, figures in probed.items()
             }
+            found["sample"] = sampled
             self._write(
                 [
                     {

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def run(inputs, tmp_path_factory):
             "--max-steps": "8",
             "--eval-every": "4",
             "--save-every": "4",
+            "--sample-tokens": "3",
         }
     )
     assert result.returncode == 0, result.stdout
@@ -63,12 +65,23 @@ def test_the_report_is_of_the_whole_run(run):
         assert f"<td>{stage}</td><td class=n>{held[stage] / 2**30:.2f}</td>" in page
 
 
+def test_the_model_writes_after_each_validation(run):
+    folder, output = run
+    samples = [row for row in metrics(folder) if row["split"] == "sample"]
+    assert [(row["step"], row["segment"]) for row in samples] == [(4, 1), (8, 1)]
+    page = (folder / "report.html").read_text()
+    for row in samples:
+        assert row["prompt"]
+        assert f"step {row['step']}: ..." in output
+        assert f"{escape(row['prompt'])}<b>{escape(row['text'])}</b>" in page
+
+
 def test_metrics_follow_the_contract(run):
     rows = metrics(run[0])
-    assert {row["split"] for row in rows} == {"train", "validation"}
+    assert {row["split"] for row in rows} == {"train", "validation", "sample"}
     for row in rows:
         known = {name for name, field in METRICS.items() if row["split"] in field.splits}
-        assert row.keys() == known - ({"nonfinite"} if row["split"] == "validation" else set())
+        assert row.keys() == known - ({"nonfinite"} if row["split"] != "train" else set())
     train = [row for row in rows if row["split"] == "train"]
     assert [(row["step"], row["segment"], row["stage"]) for row in train] == [
         (s, k, k) for s in range(1, 9) for k in (0, 1)
@@ -125,6 +138,7 @@ def test_two_launchers_one_after_the_other_give_identical_losses(run, inputs, tm
         "--output": str(tmp_path / "run"),
         "--eval-every": "4",
         "--save-every": "4",
+        "--sample-tokens": "3",
     }
     first = launch({**settings, "--max-steps": "4"}, launcher="deepspeed", timeout=600)
     assert first.returncode == 0, first.stdout

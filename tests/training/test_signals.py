@@ -29,7 +29,8 @@ with signals.Signals() as heard:
     {then}
 """
 WAITS = "lock.acquire()"  # for ever, as in C code
-LEAVES = "asked.wait(); print('SAVED', flush=True)"
+# not before all signals of a test have come
+LEAVES = "import time; asked.wait(); time.sleep(0.5); print('SAVED', flush=True)"
 
 
 def start(then=LEAVES, begun=True, same=60.0, command=(sys.executable,), **how):
