@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
+from torch import distributed as dist
 
 from ds_local.errors import DsLocalError
 
@@ -83,6 +84,7 @@ def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         os.dup2(sink.fileno(), 2)
         try:
             start_processes()
+            dist.barrier()  # who is done at once must not leave while others still connect
             return function(*args, **kwargs)
         finally:
             end_processes()

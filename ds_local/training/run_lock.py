@@ -8,12 +8,13 @@ out at its next sign and ends before it writes anything more.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ds_local.outputs.processes import Process
 
 NAME = "lock.json"
 BEAT_SECONDS = 5.0  # between two signs of life
+ALONE_SECONDS = 10.0  # for another start to clear a lock away
 SILENCE_SECONDS = 30.0  # an owner elsewhere that was silent for so long is gone
 
 
@@ -85,10 +87,7 @@ class RunLock:
 
     def _clear_away(self, mine: Path) -> None:
         """Remove the lock of an owner that is gone. Raises RunError when it is not."""
-        try:
-            text = self.path.read_text()
-        except (FileNotFoundError, UnicodeDecodeError):
-            text = ""
+        text = self._read()
         owner, sentence = self._owner_of(text)
         gone = None if owner is None else owner.is_gone()
         if gone is False or (gone is None and self._shows_life(mine, sentence)):
@@ -96,12 +95,34 @@ class RunLock:
                 f"{self.folder} is in use by {sentence}; wait for it to end, end it, or choose "
                 "another --output"
             )
-        aside = self.folder / scratch_name(NAME)
-        with suppress(FileNotFoundError):  # it has been released meanwhile
-            self.path.rename(aside)
-            if aside.read_text() != text:  # somebody else was quicker
-                os.link(aside, self.path)
-            aside.unlink()
+        with self._alone():
+            if self._read() == text:  # nobody was quicker
+                self.path.unlink(missing_ok=True)
+
+    def _read(self) -> str:
+        try:
+            return self.path.read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One start at a time clears a lock away, or the second would take that of the first for
+        the dead one. Where the file system has no such thing, or nobody lets go, it goes on."""
+        folder = os.open(self.folder, os.O_RDONLY)
+        deadline = time.monotonic() + ALONE_SECONDS
+        try:
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.01)
+                except OSError:
+                    break
+            yield
+        finally:
+            os.close(folder)
 
     @staticmethod
     def _owner_of(text: str) -> tuple[Process | None, str]:
