@@ -79,6 +79,10 @@ SCHEMES: dict[str, NamedScheme] = {
         CHUNKED | {"split_backward": 2},
         "Pairs of segments, weight gradients deferred until no bubble is left.",
     ),
+    "chunked 2, run ahead": NamedScheme(
+        CHUNKED | {"run_ahead": "auto"},
+        "Pairs of segments, one forward of the next step before the update: no bubble.",
+    ),
     "shifted chunks 2": NamedScheme(
         {"mode": "shifted_chunked", "window": 2},
         "Pairs of segments that move by one segment at every step.",

@@ -66,11 +66,12 @@ class Scheme(Row):
     noise."""
 
     run_ahead: Annotated[NonNegativeInt, Field(le=2**16)] | Literal["auto"] = 0
-    """Forwards of later steps that a segment may run before it updates, where gradients cross every
-    border of segments (not with chunks): no stage waits for gradients to come back. Every update
-    takes its own step's micro-batches, but some of them went forward, and go backward, with older
-    weights, of which a stage keeps copies. "auto": as many as leave no stage waiting, one for each
-    segment up to the furthest loss, two or more where `link.transfer` says that links are slow."""
+    """Forwards of later steps that a segment may run before it updates, where gradients cross
+    borders of segments: no stage waits for gradients to come back. Every update takes its own
+    step's micro-batches, but some of them went forward, and go backward, with older weights, of
+    which a stage keeps copies. "auto": as many as leave no stage waiting, one for each segment up
+    to the furthest loss, one in chunks of two, two or more where `link.transfer` says that links
+    are slow."""
     predict_weights: bool = False
     """With run_ahead: micro-batches that cross an update go forward and backward with weights on
     which the last update is added once more for each update they cross. Costs one more copy."""

@@ -372,7 +372,7 @@ class LocalPipelineEngine(StageUpdates):
             return
         step, last = self.global_steps, self.executor.last_of_stretch
         if schedule.leads and not schedule.is_first:
-            step += schedule.forwards_ahead[0] // schedule.num_micro_batches
+            step += schedule.leads[0] // schedule.num_micro_batches
         if (last is None or step <= last) and self._stopping.is_last(step):
             self.executor.stop_after = step
 

@@ -135,25 +135,13 @@ class Stash:
             if at == segment and used.seen < to_come and used not in kept:
                 del self._copies[at, used]
 
-    def before_update(self, last: int | None) -> None:
-        """Keep the weights that go now, where forwards to come still need them: those of a segment
-        that waits for the one below it on the same stage.
-
-        Args:
-            last: step of the stretch; None: not known.
-        """
-        if self._schedule is None or self.start is None:
+    def before_update(self) -> None:
+        """Where weights are predicted, keep those that go now: the next update is their distance
+        to what comes."""
+        if self._schedule is None or not self._predicts:
             return
-        count = self._schedule.num_micro_batches
-        for segment, done in self._done.items():
-            position = done
-            while self._seen(segment, position) == self._step:
-                of_step = self.start + position // count
-                if of_step > self._step and (last is None or of_step <= last):
-                    ahead = of_step - self._step if self._predicts else 0
-                    self._keep(segment, Used(self._step, ahead))
-                position += 1
-            if self._predicts and self._schedule.leads[segment]:
+        for segment in self._done:
+            if self._schedule.leads[segment]:
                 self._before[segment] = [p.detach().clone() for p in self._weights[segment]]
 
     def during_update(self) -> AbstractContextManager[object]:
@@ -169,14 +157,14 @@ class Stash:
         between two steps.
 
         Args:
-            last: see `before_update`.
+            last: step of the stretch; None: not known.
         """
         schedule, start = self._schedule, self.start
         if schedule is None or start is None or not segment:
             return
         count = schedule.num_micro_batches
         begun = (self._step + 1 - start) * count
-        sent, taken = (begun + schedule.forwards_ahead[s] for s in (segment - 1, segment))
+        sent, taken = (begun + schedule.leads[s] for s in (segment - 1, segment))
         if last is not None:
             sent = min(sent, (last + 1 - start) * count)
         for position in range(taken, sent):

@@ -86,7 +86,7 @@ class StageUpdates(PipelineEngineSeam):
 
     def reduce_gradients(self) -> None:
         """Average gradients and losses over the replicas of this stage, unless they train apart."""
-        self.executor.stash.before_update(self.executor.last_of_stretch)
+        self.executor.stash.before_update()
         watch, norms = self.executor.watch, self._norms()
         for segment, norm in norms.items():
             watch.see(WEIGHTS, segment, [norm])

@@ -165,6 +165,8 @@ SYSTEMS: tuple[System, ...] = (
     _ours("chunked 2"),
     _ours("chunked 2, split 1"),
     _ours("chunked 2, split 2"),
+    _ours("chunked 2, run ahead"),
+    _ours("chunked 2, run ahead", transfer=1.0),
     _ours("shifted chunks 2"),
     _ours("interlocking 2"),
     _ours("interlocking 3"),

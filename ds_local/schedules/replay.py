@@ -279,7 +279,7 @@ def _forwards_of(schedule: Schedule) -> Iterator[Action]:
     """Those of a step and, where they run ahead, of later ones."""
     count, left = schedule.num_micro_batches, schedule.steps_left
     for segment in range(len(schedule.stage_of)):
-        lead = schedule.forwards_ahead[segment] if schedule.leads else 0
+        lead = schedule.leads[segment] if schedule.leads else 0
         for position in range(0 if schedule.is_first else lead, count + lead):
             ahead, micro_batch = divmod(position, count)
             if left is None or ahead < left:

@@ -22,9 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 
-from ds_local.errors import ScheduleError
 from ds_local.schedules.list_scheduler import Mix, deal
 from ds_local.schedules.routes import Pass
 from ds_local.schedules.schedule import FORWARD, Action, Schedule, successive
@@ -33,7 +31,13 @@ _WORK = 3  # of a micro-batch on a segment, in forwards
 
 
 def leads_of(mix: Mix, limit: int | None = None, transfer: float = 0.0) -> tuple[int, ...]:
-    """The lead of each segment.
+    """The lead of each segment. It never rises from a segment to the next: between two steps all
+    stages may stop, to save or to evaluate, and none must wait then for what the one below sends
+    only after it.
+
+    So below a chunk the leads go on from what the chunk has. Its last segment is as far ahead as
+    the one above it, although it waits for nothing, and goes backward that much later; the segment
+    below it may therefore be one forward closer to it than inside the uppermost chunk.
 
     Args:
         mix: the rows of a step's micro-batches.
@@ -41,11 +45,15 @@ def leads_of(mix: Mix, limit: int | None = None, transfer: float = 0.0) -> tuple
         transfer: time from one stage to the next, in forwards, there and back for each segment
             between; it counts in whole micro-batches, since the order of a stage is fixed.
     """
-    leads, each = [], math.ceil(1 + 2 * transfer / _WORK - 1e-9)
-    for segment in range(mix[0][0].num_segments):
+    each, leads = math.ceil(1 + 2 * transfer / _WORK - 1e-9), [0]
+    below = 0  # what is added below a chunk
+    for segment in reversed(range(mix[0][0].num_segments)):
         reach = max((rows.reach[segment] for rows, _ in mix if rows.passes[segment]), default=0)
-        leads.append(reach * each if limit is None else min(reach * each, limit))
-    return tuple(leads)
+        own = reach * each
+        if own + below < leads[0]:
+            below = leads[0] - own - 1
+        leads.insert(0, max(leads[0], own + below))
+    return tuple(lead if limit is None else min(lead, limit) for lead in leads[:-1])
 
 
 def make_run_ahead(
@@ -59,22 +67,13 @@ def make_run_ahead(
         limit, transfer: see `leads_of`.
 
     Raises:
-        ScheduleError: when the segments cannot be dealt evenly, or a segment would have to be ahead
-            of the one below it. Between two steps all stages may stop, to save or to evaluate, and
-            a stage must not wait then for what comes from below only after it.
+        ScheduleError: when the segments cannot be dealt evenly.
     """
     mix, name, stage_of = deal(mix, num_stages)
     rows = tuple(routes for routes, count in mix for _ in range(count))
     leads = leads_of(mix, limit, transfer)
-    first = next((n for n, (own, above) in enumerate(pairwise(leads)) if own < above), None)
-    if first is not None:
-        raise ScheduleError(
-            f"run_ahead does not go with {name}: no gradient comes back to segment {first}, which "
-            f"waits for nothing, so segment {first + 1} cannot be ahead of it; leave run_ahead "
-            "out, or use one chunk"
-        )
     plain = Schedule(f"{name}, run ahead", (), stage_of, rows, leads)
-    within = replace(plain, leads=leads_of(mix, None, transfer)).forwards_ahead
+    within = leads_of(mix, None, transfer)
     held = [[s for s, at in enumerate(stage_of) if at == stage] for stage in range(num_stages)]
     return replace(
         plain,
@@ -83,7 +82,7 @@ def make_run_ahead(
             tuple(
                 _forward(plain, segment, position)
                 for segment in segments
-                for position in range(plain.forwards_ahead[segment])
+                for position in range(leads[segment])
             )
             for segments in held
         ),
@@ -96,7 +95,7 @@ def _order(plain: Schedule, within: Sequence[int], segments: Sequence[int]) -> I
     Args:
         within: of each segment, how many forwards it is ahead inside a step.
     """
-    count, ahead = plain.num_micro_batches, plain.forwards_ahead
+    count, ahead = plain.num_micro_batches, plain.leads
     for micro_batch, routes in enumerate(plain.rows):
         passes = [
             (segment, which, one)

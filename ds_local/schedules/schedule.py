@@ -238,23 +238,13 @@ class Schedule:
             return 0
         return sum(
             bool(self.rows[position % self.num_micro_batches].passes[segment])
-            for segment, count in enumerate(self.forwards_ahead)
+            for segment, count in enumerate(self.leads)
             for position in range(count)
             if self.stage_of[segment] == stage
             and (self.steps_left is None or position < self.steps_left * self.num_micro_batches)
         )
 
     # --- steps whose forwards run ahead -----------------------------------------------------------
-
-    @cached_property
-    def forwards_ahead(self) -> tuple[int, ...]:
-        """Of each segment the forwards of a step that are done when the step begins, in the middle
-        of a run: its lead, unless the segment below is on the same stage and done with fewer."""
-        counts: list[int] = []
-        for segment, lead in enumerate(self.leads):
-            together = segment > 0 and self.stage_of[segment - 1] == self.stage_of[segment]
-            counts.append(min(lead, counts[-1]) if together else lead)
-        return tuple(counts)
 
     @cached_property
     def steps_ahead(self) -> int:

@@ -103,6 +103,7 @@ METHODS |= {
     "chunked 2, rank 16": of("chunked 2", head={"rank": 16}),
 }
 AHEAD, PREDICTED = "backprop, run ahead", "backprop, run ahead, predicted"
+CHUNKS_AHEAD = "chunked 2, run ahead"
 METHODS |= {
     AHEAD: of(AHEAD),
     PREDICTED: of(PREDICTED),
@@ -110,11 +111,13 @@ METHODS |= {
     f"{AHEAD}, backprop tail 20 %": of(AHEAD, 0.2),
     f"{PREDICTED}, backprop tail 20 %": of(PREDICTED, 0.2),
     f"{AHEAD}, at most one": of(f"{AHEAD}, at most one"),
+    CHUNKS_AHEAD: of(CHUNKS_AHEAD),
+    f"{CHUNKS_AHEAD}, backprop tail 40 %": of(CHUNKS_AHEAD, 0.4),
 }
 for _count in (1, 2, 8, 16):  # micro-batches a step: the delay is a segment's lead divided by it
     METHODS |= {
         f"{name}, {_count} micro-batches": of(name, micro_batches=_count)
-        for name in (AHEAD, PREDICTED)
+        for name in (AHEAD, PREDICTED, CHUNKS_AHEAD, "chunked 2", "backprop")
     }
 
 

@@ -90,6 +90,7 @@ def test_backpropagation_equals_one_process_with_weights_by_version(stages, gas)
 ROWS = {
     "interlocking": ({"mode": "interlocking", "window": 3}, [2, 2, 1, 0]),
     "overlapping": ({"mode": "overlapping", "window": 2}, [1, 1, 1, 0]),
+    "chunked": ({"mode": "chunked", "window": 2}, [1, 1, 1, 0]),
     "deep supervision": ({"mode": "deep_supervision"}, [3, 2, 1, 0]),
     "at most one": ({"mode": "backprop", "run_ahead": 1}, [1, 1, 1, 0]),
     "slow links": ({"mode": "backprop", "link": {"transfer": 1.0}}, [6, 4, 2, 0]),
@@ -138,6 +139,7 @@ SECTIONS = [
     AHEAD | {"run_ahead": 2},
     AHEAD | {"mode": "interlocking"},
     AHEAD | {"mode": "overlapping", "window": 3},
+    AHEAD | {"mode": "chunked"},
     AHEAD | {"loss_weighting": "token"},
     MIX,
 ]

@@ -24,6 +24,7 @@ GRIDS = {
     "run_ahead_backprop_p4_m4": (rows("backprop", 4, 4), None),
     "run_ahead_backprop_p3_m1": (rows("backprop", 3, 1), None),
     "run_ahead_1_backprop_p4_m4": (rows("backprop", 4, 4), 1),
+    "run_ahead_chunked2_p4_m4": (rows("chunked", 4, 4, 2), None),
     "run_ahead_interlocking2_p4_m4": (rows("interlocking", 4, 4, 2), None),
     "run_ahead_mixed_3_of_4_p4": (rows("backprop", 4, 3) + rows("local", 4, 1), None),
 }
@@ -60,8 +61,9 @@ def test_a_step_alone_has_all_its_forwards_and_no_others():
 @pytest.mark.parametrize("stages", [2, 4, 8])
 @pytest.mark.parametrize("link", [0, 0.5, 1, 3])
 def test_no_stage_waits(stages, micro_batches, link):
-    """Backpropagation, also as one chunk, when the order reckons with the links."""
-    for mode, window in [("backprop", None), ("chunked", stages)]:
+    """Backpropagation and chunks of any size, when the order reckons with the links."""
+    for mode, window in [("backprop", None), *(("chunked", w) for w in (2, 3, 4, 8))]:
+        window = window and min(window, stages)
         schedule = make_run_ahead(rows(mode, stages, micro_batches, window), stages, None, link)
         timeline = simulate(schedule, Costs(link=link))
         assert timeline.steady_period == pytest.approx(3 * micro_batches)
@@ -100,6 +102,13 @@ def test_a_limit_of_nothing_is_1f1b():
         table = rows("backprop", stages, micro_batches)
         flushed = make_schedule(table, stages)
         assert make_run_ahead(table, stages, 0).stages == flushed.stages
+
+
+def test_leads_never_rise_and_go_on_below_a_chunk():
+    assert leads_of(rows("chunked", 8, 4, 2)) == (1, 1, 1, 1, 1, 1, 1, 0)
+    assert leads_of(rows("chunked", 8, 4, 4)) == (5, 4, 3, 3, 3, 2, 1, 0)
+    assert leads_of(rows("chunked", 4, 4, 2), transfer=1) == (3, 2, 2, 0)
+    assert leads_of(rows("chunked", 8, 4, 4), limit=2) == (2, 2, 2, 2, 2, 2, 1, 0)
 
 
 def test_slow_links_need_a_longer_lead():
@@ -148,8 +157,7 @@ def check_weights(schedule, steps):
         for event, position in zip(forwards, positions, strict=True):
             version = max(0, (position - lead) // count)
             assert version <= event.step <= position // count
-            if schedule.forwards_ahead[segment] == lead:
-                assert version == event.step
+            assert version == event.step
         for event in order[segment]:
             action = event.action
             of_step = event.step + action.ahead
@@ -202,7 +210,8 @@ def test_the_delay_is_the_lead_in_steps():
 @pytest.mark.parametrize("seed", range(20))
 def test_the_same_weights_and_sums_on_any_number_of_stages(seed):
     rng = random.Random(seed)
-    mix = rows(rng.choice(["backprop", "overlapping", "interlocking"]), 4, rng.randint(1, 4))
+    modes = ["backprop", "overlapping", "interlocking", "chunked"]
+    mix = rows(rng.choice(modes), 4, rng.randint(1, 4))
     mix += rows("local", 4, rng.randint(0, 3))
     found = []
     for stages in (1, 2, 4):
@@ -274,11 +283,14 @@ def test_the_option_of_a_scheme():
     assert [s.leads for s in plan({"phases": phases}).schedules] == [(1, 1, 1, 0), ()]
 
 
-def test_chunks_are_refused_since_the_upper_one_would_be_ahead_of_the_lower():
-    with pytest.raises(ScheduleError, match="segment 2 cannot be ahead of it"):
-        _ = plan({"mode": "chunked", "window": 2, "run_ahead": "auto"}).schedules
-    whole = plan({"mode": "chunked", "window": 4, "run_ahead": "auto"})
-    assert [s.leads for s in whole.schedules] == [(3, 2, 1, 0)]
+def test_chunks_of_two_are_one_forward_ahead():
+    """Worked by hand: the lower chunk is as far ahead as the upper one needs, and no further."""
+    schedule = plan({"mode": "chunked", "window": 2, "run_ahead": "auto"}).schedule_at(0)
+    assert schedule.leads == (1, 1, 1, 0)
+    assert " ".join(map(str, schedule.stages[0])) == "F1 B0 F2 B1 F3 B2 F0+ B3"
+    assert " ".join(map(str, schedule.stages[1])) == "B0 F1 B1 F2 B2 F3 B3 F0+"
+    assert schedule.peak_live == (2, 1, 2, 1)
+    assert schedule.delays == [0.25, 0.25, 0.25, 0.0]
 
 
 @pytest.mark.parametrize(
