@@ -40,7 +40,7 @@ from ds_local.links.staging import Departures, Direct, Staging
 from ds_local.links.waiting import Waiter, is_lost
 
 _MESSAGE, _FAILED = 1, 2
-_FAREWELL_SECONDS = 5.0  # spent on telling the neighbours about a failure
+_FAREWELL_SECONDS = 3.0  # spent on telling the neighbours about a failure
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Sender(_GroupEnd):
             self._under_way.append(self._post(buffer))
             self.flush()
         except RuntimeError:
-            return  # the peer is gone as well
+            self._under_way.clear()  # the peer is gone as well: nobody waits for it once more
 
 
 class Receiver(_GroupEnd):
