@@ -196,7 +196,9 @@ class Writing:
             if save_latest:
                 _write_whole(self.folder / "latest", self.tag)
         except OSError as error:
-            raise SaveError(f"cannot save {final}: {reason(error, self.folder)}") from error
+            raise SaveError(
+                f"cannot save {final}: {reason(error, self.folder, room=False)}"
+            ) from error
         remove(old)
 
     def abandon(self) -> None:
@@ -224,7 +226,9 @@ def _leads(folder: Path) -> bool:
             folder.mkdir(parents=True, exist_ok=True)
             marks[rank].touch()
         except OSError as error:
-            raise SaveError(f"cannot write to {folder}: {reason(error, folder)}") from error
+            raise SaveError(
+                f"cannot write to {folder}: {reason(error, folder, room=False)}"
+            ) from error
 
     try:
         together(mark)

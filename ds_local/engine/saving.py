@@ -106,7 +106,7 @@ class _Files:
         if cause is None:
             return error
         folder = next(one for one in Path(path).absolute().parents if one.exists())
-        explained = SaveError(f"cannot save {path}: {reason(cause, folder)}")
+        explained = SaveError(f"cannot save {path}: {reason(cause, folder, room=False)}")
         explained.__cause__ = error
         return explained
 

@@ -13,12 +13,21 @@ from tqdm import tqdm
 LOG = logging.getLogger("ds_local")
 
 
+class _LogFile(logging.FileHandler):
+    """A log that takes what the disk takes: a full one is told of where it matters, and a line lost
+    here is no reason for a traceback on the console."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def start_log(folder: Path, stage: int, rank: int) -> Path:
     """Everything this rank logs, DeepSpeed's lines too, also goes to a file of its own:
     `folder`/rank-003.log."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank-{rank:03d}.log"
-    handler = logging.FileHandler(path)
+    handler = _LogFile(path)
     prefix = f"stage {stage} rank {rank} {socket.gethostname()}"
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix} %(levelname)s %(message)s"))
     LOG.setLevel(logging.INFO)

@@ -68,6 +68,7 @@ class Notices:
         self.cards: list[Card] = []
         self.numbers = count(1)  # of the engines of this process, in the same order on all ranks
         self.observer = Observer()
+        self._deaf: set[int] = set()  # ranks that were told something in vain
         self._handlers: dict[str, Callable[[dict[str, Any]], Any]] = {}
         self.answer("state", self.observer.state)
         self._listener, address = _listen(address)
@@ -153,8 +154,10 @@ class Notices:
             return dict(zip(asked, answers, strict=True))
 
     def tell_all(self, topic: str, **word: Any) -> None:
-        """Tell all others; who does not take it soon is left out."""
-        self.ask_all(topic, seconds=_TELL_SECONDS, **word)
+        """Tell all others; who does not take it soon is left out, and not waited for again."""
+        ranks = [rank for rank in range(self.world_size) if rank not in self._deaf]
+        answers = self.ask_all(topic, ranks, seconds=_TELL_SECONDS, **word)
+        self._deaf |= {rank for rank, answer in answers.items() if answer is Absence.SILENT}
 
 
 def _listen(address: str) -> tuple[socket.socket, str]:

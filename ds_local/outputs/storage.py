@@ -78,13 +78,19 @@ def size_of(path: Path) -> int:
     return sum(one.stat().st_size for one in files if one.is_file())
 
 
-def reason(error: OSError, folder: Path) -> str:
-    """Why writing into a folder failed, in a few words."""
-    if error.errno == errno.ENOSPC:
-        found = os.statvfs(folder)
-        if found.f_files and not found.f_favail:
-            return f"no inode is free, all {found.f_files:,} are in use"
-    return error.strerror or str(error)
+def reason(error: OSError, folder: Path, room: bool = True) -> str:
+    """Why writing into a folder failed, in a few words.
+
+    Args:
+        room: also say what is free, where there is too little.
+    """
+    words = error.strerror or str(error)
+    if error.errno != errno.ENOSPC:
+        return words
+    found = os.statvfs(folder)
+    if found.f_files and not found.f_favail:
+        return f"no inode is free, all {found.f_files:,} are in use"
+    return f"{words} ({found.f_bavail * found.f_frsize:,} bytes are free)" if room else words
 
 
 def sync_folder(folder: Path) -> None:

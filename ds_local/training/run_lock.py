@@ -58,8 +58,8 @@ class RunLock:
             self._made = [p for p in (self.folder, *self.folder.parents) if not p.exists()][::-1]
             self.folder.mkdir(parents=True, exist_ok=True)
             mine = self.folder / scratch_name(NAME)
-            mine.write_text(self._text)
             try:
+                mine.write_text(self._text)
                 while not self._taken(mine):
                     self._clear_away(mine)
                 self._file = self.path.open()

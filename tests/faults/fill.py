@@ -134,7 +134,7 @@ def _run(bench: Bench, case: dict[str, Any], folder: Path, disk: Path) -> Outcom
     began = time.monotonic()
     with no_room(disk, case["how"], checkpoints):
         said = wait_for(
-            lambda: _complaint(run, checkpoints, case["how"]) or not run.alive(), 60, 0.05
+            lambda: _complaint(run, run_folder, case["how"]) or not run.alive(), 60, 0.05
         )
         outcome.seconds = time.monotonic() - began
         outcome.said = said if isinstance(said, str) else ""
@@ -142,7 +142,7 @@ def _run(bench: Bench, case: dict[str, Any], folder: Path, disk: Path) -> Outcom
             outcome.said, f"no sentence with the path: {last_words(run.outputs())[:300]}"
         )
         if run.alive():
-            time.sleep(0.5)  # let it tidy up
+            wait_for(lambda: not _whole(checkpoints) or not run.alive(), 10, 0.05)  # it tidies up
             outcome.wrong += _whole(checkpoints)
     outcome.wrong += ended(run, 120)
     outcome.expect(not run.close(), "processes stayed")
@@ -164,10 +164,10 @@ def _step(latest: Path) -> int:
         return 0
 
 
-def _complaint(run: Run, checkpoints: Path, how: str) -> str:
+def _complaint(run: Run, folder: Path, how: str) -> str:
     """The line that says what is wrong, once it is there."""
     for line in run.outputs().splitlines():
-        if str(checkpoints) in line and ("full" not in how or _BYTES.search(line)):
+        if str(folder) in line and ("full" not in how or _BYTES.search(line)):
             return line[:400]
     return ""
 

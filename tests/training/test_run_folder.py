@@ -271,7 +271,10 @@ def test_a_disk_that_takes_no_start_is_said(tmp_path):
         (disk / "filler").write_bytes(b"x" * 9_000)
         (tmp_path / "tokenizer").mkdir()
         (tmp_path / "tokenizer" / "tokenizer.json").write_text("x" * 20_000)
-        with pytest.raises(RunError, match=r"cannot write to .*No space left on device; make room"):
+        with pytest.raises(
+            RunError,
+            match=r"cannot write to .*No space left on device \(0 bytes are free\); make room",
+        ):
             RunFolder(disk / "run", print).start(facts(), 0, None, tmp_path / "tokenizer")
 
 
