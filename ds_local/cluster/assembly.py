@@ -46,7 +46,7 @@ class Assembly:
         self._store = dist.PrefixStore(f"ds_local/start/{restarts}/{number}", self._kept[place])
 
     def _connect(self, address: str, port: int, environment: Mapping[str, str]) -> Any:
-        serves = self.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        serves = self.rank == 0 and not _is_of_agent(environment)
         if serves and _is_taken(port):
             raise ClusterError(
                 f"{self.here}: port {port} is in use, perhaps by another job; pass --master_port "
@@ -119,8 +119,11 @@ class Assembly:
 
     @classmethod
     def release(cls) -> None:
-        """Let go of the stores, once the process group is gone."""
+        """Let go of the stores, once the process group is gone. Assemblies in the next store of a
+        place are counted from the start, or ranks that were not in this one would count less."""
         cls._kept.clear()
+        if not _is_of_agent(os.environ):
+            cls._numbers.clear()
 
     def judge(self, name: str, verdict: str) -> None:
         """Rank 0's verdict, on all ranks: none is "".
@@ -148,6 +151,11 @@ class Assembly:
             self.rank == 0 and self._store.add(key, 0) < self.world_size and time.monotonic() < end
         ):
             time.sleep(0.05)
+
+
+def _is_of_agent(environment: Mapping[str, str]) -> bool:
+    """Does torchrun hold the store, which then outlives the process group?"""
+    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _is_taken(port: int) -> bool:

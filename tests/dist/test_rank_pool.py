@@ -6,6 +6,7 @@ import time
 import pytest
 import torch.distributed as dist
 
+from ds_local.measure import ranks
 from ds_local.measure.ranks import Pool, RankError
 
 
@@ -25,6 +26,14 @@ def test_ranks_live_on_and_every_call_has_a_group_of_its_own(pool):
     assert [rank for rank, *_ in first] == [0, 1, 2]
     assert [(rank, size) for rank, size, _ in second] == [(0, 2), (1, 2)]
     assert third == first
+
+
+def test_a_port_may_come_again_with_other_ranks(pool, monkeypatch):
+    """Ports are drawn, and after thousands of calls one comes twice."""
+    port = ranks.free_port()
+    monkeypatch.setattr(ranks, "free_port", lambda: port)
+    sizes = [[size for _, size, _ in pool.run(who_is_here, n, timeout=30)] for n in (2, 3, 2)]
+    assert sizes == [[2] * 2, [3] * 3, [2] * 2]
 
 
 def rank_1_fails(how):
