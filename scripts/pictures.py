@@ -44,6 +44,7 @@ CONCEPTS = {
     "local": "local",
     "chunked": "chunked 2",
     "chunked-split": "chunked 2, split 2",
+    "chunked-ahead": "chunked 2, run ahead",
     "shifted-chunked": "shifted chunks 2",
     "overlapping": "overlapping 2",
     "interlocking": "interlocking 2",
@@ -161,14 +162,15 @@ def busy(
 def busy_by_micro_batches() -> str:
     shown = {
         "ds_local local": "local",
-        "ds_local local, head 10 %": "local, 10 % heads",
-        "ds_local chunked 2": "chunked 2",
+        "ds_local chunked 2, run ahead": "chunked 2, run ahead",
+        "ds_local chunked 2, split 2": "chunked 2, split 2",
+        "ds_local backprop, split 2": "backprop, split 2",
         "torch ZBVZeroBubble": "torch ZBV",
         "deepspeed 1F1B": "DeepSpeed 1F1B",
     }
     return busy(
-        "With few micro-batches only local losses keep the stages busy",
-        "| P = 4 | M = 1 | M = 2 | M = 4 | M = 8 | M = 16 |",
+        "With few micro-batches local losses and run-ahead keep the stages busy",
+        "| P = 4 | M = 1 | M = 2 | M = 4 | M = 8 |",
         "micro-batches a step, 4 stages",
         shown,
         math.log2,
