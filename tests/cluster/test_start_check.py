@@ -12,7 +12,6 @@ from ds_local.cluster import start_check as cluster
 from ds_local.cluster.assembly import spans
 from ds_local.cluster.edges import describe_hosts
 from ds_local.cluster.start_check import fingerprint
-from ds_local.config.sections import LayoutConfig
 from ds_local.errors import ClusterError
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -106,12 +105,3 @@ def test_fingerprints_and_spans():
         describe_hosts({"stage 0": {"hosts": ["a", "b"], "ranks": [0, 1, 2]}})
         == "stage 0 on a, b (ranks 0-2)"
     )
-
-
-def test_which_ranks_hold_which_stage():
-    across, within = LayoutConfig(), LayoutConfig(stages="within_node")
-    assert across.ranks(2, 3) == [[0, 3], [1, 4], [2, 5]]
-    assert within.ranks(2, 3) == [[0, 1], [2, 3], [4, 5]]
-    assert across.neighbours(4, 2, 3) == [1, 5]
-    assert within.neighbours(3, 2, 3) == [2, 5]
-    assert within.neighbours(0, 1, 1) == []

@@ -6,14 +6,7 @@ import re
 import pytest
 from browser import opened, shown
 
-from ds_local.charts.maps import Panel, draw_map
-from ds_local.charts.style import SERIES
-from ds_local.charts.timelines import draw_bands
 from ds_local.cli.simulate import main
-from ds_local.schedules.drawing import band_of, draw_routes
-from ds_local.schedules.list_scheduler import make_schedule
-from ds_local.schedules.routes import make_routes
-from ds_local.schedules.simulator import Costs, several_steps, simulate
 
 
 def write_page(tmp_path, *more):
@@ -86,43 +79,3 @@ def test_it_works_in_a_browser(tmp_path, capsys):
     what = "micro-batch 0, segment 0: backward, both gradients"
     assert zoomed == f"local · stage 0 · step 2 · {what} · 7 to 9 (2)"
     assert drawn == "true"
-
-
-def svg_of(mode, stages=3, **options):
-    schedule = make_schedule([(make_routes(mode, stages, **options), 2)], stages)
-    return simulate(schedule, Costs()), several_steps(schedule, Costs(), 2)
-
-
-def test_a_still_picture_has_a_box_for_each_action():
-    timeline, events = svg_of("interlocking", window=2)
-    text = draw_bands([band_of(timeline, events)], "label").file()
-    for kind in "FBI":
-        count = sum(event.action.kind == kind for event in events)
-        boxes = re.findall(rf'class="{kind}(?: late)?"', text)
-        assert len(boxes) == count + 1  # and one in the legend
-    assert "prefers-color-scheme:dark" in text
-    assert text.count("idle") == 2  # in the title and the legend
-
-
-def test_a_map_has_the_colour_and_the_value_of_what_is_best():
-    cells = [
-        [{"backprop": 0.5, "chunked 2": 0.4}, {"backprop": 0.5, "chunked 2": 0.6}],
-        [{"backprop": 0.3, "chunked 2": 0.3}, {"backprop": 1.0, "chunked 2": 2.0}],
-    ]
-    axes = ("up", ["1", "2"]), ("right", ["x", "y"])
-    text = draw_map("t", [Panel("p", cells)], *axes, "time").file()
-    found = re.findall(
-        r'<rect[^>]*fill="(#\w+)"[^>]*><title>backprop: [^<]*</title></rect><text[^>]*>([\d.]+)<',
-        text,
-    )
-    first, second = SERIES[:2]
-    assert found == [(second, ".40"), (first, ".50"), (first, ".30"), (first, "1.00")]
-
-
-def test_a_route_table_has_a_cell_for_each_route():
-    table = make_routes("overlapping", 3, 2, "mean")
-    text = draw_routes([("", table)]).file()
-    tips = re.findall(r"<title>loss (\d) trains segment (\d)</title>", text)
-    routes = {(str(loss), str(s)) for loss, row in table.weights.items() for s in row}
-    assert set(tips) == routes
-    assert text.count(">0.5<") == 4
