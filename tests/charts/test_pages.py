@@ -6,6 +6,8 @@ import re
 import pytest
 from browser import opened, shown
 
+from ds_local.charts import pages
+from ds_local.charts.timelines import Band, Piece
 from ds_local.cli.simulate import main
 
 
@@ -79,3 +81,25 @@ def test_it_works_in_a_browser(tmp_path, capsys):
     what = "micro-batch 0, segment 0: backward, both gradients"
     assert zoomed == f"local · stage 0 · step 2 · {what} · 7 to 9 (2)"
     assert drawn == "true"
+
+
+def test_a_page_is_marked_as_ours_and_data_cannot_end_it():
+    text = pages.page("a < b", "<p>body</p>", data={"tip": "</script><!-- x"})
+    assert pages.PAGE_MARK in text[:200]
+    assert "<title>a &lt; b</title>" in text
+    assert text.count("</script>") == 1
+    held = re.search(r'id="data">(.*?)</script>', text).group(1)
+    assert json.loads(held) == {"tip": "</script><!-- x"}
+    assert "<!--" not in held
+
+
+def test_numbers_that_json_does_not_know_are_refused():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        pages.page("t", "", data=float("nan"))
+
+
+def test_without_scripts_a_short_time_line_is_a_picture(monkeypatch):
+    band = Band("t", "n", 1, [Piece(0, 0, "F", 0, 1, "0", "tip")])
+    assert '<noscript><svg xmlns="http' in pages.timeline_page("t", "l", [band])
+    monkeypatch.setattr(pages, "_STILL", 0)
+    assert "<noscript>This page needs scripts.</noscript>" in pages.timeline_page("t", "l", [band])

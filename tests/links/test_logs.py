@@ -2,7 +2,7 @@
 
 import logging
 
-from ds_local.links.logs import start_log
+from ds_local.links.logs import _LogFile, say, start_log
 
 
 def test_every_rank_has_a_log_of_its_own(tmp_path):
@@ -22,3 +22,24 @@ def test_every_rank_has_a_log_of_its_own(tmp_path):
         ["INFO", "hello"],
         ["WARNING", "there"],
     ]
+
+
+def test_a_full_disk_leaves_no_traceback_on_the_console(tmp_path, capsys):
+    handler = _LogFile(tmp_path / "log")
+    record = logging.LogRecord("ds_local", logging.INFO, "", 0, "hello", None, None)
+    for error in (OSError(28, "No space left on device"), ValueError("another fault")):
+        try:
+            raise error
+        except (OSError, ValueError):
+            handler.handleError(record)
+        said = capsys.readouterr().err
+        assert ("Logging error" in said) is isinstance(error, ValueError)
+    handler.close()
+
+
+def test_a_sentence_has_a_line_of_its_own(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    say("alone")
+    monkeypatch.setenv("RANK", "0")
+    say("beside a bar of another rank")
+    assert capsys.readouterr().err == "alone\n\nbeside a bar of another rank\n"

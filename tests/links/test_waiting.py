@@ -4,7 +4,7 @@ import pytest
 from torch import distributed as dist
 
 from ds_local.errors import LostConnection, TransportError
-from ds_local.links.waiting import Waiter, is_late, is_lost
+from ds_local.links.waiting import EVERYBODY, WAITING, Waiter, is_late, is_lost
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
 
@@ -80,3 +80,15 @@ def test_waiting_names_whom_and_lets_other_errors_pass():
     with pytest.raises(RuntimeError, match="CUDA error") as other:
         waiter.wait_for(Work(RuntimeError("CUDA error: bad")), 1, "stage 1", "to send step 2")
     assert not isinstance(other.value, TransportError)
+
+
+def test_waits_are_known_while_they_last_and_counted():
+    class Look:
+        def wait(self, limit):
+            seen.append((WAITING[0].rank, WAITING[0].purpose, limit.total_seconds()))
+
+    seen, waiter = [], Waiter(5.0)
+    waiter.wait_for(Look(), EVERYBODY, "all", "at the start")
+    assert seen == [(EVERYBODY, "at the start", 5.0)]
+    assert WAITING == []
+    assert 0 < waiter.waited < 5
