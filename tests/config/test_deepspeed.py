@@ -2,7 +2,13 @@
 
 import pytest
 
-from ds_local.config.deepspeed import batch_sizes, check_deepspeed
+from ds_local.config.deepspeed import (
+    batch_sizes,
+    bf16_enabled,
+    check_deepspeed,
+    check_number,
+    zero_stage,
+)
 from ds_local.errors import ConfigError
 
 DEEPSPEED_MISTAKES = {
@@ -90,3 +96,23 @@ def test_batch_sizes_that_contradict_each_other(config, words):
 def test_sections_are_objects(key, value):
     with pytest.raises(ConfigError, match=f"{key} must be an object"):
         check_deepspeed({key: value})
+
+
+def test_precision_and_zero_are_read_under_their_old_names_too():
+    assert bf16_enabled({"bfloat16": {"enabled": True}})
+    assert not bf16_enabled({"bf16": {"enabled": False}})
+    assert [zero_stage(c) for c in ({}, {"zero_optimization": {"stage": 1}})] == [0, 1]
+
+
+def test_a_number_is_of_its_kind_and_between_its_bounds():
+    check_number("a", 3)
+    check_number("a", 0.5, float, 0, 1)
+    for value, kind, bounds, said in (
+        (True, int, (1,), "a must be an integer of at least 1, got True"),
+        (2.0, int, (1,), "a must be an integer of at least 1, got 2.0"),
+        (1.5, float, (0, 1), "a must be a number of 0 to 1, got 1.5"),
+        ("1", float, (0, 1), "a must be a number of 0 to 1, got '1'"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            check_number("a", value, kind, *bounds)
+        assert str(error.value) == said

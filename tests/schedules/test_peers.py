@@ -2,8 +2,9 @@
 
 import pytest
 
-from ds_local.schedules.peers import PEERS
-from ds_local.schedules.replay import grid_of
+from ds_local.errors import ScheduleError
+from ds_local.schedules.peers import PEERS, TITLES, gpipe, interleaved, one_f_one_b
+from ds_local.schedules.replay import grid_of, validate
 from ds_local.schedules.schedule import (
     FORWARD,
     INPUT_GRADIENT,
@@ -49,3 +50,36 @@ def zero_bubble_of_the_paper(num_stages, num_micro_batches):
         ]
         stages.append(tuple(actions))
     return stages
+
+
+def order(schedule):
+    return [" ".join(map(str, stage)) for stage in schedule.stages]
+
+
+def test_two_stages_and_three_micro_batches_by_hand():
+    assert order(gpipe(2, 3)) == ["F0 F1 F2 B0 B1 B2"] * 2
+    assert order(one_f_one_b(2, 3)) == ["F0 F1 B0 F2 B1 B2", "F0 B0 F1 B1 F2 B2"]
+    assert gpipe(2, 3).peak_live == (3, 3)
+    assert one_f_one_b(2, 3).peak_live == (2, 1)
+
+
+def test_interleaving_goes_through_every_stage_twice():
+    schedule = interleaved(2, 2)
+    assert schedule.stage_of == (0, 1, 0, 1)
+    first = [(a.kind, a.segment, a.micro_batch) for a in schedule.stages[1]]
+    assert first[:4] == [("F", 1, 0), ("F", 1, 1), ("F", 3, 0), ("B", 3, 0)]
+    assert schedule.message_counts() == {"activations": 6, "gradients": 6}
+    # finer pieces leave half of 1F1B's bubble: a piece takes half the time of a stage
+    half = simulate(interleaved(2, 8), Costs(0.5, 0.5, 0.5)).makespan - 8 * 3
+    assert half == (simulate(one_f_one_b(2, 8), Costs()).makespan - 8 * 3) / 2
+
+
+def test_interleaving_needs_whole_groups():
+    with pytest.raises(ScheduleError, match="in multiples of the 2 stages, got 3"):
+        interleaved(2, 3)
+
+
+def test_every_peer_has_a_title_and_a_valid_order():
+    assert PEERS.keys() == TITLES.keys()
+    for make in PEERS.values():
+        validate(make(3, 6), 4)
