@@ -19,10 +19,8 @@ from ds_local.measure import (
     report,
     sleeping,
 )
-from ds_local.measure.live import LiveTensors
 from ds_local.measure.sweep import Setting, sweep
-from ds_local.measure.systems import SYSTEMS, choose, from_torch
-from ds_local.schedules.simulator import Costs, simulate
+from ds_local.measure.systems import SYSTEMS, choose
 
 POOL = SimpleNamespace(run=run_ranks)
 QUICK = sleeping.Times(0.001, 0.001, 0.001)
@@ -45,43 +43,6 @@ def command(monkeypatch, capsys, *arguments):
 
 
 # --- counting -------------------------------------------------------------------------------------
-
-
-def test_saved_tensors_are_counted_once_and_weights_never():
-    linear, x = torch.nn.Linear(4, 4), torch.ones(2, 4, requires_grad=True)
-    with LiveTensors() as live:
-        y = linear(x)  # saves x: 2 x 4 floats
-        assert live.now == 32
-        z = y.exp() + linear(x)  # saves the result of exp, and x again
-        assert live.now == 64
-        z.sum().backward()
-        assert live.now == 0
-    assert live.peak == 64
-
-
-def test_a_stage_splits_its_backward_pass():
-    sleeping.EVENTS.clear()
-    stage, x = sleeping.Stage(QUICK), torch.ones(1, 3, requires_grad=True)
-    y = stage(x)
-    torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
-    assert [what for what, *_ in sleeping.EVENTS] == ["forward", "input gradient"]
-    y.sum().backward()
-    assert sorted(what for what, *_ in sleeping.EVENTS[2:]) == ["input gradient", "weight gradient"]
-
-
-def test_torch_actions_become_a_schedule():
-    # two ranks, V: stages 0 and 3 on rank 0, 1 and 2 on rank 1; one micro-batch
-    order = {
-        0: ["0F0", "3F0", "3I0", "3W0", None, "(0B0;)OVERLAP_F_B"],
-        1: ["1F0", "2F0", "2B0", "1B0", "1SEND_F0"],
-    }
-    schedule = from_torch("V", {rank: list(map(str, actions)) for rank, actions in order.items()})
-    assert schedule.stage_of == (0, 1, 1, 0)
-    assert schedule.peak_live == (2, 2)
-    timeline = simulate(schedule, Costs())
-    # forwards 0 1 2 3, then 3I, 2B, 1B, 0B on the way back
-    assert timeline.makespan == 4 + 1 + 2 + 2 + 2
-    assert timeline.busy == [6, 6]
 
 
 def test_tables_take_repetitions_of_several_runs_together():
@@ -301,12 +262,6 @@ def test_links_are_skipped_with_a_sentence_where_namespaces_are_not_allowed(monk
     code, said = command(monkeypatch, capsys, "links")
     assert code == 0
     assert "does not allow network namespaces (operation not permitted)" in said.out
-
-
-def test_systems_that_cannot_run_say_why():
-    dualpipev = choose(["torch:DualPipeV"])[0]
-    assert dualpipev.refuses(4, 7) == "torch:DualPipeV needs at least 8 micro-batches at 4 stages"
-    assert dualpipev.refuses(4, 8) is None
 
 
 def test_documents_name_commands_that_parse():

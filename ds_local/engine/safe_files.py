@@ -90,6 +90,10 @@ def _reason(error: Exception) -> str:
     """The telling line of torch's long message about a file it does not trust."""
     lines = str(error).splitlines() or [type(error).__name__]
     return next(
-        (line.strip().partition(". Please use")[0] for line in lines if "Unsupported" in line),
+        (
+            line.strip().partition(". Please use")[0]
+            for line in lines
+            if "unsupported" in line.lower()
+        ),
         lines[0],
     )

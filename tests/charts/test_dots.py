@@ -4,7 +4,7 @@ import re
 from xml.etree import ElementTree
 
 from ds_local.charts.dots import Dot, DotPanel, draw_dots
-from ds_local.charts.style import SERIES, colors_of
+from ds_local.charts.style import SERIES
 
 CIRCLE = r'<circle cx="([\d.]+)" cy="([\d.]+)" r="4.5" fill="([^"]+)"'
 
@@ -42,10 +42,3 @@ def test_bars_begin_at_zero_and_say_their_value():
     wide = re.findall(r'width="([\d.]+)" height="16"', text)
     assert round(float(wide[1]) / float(wide[0]), 2) == 4
     assert ">40</text>" in text
-
-
-def test_a_scheme_has_one_colour_and_no_two_have_the_same():
-    few, many = colors_of(["local", "chunked 2"]), colors_of(["chunked 2", "backprop", "local"])
-    assert all(many[name] == color for name, color in few.items())
-    several = colors_of(["local", "local, head 5 %", "torch ZBV", "unknown"])
-    assert len(set(several.values())) == 4

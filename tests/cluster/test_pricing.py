@@ -1,11 +1,8 @@
-import json
-
 import pytest
 
-from ds_local.cluster.candidates import ROWS, Candidate, Cluster, Model, measured_model
+from ds_local.cluster.candidates import ROWS, Candidate, Cluster, Model
 from ds_local.cluster.pricing import Pricing, expected_memory
-from ds_local.cluster.row_samples import schedule_for, streams_leaving_a_node
-from ds_local.errors import ConfigError
+from ds_local.cluster.row_samples import schedule_for
 from ds_local.model.flops import UnitCosts, stage_flops
 from ds_local.schedules.list_scheduler import make_schedule
 from ds_local.schedules.routes import make_routes
@@ -60,19 +57,6 @@ def test_run_ahead_by_hand():
     assert ahead.memory - plain.memory == pytest.approx(400)
 
 
-def test_a_data_parallel_step_by_hand():
-    cluster = Cluster(
-        nodes=4, devices_per_node=1, tflops=1, memory_gib=1, link_gbps=1e-6, intra_gbps=1
-    )
-    price = Pricing(even(1), cluster, 8).price(Candidate(1, 4, "data parallel", "", 2, 1))
-    # 100 fp32 parameters: each device sends 2 x 3/4 of 400 bytes over 125 bytes a second, after 2
-    # sequences of 3 seconds
-    assert price.step_seconds == pytest.approx(6 + 600 / 125)
-    assert price.bytes_reduced == 600
-    assert price.tokens == 80
-    assert "averaging gradients" in price.loss
-
-
 def test_local_training_by_hand():
     cluster = Cluster(
         1, 4, 1, 80, 1, 8 * 360 / 1e9 / 2
@@ -86,53 +70,6 @@ def test_local_training_by_hand():
     assert local.idle_share == pytest.approx(0)
     assert true.step_seconds > 24 + 3 * (3 + 4)  # fill and drain, and both ways over three links
     assert local.bytes_per_edge == 8 * 360
-
-
-def test_streams_that_leave_a_node():
-    # 2 stages x 4 replicas on 2 nodes of 4: ranks are stage-major, so a node is a stage: every
-    # activation crosses, no ring does
-    assert streams_leaving_a_node(2, 4, "across_nodes", 4) == (4, 0)
-    # replica-major: a node holds two whole pipelines; each stage's ring leaves the node once
-    assert streams_leaving_a_node(2, 4, "within_node", 4) == (0, 2)
-    assert streams_leaving_a_node(1, 4, "across_nodes", 4) == (0, 0)
-
-
-def test_memory_by_hand():
-    pricing = Pricing(even(2, kept=50), Cluster(1, 2, 1, 80, 1, 1, reserve_gib=0), 8, zero_stage=0)
-    local, true = (
-        pricing.price(Candidate(2, 1, row, "", 4, 2)).memory for row in ("local", "backprop")
-    )
-    # 100 fp32 parameters with gradient and two moments; per live micro-batch 40 tokens x (50 kept +
-    # 8 at the boundary) numbers
-    assert local == 1600 + 40 * 58 * 4
-    assert true == 1600 + 2 * 40 * 58 * 4
-
-
-def test_a_profile_replaces_the_flops(tmp_path):
-    costs = {"forward": [2, 2], "input_grad": [1, 1], "weight_grad": [1, 1], "head": [0.5, 3.0]}
-    facts = {
-        "costs": costs,
-        "layout": {"stages": 2, "segment_parts": [0, 3, 6], "sequences": 2},
-        "measured": {"step_seconds": [40, 40], "update_seconds": [3, 5], "parameters": [100, 300]},
-    }
-    profile = tmp_path / "profile.json"
-    profile.write_text(json.dumps(facts))
-    model = measured_model(even(2), profile)
-    assert model.costs == UnitCosts(1.0, 1.5, [0.25])
-    assert model.update_seconds == 8 / 400  # of a parameter
-    del facts["measured"]
-    profile.write_text(json.dumps(facts))
-    with pytest.raises(ConfigError, match="profile the run again"):
-        measured_model(even(2), profile)
-
-
-@pytest.mark.parametrize(
-    ("row", "micro_batches", "backprop"),
-    [("mixed 1/4", 8, 2), ("mixed 1/2", 8, 4), ("mixed 1/2", 3, 1)],
-)
-def test_a_mix_keeps_its_share_of_backpropagation(row, micro_batches, backprop):
-    modes = [routes.mode for routes in schedule_for(row, 4, micro_batches).rows]
-    assert modes == ["backprop"] * backprop + ["local"] * (micro_batches - backprop)
 
 
 @pytest.mark.parametrize("mode", ["backprop", "chunked"])

@@ -9,10 +9,7 @@ from launch import ROOT
 from ranks import free_port
 
 from ds_local.cluster import start_check as cluster
-from ds_local.cluster.assembly import spans
-from ds_local.cluster.edges import describe_hosts
 from ds_local.cluster.start_check import fingerprint
-from ds_local.config.sections import LayoutConfig
 from ds_local.errors import ClusterError
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -99,19 +96,5 @@ def test_every_documented_mistake_is_said(name):
     assert CASES[name][1] in make(name)[0]
 
 
-def test_fingerprints_and_spans():
+def test_fingerprints():
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1})
-    assert spans([5, 0, 1, 2, 3]) == "0-3, 5"
-    assert (
-        describe_hosts({"stage 0": {"hosts": ["a", "b"], "ranks": [0, 1, 2]}})
-        == "stage 0 on a, b (ranks 0-2)"
-    )
-
-
-def test_which_ranks_hold_which_stage():
-    across, within = LayoutConfig(), LayoutConfig(stages="within_node")
-    assert across.ranks(2, 3) == [[0, 3], [1, 4], [2, 5]]
-    assert within.ranks(2, 3) == [[0, 1], [2, 3], [4, 5]]
-    assert across.neighbours(4, 2, 3) == [1, 5]
-    assert within.neighbours(3, 2, 3) == [2, 5]
-    assert within.neighbours(0, 1, 1) == []

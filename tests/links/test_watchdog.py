@@ -1,9 +1,7 @@
 """Who is waited for without waiting is named; nothing is said before a wait is long."""
 
-import logging
 import threading
 
-from ds_local.links.logs import start_log
 from ds_local.links.notices import Absence
 from ds_local.links.observer import Wait
 from ds_local.links.waiting import EVERYBODY
@@ -75,22 +73,3 @@ def test_the_watchdog_speaks_once_a_wait_is_long_and_not_before():
         dog.stop()
     assert said[0].startswith("no progress: stage 1 (rank 1) has not come: in step 6 for 70 s")
     assert "stage 0 (rank 0) has waited 5 s for stage 1 (rank 1) to send step 5" in said[0]
-
-
-def test_every_rank_has_a_log_of_its_own(tmp_path):
-    before = {name: list(logging.getLogger(name).handlers) for name in ("ds_local", "DeepSpeed")}
-    try:
-        path = start_log(tmp_path / "logs", 1, 3)
-        logging.getLogger("ds_local").info("hello")
-        logging.getLogger("DeepSpeed").warning("there")
-        lines = path.read_text().splitlines()
-    finally:
-        for logger, handlers in before.items():
-            for handler in set(logging.getLogger(logger).handlers) - set(handlers):
-                logging.getLogger(logger).removeHandler(handler)
-                handler.close()
-    assert path.name == "rank-003.log"
-    assert [line.partition(" stage 1 rank 3 ")[2].split(" ", 2)[1:] for line in lines] == [
-        ["INFO", "hello"],
-        ["WARNING", "there"],
-    ]

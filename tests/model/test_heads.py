@@ -10,7 +10,6 @@ from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
 from ds_local.model import blocks, compiled_loss, families, heads
 from ds_local.model.heads import IGNORE, count_targets, linear_cross_entropy, lm_loss
-from ds_local.replicas.head_copies import planned_copies, refresh_delay
 from ds_local.schedules.run_plan import RunPlan
 
 PARTS = [0, 2, 3, 4, 6]  # four segments over the embedding, four blocks and the readout
@@ -84,22 +83,6 @@ def test_sliced_loss_equals_plain_loss_in_value_and_gradients(kernel, monkeypatc
         results.append((loss, h.grad, w.grad))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
-def test_compiled_loss_computes_the_gradients_that_are_wanted(wanted):
-    hidden = torch.randn(1100, 24, requires_grad=wanted[0])
-    weight = torch.randn(2000, 24, requires_grad=wanted[1])
-    targets = torch.randint(0, 2000, (1100,))
-    loss = linear_cross_entropy(hidden, weight, targets, "compiled")
-    plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
-    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
-    assert loss.requires_grad == any(wanted)
-    if any(wanted):
-        inputs = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
-        found = (torch.autograd.grad(one * 3, inputs) for one in (loss, plain))
-        for got, expected in zip(*found, strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_sliced_loss_in_bf16_is_near_plain_loss():
@@ -230,26 +213,6 @@ def test_a_shared_readout_starts_as_the_last_one_and_takes_no_gradient(config):
     head(torch.randn(2, 6, 32), tokens(2, 6)).backward()
     assert head.readout.weight.grad is None
     assert head.norm.weight.grad is not None
-
-
-def test_planned_copies_and_their_delay():
-    section = local_parallel(
-        {
-            "local_parallel": {
-                "head": {"readout": "shared", "blocks": [1, 0, 1], "blocks_from": "next_tracked"}
-            }
-        }
-    )
-    assert list(map(str, planned_copies(section, 4, {0, 1, 2}))) == [
-        "readout copy 3 -> 0",
-        "blocks copy 1 -> 0",
-        "readout copy 3 -> 1",
-        "readout copy 3 -> 2",
-        "blocks copy 3 -> 2",
-    ]
-    assert refresh_delay(1, 8, 4) == 1
-    assert refresh_delay(4, 8, 4) == 4
-    assert refresh_delay(4, 1, 4) == 25
 
 
 @pytest.mark.parametrize(

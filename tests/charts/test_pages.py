@@ -6,14 +6,9 @@ import re
 import pytest
 from browser import opened, shown
 
-from ds_local.charts.maps import Panel, draw_map
-from ds_local.charts.style import SERIES
-from ds_local.charts.timelines import draw_bands
+from ds_local.charts import pages
+from ds_local.charts.timelines import Band, Piece
 from ds_local.cli.simulate import main
-from ds_local.schedules.drawing import band_of, draw_routes
-from ds_local.schedules.list_scheduler import make_schedule
-from ds_local.schedules.routes import make_routes
-from ds_local.schedules.simulator import Costs, several_steps, simulate
 
 
 def write_page(tmp_path, *more):
@@ -88,41 +83,23 @@ def test_it_works_in_a_browser(tmp_path, capsys):
     assert drawn == "true"
 
 
-def svg_of(mode, stages=3, **options):
-    schedule = make_schedule([(make_routes(mode, stages, **options), 2)], stages)
-    return simulate(schedule, Costs()), several_steps(schedule, Costs(), 2)
+def test_a_page_is_marked_as_ours_and_data_cannot_end_it():
+    text = pages.page("a < b", "<p>body</p>", data={"tip": "</script><!-- x"})
+    assert pages.PAGE_MARK in text[:200]
+    assert "<title>a &lt; b</title>" in text
+    assert text.count("</script>") == 1
+    held = re.search(r'id="data">(.*?)</script>', text).group(1)
+    assert json.loads(held) == {"tip": "</script><!-- x"}
+    assert "<!--" not in held
 
 
-def test_a_still_picture_has_a_box_for_each_action():
-    timeline, events = svg_of("interlocking", window=2)
-    text = draw_bands([band_of(timeline, events)], "label").file()
-    for kind in "FBI":
-        count = sum(event.action.kind == kind for event in events)
-        boxes = re.findall(rf'class="{kind}(?: late)?"', text)
-        assert len(boxes) == count + 1  # and one in the legend
-    assert "prefers-color-scheme:dark" in text
-    assert text.count("idle") == 2  # in the title and the legend
+def test_numbers_that_json_does_not_know_are_refused():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        pages.page("t", "", data=float("nan"))
 
 
-def test_a_map_has_the_colour_and_the_value_of_what_is_best():
-    cells = [
-        [{"backprop": 0.5, "chunked 2": 0.4}, {"backprop": 0.5, "chunked 2": 0.6}],
-        [{"backprop": 0.3, "chunked 2": 0.3}, {"backprop": 1.0, "chunked 2": 2.0}],
-    ]
-    axes = ("up", ["1", "2"]), ("right", ["x", "y"])
-    text = draw_map("t", [Panel("p", cells)], *axes, "time").file()
-    found = re.findall(
-        r'<rect[^>]*fill="(#\w+)"[^>]*><title>backprop: [^<]*</title></rect><text[^>]*>([\d.]+)<',
-        text,
-    )
-    first, second = SERIES[:2]
-    assert found == [(second, ".40"), (first, ".50"), (first, ".30"), (first, "1.00")]
-
-
-def test_a_route_table_has_a_cell_for_each_route():
-    table = make_routes("overlapping", 3, 2, "mean")
-    text = draw_routes([("", table)]).file()
-    tips = re.findall(r"<title>loss (\d) trains segment (\d)</title>", text)
-    routes = {(str(loss), str(s)) for loss, row in table.weights.items() for s in row}
-    assert set(tips) == routes
-    assert text.count(">0.5<") == 4
+def test_without_scripts_a_short_time_line_is_a_picture(monkeypatch):
+    band = Band("t", "n", 1, [Piece(0, 0, "F", 0, 1, "0", "tip")])
+    assert '<noscript><svg xmlns="http' in pages.timeline_page("t", "l", [band])
+    monkeypatch.setattr(pages, "_STILL", 0)
+    assert "<noscript>This page needs scripts.</noscript>" in pages.timeline_page("t", "l", [band])

@@ -1,0 +1,23 @@
+"""The compiled loss of a readout, beside the plain one."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ds_local.model.heads import linear_cross_entropy
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+def test_compiled_loss_computes_the_gradients_that_are_wanted(wanted):
+    hidden = torch.randn(1100, 24, requires_grad=wanted[0])
+    weight = torch.randn(2000, 24, requires_grad=wanted[1])
+    targets = torch.randint(0, 2000, (1100,))
+    loss = linear_cross_entropy(hidden, weight, targets, "compiled")
+    plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+    assert loss.requires_grad == any(wanted)
+    if any(wanted):
+        inputs = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
+        found = (torch.autograd.grad(one * 3, inputs) for one in (loss, plain))
+        for got, expected in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
