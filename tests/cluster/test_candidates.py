@@ -79,6 +79,7 @@ def test_rows_that_are_backpropagation_have_no_heads():
         "backprop",
         "backprop, split 1",
         "backprop, split 2",
+        "backprop, run ahead",
     ]
     assert [split_backward_of(row) for row in ("local", "backprop, split 2")] == [0, 2]
     assert Cluster(3, 8, 1, 1, 1, 1).devices == 24
