@@ -179,11 +179,13 @@ def test_real_systems_train_the_same_model():
 
 def test_gpu_dry_run_on_the_cpu(tmp_path, monkeypatch, capsys):
     file = tmp_path / "gpu.json"
-    code, said = command(
-        monkeypatch, capsys, "gpu", "--dry-run", "--no-compile", "--stages", 4, "--json", file
-    )
+    parts = ("--parts", "tests", "whole", "stages", "heads", "engine")
+    options = ("--dry-run", "--no-compile", "--stages", 4, "--json", file, *parts)
+    code, said = command(monkeypatch, capsys, "gpu", *options)
     assert code == 0, said.err
     rows = json.loads(file.read_text())
+    (tests,) = (r for r in rows if r["what"] == "tests")
+    assert (tests["passed"], tests["failed"]) == (1, 0)
     assert [r["stage"] for r in rows if r["what"] == "stage"] == [0, 1, 2, 3]
     assert sum(r["blocks"] for r in rows if r["what"] == "stage") == 8
     predictions = [r for r in rows if r["what"] == "prediction"]
@@ -195,6 +197,20 @@ def test_gpu_dry_run_on_the_cpu(tmp_path, monkeypatch, capsys):
     }
     assert all(0 < r["efficiency"] <= 1 for r in predictions)
     assert "predicted efficiency" in said.out
+
+
+@pytest.mark.slow
+def test_gpu_dry_run_of_the_study(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "gpu.json"
+    monkeypatch.chdir(tmp_path)  # data and runs
+    code, said = command(
+        monkeypatch, capsys, "gpu", "--dry-run", "--parts", "study", "--json", file
+    )
+    assert code == 0, said.err
+    rows = json.loads(file.read_text())
+    (study,) = (r for r in rows if r["what"] == "study")
+    assert study["method"] == "backprop"
+    assert 3 < study["loss"] < 7
 
 
 def test_heads_on_a_tiny_model(tmp_path, monkeypatch, capsys):

@@ -263,6 +263,9 @@ def _add_real_compute(
     _add_gpu(command)
 
 
+GPU_PARTS = ["tests", "whole", "stages", "heads", "engine", "study"]
+
+
 def _add_gpu(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         gpu,
@@ -278,9 +281,9 @@ def _add_gpu(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--parts",
         nargs="+",
-        choices=["whole", "stages", "heads", "engine"],
-        default=["whole", "stages", "heads", "engine"],
-        help="what to measure; heads and engine with the first model",
+        choices=GPU_PARTS,
+        default=GPU_PARTS,
+        help="what to do; heads and engine with the first model",
     )
     sub.add_argument("--stages", type=int, nargs="+", default=[4, 8])
     sub.add_argument("--sequences", type=int, default=16, help="in a micro-batch")
@@ -295,6 +298,9 @@ def _add_gpu(command: Callable[..., argparse.ArgumentParser]) -> None:
         default=989.0,
         help="of the device in bf16, for the MFU; 989 is an H100 or H200",
     )
+    sub.add_argument("--study-minutes", type=float, default=8, help="for the runs of the study")
+    sub.add_argument("--study-steps", type=float, default=0.25, help="share of the preset's steps")
+    sub.add_argument("--study-folder", type=Path, default=Path("out/study"))
     sub.add_argument("--no-compile", action="store_true", help="eager only")
     sub.add_argument(
         "--dry-run",

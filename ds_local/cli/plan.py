@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from ds_local.cli.arguments import Parser, number, output_file, whole
-from ds_local.cluster.candidates import GIB, HEADS, ROWS, Cluster, Model, Price, measured_model
+from ds_local.cluster.candidates import (
+    GIB,
+    HEADS,
+    PRESENT_ROWS,
+    ROWS,
+    Cluster,
+    Model,
+    Price,
+    measured_model,
+)
 from ds_local.cluster.planner import Plan, plan
 from ds_local.cluster.pricing import Pricing
 from ds_local.config import shipped, strict_json
@@ -63,7 +72,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--heads", nargs="+", choices=HEADS, default=list(HEADS), help="auxiliary heads to consider"
     )
-    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="schemes to consider")
+    text = "schemes to consider; default all but those that run ahead: older gradients teach less"
+    add("--rows", nargs="+", choices=ROWS, default=PRESENT_ROWS, help=text)
     add("--fp32", action="store_true", help="instead of bf16 with fp32 master weights")
     add(
         "--profile",

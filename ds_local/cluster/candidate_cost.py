@@ -160,6 +160,7 @@ class CandidateCost:
         if (
             not all(row.mode == "backprop" for row in self.sample.rows)
             or self.candidate.stages == 1
+            or not self.sample.flushes
         ):
             return 0.0
         # a split backward defers the weight gradient
@@ -186,6 +187,7 @@ class CandidateCost:
         ):
             trained, copied = self._head_params(stage)
             state = (self._params(stage) + trained) * (fixed + sharded) + copied * model.itemsize
+            state += self.sample.copies[stage] * self._params(stage) * model.itemsize
             boundary = tokens * model.hidden * model.itemsize
             per_live = (
                 self.blocks[stage] * (boundary if candidate.recompute else one_block) + boundary

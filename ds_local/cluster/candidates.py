@@ -28,10 +28,12 @@ ROWS = {
         "backprop",
         "backprop, split 1",
         "backprop, split 2",
+        "backprop, run ahead",
         "interlocking 2",
         "overlapping 2",
         "chunked 2",
         "chunked 2, split 2",
+        "chunked 2, run ahead",
         "mixed 1/2",
         "mixed 1/4",
         "local",
@@ -42,6 +44,10 @@ HEADS = {
     "shared, 1/4 of tokens": HeadConfig(readout="shared", token_fraction=0.25),
     "rank 128, 1/4 of tokens": HeadConfig(rank=128, token_fraction=0.25),
 }
+
+
+# without those whose gradients are older than the weights they change, which must be asked for
+PRESENT_ROWS = [row for row in ROWS if not ROWS[row].get("run_ahead")]
 
 
 def split_backward_of(row: str) -> int:

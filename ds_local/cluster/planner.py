@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ds_local.cluster.candidates import (
     GIB,
+    PRESENT_ROWS,
     ROWS,
     Candidate,
     Cluster,
@@ -76,7 +77,7 @@ class Plan:
 
 
 def plan(
-    pricing: Pricing, heads: Sequence[str], rows: Sequence[str] = tuple(ROWS), keep: int = 2
+    pricing: Pricing, heads: Sequence[str], rows: Sequence[str] = tuple(PRESENT_ROWS), keep: int = 2
 ) -> Plan:
     """Price every legal layout, simulate what could be the best of its row.
 

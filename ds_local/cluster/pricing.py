@@ -136,7 +136,9 @@ def expected_memory(hf_config: Any, config: Mapping[str, Any], stages: int, repl
     rows = [
         row
         for row, of in ROWS.items()
-        if of.get("mode", "mixed") == wanted and split_backward_of(row) <= section.split_backward
+        if of.get("mode", "mixed") == wanted
+        and split_backward_of(row) <= section.split_backward
+        and bool(of.get("run_ahead")) == bool(scheme.run_ahead)
     ]
     row = (
         "data parallel"

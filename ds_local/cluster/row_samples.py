@@ -11,6 +11,7 @@ from ds_local.cluster.candidates import ROWS
 from ds_local.config.catalog import section_of
 from ds_local.config.files import local_parallel
 from ds_local.config.strict import SECTION
+from ds_local.schedules.run_ahead import copies_of
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Schedule
 from ds_local.schedules.simulator import StepTimer
@@ -40,6 +41,8 @@ class Sample(NamedTuple):
     losses: list[float]  # of each stage, the share of micro-batches that compute its loss
     peak_live: tuple[int, ...]
     peak_deferred: tuple[int, ...]
+    copies: list[int]  # of each stage, the most earlier weights that it keeps
+    flushes: bool  # no forward of a step begins before the update of the one before
     sends_gradients: bool
 
 
@@ -56,6 +59,8 @@ def sample_of(row: str, stages: int, micro_batches: int) -> Sample:
         losses,
         schedule.peak_live,
         schedule.peak_deferred,
+        copies_of(schedule),
+        not schedule.leads,
         schedule.message_counts()["gradients"] > 0,
     )
 

@@ -27,6 +27,7 @@ from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
 from ds_local.measure import report
 from ds_local.measure.device import SEED, Device, Layers
+from ds_local.measure.gpu_checks import study_rows, tests_row
 from ds_local.measure.gpu_engine import engine_rows
 from ds_local.measure.gpu_predictions import predictions
 from ds_local.measure.heads import PARTS, VARIANTS
@@ -82,6 +83,8 @@ _SAID = ("tokens_per_second", "useful_mfu", "forward", "head", "seconds", "effic
 def _tasks(bench: _Bench, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, what makes its rows), the most telling first."""
     kinds = [False] if args.no_compile else [True, False]
+    if "tests" in args.parts:
+        yield "tests", partial(tests_row, args)
     for model in args.models:
         config = bench.config(model)
         for compiled in kinds if "whole" in args.parts else []:
@@ -96,6 +99,8 @@ def _tasks(bench: _Bench, args: argparse.Namespace) -> Iterator[tuple[str, Calla
         yield f"{first} engine", partial(engine_rows, bench.device, source, first, args)
     if "heads" in args.parts:
         yield f"{first} heads", partial(bench.heads, first, bench.config(first))
+    if "study" in args.parts:
+        yield "study", partial(study_rows, args)
 
 
 class _Bench:
@@ -121,7 +126,6 @@ class _Bench:
         return self.args.sequences * self.args.tokens
 
     def mfu(self, config: Any, num_blocks: int, readout: bool, seconds: float) -> float:
-        """Of a micro-batch, forward and backward."""
         block, last = blocks.forward_flops(config, self.args.tokens)
         flops = 3.0 * self.tokens * (block * num_blocks + last * readout)
         return flops / seconds / (self.args.peak_tflops * 1e12)
@@ -260,8 +264,7 @@ class _Bench:
         return self.device.seconds(step)
 
     def heads(self, model: str, config: Any) -> Iterator[Row]:
-        """Time and memory of each kind of head, beside a block and a stage's quarter of the
-        blocks."""
+        """Time and memory of each kind of head, beside a block."""
         ids = self.device.ids(config, self.args.sequences, self.args.tokens)
         hidden = torch.randn(
             *ids.shape, config.hidden_size, device=self.device.device, dtype=torch.bfloat16

@@ -239,6 +239,15 @@ def gpu_tables(rows: Sequence[Row]) -> list[str]:
             "useful MFU %": lambda r: percent(r["useful_mfu"]),
             "peak GiB": gibibytes,
         },
+        "tests": {
+            "tests of a device": lambda r: f"{r['passed']} passed, {r['failed']} failed",
+            "seconds": lambda r: number(r["seconds"], ".0f"),
+        },
+        "study": {
+            "study": lambda r: f"{r['preset']}: {r['method']}",
+            "validation loss": lambda r: number(r["loss"], ".4f"),
+            "tokens": lambda r: f"{r['tokens']:,}",
+        },
         "head": {
             "head": lambda r: f"{r['model']}: {r['head']}",
             "forward + backward ms": ms("seconds"),

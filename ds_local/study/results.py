@@ -11,6 +11,7 @@ from statistics import mean
 from typing import Any
 
 from ds_local.config import strict_json
+from ds_local.errors import DataError
 from ds_local.outputs import write_file
 from ds_local.study.methods import COSINE, METHODS, WSD
 from ds_local.study.recipes import TRIAL
@@ -22,7 +23,12 @@ NEAR = 1.5  # ratio of two runs' steps up to which a line between them is right 
 
 def all_runs(kept: Path, folder: Path) -> list[dict[str, Any]]:
     """The results kept in a file of one line each, and those finished in a folder, which are added
-    to it but for trials."""
+    to it but for trials.
+
+    Raises:
+        DataError: where results of a preset are of different texts, so that their losses cannot be
+            compared.
+    """
     results = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     results += [json.loads(path.read_text()) for path in sorted(folder.glob("*/*/result.json"))]
     latest = {
@@ -31,6 +37,14 @@ def all_runs(kept: Path, folder: Path) -> list[dict[str, Any]]:
         if result["preset"] != TRIAL
     }
     runs = [latest[identity] for identity in sorted(latest)]
+    for preset in dict.fromkeys(run["preset"] for run in runs):
+        texts = {run.get("data") for run in runs if run["preset"] == preset}
+        if len(texts) > 1:
+            names = ", ".join(sorted(str(text)[:12] for text in texts))
+            raise DataError(
+                f"runs of {preset} in {kept} and {folder} are of different data ({names}: the "
+                "fingerprints), so their losses cannot be compared; keep those of one"
+            )
     write_file(kept, "".join(strict_json.dumps(run) + "\n" for run in runs))
     return runs
 

@@ -44,6 +44,19 @@ def test_no_layout_is_faster_than_its_bound(row):
     assert simulated.step_seconds == pytest.approx(exact, rel=1e-6)
 
 
+def test_run_ahead_by_hand():
+    """No stage waits; for that a stage keeps a second copy of its 100 parameters."""
+    cluster = Cluster(1, 4, 1, 80, 1e9, 1e9)
+    pricing = Pricing(even(), cluster, 4)
+    ahead, plain = (
+        pricing.simulate(pricing.price(Candidate(4, 1, row, "", 1, 4)))
+        for row in ("chunked 2, run ahead", "chunked 2")
+    )
+    assert ahead.step_seconds == pytest.approx(12)
+    assert plain.step_seconds == pytest.approx(15)
+    assert ahead.memory - plain.memory == pytest.approx(400)
+
+
 def test_local_training_by_hand():
     cluster = Cluster(
         1, 4, 1, 80, 1, 8 * 360 / 1e9 / 2

@@ -6,6 +6,7 @@ import math
 import pytest
 from study_runs import run_of
 
+from ds_local.errors import DataError
 from ds_local.study.recipes import TRIAL
 from ds_local.study.results import (
     all_runs,
@@ -63,3 +64,13 @@ def test_finished_runs_are_kept_beside_those_of_other_machines(tmp_path):
     (folder / TRIAL / "local" / "result.json").write_text(json.dumps(here | {"preset": TRIAL}))
     assert all_runs(kept, folder) == [there, here]
     assert all_runs(kept, tmp_path / "nothing") == [there, here]
+
+
+def test_runs_of_different_texts_are_not_compared(tmp_path):
+    kept = tmp_path / "runs.jsonl"
+    one, other = (run_of(method)._asdict() | {"loss": 1.0} for method in ("local", "backprop"))
+    kept.write_text(json.dumps(one | {"data": "aa"}) + "\n" + json.dumps(other) + "\n")
+    before = kept.read_text()
+    with pytest.raises(DataError, match=r"runs of cpu .* \(None, aa: the fingerprints\)"):
+        all_runs(kept, tmp_path)
+    assert kept.read_text() == before

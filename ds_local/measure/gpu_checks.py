@@ -1,0 +1,66 @@
+"""What else one device can show in its time: the tests that need one, and a study of quality."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+CHECKOUT = Path(__file__).parents[2]
+METHODS = (
+    "backprop",
+    "local",
+    "chunked 2",
+    "chunked 2, run ahead",
+    "chunked 2, backprop tail 40 %",
+)
+_COUNT = re.compile(r"(\d+) (passed|failed|skipped|error)")
+
+
+def tests_row(args: argparse.Namespace) -> Iterator[Row]:
+    """tests/gpu of this checkout, as pytest counts them; nothing where there is none."""
+    if not (CHECKOUT / "tests" / "gpu").is_dir():
+        print("the tests are in a checkout, not in an installed package", file=sys.stderr)
+        return
+    few = ["-k", "one_process and local"] if args.dry_run else []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", *few]
+    began = time.perf_counter()
+    ended = _run(command, args, CHECKOUT)
+    found = {what: int(count) for count, what in _COUNT.findall(ended.stdout.splitlines()[-1])}
+    counts = {what: found.get(what, 0) for what in ("passed", "failed", "skipped")}
+    failed = [line for line in ended.stdout.splitlines() if line.startswith("FAILED")]
+    yield {"what": "tests", **counts, "seconds": time.perf_counter() - began, "said": failed}
+
+
+def study_rows(args: argparse.Namespace) -> Iterator[Row]:
+    """The quality study's runs of about ten million parameters, as far as the minutes go."""
+    preset = "tiny" if args.dry_run else "gpu-10m"
+    folder = Path(args.study_folder)
+    methods = METHODS[:1] if args.dry_run else METHODS
+    words = ["--preset", preset, "--folder", folder, "--minutes", args.study_minutes]
+    words += ["--step-factors", args.study_steps, "--methods", *methods]
+    command = [sys.executable, "-m", "ds_local", "study", "run", *map(str, words)]
+    print(_run(command, args, Path.cwd()).stdout, file=sys.stderr)
+    for path in sorted(folder.glob(f"{preset}/*/result.json")):
+        kept = ("method", "segments", "seed", "loss", "tokens", "seconds", "versions")
+        result = json.loads(path.read_text())
+        yield {"what": "study", "preset": preset, **{key: result[key] for key in kept}}
+
+
+def _run(
+    command: list[str], args: argparse.Namespace, folder: Path
+) -> subprocess.CompletedProcess[str]:
+    place = {"DS_ACCELERATOR": "cpu" if args.dry_run else "cuda", "DS_LOCAL_TRY": "1"}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **place}
+    return subprocess.run(
+        command, check=False, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    )
