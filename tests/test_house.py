@@ -1,8 +1,10 @@
 """The house rules: who may import whom, what stays pure Python, and how long things may get."""
 
 import ast
+import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,7 @@ def room_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@cache
 def imports(path):
     """(top-level packages, own modules as (room, file or None)) that a file imports anywhere."""
     packages, own = set(), set()
@@ -92,6 +95,98 @@ def test_no_two_test_files_share_a_name():
     """All test folders are on the path: the second of a name would hide behind the first."""
     names = [path.name for path in (ROOT / "tests").rglob("*.py")]
     assert sorted(names) == sorted(set(names))
+
+
+# modules without a test file of their name in the folder of their room, because they make sense on
+# several ranks or in scripts alone, or because the name is taken: the file that exercises each, and
+# a word in it, or in a helper that it imports: a name of the module or of one that imports it, or a
+# script that runs it
+TESTED_IN = {
+    "config/files": ("config/test_bad_settings", "load_config"),
+    "links/groups": ("dist/test_groups", "host_group"),
+    "links/pair": ("dist/test_links", "Receiver"),
+    "replicas/engine": ("dist/test_replicas", "subnets"),  # what engines must have, a protocol
+    "replicas/group": ("dist/test_replicas", "subnets"),
+    "replicas/periodic": ("dist/test_replicas", "periodic"),
+    "replicas/sync": ("dist/test_replicas", "periodic"),
+    "checkpoints/hf_export": ("dist/test_exports", "hf_export"),
+    "engine/causal_lm": ("dist/test_engine", "causal_lm"),
+    "engine/engine": ("dist/test_engine", "train_batch"),
+    "engine/executor": ("dist/test_engine", "train_batch"),
+    "engine/loading": ("dist/test_loading", "load_checkpoint"),
+    "engine/module": ("engine/test_initialize", "LocalPipelineModule"),
+    "engine/module_files": ("dist/test_loading", "load_state_dir"),
+    "engine/process_group": ("dist/test_waits", "end_processes"),
+    "engine/saving": ("dist/test_saving", "save_checkpoint"),
+    "engine/updates": ("dist/test_engine", "train_batch"),
+    "training/diagnostics": ("dist/test_copies", "diagnostics"),
+    "training/loop": ("launchers/test_train", "train.py"),
+    "training/profiling": ("launchers/test_train", "train.py"),
+    "training/samples": ("dist/test_writing", "samples"),
+    "training/steps": ("launchers/test_train", "train.py"),
+    "measure/device": ("measure/test_device_timing", "Device"),
+    "measure/emulated": ("test_benchmark", "sweep"),
+    "measure/gpu": ("test_benchmark", "gpu"),
+    "measure/gpu_engine": ("test_benchmark", "gpu"),
+    "measure/heads": ("test_benchmark", "heads"),
+    "measure/pictures": ("test_benchmark", "pictures"),
+    "measure/ranks": ("dist/test_rank_pool", "Pool"),
+    "measure/real": ("test_benchmark", "until_loss"),
+    "measure/real_systems": ("test_benchmark", "real_systems"),
+    "measure/report": ("test_benchmark", "markdown"),
+    "measure/tables": ("test_benchmark", "markdown"),
+    "measure/warm": ("dist/test_rank_pool", "warm"),
+    "cli/benchmark": ("test_benchmark", "benchmark"),
+    "cli/evaluate": ("dist/test_exports", "evaluate_all"),
+    "cli/generate": ("dist/test_exports", "continue_text"),
+    "cli/report": ("training/test_report", "report"),
+    "cli/train": ("launchers/test_train", "train.py"),
+}
+MODULES = {name(p): p for p in FILES if not p.name.startswith("__")}
+
+
+def own_test(module):
+    room, _, stem = f"/{module}".rpartition("/")
+    return ROOT / f"tests{room}" / f"test_{stem}.py"
+
+
+def test_every_module_has_a_test_file_of_its_name_or_an_entry():
+    untested = {module for module in MODULES if not own_test(module).exists()}
+    assert untested - TESTED_IN.keys() == set(), "write a test file of this name, or an entry"
+    assert TESTED_IN.keys() - untested == set(), "these entries are left over"
+
+
+@pytest.mark.parametrize("module", TESTED_IN)
+def test_what_an_entry_names_exercises_the_module(module):
+    file, word = TESTED_IN[module]
+    part = tuple(module.split("/"))
+    near = {module} | {other for other, path in MODULES.items() if part in imports(path)[1]}
+    known = set().union(*map(names_of, near)) - {"main"}
+    assert word in known or (ROOT / "scripts" / word).is_file(), f"{word} is none of its names"
+    texts = [path.read_text() for path in with_helpers(ROOT / "tests" / f"{file}.py")]
+    assert any(re.search(rf"\b{re.escape(word)}\b", text) for text in texts)
+
+
+@cache
+def names_of(module):
+    """What others call in a module, and its own name."""
+    nodes = ast.parse(MODULES[module].read_text()).body
+    kinds = ast.FunctionDef | ast.ClassDef
+    nodes += [one for node in nodes if isinstance(node, ast.ClassDef) for one in node.body]
+    found = {node.name for node in nodes if isinstance(node, kinds)}
+    return {one for one in found if not one.startswith("_")} | {module.rpartition("/")[2]}
+
+
+def with_helpers(path):
+    """A test file, and the files beside the tests that it imports, and those that they import."""
+    beside = {one.stem: one for one in (ROOT / "tests").rglob("*.py")}
+    found, left = set(), [path]
+    while left:
+        one = left.pop()
+        if one not in found:
+            found.add(one)
+            left += [beside[package] for package in imports(one)[0] if package in beside]
+    return found
 
 
 def test_tests_of_several_processes_are_collected(pytestconfig):

@@ -1,10 +1,13 @@
 """The ranks that the tests of several processes and the benchmarks run on."""
 
 import os
+import sys
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
+from ranks import run_ranks
 
 from ds_local.measure import ranks
 from ds_local.measure.ranks import Pool, RankError
@@ -34,6 +37,14 @@ def test_a_port_may_come_again_with_other_ranks(pool, monkeypatch):
     monkeypatch.setattr(ranks, "free_port", lambda: port)
     sizes = [[size for _, size, _ in pool.run(who_is_here, n, timeout=30)] for n in (2, 3, 2)]
     assert sizes == [[2] * 2, [3] * 3, [2] * 2]
+
+
+def what_is_warm():
+    return "ds_local.measure.warm" in sys.modules, torch.get_num_threads()
+
+
+def test_ranks_are_forked_from_what_has_imported_everything():
+    assert run_ranks(what_is_warm, 2) == [(True, 1)] * 2
 
 
 def rank_1_fails(how):

@@ -1,0 +1,40 @@
+"""`summarize`: a table and a picture of a run folder."""
+
+import json
+
+from commands import command
+
+
+def row(step, segment, split="train", **more):
+    return {
+        "step": step,
+        "segment": segment,
+        "stage": segment,
+        "split": split,
+        "loss": 3.0 - step / 10,
+        "has_loss": True,
+        "tokens": step * 100,
+        "seconds": float(step),
+        "idle_share": 0.25,
+        "step_seconds": 1.0,
+        **more,
+    }
+
+
+def test_a_run_is_a_table_and_a_picture(tmp_path):
+    rows = [row(step, segment) for step in (1, 2) for segment in (0, 1)]
+    rows += [row(2, segment, "validation") for segment in (0, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    result = command("summarize", tmp_path)
+    assert result.returncode == 0
+    lines = result.stdout.splitlines()
+    assert lines[1].split()[:3] == ["0", "0", "2.8000"]
+    assert f"loss curves: {tmp_path / 'loss.png'}" in lines[-1]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    result = command("summarize", tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == f"no metrics in {tmp_path}; is it a run folder?\n"
+    assert not (tmp_path / "loss.png").exists()
