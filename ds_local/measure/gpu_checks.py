@@ -37,7 +37,8 @@ def tests_row(args: argparse.Namespace) -> Iterator[Row]:
     ended = _run(command, args, CHECKOUT)
     found = {what: int(count) for count, what in _COUNT.findall(ended.stdout.splitlines()[-1])}
     counts = {what: found.get(what, 0) for what in ("passed", "failed", "skipped")}
-    failed = [line for line in ended.stdout.splitlines() if line.startswith("FAILED")]
+    counts["failed"] += found.get("error", 0)  # before or after a test
+    failed = [line for line in ended.stdout.splitlines() if line.startswith(("FAILED", "ERROR "))]
     yield {"what": "tests", **counts, "seconds": time.perf_counter() - began, "said": failed}
 
 
