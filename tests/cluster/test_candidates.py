@@ -74,11 +74,7 @@ def test_what_costs_most_is_said():
 
 
 def test_rows_that_are_backpropagation_have_no_heads():
-    assert [row for row in ROWS if not has_heads(row)] == [
-        "data parallel",
-        "backprop",
-        "backprop, split 1",
-        "backprop, split 2",
-    ]
+    without = [row for row in ROWS if not has_heads(row)]
+    assert without == ["data parallel", *(row for row in ROWS if row.startswith("backprop"))]
     assert [split_backward_of(row) for row in ("local", "backprop, split 2")] == [0, 2]
     assert Cluster(3, 8, 1, 1, 1, 1).devices == 24
