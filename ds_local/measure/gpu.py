@@ -27,7 +27,7 @@ from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
 from ds_local.measure import report
 from ds_local.measure.device import SEED, Device, Layers
-from ds_local.measure.gpu_checks import study_rows, tests_row
+from ds_local.measure.gpu_checks import rows_of_study, rows_of_tests
 from ds_local.measure.gpu_engine import engine_rows
 from ds_local.measure.gpu_predictions import predictions
 from ds_local.measure.heads import PARTS, VARIANTS
@@ -84,7 +84,7 @@ def _tasks(bench: _Bench, args: argparse.Namespace) -> Iterator[tuple[str, Calla
     """(name, what makes its rows), the most telling first."""
     kinds = [False] if args.no_compile else [True, False]
     if "tests" in args.parts:
-        yield "tests", partial(tests_row, args)
+        yield "tests", partial(rows_of_tests, args)
     for model in args.models:
         config = bench.config(model)
         for compiled in kinds if "whole" in args.parts else []:
@@ -100,7 +100,7 @@ def _tasks(bench: _Bench, args: argparse.Namespace) -> Iterator[tuple[str, Calla
     if "heads" in args.parts:
         yield f"{first} heads", partial(bench.heads, first, bench.config(first))
     if "study" in args.parts:
-        yield "study", partial(study_rows, args)
+        yield "study", partial(rows_of_study, args)
 
 
 class _Bench:

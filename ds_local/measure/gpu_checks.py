@@ -26,7 +26,7 @@ METHODS = (
 _COUNT = re.compile(r"(\d+) (passed|failed|skipped|error)")
 
 
-def tests_row(args: argparse.Namespace) -> Iterator[Row]:
+def rows_of_tests(args: argparse.Namespace) -> Iterator[Row]:
     """tests/gpu of this checkout, as pytest counts them; nothing where there is none."""
     if not (CHECKOUT / "tests" / "gpu").is_dir():
         print("the tests are in a checkout, not in an installed package", file=sys.stderr)
@@ -42,7 +42,7 @@ def tests_row(args: argparse.Namespace) -> Iterator[Row]:
     yield {"what": "tests", **counts, "seconds": time.perf_counter() - began, "said": failed}
 
 
-def study_rows(args: argparse.Namespace) -> Iterator[Row]:
+def rows_of_study(args: argparse.Namespace) -> Iterator[Row]:
     """The quality study's runs of about ten million parameters, as far as the minutes go."""
     preset = "tiny" if args.dry_run else "gpu-10m"
     folder = Path(args.study_folder)

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 
 from ds_local.measure import gpu_checks
-from ds_local.measure.gpu_checks import study_rows, tests_row
 
 SAID = """..F
 FAILED tests/gpu/test_a.py::test_b - assert 1 == 2
@@ -35,7 +34,7 @@ def args(folder=".", dry_run=False):
 
 
 def test_tests_are_counted_as_pytest_does_and_errors_are_failures(asked):
-    (row,) = tests_row(args())
+    (row,) = gpu_checks.rows_of_tests(args())
     assert (row["passed"], row["failed"], row["skipped"]) == (12, 1 + 2, 3)
     assert [line.split()[0] for line in row["said"]] == ["FAILED", "ERROR"]
     ((command, environment),) = asked
@@ -44,7 +43,7 @@ def test_tests_are_counted_as_pytest_does_and_errors_are_failures(asked):
 
 
 def test_a_dry_run_is_short_and_on_the_cpu(asked):
-    list(tests_row(args(dry_run=True)))
+    list(gpu_checks.rows_of_tests(args(dry_run=True)))
     ((command, environment),) = asked
     assert command[-2] == "-k"
     assert environment["DS_ACCELERATOR"] == "cpu"
@@ -52,7 +51,7 @@ def test_a_dry_run_is_short_and_on_the_cpu(asked):
 
 def test_an_installed_package_has_no_tests(asked, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_checks, "CHECKOUT", tmp_path)
-    assert list(tests_row(args())) == []
+    assert list(gpu_checks.rows_of_tests(args())) == []
     assert asked == []
     assert "in a checkout" in capsys.readouterr().err
 
@@ -63,6 +62,6 @@ def test_finished_runs_of_the_study_are_rows(asked, tmp_path):
     for preset in ("gpu-10m", "tiny"):
         (tmp_path / preset / "a").mkdir(parents=True)
         (tmp_path / preset / "a" / "result.json").write_text(json.dumps(result))
-    (row,) = study_rows(args(tmp_path))
+    (row,) = gpu_checks.rows_of_study(args(tmp_path))
     assert (row["what"], row["preset"], row["loss"]) == ("study", "gpu-10m", 3.5)
     assert "curve" not in row
