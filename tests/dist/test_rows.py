@@ -220,7 +220,7 @@ def test_random_rows_run_on_real_ranks_as_on_one(seed):
     bits of one rank."""
     import random
 
-    from test_schedule import random_case
+    from test_list_scheduler import random_case
 
     from ds_local.errors import ScheduleError
     from ds_local.schedules.list_scheduler import make_schedule

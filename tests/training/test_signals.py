@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -43,11 +44,15 @@ def start(then=LEAVES, begun=True, same=60.0, command=(sys.executable,), **how):
 
 def end(process):
     """(status, what it said)"""
+    limit = threading.Timer(60, process.kill)
+    limit.start()
     try:
-        output = process.communicate(timeout=60)[0]
+        # `communicate` would miss what has come together with a line that was read before
+        output = process.stdout.read()
+        return process.wait(), output
     finally:
+        limit.cancel()
         process.kill()
-    return process.returncode, output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
