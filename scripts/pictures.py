@@ -242,7 +242,7 @@ def reliability() -> str:
 
 def gpu() -> str:
     """Tokens a second of four devices, from the stages that one device was timed with."""
-    names = ["local", "zero bubble H1", "backprop (1F1B)"]
+    names = ["local", "backprop, split 1", "backprop"]
     rows = [
         row
         for row in json.loads(GPU.read_text())

@@ -59,11 +59,8 @@ class Assembly:
                 lambda: dist.TCPStore(address, port, self.world_size, serves, limit, **options),
                 self.limit_seconds + CONNECT_SECONDS,
             )
-        except (
-            RuntimeError,
-            ValueError,
-            TimeoutError,
-        ) as error:  # torch raises several kinds, all of these
+        # torch raises several kinds, all of these
+        except (RuntimeError, ValueError, TimeoutError) as error:
             raise ClusterError(
                 f"{self.here} cannot reach rank 0 at {address}:{port} within "
                 f"{self.limit_seconds:.0f} s; is rank 0 running, is this an address of its "
@@ -104,14 +101,17 @@ class Assembly:
         Raises:
             ClusterError: when rank 0, which holds it, does not.
         """
-        left = max(1.0, self.deadline - time.monotonic()) + CONNECT_SECONDS
         try:
-            return limited(lambda: question(self._store), left)
+            return limited(lambda: question(self._store), self._patience())
         except (RuntimeError, TimeoutError) as error:
             raise ClusterError(
                 f"{self.here} waited {self.limit_seconds:.0f} s for rank 0's word; see what rank 0 "
                 "says"
             ) from error
+
+    def _patience(self) -> float:
+        """Seconds that a question to the store may still take."""
+        return max(1.0, self.deadline - time.monotonic()) + CONNECT_SECONDS
 
     def store_of_group(self) -> Any:
         """The store that the process group is made with."""
@@ -135,8 +135,7 @@ class Assembly:
         if self.rank == 0:
             self._store.set(key, verdict)
         else:
-            left = max(1.0, self.deadline - time.monotonic())
-            limit = timedelta(seconds=left + CONNECT_SECONDS)
+            limit = timedelta(seconds=self._patience())
             self._ask(lambda store: store.wait([key], limit))
             verdict = self._ask(lambda store: store.get(key)).decode()
         if verdict:

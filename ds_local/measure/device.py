@@ -92,3 +92,11 @@ class Device:
     def ids(self, config: Any, sequences: int, tokens: int) -> Tensor:
         """Token ids [B, T], drawn."""
         return torch.randint(config.vocab_size, (sequences, tokens), device=self.device)
+
+    def hidden(self, config: Any, sequences: int, tokens: int) -> Tensor:
+        """A hidden state [B, T, D] in bf16, drawn."""
+        shape = sequences, tokens, config.hidden_size
+        return torch.randn(shape, device=self.device, dtype=torch.bfloat16)
+
+    def adamw(self, parameters: Sequence[Tensor]) -> torch.optim.AdamW:
+        return torch.optim.AdamW(parameters, lr=1e-4, fused=self._is_cuda)

@@ -148,8 +148,7 @@ class _Bench:
         layers = [blocks.Embedding(config, SEED), *self.device.blocks(config, depth)]
         body, readout = self.device.ready(Layers(layers), compiled), self._readout(config)
         parameters = [*body.parameters(), *readout.parameters()]
-        fused = self.device.device.type == "cuda"
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=fused)
+        optimizer = self.device.adamw(parameters)
         ids = self.device.ids(config, self.args.sequences, self.args.tokens)
 
         def step() -> None:
@@ -203,9 +202,7 @@ class _Bench:
             layers.insert(0, blocks.Embedding(config, SEED))
         body = self.device.ready(Layers(layers), compiled)
         ids = self.device.ids(config, self.args.sequences, self.args.tokens)
-        hidden = torch.randn(
-            *ids.shape, config.hidden_size, device=self.device.device, dtype=torch.bfloat16
-        )
+        hidden = self.device.hidden(config, *ids.shape)
         loss: nn.Module
         if last:
             loss = self._readout(config)
@@ -217,9 +214,8 @@ class _Bench:
         times = self._times(body, given, hidden, compiled)
         learning = [p for p in loss.parameters() if p.requires_grad]
         reached = hidden.detach().clone().requires_grad_()
-        times["head"] = self.device.seconds(
-            lambda: torch.autograd.grad(loss_of(reached, ids), [reached, *learning])
-        )
+        run = partial(_gradients, loss_of, reached, ids, [reached, *learning])
+        times["head"] = self.device.seconds(run)
         total = sum(times.values())
         times["optimizer"] = self._update([*body.parameters(), *learning])
         return {
@@ -253,8 +249,7 @@ class _Bench:
         masters = [p.detach().float().requires_grad_() for p in parameters]
         for master in masters:
             master.grad = torch.zeros_like(master)
-        fused = self.device.device.type == "cuda"
-        optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=fused)
+        optimizer = self.device.adamw(masters)
 
         def step() -> None:
             optimizer.step()
@@ -266,9 +261,7 @@ class _Bench:
     def heads(self, model: str, config: Any) -> Iterator[Row]:
         """Time and memory of each kind of head, beside a block."""
         ids = self.device.ids(config, self.args.sequences, self.args.tokens)
-        hidden = torch.randn(
-            *ids.shape, config.hidden_size, device=self.device.device, dtype=torch.bfloat16
-        )
+        hidden = self.device.hidden(config, *ids.shape)
         block = self.device.ready(Layers(self.device.blocks(config, 1)))
         weights = list(block.parameters())
         reached = hidden.clone().requires_grad_()
@@ -296,5 +289,5 @@ class _Bench:
             }
 
 
-def _gradients(head: Any, hidden: Tensor, labels: Tensor, wanted: list[Tensor]) -> Any:
-    return torch.autograd.grad(head(hidden, labels), wanted)
+def _gradients(loss_of: Any, hidden: Tensor, labels: Tensor, wanted: list[Tensor]) -> Any:
+    return torch.autograd.grad(loss_of(hidden, labels), wanted)

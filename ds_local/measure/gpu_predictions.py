@@ -18,7 +18,7 @@ LINKS = {
     "1 Gb/s": 1e9,
 }  # bits per second
 # name -> of the peers' schedules; None for our own
-PREDICTED = {"local": None, "backprop (1F1B)": "1f1b", "zero bubble H1": "zero_bubble"}
+PREDICTED = {"local": None, "backprop": "1f1b", "backprop, split 1": "zero_bubble"}
 
 
 def predictions(rows: list[Row], tokens: int, micro_batches: int) -> list[Row]:

@@ -31,7 +31,7 @@ def test_a_row_for_each_link_and_schedule():
 
 def test_stages_without_heads():
     rows = predictions([ROW, ROW], tokens=10, micro_batches=4)
-    local, true = of(rows, "local"), of(rows, "backprop (1F1B)")
+    local, true = of(rows, "local"), of(rows, "backprop")
     assert local["efficiency"] == pytest.approx(1.0)
     assert local["step_seconds"] == pytest.approx(12.5)  # the update is not overlapped
     assert local["tokens_per_second"] == pytest.approx(40 / 12.5)
@@ -42,7 +42,7 @@ def test_stages_without_heads():
 def test_only_local_training_pays_for_heads_and_all_for_the_readout():
     rows = predictions([ROW | {"head": 1.5}, ROW | {"head": 3.0}], tokens=10, micro_batches=4)
     useful = (3 + 6) / 2  # of a stage in the mean, the readout's loss with the last
-    local, true = of(rows, "local"), of(rows, "backprop (1F1B)")
+    local, true = of(rows, "local"), of(rows, "backprop")
     assert local["efficiency"] == pytest.approx(4 * useful / (4 * 6))
     assert true["step_seconds"] - 0.5 == pytest.approx(4 * 6 + 3)  # filled and drained over stage 0
 
