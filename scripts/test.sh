@@ -3,4 +3,5 @@
 #     bash scripts/test.sh [pytest arguments]
 source "$(dirname "$0")/setup.sh" "[test,docs]"
 # two files at a time: many tests wait for launchers and imports more than they compute
-exec python -m pytest -q -n 2 --dist loadfile "$@"
+# a worker that dies ends the run: started anew, xdist may wait for ever for what it had left
+exec python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0 "$@"

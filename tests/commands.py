@@ -8,7 +8,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 from ds_local import cli
-from ds_local.cli.ending import run
+from ds_local.cli.ending import status_of
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
@@ -18,7 +18,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess:
     code: object = None
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            run(lambda: cli.main(words))
+            code = status_of(lambda: cli.main(words))
     except SystemExit as end:
         code = end.code
     finally:

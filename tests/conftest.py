@@ -49,6 +49,16 @@ def _group(item) -> str:
     return "ranks" if folder == "dist" or hasattr(item.module, "run_ranks") else "pure"
 
 
+@pytest.fixture(autouse=True)
+def _environment_stays():
+    """A process group of one process sets RANK and the like: the next test must not find them."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def pytest_sessionfinish():
     close_ranks()
     close_fork_server()

@@ -22,6 +22,15 @@ _LATER_SECONDS = 5.0
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and end this process with its exit status."""
+    code = status_of(main)
+    if code and "RANK" in os.environ:
+        sys.stdout.flush()
+        os._exit(code)  # a failed rank must not wait in anybody's destructor
+    sys.exit(code)
+
+
+def status_of(main: Callable[[], int | None]) -> int:
+    """Run a command; its exit status, once its error has been told."""
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -35,10 +44,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = 1
     except Exception as error:
         code = _failed(error, traceback.format_exc())
-    if code and "RANK" in os.environ:
-        sys.stdout.flush()
-        os._exit(code)  # a failed rank must not wait in anybody's destructor
-    sys.exit(code)
+    return code
 
 
 def _failed(error: Exception, text: str) -> int:
