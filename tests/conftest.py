@@ -14,6 +14,7 @@ from ranks import close_ranks
 
 # tests/gpu: two ranks share a device. DS_ACCELERATOR=cuda python -m pytest tests/gpu
 ON_GPU = torch.cuda.is_available() and os.environ["DS_ACCELERATOR"] == "cuda"
+GROUPS = ("launchers", "ranks", "pure")
 TRY = os.environ.get("DS_LOCAL_TRY") == "1"  # on a CPU, those that make sense there
 
 
@@ -38,6 +39,8 @@ def pytest_collection_modifyitems(config, items):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+    # the longest files first (stable, so each stays whole): none is left over for one worker alone
+    items.sort(key=lambda item: GROUPS.index(_group(item)))
 
 
 def _group(item) -> str:
