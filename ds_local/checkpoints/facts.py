@@ -191,6 +191,7 @@ def _layout(facts: Mapping[str, Any]) -> dict[str, Any]:
         "stages": facts["num_stages"],
         "replicas": facts["num_replicas"],
         "segment parts": facts["segment_parts"],
+        "schedule": section["schedule"] or "of its own",
         "heads at segments": facts["head_segments"],
         "heads with": head_options(facts),
         "learning rates": "by segment" if by_segment else "of one kind",

@@ -81,6 +81,8 @@ def output_file(mark: str) -> Callable[[str], Path]:
 
 PICTURE, TRACE = output_file("Matplotlib"), output_file('"traceEvents"')
 PAGE = output_file(PAGE_MARK)
+SHEET_MARK = "F0"
+SHEET = output_file(SHEET_MARK)
 
 
 def kinds_of_change(text: str) -> list[str]:

@@ -6,6 +6,8 @@ messages.
         --compare 1f1b zero_bubble --html schedules.html --png schedules.png
     python scripts/simulate.py --stages 4 --micro-batches 8 --mode local --compare 1f1b \\
         --model configs/gpt2-nano.json
+    python scripts/simulate.py --stages 4 --micro-batches 8 --mode backprop --csv schedule.csv
+    python scripts/simulate.py --stages 4 --micro-batches 8 --mode backprop --schedule schedule.csv
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from ds_local.charts.pages import timeline_page
 from ds_local.cli.arguments import (
     PAGE,
     PICTURE,
+    SHEET,
+    SHEET_MARK,
     TRACE,
     Parser,
     number,
@@ -32,13 +36,14 @@ from ds_local.config.files import local_parallel
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
-from ds_local.outputs import new_file, write_file
+from ds_local.outputs import check_file, new_file, write_file
 from ds_local.schedules.drawing import band_of, chrome_trace, draw
 from ds_local.schedules.peers import PEERS, TITLES
 from ds_local.schedules.replay import grid_of
 from ds_local.schedules.routes import MODES
 from ds_local.schedules.run_plan import RunPlan, check_size
 from ds_local.schedules.schedule import Schedule
+from ds_local.schedules.sheets import csv_of
 from ds_local.schedules.simulator import Costs, Timeline, several_steps, simulate
 
 WIDEST = 24  # stages and micro-batches of a grid that still fits on a screen
@@ -138,6 +143,18 @@ def _add_costs(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
+    files = parser.add_argument_group("schedules as files")
+    files.add_argument(
+        "--schedule",
+        nargs="+",
+        metavar="FILE",
+        help="the order, instead of our own: torch's CSV, or the text of a grid",
+    )
+    files.add_argument(
+        "--csv",
+        type=SHEET,
+        help="write the order, as torch's pipelining reads it; of several, numbered",
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json",
@@ -176,6 +193,8 @@ def section_for(
         if args.run_ahead:
             scheme["run_ahead"] = args.run_ahead
         scheme["split_backward"] = args.split_backward
+        if args.schedule:
+            scheme["schedule"] = args.schedule
     section = {
         **scheme,
         "segments_per_stage": args.segments_per_stage,
@@ -267,6 +286,13 @@ def _listed(figures: list[float]) -> str:
     return ", ".join(f"{figure:.3g}" for figure in figures)
 
 
+def _write_order(path: Path, schedules: list[Schedule]) -> None:
+    """FILE.csv; FILE-1.csv, FILE-2.csv, ... where there are several."""
+    for place, schedule in enumerate(schedules, 1):
+        one = path.with_stem(f"{path.stem}-{place}") if len(schedules) > 1 else path
+        write_file(check_file(one, SHEET_MARK), csv_of(schedule))
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     modes = [(args.mode, True), *((mode, False) for mode in args.compare)]
@@ -302,6 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
                 )
     if args.json and str(args.json) != "-":
         write_file(args.json, strict_json.dumps(result, indent=1) + "\n")
+    if args.csv:
+        _write_order(args.csv, schedules[0])
     if args.png or args.html:
         bands = [
             band_of(

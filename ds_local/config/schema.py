@@ -62,6 +62,11 @@ class LocalParallelConfig(Scheme):
     with as many live micro-batches on every stage as 1F1B has on its first (ZB-H1); 2: with twice
     as many, which leaves no bubble from 2P - 1 micro-batches a step on (ZB-H2). Deferred gradients
     keep the inputs and output gradients of their layers, under activation checkpointing too."""
+    schedule: str | tuple[str, ...] | None = None
+    """Files with the order in which stages compute, in place of our own: a CSV of torch's
+    pipelining (a row is a stage, a cell like 2F0 an action) or the text of a grid; a list has one
+    for each schedule of the run. They are checked against the scheme and `link.depth`, and say
+    which stage holds which segments."""
     loss_weighting: Literal["micro_batch", "token"] = "micro_batch"
     """What counts the same in a step: its micro-batches (and replicas), as in DeepSpeed, or the
     tokens that they predict, as in an evaluation, over all micro-batches and the replicas that
@@ -94,6 +99,15 @@ class LocalParallelConfig(Scheme):
         if self.compile and self.split_backward:
             raise ValueError(
                 "compile makes one piece of what split_backward takes apart; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_probes_in_files(self) -> LocalParallelConfig:
+        if self.schedule is not None and self.diagnostics:
+            raise ValueError(
+                "diagnostics has schedules of its own, and schedule says how to compute: leave one "
+                "out"
             )
         return self
 

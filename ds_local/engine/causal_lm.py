@@ -132,7 +132,7 @@ def causal_lm(
     module.copies = planned_copies(section, num_segments, head_segments(section, num_segments))
     if pretrained is not None:
         log_dist(f"starting from the weights in {pretrained.folder}", ranks=[0])
-        for number, layer in enumerate(module.forward_funcs, module.first_layer):
+        for number, layer in zip(module.layer_numbers, module.forward_funcs, strict=True):
             load_layer(layer, number, pretrained)
         for segment, head in module.heads.items():
             load_head(head, int(segment), section.head, parts, pretrained)

@@ -119,29 +119,43 @@ ENGINES: WeakSet[Any] = WeakSet()  # of this process
 class PipelineModuleSeam(PipelineModule):
     """DeepSpeed's `PipelineModule`, which asks where this stage's layers are and builds them."""
 
-    def bounds(self) -> tuple[int, int]:
-        """First layer of this stage, and the one after its last. Called before they are built."""
+    layer_numbers: list[int]  # in the whole model, of the layers in `forward_funcs`
+
+    def runs(self) -> list[range]:
+        """Numbers of this stage's layers, one range for each run of them. Called before they are
+        built."""
         raise NotImplementedError
 
     def built(self) -> None:
         """Called when this stage's layers are built."""
 
     def _partition_layers(self, method: str = "parameters") -> None:
-        self._set_bounds(*self.bounds())
+        self._set_bounds(0, 0)
 
     def _build(self) -> None:
-        super()._build()
+        runs = self.runs()
+        for run in runs:
+            self._set_bounds(run.start, run.stop)
+            super()._build()
+        self._set_bounds(runs[0].start, runs[-1].stop)
+        self.layer_numbers = [number for run in runs for number in run]
         self.built()
+
+    def ckpt_layer_path(self, ckpt_dir: str, local_layer_idx: int) -> str:
+        """DeepSpeed takes a stage's layers to follow each other."""
+        return super().ckpt_layer_path(ckpt_dir, self._offset_of(local_layer_idx))
+
+    def ckpt_layer_path_list(self, ckpt_dir: str, local_layer_idx: int) -> list[str]:
+        """As `ckpt_layer_path`, of all slices."""
+        return super().ckpt_layer_path_list(ckpt_dir, self._offset_of(local_layer_idx))
+
+    def _offset_of(self, position: int) -> int:
+        return self.layer_numbers[position] - self._local_start
 
     @property
     def grid(self) -> Any:
         """Who is where: stages, replicas and their process groups."""
         return self._grid
-
-    @property
-    def first_layer(self) -> int:
-        """Number of this stage's first layer in the whole model."""
-        return self._local_start
 
     def count_layer_parameters(self) -> list[int]:
         """Of every layer of the whole model those that take gradients."""

@@ -110,12 +110,11 @@ class LocalPipelineEngine(StageUpdates):
             self.monitor.enabled = False  # DeepSpeed would write learning rates ahead of reports
 
     def _make_reports_and_executor(self) -> None:
-        last = self.rank_of(self.num_stages - 1, 0)
-        own = self.module.local_segments if self.replica_id == 0 else range(0)
+        last = self.rank_of(self.module.stage_of[-1], 0)
+        own = self.module.local_segments if self.replica_id == 0 else []
         names = list(self._ends)
         self.reports = Reports(
-            self.num_segments,
-            self.section.segments_per_stage,
+            self.module.stage_of,
             self.steps_per_print(),
             last,
             own,
@@ -196,16 +195,16 @@ class LocalPipelineEngine(StageUpdates):
 
     def _make_end(self, name: str, source: int, target: int, depth: int) -> End | None:
         """This rank's end of a link between two segments. A collective call."""
-        per_stage = self.section.segments_per_stage
         ranks = [
             [self.rank_of(stage, replica) for stage in range(self.num_stages)]
             for replica in range(self.dp_world_size)
         ]
-        link, stages = self.section.link, (source // per_stage, target // per_stage)
+        link, stage_of = self.section.link, self.module.stage_of
         end = make_end(
             name,
             self.stage_id,
-            *stages,
+            stage_of[source],
+            stage_of[target],
             ranks,
             depth,
             link.timeout_seconds,

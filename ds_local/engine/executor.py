@@ -46,6 +46,7 @@ class Segments(Protocol):
     """What the executor asks of a model."""
 
     num_segments: int
+    local_segments: Sequence[int]
 
     def split_batch(self, batch: Any) -> tuple[Any, Any]: ...
 
@@ -251,7 +252,8 @@ class Executor:
             self.data_end = tag.step
         arrived = parts_of_activation(message)
         if not isinstance(link, MemoryLink):  # else they are older than those that are there
-            self.figures[:segment] = arrived.figures[:segment]
+            below = [s for s in range(segment) if s not in self.segments.local_segments]
+            self.figures[below] = arrived.figures[below]
             self.on_figures()
         live = _Live(arrived.hidden, arrived.labels, arrived.weight, arrived.learns)
         self.live[segment, tag.step, micro_batch] = live

@@ -33,7 +33,7 @@ from ds_local.model import blocks, heads
 from ds_local.model.cut import balance
 from ds_local.model.split_linear import make_splittable
 from ds_local.replicas.head_copies import Copy
-from ds_local.schedules.run_plan import head_segments
+from ds_local.schedules.run_plan import head_segments, stages_of_segments
 
 MakeHead = Callable[[int], nn.Module]
 
@@ -113,7 +113,7 @@ class LocalPipelineModule(ModuleFiles):
 
     # --- building ---------------------------------------------------------------------------------
 
-    def bounds(self) -> tuple[int, int]:
+    def runs(self) -> list[range]:
         per_stage = self.section.segments_per_stage
         self.num_segments = self.num_stages * per_stage
         if self._given_parts is not None:
@@ -122,9 +122,13 @@ class LocalPipelineModule(ModuleFiles):
             self.segment_parts = balance(
                 [count + 1 for count in self.count_layer_parameters()], [0.0] * self.num_segments
             )
-        self.parts = self.segment_parts[::per_stage]
-        self.local_segments = range(self.stage_id * per_stage, (self.stage_id + 1) * per_stage)
-        return self.parts[self.stage_id], self.parts[self.stage_id + 1]
+        self.stage_of = stages_of_segments(self.section, self.num_stages)
+        self.local_segments = [s for s, at in enumerate(self.stage_of) if at == self.stage_id]
+        return [self._layers_in(segment) for segment in self.local_segments]
+
+    def _layers_in(self, segment: int) -> range:
+        """Their numbers in the whole model."""
+        return range(*self.segment_parts[segment : segment + 2])
 
     def built(self) -> None:
         if self.section.split_backward:
@@ -168,11 +172,8 @@ class LocalPipelineModule(ModuleFiles):
     # --- running ----------------------------------------------------------------------------------
 
     def layers_of(self, segment: int) -> list[Callable[[Any], Any]]:
-        start, stop = (
-            self.segment_parts[segment] - self.first_layer,
-            self.segment_parts[segment + 1] - self.first_layer,
-        )
-        return self.forward_funcs[start:stop]
+        first = self.layer_numbers.index(self.segment_parts[segment])
+        return self.forward_funcs[first : first + len(self._layers_in(segment))]
 
     def split_batch(self, batch: Any) -> tuple[Any, Any]:
         """(inputs, labels) of a micro-batch. Raises DataError when it cannot be used."""
@@ -181,7 +182,7 @@ class LocalPipelineModule(ModuleFiles):
     def name_of_output(self, segment: int) -> str:
         """The layer whose output is the segment's."""
         number = self.segment_parts[segment + 1] - 1 - self._computes_own_loss(segment)
-        layer = self.forward_funcs[number - self.first_layer]
+        layer = self.forward_funcs[self.layer_numbers.index(number)]
         return f"layer {number} ({getattr(layer, '__name__', type(layer).__name__)})"
 
     def run_segment(self, segment: int, inputs: Any) -> Any:

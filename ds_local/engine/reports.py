@@ -120,7 +120,7 @@ class Reports:
     collective call.
 
     Args:
-        num_segments, segments_per_stage: of the model.
+        stage_of: segment -> stage.
         every: report every so many optimizer steps; None: only when flushed.
         source: global rank of the last stage of replica 0.
         local_segments: this rank's segments, empty on replicas other than the first.
@@ -132,20 +132,19 @@ class Reports:
 
     def __init__(
         self,
-        num_segments: int,
-        segments_per_stage: int,
+        stage_of: Sequence[int],
         every: int | None,
         source: int,
-        local_segments: range,
+        local_segments: Sequence[int],
         links: Sequence[str],
         timeout_seconds: float = 300.0,
         steps_ahead: int = 0,
     ) -> None:
-        self._slots = 1 + steps_ahead
+        self._slots, num_segments = 1 + steps_ahead, len(stage_of)
         # [segment, step modulo slots, column]
         self.figures = torch.zeros((num_segments, self._slots, _COLUMNS), dtype=torch.float64)
         self.listeners: list[Listener] = []  # called on rank 0
-        self._per_stage = segments_per_stage
+        self._stage_of = stage_of
         self._every = every
         self._local_segments = local_segments
         self._links = links
@@ -250,7 +249,7 @@ class Reports:
         return SegmentReport(
             step=whole("step") or 0,
             segment=segment,
-            stage=segment // self._per_stage,
+            stage=self._stage_of[segment],
             loss=figures["loss"],
             grad_norm=figures["grad_norm"],
             lr=figures["lr"],

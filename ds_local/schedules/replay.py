@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from ds_local.errors import ScheduleError
+from ds_local.schedules.cells import cell_of, halves_of
 from ds_local.schedules.schedule import (
     BACKWARD,
     FORWARD,
@@ -207,9 +208,11 @@ class Program:
                 position[stage] += 1
         self.links = list(on)
         blocked = []
+        self.blocked: list[Action] = []  # what each stage waits with, where it does
         for stage, (queue, at) in enumerate(zip(self._queues, position, strict=True)):
             if at < len(queue):
                 step, _, wire = self._wires[queue[at]]
+                self.blocked.append(wire.action)
                 what = "for the inputs" if place[queue[at]] < 0 else "to send the result"
                 blocked.append(
                     f"stage {stage} waits {what} of {wire.action} (segment {wire.action.segment}, "
@@ -250,18 +253,20 @@ def validate(schedules: Schedule | Sequence[Schedule], link_depth: int) -> None:
         )
 
 
-def _check_complete(schedule: Schedule) -> None:
-    found = list(schedule.actions())
-    halves = {action[1:4] for action in found if action.kind == WEIGHT_GRADIENT}
+def expected_actions(schedule: Schedule) -> set[Action]:
+    """What the rows of a schedule demand; a pass is split where its second half is listed."""
+    halves = {action[1:4] for action in schedule.actions() if action.kind == WEIGHT_GRADIENT}
     expected = set(_forwards_of(schedule))
     for micro_batch, routes in enumerate(schedule.rows):
         for segment, passes in enumerate(routes.passes):
             for which, one in enumerate(passes):
-                expected.update(
-                    Action.of_pass(
-                        one, segment, micro_batch, which, (segment, micro_batch, which) in halves
-                    )
-                )
+                split = (segment, micro_batch, which) in halves
+                expected.update(Action.of_pass(one, segment, micro_batch, which, split))
+    return expected
+
+
+def _check_complete(schedule: Schedule) -> None:
+    found, expected = list(schedule.actions()), expected_actions(schedule)
     if len(found) != len(set(found)) or set(found) != expected:
         odd = sorted(set(found) ^ expected) or sorted({a for a in found if found.count(a) > 1})
         raise ScheduleError(
@@ -300,10 +305,10 @@ def _grid(schedule: Schedule, events: list[Event], steps: int) -> str:
     if not events:
         return "(empty schedule)"
     makespan = int(max(e.end for e in events))
-    several = len(schedule.stage_of) > schedule.num_stages
+    several, halves = len(schedule.stage_of) > schedule.num_stages, halves_of(schedule)
     cells = [["."] * makespan for _ in range(schedule.num_stages)]
     for stage, _, action, start, end in events:
-        label = f"{action.segment}{action}" if several else str(action)
+        label = cell_of(schedule, action, halves, several)
         for tick in range(int(start), int(end)):
             cells[stage][tick] = label if tick == start else "'"
     width = max(len(c) for row in cells for c in row)

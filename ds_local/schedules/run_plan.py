@@ -19,6 +19,7 @@ from ds_local.schedules.list_scheduler import make_schedule
 from ds_local.schedules.routes import Routes, corrected, make_routes
 from ds_local.schedules.run_ahead import make_run_ahead
 from ds_local.schedules.schedule import Link, Schedule
+from ds_local.schedules.sheets import placement_in, read_schedule
 from ds_local.schedules.simulator import most_without_idling
 
 Rows = list[tuple[Routes, int]]  # (table, micro-batches that follow it)
@@ -78,14 +79,41 @@ class RunPlan:
         middle of a stretch. Raises as `rows_at` does."""
         key = self.key_at(step)
         if key not in self._schedules:
-            transfer, split_backward = self.section.link.transfer, self.section.split_backward
-            rows, ahead = self.rows_at(step), self.section.scheme_at(step).run_ahead
-            self._schedules[key] = (
-                make_run_ahead(rows, self.num_stages, None if ahead == "auto" else ahead, transfer)
-                if ahead
-                else make_schedule(rows, self.num_stages, transfer, split_backward)
-            )
+            self._schedules[key] = self._given(key, self._own(step))
         return self._schedules[key]
+
+    def _own(self, step: int) -> Schedule:
+        transfer, split_backward = self.section.link.transfer, self.section.split_backward
+        rows, ahead = self.rows_at(step), self.section.scheme_at(step).run_ahead
+        if ahead:
+            limit = None if ahead == "auto" else ahead
+            return make_run_ahead(rows, self.num_stages, limit, transfer)
+        return make_schedule(rows, self.num_stages, transfer, split_backward)
+
+    def _given(self, key: tuple[int, int], own: Schedule) -> Schedule:
+        """What a file says in place of our own schedule."""
+        paths = files_of(self.section)
+        if not paths:
+            return own
+        keys = [self.key_at(step) for step in self.section.distinct_steps()]
+        if len(paths) != len(keys):
+            raise ConfigError(
+                f"{SECTION}.schedule names {len(paths)} files, but the run has {len(keys)} "
+                "schedules that follow each other; give one for each, in their order"
+            )
+        path = paths[keys.index(key)]
+        found = read_schedule(path, own, self.section.link.depth)
+        if found.stage_of != stages_of_segments(self.section, self.num_stages):
+            raise ConfigError(
+                f"{SECTION}.schedule: {path} deals segments to stages as {found.stage_of}, "
+                f"{paths[0]} otherwise; they cannot move while a run goes on"
+            )
+        if not self.section.split_backward and any(found.peak_deferred):
+            raise ConfigError(
+                f"{SECTION}.schedule: {path} splits backwards into I and W; set "
+                f"{SECTION}.split_backward to 1"
+            )
+        return found
 
     def rate_factor(self, segment: int, step: int) -> float:
         """Of a segment's learning rate, for the delay of its gradients; see `delay_discount`."""
@@ -109,7 +137,11 @@ class RunPlan:
         rows = (row for _, scheme in self.section.schemes() for row in scheme.mix or [scheme])
         found = dict.fromkeys((routes_of(row, count).mode, _plainer(row, count)) for row in rows)
         where = f"on {count} segment{'s' if count > 1 else ''}"
-        return [f"{where} {row} is the same as {plain}" for row, plain in found if plain]
+        notes = [f"{where} {row} is the same as {plain}" for row, plain in found if plain]
+        for path, schedule in zip(files_of(self.section), self.schedules, strict=False):
+            live = ", ".join(map(str, schedule.peak_live))
+            notes.append(f"schedule of {path}: live micro-batches by stage {live}")
+        return notes
 
     @cached_property
     def probe_schedules(self) -> list[Schedule]:
@@ -193,6 +225,24 @@ def _plainer(row: Row, num_segments: int) -> str | None:
         if all(same):
             return mode
     return None
+
+
+def files_of(section: LocalParallelConfig) -> tuple[str, ...]:
+    """The files of a run's schedules, if they are given."""
+    given = section.schedule or ()
+    return (given,) if isinstance(given, str) else given
+
+
+def stages_of_segments(section: LocalParallelConfig, num_stages: int) -> tuple[int, ...]:
+    """Segment -> stage: in order, unless a schedule's file deals them otherwise.
+
+    Raises:
+        ScheduleError: when that file cannot be read.
+    """
+    per_stage = section.segments_per_stage
+    for path in files_of(section):
+        return placement_in(path, num_stages, num_stages * per_stage)
+    return tuple(segment // per_stage for segment in range(num_stages * per_stage))
 
 
 def check_size(section: LocalParallelConfig, num_segments: int, num_micro_batches: int = 1) -> None:

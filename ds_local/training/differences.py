@@ -20,6 +20,7 @@ _FREE = (
     "parts",
     "layout",
     "split_backward",
+    "schedule",
     "compile",
     "diagnostics",
 )

@@ -60,13 +60,15 @@ def measure(engine: LocalPipelineEngine, inputs: Any) -> dict[str, list[float]]:
         parts = engine.module.split_batch(inputs)
         inputs = tuple(copied_to(part, engine.device).value() for part in parts)
     inputs_of = {}
-    for stage in range(engine.num_stages):
-        for segment in engine.module.local_segments if engine.stage_id == stage else ():
+    stage_of = engine.module.stage_of
+    for segment, stage in enumerate(stage_of):
+        if engine.stage_id == stage:
             inputs_of[segment] = inputs
             with torch.no_grad():
                 inputs = engine.module.run_segment(segment, inputs[0]), inputs[1]
-        if stage + 1 < engine.num_stages and engine.stage_id in (stage, stage + 1):
-            inputs = _measure_link(engine, stage, inputs, own)
+        ends = set(stage_of[segment : segment + 2])
+        if len(ends) == 2 and engine.stage_id in ends:
+            inputs = _measure_link(engine, segment, inputs, own)
     dist.barrier()
     for segment, given in inputs_of.items():
         for name, seconds in _measure_segment(engine, segment, *given).items():
@@ -133,13 +135,12 @@ def _measure_segment(
 
 
 def _measure_link(
-    engine: LocalPipelineEngine, lower_stage: int, inputs: Any, own: dict[str, dict[int, float]]
+    engine: LocalPipelineEngine, lower: int, inputs: Any, own: dict[str, dict[int, float]]
 ) -> Any:
-    """Send messages over the link above a stage; the receiver times them."""
-    lower = (lower_stage + 1) * engine.section.segments_per_stage - 1
+    """Send messages over the link above a segment; the receiver times them."""
     link = engine.activation_links[lower]
     tags = [Tag(engine.global_steps, -1000 - n) for n in range(REPEATS)]
-    if engine.stage_id == lower_stage:
+    if engine.stage_id == engine.module.stage_of[lower]:
         outputs, labels = map(Tree.of, inputs)
         message = engine.executor.message(lower, outputs, labels)
         for tag in tags:
@@ -206,10 +207,7 @@ def write(engine: LocalPipelineEngine, inputs: Any, folder: Path) -> None:
     costs["activation_bytes"] = max(size for *_, size, _ in gathered)
     costs["forward"][0] += _typical(stages[0], "LoadMicroBatch")
     for stage, events in stages.items():
-        segments = range(
-            stage * engine.section.segments_per_stage,
-            (stage + 1) * engine.section.segments_per_stage,
-        )
+        segments = [s for s, at in enumerate(engine.module.stage_of) if at == stage]
         factor = _in_the_run(engine, stage, events, costs)
         for part, segment in product(("forward", "input_grad", "weight_grad", "head"), segments):
             costs[part][segment] *= factor

@@ -67,7 +67,7 @@ def continued(engine: LocalPipelineEngine, ids_BT: Tensor, length: int, tokens: 
     seed = seed_for(engine.section.seed, "sample", engine.global_steps)
     generator = torch.Generator().manual_seed(seed)
     kept = engine.eval_losses
-    speaks = engine.is_last_stage() and engine.replica_id == 0
+    speaks = engine.num_segments - 1 in engine.module.local_segments and engine.replica_id == 0
     for position in range(length, end):
         _, logits = engine.eval_batch(
             iter([(ids, ids)]), return_logits=True, compute_loss=False, num_micro_batches=1

@@ -174,10 +174,10 @@ class Loop:
             bad = [s for s, loss in self.engine.eval_losses.items() if not math.isfinite(loss)]
             if bad:
                 _tell(f"step {step}: the validation loss of segments {bad} is not finite")
-            per_stage = self.engine.section.segments_per_stage
+            stage_of = self.engine.module.stage_of
             found: dict[str, Any] = {
                 "validation": {
-                    segment: {"loss": loss, "memory_bytes": held[segment // per_stage]}
+                    segment: {"loss": loss, "memory_bytes": held[stage_of[segment]]}
                     for segment, loss in self.engine.eval_losses.items()
                 }
             }
@@ -190,7 +190,7 @@ class Loop:
                     {
                         "step": step,
                         "segment": segment,
-                        "stage": segment // per_stage,
+                        "stage": stage_of[segment],
                         "split": split,
                         "tokens": step * self.tokens_per_step,
                         "seconds": round(self._seconds(), 3),

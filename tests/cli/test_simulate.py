@@ -67,3 +67,27 @@ def test_a_model_gives_costs_in_forwards_of_a_block(capsys):
     assert len(found["auxiliary_flops"]) == 2
     assert 0 < found["auxiliary_flops"][0] < 1
     assert found["auxiliary_flops"][1] == 0
+
+
+def test_an_order_is_written_and_read(tmp_path, capsys):
+    path = tmp_path / "order.csv"
+    assert main([*TWO, "--mode", "backprop", "--csv", str(path)]) == 0
+    capsys.readouterr()
+    assert path.read_text() == "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n"
+    path.write_text("0F0,0F1,0B0,0B1\n1F0,1F1,1B0,1B1\n")
+    found = report(capsys, "--mode", "backprop", "--schedule", str(path))
+    assert (found["makespan"], found["peak_live_micro_batches"]) == (9, [2, 2])
+    path.write_text("0F0,0F1,0B0,0B1\n1B0,1F0,1F1,1B1\n")
+    result = command("simulate", *TWO, "--mode", "backprop", "--schedule", path)
+    assert result.returncode != 0
+    assert "an action comes before what it needs" in result.stderr
+    assert "stage 1  [1B0] 1F0 1F1 1B1" in result.stderr
+
+
+def test_orders_that_follow_each_other_are_numbered(tmp_path):
+    path = tmp_path / "order.csv"
+    assert main([*TWO, "--mode", "shifted_chunked", "--csv", str(path)]) == 0
+    written = sorted(one.name for one in tmp_path.iterdir())
+    assert written == ["order-1.csv", "order-2.csv"]
+    paths = [str(tmp_path / name) for name in written]
+    assert main([*TWO, "--mode", "shifted_chunked", "--schedule", *paths]) == 0

@@ -130,7 +130,7 @@ def weights_of(model: str, section: dict[str, Any], stages: int) -> dict[str, An
     return {
         "layers": {
             i: layer.state_dict()
-            for i, layer in enumerate(module.forward_funcs, module.first_layer)
+            for i, layer in zip(module.layer_numbers, module.forward_funcs, strict=True)
         },
         "heads": {int(segment): head.state_dict() for segment, head in module.heads.items()},
     }
