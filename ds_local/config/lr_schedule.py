@@ -1,7 +1,7 @@
 """Learning-rate schedules that `ds_config.json` can name and DeepSpeed lacks: warm-up, stable,
 decay.
 
-    "scheduler": {"type": "WarmupStableDecayLR", "params": {"total_num_steps": 10000}}
+    "scheduler": {"type": "WSD", "params": {"total_num_steps": 10000, "warmup_num_steps": 100}}
 
 The rate rises in a line to the optimizer's, stays there, and falls in a line in the last steps.
 No torch, no DeepSpeed.
@@ -99,7 +99,7 @@ def _number(name: str, value: Any) -> Any:
     return value
 
 
-SCHEDULERS = {"WarmupStableDecayLR": WarmupStableDecayLR}
+SCHEDULERS = dict.fromkeys(("WarmupStableDecayLR", "WSD"), WarmupStableDecayLR)  # two names of one
 
 
 class _NoOptimizer:

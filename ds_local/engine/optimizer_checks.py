@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ds_local.config.deepspeed import bf16_enabled, zero_stage
 from ds_local.config.files import nearest
-from ds_local.config.lr_schedule import scheduler_of
+from ds_local.config.lr_schedule import SCHEDULERS, scheduler_of
 from ds_local.engine.deepspeed_seam import MUON_PARAMETERS
 from ds_local.engine.trials import check_keys, check_kind, try_out
 from ds_local.errors import ConfigError
@@ -184,12 +184,13 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
     cls = names.get(name) or of_torch.get(name)
     if cls is None or cls is LRScheduler:
         raise ConfigError(
-            f"scheduler.type {name!r} is unknown; {_nearest_name(name, {**of_torch, **names})}"
+            f"scheduler.type {name!r} is unknown; "
+            f"{_nearest_name(name, {**of_torch, **names, **SCHEDULERS})}"
         )
     if name not in names and (zero_stage(config) or bf16_enabled(config)):
         raise ConfigError(
             f"scheduler.type {name!r} is torch's, which cannot drive DeepSpeed's bf16 and ZeRO "
-            f"optimizers; use one of {', '.join(names)}"
+            f"optimizers; use one of {', '.join([*names, *SCHEDULERS])}"
         )
     _check_parameters("scheduler.params", name, cls, params)
     for key, choices in _CHOICES.items():

@@ -79,6 +79,14 @@ def test_a_mistake_in_its_parameters(params, words):
     assert "scheduler.params" in str(caught.value)
 
 
+def test_its_short_name_is_the_same_schedule_checked_the_same():
+    params = {"total_num_steps": 10, "warmup_num_steps": 2}
+    made = scheduler_of({"scheduler": {"type": "WSD", "params": params}})
+    assert isinstance(made(Optimizer(8.0)), WarmupStableDecayLR)
+    with pytest.raises(ConfigError, match=r"scheduler\.params of WSD: .*warmup_steps"):
+        check_deepspeed({"scheduler": {"type": "WSD", "params": {"warmup_steps": 2}}})
+
+
 def test_schedulers_of_others_are_left_to_deepspeed():
     assert (
         scheduler_of({"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 10}}})

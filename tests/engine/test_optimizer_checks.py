@@ -74,6 +74,7 @@ SCHEDULERS = {
         "scheduler.type 'WarmupCosinLR'",
         "'WarmupCosineLR'",
     ),
+    "ours misspelt": (scheduler("WarmupStableDecay"), "did you mean 'WarmupStableDecayLR'"),
     "a helper of DeepSpeed": (scheduler("get_torch_optimizer"), "scheduler.type", "unknown"),
     "the base class": (scheduler("LRScheduler"), "scheduler.type 'LRScheduler'"),
     "no steps": (scheduler("WarmupCosineLR"), "scheduler.params has no total_num_steps"),
