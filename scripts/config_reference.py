@@ -34,9 +34,9 @@ How a model is trained is in `ds_config.json`; what is trained, and where to, is
 of DeepSpeed 0.19 cannot do correctly is refused at start with the reason, and so are misspelt keys,
 unknown parameters and values of another kind in DeepSpeed's own sections. `scheduler` may also name
 `WSD` (or `WarmupStableDecayLR`), which DeepSpeed lacks: the rate rises over `warmup_num_steps`,
-stays, and falls in a line over the last `decay_num_steps` (a fifth) of `total_num_steps`, to `decay_min_ratio`
-(0) of it. Our section is `"local_parallel"`; a key it does not know is an error that names the
-nearest one. K is the number of segments: stages x segments_per_stage.
+stays, and falls in a line over the last `decay_num_steps` (a fifth) of `total_num_steps`, to
+`decay_min_ratio` (0) of it. Our section is `"local_parallel"`; a key it does not know is an error
+that names the nearest one. K is the number of segments: stages x segments_per_stage.
 
 Editors complete and check the section by
 [a JSON schema](../configs/local_parallel.schema.json): write
