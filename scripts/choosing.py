@@ -66,12 +66,7 @@ def more_steps() -> dict[str, float]:
         for row in json.loads(QUALITY.read_text())
         if (row["preset"], row["segments"], row["step_factor"]) == ("cpu", STAGES, 1.0)
     }
-    found = {}
-    for name, compared in ROWS.items():
-        row = rows[compared.method]
-        key = "M=8, c/F=0"
-        found[name] = row["time_to_equal_loss"][key] / row["predicted_time_ratios"][key]
-    return found
+    return {name: rows[of.method]["tokens_to_equal_loss"] for name, of in ROWS.items()}
 
 
 def step_time(model: Any, scheme: str, count: int, ratio: float, seq_len: int) -> float:

@@ -1,5 +1,6 @@
 """Write the pages of the reference that are made from the code, docs/schemes.md,
-docs/api.md, docs/options.md and docs/metrics.md, and the site's first page from README.
+docs/api.md, docs/options.md and docs/metrics.md, the site's first page from README, and what the
+planner knows of the study.
 
 python scripts/generated_pages.py
 """
@@ -16,8 +17,12 @@ import api_pages
 import options_page
 
 from ds_local.checkpoints.run_fields import METRICS, RUN, SPLITS
+from ds_local.cluster import learning
+from ds_local.config import strict_json
 from ds_local.config.catalog import SCHEMES, Section, section_of
 from ds_local.outputs import write_file
+from ds_local.study.methods import COSINE, METHODS
+from ds_local.study.recipes import PRESETS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 README = DOCS.parent / "README.md"
@@ -106,6 +111,26 @@ def schemes() -> str:
     return SCHEMES_HEAD + "\n".join(lines) + "\n"
 
 
+def measured_learning() -> str:
+    """Rows of the study of their preset's own length, without tails."""
+    names = {id(scheme.section): name for name, scheme in SCHEMES.items()}
+    rows = []
+    for row in json.loads((DOCS / "quality.json").read_text()):
+        method, model = METHODS[row["method"]], PRESETS[row["preset"]].model
+        if row["step_factor"] != 1.0 or method.tail or method.schedule != COSINE:
+            continue
+        measured = learning.Measured(
+            names[id(method.scheme)],
+            dict(method.head),
+            row["segments"],
+            model["vocab_size"] / model["n_embd"],
+            row["seeds"],
+            row["tokens_to_equal_loss"],
+        )
+        rows.append(strict_json.dumps(measured._asdict()))
+    return "[\n " + ",\n ".join(rows) + "\n]\n"
+
+
 def pages() -> Iterator[tuple[Path, str]]:
     """(path, text) of every page."""
     yield DOCS / "index.md", index()
@@ -113,6 +138,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield DOCS / "api.md", API_HEAD + api_pages.api()
     yield DOCS / "metrics.md", metrics()
     yield DOCS / "options.md", OPTIONS_HEAD + options_page.options()
+    yield learning.DATA, measured_learning()
 
 
 def main() -> None:

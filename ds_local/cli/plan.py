@@ -1,14 +1,17 @@
-"""Which layout will be fastest on a cluster, how fast, and why the others lose. Starts nothing,
-needs no device.
+"""Which layout of a cluster comes to a loss first, how fast, and why the others lose. Starts
+nothing, needs no device.
 
     python scripts/plan.py --model configs/gpt2-xl.json --nodes 8 --devices-per-node 8 \\
-        --device-tflops 140 --memory-gib 80 --link-gbps 10 --intra-gbps 2400 --tokens 10e9
+        --device-tflops 140 --memory-gib 80 --link-gbps 10 --intra-gbps 2400 --tokens 10e9 \\
+        --write plans/xl
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,11 +27,13 @@ from ds_local.cluster.candidates import (
     Price,
     measured_model,
 )
+from ds_local.cluster.job import CONFIG, START, config_of, start_of, steps_for
+from ds_local.cluster.learning import outside
 from ds_local.cluster.planner import Plan, plan
 from ds_local.cluster.pricing import Pricing
 from ds_local.config import shipped, strict_json
 from ds_local.model import families
-from ds_local.outputs import write_file
+from ds_local.outputs import new_folder, write_file
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -68,7 +73,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="tokens of an optimizer step over all devices",
     )
     add("--seq-len", type=whole(1), help="default the model's longest")
-    add("--tokens", type=number(above=True), help="of the whole run, for the hours it takes")
+    add(
+        "--tokens",
+        type=number(above=True),
+        help="that backpropagation would train on, for the hours until each scheme is as good",
+    )
+    add(
+        "--tokens-only",
+        action="store_true",
+        help="rank by tokens per second, as if every scheme learnt as much from a token",
+    )
     add(
         "--heads", nargs="+", choices=HEADS, default=list(HEADS), help="auxiliary heads to consider"
     )
@@ -82,6 +96,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--best", type=whole(1), default=3, help="layouts to show in full")
     add(
+        "--write",
+        metavar="FOLDER",
+        help=f"write the best layout there, ready to start: {CONFIG} and {START}",
+    )
+    add(
         "--json",
         type=output_file('"too_large"'),
         help="file for all figures, - for the console instead of the text",
@@ -90,37 +109,50 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def line(price: Price, tokens: float | None) -> str:
-    hours = f"{tokens / price.tokens_per_second / 3600:>9,.1f}" if tokens else ""
+    needed = price.learning.tokens
+    hours = f"{tokens * (needed or 1) / price.tokens_per_second / 3600:>9,.1f}  " if tokens else ""
     return (
         f"{price.tokens_per_second:>12,.0f}  {price.idle_share:>5.0%}  {price.memory / GIB:>7.1f}  "
-        f"{price.bytes_per_edge / 1e9:>7.2f}  {price.bytes_reduced / 1e9:>7.2f}  {hours}  "
+        f"{price.bytes_per_edge / 1e9:>7.2f}  {f'{needed:.2f}' if needed else '?':>6}  {hours}"
         f"{price.candidate}"
     )
 
 
 def report(found: Plan, args: argparse.Namespace) -> str:
+    hours = f"{'hours':>9}  " if args.tokens else ""
     head = (
-        f"{'tokens/s':>12}  {'idle':>5}  {'GiB':>7}  {'GB/edge':>7}  {'GB/red.':>7}  {'hours':>9}  "
-        "layout"
+        f"{'tokens/s':>12}  {'idle':>5}  {'GiB':>7}  {'GB/edge':>7}  {'tokens':>6}  {hours}layout"
     )
-    if not args.tokens:
-        head = head.replace(f"{'hours':>9}  ", "  ")
     if not found.best:
         return "nothing fits\n" + _too_large(found, args.memory_gib)
     everything = sorted(
         [*found.best, *(p for rest in found.runners_up.values() for p in rest)],
-        key=lambda p: p.step_seconds,
+        key=lambda p: p.rank,
     )
     best, *others = found.best
     lines = [head, *(line(price, args.tokens) for price in everything[: args.best])]
     lines += ["", "the best of every other row, and what costs it most:"]
     for price in others:
+        known = price.learning.tokens is not None
         lines.append(
-            f"{best.step_seconds / price.step_seconds:>6.0%} of the best  {price.candidate}: "
-            f"{price.loss}"
+            f"{f'{best.cost / price.cost:.0%}' if known else '?':>6} of the best  "
+            f"{price.candidate}: {price.loss}"
         )
-    lines.append(_too_large(found, args.memory_gib))
-    return "\n".join(lines).rstrip()
+    if found.too_large:
+        lines.append(_too_large(found, args.memory_gib))
+    if not args.tokens_only:
+        lines += ["", *sources(found.best)]
+    return "\n".join(lines)
+
+
+def sources(prices: list[Price]) -> Iterator[str]:
+    """Where it is known from how many tokens each scheme needs."""
+    yield "tokens: needed for a loss, in parts of backpropagation's (docs/quality.md):"
+    for price in sorted(prices, key=lambda p: p.learning.tokens or math.inf):
+        needed = price.learning.tokens
+        yield f"{f'{needed:.2f}' if needed else '?':>6}  {price.candidate.row}: " + (
+            price.learning.source
+        )
 
 
 def _too_large(found: Plan, memory_gib: float) -> str:
@@ -150,7 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
     model = Model.of(families.load_model_config(args.model), args.seq_len, 4 if args.fp32 else 2)
     if args.profile:
         model = measured_model(model, args.profile)
-    pricing = Pricing(model, cluster, int(args.batch_tokens) // model.seq_len)
+    sequences = int(args.batch_tokens) // model.seq_len
+    pricing = Pricing(model, cluster, sequences, tokens_only=args.tokens_only)
     found = plan(pricing, args.heads, args.rows)
     if args.json:
         result = {
@@ -163,9 +196,23 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         write_file(args.json, text + "\n")
     print(report(found, args))
+    if not args.tokens_only and (warning := outside(model.ratio)):
+        print(f"careful: {warning}")
     print(
         f"{found.considered} layouts of {cluster.devices} devices, {found.simulated} simulated, "
-        f"{time.perf_counter() - started:.1f} s; GB/edge: activations over a link between two "
-        "stages in a step, GB/red.: sent by a device to average gradients"
+        f"{time.perf_counter() - started:.1f} s; 8 x 4 sequences: 8 micro-batches of 4 in a step "
+        "of a replica; GB/edge: activations over a link between two stages in a step"
     )
+    if args.write and found.best:
+        write_job(found.best[0], cluster, args)
     return 0 if found.best else 1
+
+
+def write_job(price: Price, cluster: Cluster, args: argparse.Namespace) -> None:
+    """The layout as files, and the command that starts it."""
+    steps = steps_for(price, args.tokens)
+    config = config_of(price.candidate, args.fp32, steps)
+    with new_folder(args.write, "plan") as folder:
+        (folder / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
+        (folder / START).write_text(start_of(price, cluster, args.model, args.write, steps))
+    print(f"start it with: DATA=... RUN=... bash {args.write}/{START}")

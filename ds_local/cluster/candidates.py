@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ds_local.cluster.learning import BACKPROPS, Learning
 from ds_local.config.catalog import SCHEMES
 from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
@@ -41,6 +42,7 @@ ROWS = {
 }
 HEADS = {
     "full": HeadConfig(),
+    "shared": HeadConfig(readout="shared", temperature=True),
     "shared, 1/4 of tokens": HeadConfig(readout="shared", token_fraction=0.25),
     "rank 128, 1/4 of tokens": HeadConfig(rank=128, token_fraction=0.25),
 }
@@ -95,6 +97,11 @@ class Model:
     kept: int  # numbers a block keeps per token for its backward pass
     itemsize: int = 2  # bytes of an activation
     update_seconds: float = 0.0  # of the optimizer step, per parameter; known from a profile alone
+
+    @property
+    def ratio(self) -> float:
+        """Vocabulary / width: what a head costs beside a block."""
+        return self.readout_params / self.hidden**2
 
     @classmethod
     def of(cls, config: Any, seq_len: int | None = None, itemsize: int = 2) -> Model:
@@ -161,10 +168,22 @@ class Price:
     bytes_reduced: float  # sent by one device to average gradients, in a step
     idle_share: float = math.nan
     simulated: bool = False
+    learning: Learning = BACKPROPS  # what its tokens are worth
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.step_seconds
+
+    @property
+    def cost(self) -> float:
+        """Seconds of a step, counted as often as its tokens are needed; as if that were once where
+        nobody has measured it."""
+        return self.step_seconds * (self.learning.tokens or 1.0)
+
+    @property
+    def rank(self) -> tuple[bool, float, float]:
+        """The lowest is the best; what differs by less than is printed goes by memory."""
+        return self.learning.tokens is None, float(f"{self.cost:.3g}"), self.memory
 
     @property
     def loss(self) -> str:

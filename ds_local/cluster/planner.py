@@ -1,5 +1,5 @@
-"""Which layout of a cluster is fastest, before it is bought: every legal layout priced, the best
-simulated.
+"""Which layout of a cluster comes to a loss first, before it is bought: every legal layout priced,
+the best simulated.
 
 The lower bound on a layout's step is cheap and rules out most of them; those that could still win
 go through the simulator, best bound first, until none is left whose bound beats what was found.
@@ -67,7 +67,8 @@ def is_legal(layout: Candidate) -> bool:
 
 @dataclass
 class Plan:
-    """The outcome: the best layout of every row, fastest first, and what was left out."""
+    """The outcome: the best layout of every row, the first to come to a loss first, those of which
+    nobody knows that last, and what was left out."""
 
     best: list[Price]
     runners_up: dict[str, list[Price]]  # of each row, further layouts, simulated
@@ -97,12 +98,13 @@ def plan(
     found: dict[str, list[Price]] = {}
     too_large = {}
     for row, prices in candidates.items():
-        fitting = sorted((p for p in prices if p.memory <= limit), key=lambda p: p.step_seconds)
+        fitting = sorted((p for p in prices if p.memory <= limit), key=lambda p: p.cost)
         if not fitting:
             too_large[row] = min(prices, key=lambda p: p.memory)
             continue
-        found[row] = _best_of(pricing, fitting, keep)
-    best = sorted((prices[0] for prices in found.values()), key=lambda p: p.step_seconds)
+        known = [p for p in fitting if p.learning.tokens is not None]
+        found[row] = _best_of(pricing, known or fitting, keep)
+    best = sorted((prices[0] for prices in found.values()), key=lambda p: p.rank)
     return Plan(
         best,
         {row: prices[1:] for row, prices in found.items()},
@@ -113,13 +115,13 @@ def plan(
 
 
 def _best_of(pricing: Pricing, prices: list[Price], keep: int) -> list[Price]:
-    """The simulated ones, fastest first; `prices` come with their bounds, lowest first."""
+    """The simulated ones, best first; `prices` come with their bounds, lowest first."""
     done: list[Price] = []
     for price in prices:
-        ranked = sorted(p.step_seconds for p in done)
-        if (len(ranked) >= keep and price.step_seconds >= ranked[keep - 1]) or (
-            ranked and price.step_seconds >= 1.5 * ranked[0]
+        ranked = sorted(p.cost for p in done)
+        if (len(ranked) >= keep and price.cost >= ranked[keep - 1]) or (
+            ranked and price.cost >= 1.5 * ranked[0]
         ):
             break
         done.append(pricing.simulate(price))
-    return sorted(done, key=lambda p: (p.step_seconds, p.memory))
+    return sorted(done, key=lambda p: p.rank)

@@ -22,6 +22,7 @@ from ds_local.cluster.candidates import (
     has_heads,
     split_backward_of,
 )
+from ds_local.cluster.learning import BACKPROPS, Learning, learning_of
 from ds_local.cluster.row_samples import section_for
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
@@ -30,15 +31,23 @@ from ds_local.model.flops import UnitCosts, choose_parts, unit_flops
 
 
 class Pricing:
-    """Prices layouts of one model on one cluster."""
+    """Prices layouts of one model on one cluster.
 
-    def __init__(self, model: Model, cluster: Cluster, sequences: int, zero_stage: int = 1) -> None:
-        self.model, self.cluster, self.sequences, self.zero_stage = (
-            model,
-            cluster,
-            sequences,
-            zero_stage,
-        )
+    Args:
+        sequences: of a step, over the whole cluster.
+        tokens_only: take a token to be worth the same in every scheme.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cluster: Cluster,
+        sequences: int,
+        zero_stage: int = 1,
+        tokens_only: bool = True,
+    ) -> None:
+        self.model, self.cluster, self.sequences = model, cluster, sequences
+        self.zero_stage, self.tokens_only = zero_stage, tokens_only
         self._cuts: dict[tuple[str, int, str], list[int]] = {}
         self._flops: dict[tuple[str, int], UnitCosts] = {}
 
@@ -52,7 +61,13 @@ class Pricing:
             and self.model.kept
         ):
             price = self._cost(replace(candidate, recompute=True)).price(self.sequences)
-        return price
+        return replace(price, learning=self._learning(candidate))
+
+    def _learning(self, candidate: Candidate) -> Learning:
+        if self.tokens_only:
+            return BACKPROPS
+        options = HEADS[candidate.heads or "full"].model_dump(exclude_defaults=True)
+        return learning_of(candidate.row, options, candidate.stages, self.model.ratio)
 
     def simulate(self, price: Price) -> Price:
         """The step as the simulator sees it. Long steps are shortened: beyond some rounds of the

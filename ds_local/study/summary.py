@@ -109,6 +109,7 @@ def _row(
         "losses": [round(r["loss"], 4) for r in runs],
         "predicted_time_ratios": ratios_of(forecast.time),
         "predicted_time_ratios_split": ratios_of(forecast.split),
+        "tokens_to_equal_loss": round(steps / mean(times), 4) if times else None,
         "time_to_equal_loss": to_equal_loss(forecast.time),
         "time_to_equal_loss_split": to_equal_loss(forecast.split),
     }

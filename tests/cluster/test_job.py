@@ -1,0 +1,58 @@
+"""The planner's winner as files that start."""
+
+import itertools
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from ds_local.cluster.candidates import HEADS, ROWS, Candidate, Cluster, Price, has_heads
+from ds_local.cluster.job import config_of, start_of, steps_for
+from ds_local.cluster.learning import Learning
+from ds_local.cluster.planner import is_legal
+from ds_local.config.deepspeed import batch_sizes
+from ds_local.config.files import local_parallel
+from ds_local.config.shipped import FOLDER
+from ds_local.config.strict_json import dumps
+from ds_local.engine.deepspeed_checks import checked
+from ds_local.schedules.run_plan import RunPlan
+
+CLUSTER = Cluster(4, 2, 100, 80, 10, 100)
+PRICE = Price(Candidate(4, 2, "chunked 2, split 2", "full", 4, 8), 2.0, 1000, 0, {}, 0, 0)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_is_a_config_that_starts(row, tmp_path):
+    for head, recompute in itertools.product(HEADS if has_heads(row) else ("",), (False, True)):
+        stages = 1 if row == "data parallel" else 4
+        layout = Candidate(stages, 8 // stages, row, head, 4, 8, "within_node", recompute)
+        assert is_legal(layout)
+        config = config_of(layout, fp32=False, steps=500)
+        checked(config)
+        dumps(config)
+        section = local_parallel(config)
+        assert section.num_stages == stages
+        assert batch_sizes(config, layout.replicas) == (4, 8)
+        assert RunPlan.of(section, stages, 8).schedules
+
+
+def test_a_run_is_as_long_as_its_scheme_needs():
+    assert steps_for(PRICE, 10_500) == 11
+    slower = replace(PRICE, learning=Learning(1.5, "measured"))
+    assert steps_for(slower, 10_000) == 15
+    assert steps_for(PRICE, None) is None
+    assert "scheduler" not in config_of(PRICE.candidate, fp32=True, steps=None)
+
+
+def test_the_command_is_that_of_the_cluster():
+    words = shlex.split(start_of(PRICE, CLUSTER, "configs/my model.json", "plans/one", 12), True)
+    start = words.index("deepspeed")
+    assert words[start + 1 : start + 5] == ["--num_nodes", "4", "--num_gpus", "2"]
+    assert words[words.index("--model") + 1] == "configs/my model.json"
+    assert words[words.index("--deepspeed_config") + 1] == "plans/one/ds_config.json"
+    assert words[words.index("--max-steps") + 1] == "${STEPS:-12}"
+    assert "--hostfile" in words
+    one = start_of(PRICE, replace(CLUSTER, nodes=1), "m", "f", None)
+    assert "--hostfile" not in one
+    assert "${STEPS:?the number of steps}" in one
+    assert (FOLDER / "hostfile").exists()

@@ -1,0 +1,72 @@
+"""From how many tokens a scheme learns as much as backpropagation."""
+
+import pytest
+
+from ds_local.cluster import learning
+from ds_local.cluster.candidates import HEADS, ROWS
+from ds_local.cluster.learning import Measured, learning_of, outside
+
+ROWS_KNOWN = (
+    Measured("local", {}, 2, 8.0, 1, 1.1),
+    Measured("local", {}, 4, 8.0, 3, 1.3),
+    Measured("local", {}, 4, 64.0, 1, 2.0),
+    Measured("local", {"readout": "shared"}, 4, 8.0, 1, 1.56),
+    Measured("local", {"rank": 16}, 4, 8.0, 1, None),
+    Measured("chunked 2", {}, 4, 8.0, 3, 1.2),
+    Measured("chunked 2", {"blocks": 1}, 4, 8.0, 1, 1.25),
+    Measured("interlocking 2", {}, 4, 8.0, 1, None),
+)
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    monkeypatch.setattr(learning, "measured", lambda: ROWS_KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("row", "head", "stages", "ratio", "tokens"),
+    [
+        ("backprop", {}, 16, 8, 1.0),
+        ("backprop, split 2", {}, 16, 8, 1.0),
+        ("data parallel", {}, 1, 8, 1.0),
+        ("local", {}, 2, 8, 1.1),
+        ("local", {}, 16, 8, 1.3),  # the most segments that were measured
+        ("local", {}, 4, 50, 2.0),  # the nearest ratio
+        ("chunked 2, split 2", {}, 8, 8, 1.2),
+        ("local", {"readout": "shared"}, 4, 8, 1.56),
+        ("local", {"readout": "shared"}, 2, 8, 1.1 * 1.56 / 1.3),
+        ("chunked 2", {"readout": "shared"}, 4, 8, 1.2 * 1.56 / 1.3),  # as it cost local learning
+        ("chunked 2", {"blocks": 1}, 4, 8, 1.25),
+        ("local", {"rank": 16}, 4, 8, None),
+        ("chunked 2", {"rank": 8}, 4, 8, None),
+        ("interlocking 2", {}, 4, 8, None),
+        ("overlapping 2", {}, 4, 8, None),
+    ],
+)
+def test_the_nearest_row_says_it(row, head, stages, ratio, tokens):
+    found = learning_of(row, head, stages, ratio)
+    assert found.tokens == (None if tokens is None else pytest.approx(tokens))
+
+
+def test_the_source_names_the_row():
+    text = learning_of("chunked 2, split 2", {"readout": "shared"}, 8, 8).source
+    assert text == (
+        "chunked 2 on 4 segments, 3 seeds; times 1.20 for the head, of local on 4, 1 seed"
+    )
+    assert learning_of("interlocking 2", {}, 4, 8).source.endswith("above every run of backprop")
+    assert learning_of("overlapping 2", {}, 4, 8).source.endswith("not measured")
+
+
+def test_a_model_unlike_those_measured_is_warned_of():
+    assert outside(8) == outside(100) == ""
+    assert "vocabulary / width is 2 here" in outside(2)
+    assert "measured at 8 to 64" in outside(200)
+
+
+def test_every_scheme_and_head_of_the_planner_is_looked_up(monkeypatch):
+    monkeypatch.undo()
+    found = {row: learning_of(row, {}, 4, 8.0).tokens for row in ROWS}
+    assert found["chunked 2"] == found["chunked 2, split 2"] == pytest.approx(1.17, abs=0.01)
+    assert found["local"] == pytest.approx(1.31, abs=0.01)
+    shared = HEADS["shared"].model_dump(exclude_defaults=True)
+    assert learning_of("local", shared, 4, 8.0).tokens == pytest.approx(1.44, abs=0.01)
