@@ -7,7 +7,6 @@ such folders. B sequences, T tokens.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -22,11 +21,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from ds_local.data.order import Order, quotas
 from ds_local.errors import DataError, first_line
 from ds_local.model.heads import IGNORE
 from ds_local.outputs import damage, read_list
 
-FORMAT = 2
+FORMAT = 3
+_READ = (2, 3)  # 2 knows one stream of sequences
 KIND = "data folder"
 SPLITS = ("train", "validation")
 CHECKED_BYTES = 2 << 30  # read at the start, to see whether they are what was written
@@ -41,11 +42,26 @@ class _Splits(TypedDict):
     validation: _Positive
 
 
+class SourceFacts(TypedDict):
+    """What prepared.json says of a source: its share of the tokens that training sees, and how
+    often a pass sees each of its sequences. With a weight it has sequences of its own."""
+
+    name: str
+    place: str
+    weight: Annotated[float, Field(gt=0)] | None
+    documents: _Count
+    tokens: _Count
+    sequences: _Positive | None
+    share: Annotated[float, Field(ge=0, le=1)]
+    passes: Annotated[float, Field(ge=0)]
+
+
 class Facts(TypedDict):
     """What prepared.json says."""
 
     format: int
     sources: list[str]
+    validation_sources: list[str]
     tokenizer: str
     tokenizer_fingerprint: str
     seq_len: _Positive
@@ -57,6 +73,8 @@ class Facts(TypedDict):
     tokens: _Positive
     bytes: _Splits
     sequences: _Splits
+    mixture: list[SourceFacts]
+    document_mask: bool
     fingerprint: str
 
 
@@ -90,6 +108,7 @@ class TokenData:
                 f"{self.folder} holds {counts} sequences, prepared.json says "
                 f"{self.facts['sequences']}"
             )
+        self.order = _order(self.folder, self.facts)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -136,11 +155,13 @@ def _read_facts(folder: Path) -> Facts:
         raise DataError(
             f"{folder} is not a complete data folder ({first_line(error)}); {_MAKE}"
         ) from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not isinstance(found, dict) or found.get("format") not in _READ:
         told = found.get("format") if isinstance(found, dict) else None
         raise DataError(
             f"{path} has data format {told}, this version reads {FORMAT}; {_again(folder)}"
         )
+    if found["format"] < FORMAT:
+        found = _OF_FORMAT_2 | found
     try:
         return TypeAdapter(Facts).validate_python(found, strict=True)
     except ValidationError as error:
@@ -149,19 +170,22 @@ def _read_facts(folder: Path) -> Facts:
         raise DataError(f"{path}: {where}: {wrong['msg'].lower()}; {_again(folder)}") from error
 
 
-@functools.lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(size)
+_OF_FORMAT_2 = {"validation_sources": [], "mixture": [], "document_mask": False}
 
 
-def step_indices(num_sequences: int, seed: int, step: int, per_step: int) -> list[int]:
-    """The sequences of optimizer step `step` (from 0): consecutive pieces of one shuffled pass over
-    the data after another."""
-    positions = range(step * per_step, (step + 1) * per_step)
-    return [
-        int(_permutation(seed, p // num_sequences, num_sequences)[p % num_sequences])
-        for p in positions
-    ]
+def _order(folder: Path, facts: Facts) -> Order:
+    """The order of training, by the weights of the sources. Raises DataError."""
+    total, sources = facts["sequences"]["train"], facts["mixture"]
+    counts = [count for one in sources if (count := one["sequences"]) is not None]
+    weights = [weight for one in sources if (weight := one["weight"]) is not None]
+    if not sources or not len(counts) == len(weights) == len(sources):
+        return Order((total,))
+    if sum(counts) != total:
+        raise DataError(
+            f"{folder}/prepared.json: mixture: sources of {sum(counts)} sequences for {total}; "
+            f"{_again(folder)}"
+        )
+    return Order(tuple(counts), tuple(quotas(counts, weights)))
 
 
 class BatchShape(NamedTuple):
@@ -185,19 +209,45 @@ class BatchShape(NamedTuple):
 
 def training_batches(
     data: TokenData, seed: int, start_step: int, shape: BatchShape
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Micro-batches (ids, labels) of this replica, from `start_step` on, without end. B =
+) -> Iterator[tuple[Any, Tensor]]:
+    """Micro-batches (inputs, labels) of this replica, from `start_step` on, without end. B =
     `micro_batch_size`."""
     for step in itertools.count(start_step):
-        indices = step_indices(data.num_sequences("train"), seed, step, shape.per_step)
+        rows = data.order.rows(seed, step, shape.per_step)
         for micro_batch in range(shape.num_micro_batches):
-            ids_BT = data.sequences("train", indices[shape.mine(micro_batch)])
-            yield ids_BT, ids_BT
+            ids_BT = data.sequences("train", rows[shape.mine(micro_batch)])
+            yield micro_batch_of(data, ids_BT, ids_BT)
 
 
-class ValidationBatches(Sequence[tuple[Tensor, Tensor]]):
-    """Micro-batches (ids, labels) of this replica over validation sequences, each read when it is
-    asked for. The last ones are filled up with sequences whose labels do not count."""
+def micro_batch_of(data: TokenData, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Any, Tensor]:
+    """(inputs, labels) of some sequences. With a document mask the inputs have positions that start
+    again with each document, by which attention tells documents apart, and no document's first
+    token is to be predicted."""
+    if not data.facts["document_mask"]:
+        return ids_BT, labels_BT
+    positions_BT = document_positions(ids_BT, data.facts["eos_token_id"])
+    begins = positions_BT == 0
+    return (
+        {"input_ids": ids_BT, "position_ids": positions_BT},
+        labels_BT.masked_fill(begins, IGNORE),
+    )
+
+
+def document_positions(ids_BT: Tensor, end: int) -> Tensor:
+    """How many tokens of its document, in the same sequence, are before each token.
+
+    Args:
+        end: the token behind each document.
+    """
+    numbers_T = torch.arange(ids_BT.shape[1])
+    begins_BT = torch.zeros_like(ids_BT)
+    begins_BT[:, 1:] = torch.where(ids_BT[:, :-1] == end, numbers_T[1:], 0)
+    return numbers_T - begins_BT.cummax(1).values
+
+
+class ValidationBatches(Sequence[tuple[Any, Tensor]]):
+    """Micro-batches (inputs, labels) of this replica over validation sequences, each read when it
+    is asked for. The last ones are filled up with sequences whose labels do not count."""
 
     def __init__(self, data: TokenData, shape: BatchShape, indices: Sequence[int]) -> None:
         self.data, self.shape, self.indices = data, shape, indices
@@ -214,7 +264,7 @@ class ValidationBatches(Sequence[tuple[Tensor, Tensor]]):
         if indices:
             ids_BT[: len(indices)] = self.data.sequences("validation", indices)
             labels_BT[: len(indices)] = ids_BT[: len(indices)]
-        return ids_BT, labels_BT
+        return micro_batch_of(self.data, ids_BT, labels_BT)
 
 
 def validation_batches(

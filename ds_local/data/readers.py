@@ -1,11 +1,18 @@
-"""What is in a source file: documents from text, JSON, JSON lines, Parquet tables and the hub."""
+"""What is in a source file: rows of text, JSON, JSON lines, tables and the hub, one after another.
+
+No file is held whole: lines, entries, batches of rows and pieces of plain text are read as they
+come, from compressed files too.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,138 +20,211 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ds_local.data.compression import Input, endings
+from ds_local.data.fields import Malformed, present
+from ds_local.data.json_values import json_values
 from ds_local.errors import DataError, first_line
 
-NAMED = 5  # of the files left out for one reason
+# characters tokenized at once: a 50 MB line must not need 50 MB of tokenizer lattice
+PIECE = 100_000
+_PIECES_HELD = 100  # of a plain file; a longer one is read twice
+_BATCH = 1000  # rows of a table read at once, at most
+_LONGEST_FIELD = 1 << 28  # characters of a table's field: an open quote must not swallow a disk
 
 
-class Document(NamedTuple):
-    name: str
-    text: str
+class Row(NamedTuple):
+    """`where`: "line 3"; `value`: an object with fields, or else `Malformed`."""
+
+    where: str
+    value: Any
 
 
-class Skipped:
-    """What was left out: how much by reason, and the first few names."""
-
-    def __init__(
-        self, counts: Mapping[str, int] | None = None, names: Mapping[str, list[str]] | None = None
-    ) -> None:
-        self.counts: Counter[str] = Counter(counts)
-        self.names: dict[str, list[str]] = defaultdict(list, names or {})
-
-    def add(self, reason: str, name: str) -> None:
-        self.counts[reason] += 1
-        if len(self.names[reason]) < NAMED:
-            self.names[reason].append(name)
-
-    def __bool__(self) -> bool:
-        return bool(self.counts)
-
-    def __str__(self) -> str:
-        """For example: 7 empty (a.txt, b.txt, ...), 1 NUL bytes (c.png)."""
-        return ", ".join(
-            f"{count} {reason} ({', '.join(self.names[reason])}"
-            f"{', ...' * (count > len(self.names[reason]))})"
-            for reason, count in self.counts.items()
-        )
-
-
-def unreadable(path: Any, error: OSError) -> DataError:
-    return DataError(f"cannot read {path}: {error.strerror or first_line(error)}")
-
-
-def documents_of(root: Path, files: Iterable[Path], skipped: Skipped) -> Iterator[Document]:
-    for path in files:
-        short = path.relative_to(root) if path != root else path.name  # the same on every machine
-        read = READERS.get(path.suffix.lower(), _whole)
-        try:
-            for number, content in enumerate(read(path)):
-                text, reason = _text(content)
-                if text is not None:
-                    yield Document(f"{short}:{number}", text)
-                elif path == root and read is _whole and reason != "empty":
-                    raise DataError(f"{path} is no UTF-8 text ({reason}); convert it")
-                else:
-                    skipped.add(reason, f"{short}:{number}" if read is not _whole else str(short))
-        except OSError as error:
-            raise unreadable(path, error) from error
-
-
-def _whole(path: Path) -> Iterator[bytes]:
-    yield path.read_bytes()
-
-
-def _json_lines(path: Path) -> Iterator[str | bytes | None]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+def json_lines(file: Input, fields: Sequence[str]) -> Iterator[Row]:
+    """An object a line."""
+    with file.open() as stream:
+        for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                value = json.loads(line)
             except UnicodeDecodeError:
-                yield line  # is counted as no UTF-8
-                continue
+                value = {fields[0]: line}  # is counted as no UTF-8
             except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f'{path}, line {number}: every line must be a JSON object with a "text" field '
-                    f"({first_line(error)})"
-                ) from error
-            yield _field(row, f"{path}, line {number}")
-
-
-def _json(path: Path) -> Iterator[str | bytes | None]:
-    """A list of objects or strings, one object, or an object a line."""
-    content = path.read_bytes()
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        if not content.lstrip().startswith(b"{"):
-            raise DataError(f"{path} is no JSON: {first_line(error)}") from error
-        yield from _json_lines(path)
-        return
-    rows = found if isinstance(found, list) else [found]
-    for number, row in enumerate(rows):
-        yield row if isinstance(row, str) else _field(row, f"{path}, entry {number}")
-
-
-def _field(row: Any, where: str) -> str | None:
-    """The text of a row. Raises DataError when it has none."""
-    if not isinstance(row, dict):
-        raise DataError(f'{where} is {type(row).__name__}, not an object with a "text" field')
-    if "text" not in row:
-        raise DataError(
-            f'{where} has the fields {", ".join(map(str, row)) or "none"}; an object with a "text" '
-            "field is needed"
-        )
-    if not isinstance(row["text"], str | None):
-        raise DataError(f'{where}: "text" is {type(row["text"]).__name__}, not a string')
-    return row["text"]
-
-
-def _parquet(path: Path) -> Iterator[str | bytes | None]:
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if "text" not in columns:
-                raise DataError(
-                    f'{path} has the columns {", ".join(columns)}; a "text" column is needed'
+                value = Malformed(
+                    f'is no JSON ({first_line(error)}); every line must be an object with a "'
+                    f'{fields[0]}" field'
                 )
-            for batch in file.iter_batches(batch_size=1000, columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    yield text if isinstance(text, bytes) else _field({"text": text}, str(path))
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is no parquet file: {first_line(error)}") from error
+            yield Row(f"line {number}", value)
 
 
-READERS: dict[str, Callable[[Path], Iterator[str | bytes | None]]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json,
-    ".parquet": _parquet,
+def json_file(file: Input, fields: Sequence[str]) -> Iterator[Row]:
+    """A list of objects or strings, one object, or an object a line."""
+    with file.open() as stream:
+        first = stream.readline(_LONGEST_FIELD)
+    try:
+        by_line = isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        by_line = False
+    if by_line:
+        yield from json_lines(file, fields)
+        return
+    with file.open() as stream:
+        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape")
+        try:
+            for number, value in enumerate(json_values(text)):
+                yield Row(
+                    f"entry {number}", {fields[0]: value} if isinstance(value, str) else value
+                )
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{file.path} is no JSON: {first_line(error)}") from error
+
+
+def _table(delimiters: str) -> Callable[[Input, Sequence[str]], Iterator[Row]]:
+    """The reader of tables as text, with a header; of the delimiters the one that the header has
+    around a field that is asked for."""
+
+    def rows(file: Input, fields: Sequence[str]) -> Iterator[Row]:
+        csv.field_size_limit(_LONGEST_FIELD)
+        with file.open() as stream:
+            header = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+            lines = itertools.islice(header, 100)
+            first = next((line for line in lines if line.strip()), "")
+        if not first:
+            return
+        for delimiter in delimiters:
+            columns = next(csv.reader([first], delimiter=delimiter), [])
+            if present(fields, columns):
+                break
+        else:
+            raise _no_column(file.path, next(csv.reader([first], delimiter=delimiters[0]), []))
+        with file.open() as stream:
+            text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+            yield from _table_rows(text, delimiter)
+
+    return rows
+
+
+def _table_rows(text: io.TextIOWrapper, delimiter: str) -> Iterator[Row]:
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    columns: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            yield Row(f"line {line}", Malformed(f"is no row of a table ({first_line(error)})"))
+            continue
+        if values is None:
+            return
+        if not values:
+            continue
+        if columns is None:
+            columns = values
+        elif len(values) != len(columns):
+            bad = Malformed(f"has {len(values)} fields, the header has {len(columns)}")
+            yield Row(f"line {line}", bad)
+        else:
+            yield Row(f"line {line}", dict(zip(columns, values, strict=True)))
+
+
+def _no_column(path: Path, columns: Sequence[str]) -> DataError:
+    names = ", ".join(columns)[:200] or "none"
+    return DataError(
+        f"{path} has the columns {names}; name the one with text with --text-field, or leave the "
+        "file out with --skip"
+    )
+
+
+def parquet(file: Input, fields: Sequence[str]) -> Iterator[Row]:
+    """The rows of a table, of the column alone that is needed."""
+    if endings(file.path)[1]:  # it is read from its end
+        with file.open() as stream, tempfile.TemporaryFile() as plain:
+            shutil.copyfileobj(stream, plain)
+            yield from _parquet_rows(plain, file, fields)
+    else:
+        with file.open() as stream:
+            yield from _parquet_rows(stream, file, fields)
+
+
+def _parquet_rows(stream: Any, file: Input, fields: Sequence[str]) -> Iterator[Row]:
+    try:
+        with pq.ParquetFile(stream, buffer_size=1 << 20) as table:
+            columns = table.schema_arrow.names
+            field = present(fields, columns)
+            if field is None:
+                raise _no_column(file.path, columns)
+            done, total = 0, table.metadata.num_rows
+            for batch in table.iter_batches(batch_size=_BATCH, columns=[field]):
+                for number, row in enumerate(batch.to_pylist(), start=done):
+                    yield Row(f"row {number}", row)
+                done += batch.num_rows
+                file.share_read = done / total
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DataError(f"{file.path} is no parquet file: {first_line(error)}") from error
+
+
+READERS: dict[str, Callable[[Input, Sequence[str]], Iterator[Row]]] = {
+    ".jsonl": json_lines,
+    ".ndjson": json_lines,
+    ".json": json_file,
+    ".csv": _table(",;"),
+    ".tsv": _table("\t"),
+    ".parquet": parquet,
 }
 
 
-def hub(name: str, skipped: Skipped) -> Iterator[Document]:
+def plain_text(file: Input) -> Iterator[str]:
+    """The pieces of a file that is one text, once it was found to be text to its end.
+
+    Raises:
+        NoText: when it is not.
+    """
+    held, reason, count = [], "empty", 0
+    try:
+        for piece in _pieces(file):
+            if "\0" in piece:
+                raise NoText("NUL bytes")
+            reason = reason if not piece.strip() else ""
+            count += 1
+            if count <= _PIECES_HELD:
+                held.append(piece)
+    except UnicodeDecodeError as error:
+        raise NoText("invalid UTF-8") from error
+    if reason:
+        raise NoText(reason)
+    yield from held if count <= _PIECES_HELD else _pieces(file)
+
+
+def _pieces(file: Input) -> Iterator[str]:
+    with file.open() as stream:
+        text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
+        while piece := text.read(PIECE):
+            yield piece
+
+
+class NoText(ValueError):
+    """What cannot be read as text, and is left out; the message is the reason."""
+
+
+def checked_text(content: str | bytes | None) -> str:
+    """The text of a row. Raises NoText."""
+    try:
+        if isinstance(content, bytes):
+            content = content.decode("utf-8-sig")
+        if content is None or not content.strip():
+            raise NoText("empty")
+        content.encode()  # fails for half a surrogate pair, as JSON can have
+    except UnicodeError as error:
+        raise NoText("invalid UTF-8") from error
+    if "\0" in content:
+        raise NoText("NUL bytes")
+    return content
+
+
+def hub_rows(name: str) -> Iterator[Row]:
+    """Rows of the train split of a Hugging Face dataset, "NAME" or "NAME:CONFIG"."""
     path, _, config = name.partition(":")
     try:
         rows = iter(datasets.load_dataset(path, config or None, split="train", streaming=True))
@@ -159,21 +239,4 @@ def hub(name: str, skipped: Skipped) -> Iterator[Document]:
             ) from error
         if row is None:
             return
-        text, reason = _text(_field(row, name))
-        if text is not None:
-            yield Document(f"{name}:{number}", text)
-        else:
-            skipped.add(reason, f"{name}:{number}")
-
-
-def _text(content: str | bytes | None) -> tuple[str | None, str]:
-    """(the text of a document, ""), or (None, why it is none)."""
-    try:
-        if isinstance(content, bytes):
-            content = content.decode("utf-8-sig")
-        if content is None or not content.strip():
-            return None, "empty"
-        content.encode()  # fails for half a surrogate pair, as JSON can have
-    except UnicodeError:
-        return None, "invalid UTF-8"
-    return (None, "NUL bytes") if "\0" in content else (content, "")
+        yield Row(f"row {number}", row)

@@ -1,112 +1,174 @@
-"""Files, folders and hub datasets -> documents.
+"""Sources as they are named on the command line -> documents.
 
-A file that holds text in a form we do not read (a table, something compressed, an office document)
-is refused by name, so that nothing is trained on as prose by accident and nothing is left out in
-silence. What holds no text at all is left out, counted and named.
+A file that holds text in a form we do not read (something compressed otherwise, an office document,
+a database) is refused by name, so that nothing is trained on as prose by accident and nothing is
+left out in silence. What holds no text at all is left out, counted and named.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import itertools
 import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
-from ds_local.data.readers import (
-    NAMED,
-    READERS,
+from ds_local.data.documents import (
     Document,
-    Skipped,
+    Reading,
     documents_of,
-    hub,
+    hub_documents,
     unreadable,
 )
+from ds_local.data.kinds import why_unreadable
+from ds_local.data.left_out import NAMED, Skipped
 from ds_local.errors import DataError
 
-_HEAD = 64 << 10  # bytes by which a file's kind is told
+T = TypeVar("T")
 
-_TABLE = "is a table; write its text column as .jsonl or .parquet"
-_PACKED = "is compressed or an archive; unpack it"
-_PAGES = "is a formatted document; save it as plain text"
-_STORE = "is a database or a prepared dataset; write its text as .jsonl or .parquet"
-_UTF16 = "is UTF-16; convert it to UTF-8"
+_HUB = "hub:"
+_STDLIB = "python-stdlib"
 
-# what is not read: by the end of its name, or by its first bytes
-_REFUSED = {
-    suffix: why
-    for suffixes, why in (
-        (".csv .tsv .psv .xls .xlsx .xlsm .xlsb .ods .dta .sav", _TABLE),
-        (".gz .zst .zstd .bz2 .xz .lzma .lz4 .br .z .zip .7z .rar .tar .tgz .tbz2 .txz", _PACKED),
-        (".pdf .doc .docx .odt .rtf .epub .mobi .ppt .pptx .odp", _PAGES),
-        (".arrow .feather .avro .orc .db .sqlite .sqlite3 .h5 .hdf5 .tfrecord .lance", _STORE),
-    )
-    for suffix in suffixes.split()
-}
-_MAGIC = {
-    b"\x1f\x8b": _PACKED,
-    b"\x28\xb5\x2f\xfd": _PACKED,  # zstd
-    b"BZh": _PACKED,
-    b"\xfd7zXZ\x00": _PACKED,
-    b"\x04\x22\x4d\x18": _PACKED,  # lz4
-    b"PK\x03\x04": _PACKED,  # zip, and all that is zip inside
-    b"7z\xbc\xaf\x27\x1c": _PACKED,
-    b"Rar!\x1a": _PACKED,
-    b"%PDF-": _PAGES,
-    b"{\\rtf": _PAGES,
-    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": _PAGES,  # office before 2007
-    b"PAR1": "is a parquet file; give it a name that ends in .parquet",
-    b"ARROW1": _STORE,
-    b"SQLite format 3\x00": _STORE,
-    b"\x89HDF": _STORE,
-    b"\xff\xfe": _UTF16,
-    b"\xfe\xff": _UTF16,
-}
-_PLAIN = {"", ".txt", ".text", ".dat", ".data", ".log"}  # may hold a table under another name
+
+class Source(NamedTuple):
+    """Where text comes from, and its weight among the others, None where none was given."""
+
+    name: str
+    place: str
+    weight: float | None = None
+
+
+def parse_source(given: str) -> Source:
+    """A source as the command line has it: [NAME=]PLACE[@WEIGHT], or a place that exists.
+
+    Raises:
+        DataError: when the weight is no number above 0.
+    """
+    if not given.strip() or os.path.exists(given):
+        return Source(given, given)
+    name, place, weight = "", given, None
+    if found := re.match(r"([\w.-]+)=(.+)", place):
+        name, place = found.groups()
+    if not os.path.exists(place) and "@" in place:
+        place, _, number = place.rpartition("@")
+        weight = _weight(number, given)
+    return Source(name or place, place, weight)
+
+
+def _weight(number: str, given: str) -> float:
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight < float("inf"):
+        raise DataError(
+            f"source {given!r} has the weight {number!r}; give a number above 0, as in "
+            "code=texts/code@0.3"
+        )
+    return weight
+
+
+def parse_sources(given: Sequence[str]) -> list[Source]:
+    """Sources as the command line has them. Without weights, those of one name are one.
+
+    Raises:
+        DataError: when some have a weight and others none, or two with weights have one name.
+    """
+    sources = [parse_source(one) for one in given]
+    weighted = [source for source in sources if source.weight is not None]
+    if weighted and len(weighted) < len(sources):
+        without = next(source for source in sources if source.weight is None)
+        raise DataError(
+            f"source {without.place!r} has no weight but {weighted[0].name!r} has; give every "
+            "source one, as in texts/code@0.3, or none"
+        )
+    names = [source.name for source in weighted]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(
+            f"two sources have the name {twice[0]!r}; name them apart, as in other={twice[0]}@0.3"
+        )
+    return sources
 
 
 def documents(
-    sources: Sequence[str], skipped: Skipped, skip: Sequence[str] = ()
+    sources: Sequence[str], reading: Reading | None = None, skip: Sequence[str] = ()
 ) -> Iterator[Document]:
-    """All documents of the sources, in a fixed order; what is no text is added to `skipped`.
+    """All documents of places, in a fixed order; what is no text is added to `reading.skipped`.
 
     Args:
         sources: "python-stdlib", "hub:NAME" or "hub:NAME:CONFIG" (the train split of a Hugging Face
             dataset), files or folders. A line of .jsonl or .ndjson, an entry of a .json list and a
-            row of .parquet is a document (its "text" field); any other file is one document.
-        skip: patterns of files in folders to leave out, as in "*.csv".
+            row of .csv, .tsv or .parquet is a document; any other file is one document. All of
+            them may be compressed.
+        skip: patterns of files in folders to leave out, as in "*.pdf".
 
     Raises:
         DataError: when a source does not exist, has no text field, or holds text in a form that is
             not read (all files are looked at before the first document), or when there is no text.
     """
-    readers = [_reader(source, skipped, skip) for source in sources]
-    return _some(itertools.chain.from_iterable(reader() for reader in readers), skipped)
+    reading = Reading() if reading is None else reading
+    found = open_sources([Source(place, place) for place in sources], reading, skip)
+    return some((document for _, document in found.documents()), reading.skipped)
 
 
-def _some(found: Iterator[Document], skipped: Skipped) -> Iterator[Document]:
+class Opened(NamedTuple):
+    """Sources whose files have been found and looked at.
+
+    `num_bytes`: of all files; None when a source is on the hub.
+    """
+
+    readers: list[tuple[Source, Callable[[], Iterator[Document]]]]
+    num_bytes: int | None
+
+    def documents(self) -> Iterator[tuple[Source, Document]]:
+        """All documents, each with its source."""
+        for source, read in self.readers:
+            for document in read():
+                yield source, document
+
+
+def open_sources(sources: Sequence[Source], reading: Reading, skip: Sequence[str] = ()) -> Opened:
+    """Find all files of the sources. Raises DataError, see `documents`."""
+    readers: list[tuple[Source, Callable[[], Iterator[Document]]]] = []
+    sizes: list[int | None] = []
+    for source in sources:
+        if source.place.startswith(_HUB):
+            name = source.place.removeprefix(_HUB)
+            readers.append((source, functools.partial(hub_documents, name, reading)))
+            sizes.append(None)
+            continue
+        root, files = _find(source.place, reading.skipped, skip)
+        readers.append((source, functools.partial(documents_of, root, files, reading)))
+        sizes.extend(path.stat().st_size for path in files)
+    known = [size for size in sizes if size is not None]
+    return Opened(readers, sum(known) if len(known) == len(sizes) else None)
+
+
+def some(found: Iterator[T], skipped: Skipped) -> Iterator[T]:
+    """The same, when there is anything. Raises DataError."""
     first = next(found, None)
     if first is None:
         raise DataError(f"the sources hold no text; left out: {skipped or 'nothing'}")
     yield from itertools.chain([first], found)
 
 
-def _reader(source: str, skipped: Skipped, skip: Sequence[str]) -> Callable[[], Iterator[Document]]:
-    if source.startswith("hub:"):
-        return lambda: hub(source.removeprefix("hub:"), skipped)
+def _find(place: str, skipped: Skipped, skip: Sequence[str]) -> tuple[Path, list[Path]]:
+    """(the root of a place, its files), none of which has to be refused."""
     try:
-        if source == "python-stdlib":
+        if place == _STDLIB:
             root = Path(sysconfig.get_paths()["stdlib"])
             files = sorted(_stdlib_files(root))
         else:
-            root = Path(source)
-            files = _files_of(source, skipped, skip)
+            root = Path(place)
+            files = _files_of(place, skipped, skip)
         _refuse_unreadable(root, files)
     except OSError as error:
-        raise unreadable(error.filename or source, error) from error
-    return lambda: documents_of(root, files, skipped)
+        raise unreadable(error.filename or place, error) from error
+    return root, files
 
 
 # --- which files
@@ -157,7 +219,7 @@ def _files_of(source: str, skipped: Skipped, skip: Sequence[str]) -> list[Path]:
 
 def _refuse_unreadable(root: Path, files: Iterable[Path]) -> None:
     """Raises DataError, with the names of the files that hold text in a form that is not read."""
-    refused = [(path, why) for path in files if (why := _why_unreadable(path))]
+    refused = [(path, why) for path in files if (why := why_unreadable(path))]
     if not refused:
         return
     path, why = refused[0]
@@ -167,42 +229,3 @@ def _refuse_unreadable(root: Path, files: Iterable[Path]) -> None:
         "" if path == root else f", or leave it out with --skip '*{path.suffix or path.name}'"
     )
     raise DataError(f"{path} {why}{left_out}{also}")
-
-
-def _why_unreadable(path: Path) -> str:
-    """Why a file's text cannot be read, with the remedy; "" when it can, or there is none."""
-    suffix = path.suffix.lower()
-    with path.open("rb") as file:
-        head = file.read(_HEAD)
-    if suffix in _REFUSED:
-        return _REFUSED[suffix]
-    if suffix == ".parquet":
-        return ""
-    found = next((why for magic, why in _MAGIC.items() if head.startswith(magic)), "")
-    if found or suffix in READERS or b"\0" in head:
-        return found
-    if head[257:262] == b"ustar":
-        return _PACKED
-    if _looks_like_json(head):
-        return "holds JSON; give it a name that ends in .jsonl (an object a line) or .json"
-    return _TABLE if suffix in _PLAIN and _looks_like_table(head) else ""
-
-
-def _looks_like_json(head: bytes) -> bool:
-    """Does it begin with an object, or a list of them?"""
-    start = rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"[^"\n]{0,99}"\s*:'
-    return re.match(start, head) is not None
-
-
-def _looks_like_table(head: bytes) -> bool:
-    """A header of short, different names, and as many fields as it has in all of the next lines?"""
-    first, *lines = head.decode("utf-8-sig", "replace").splitlines()[:21] or [""]
-    for separator, fewest in (("\t", 2), (",", 3), (";", 3), ("|", 3)):
-        names = [name.strip().strip('"') for name in first.split(separator)]
-        header = len(set(names)) == len(names) >= fewest and all(
-            re.fullmatch(r"[^\W\d][\w .-]{0,30}", name) for name in names
-        )
-        counts = [re.sub(r'"[^"]*"', "", line).count(separator) for line in lines[:-1]]
-        if header and len(counts) > 2 and set(counts) == {len(names) - 1}:
-            return True
-    return False

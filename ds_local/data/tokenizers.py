@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import itertools
 import json
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
-from ds_local.data.readers import Document
+from ds_local.data.documents import Document
+from ds_local.data.fields import Chat, plain_chat
+from ds_local.data.tokenizer_training import train_sentencepiece
 from ds_local.errors import DataError, DsLocalError, first_line
 
 _SIZES = range(300, 1_000_001)  # that can be trained
-_LONGEST_LINE = 4096  # that training takes
+# end-of-text tokens that a vocabulary without a configuration may have
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 # what tokenizers treat differently: spaces, line ends, scripts, digits, marks
 _SAMPLE = (
     "Hello, world! It's 12345.67 o'clock",
@@ -36,12 +38,16 @@ _SAMPLE = (
 _PROBED = 400  # tokens of the vocabulary that are compared too, evenly spaced
 
 
-def make_tokenizer(spec: str, texts: Iterable[Document]) -> PreTrainedTokenizerBase:
+def make_tokenizer(
+    spec: str, texts: Iterable[Document], num_bytes: int | None = None
+) -> PreTrainedTokenizerBase:
     """A tokenizer from its specification.
 
     Args:
         spec: "sentencepiece:SIZE" trains a BPE model with byte fallback on `texts`; anything else
-            is a Hugging Face tokenizer folder or hub name.
+            is a Hugging Face tokenizer folder or hub name, or a folder with the vocab.json and
+            merges.txt of a byte-level BPE.
+        num_bytes: of all texts, None when nobody knows.
 
     Raises:
         DataError: when it cannot be trained or loaded, or has no end-of-text token.
@@ -53,7 +59,7 @@ def make_tokenizer(spec: str, texts: Iterable[Document]) -> PreTrainedTokenizerB
                 f"tokenizer {spec!r}: give sentencepiece:SIZE with a size of at least {_SIZES[0]} "
                 f"and at most {_SIZES[-1]:,}, for example sentencepiece:4096"
             )
-        return _train_sentencepiece(int(size), texts)
+        return train_sentencepiece(int(size), texts, num_bytes)
     tokenizer = load_tokenizer(spec)
     if tokenizer.eos_token_id is None:
         raise DataError(
@@ -65,57 +71,59 @@ def make_tokenizer(spec: str, texts: Iterable[Document]) -> PreTrainedTokenizerB
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer from a folder or hub name, as anybody loads it. Raises DataError."""
     try:
+        if files := _vocabulary_files(source):
+            return _from_vocabulary(Path(source), *files)
         return AutoTokenizer.from_pretrained(source)
+    except DataError:
+        raise
     except Exception as error:  # a foreign file can fail in many ways
         raise DataError(
             f"cannot load the tokenizer {str(source)!r}: {first_line(error)}"
         ) from error
 
 
-def _train_sentencepiece(size: int, texts: Iterable[Document]) -> PreTrainedTokenizerBase:
-    import sentencepiece
+def _from_vocabulary(folder: Path, vocabulary: Path, merges: Path) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer, as GPT-2's, from the two files of its vocabulary."""
+    tokens = json.loads(vocabulary.read_text())
+    if not isinstance(tokens, dict) or not all(isinstance(i, int) for i in tokens.values()):
+        raise DataError(f"{vocabulary} is no vocabulary: it must be a JSON object, token to id")
+    if any(token.endswith("</w>") for token in tokens):
+        raise DataError(
+            f"{vocabulary} is of a BPE of words, with </w> at their ends; only byte-level BPE, as "
+            "GPT-2's, is read from these two files: give a folder with tokenizer.json"
+        )
+    end = next((token for token in _ENDS if token in tokens), None)
+    if end is None:
+        raise DataError(f"{vocabulary} has no end-of-text token; add one of {', '.join(_ENDS)}")
+    ids = sorted(tokens.values())
+    if ids != list(range(len(ids))):
+        raise DataError(
+            f"{vocabulary} has {len(ids)} tokens, whose ids are not 0 to {len(ids) - 1}"
+        )
+    special = {f"{role}_token": end for role in ("unk", "bos", "eos")}
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copy(vocabulary, Path(place, "vocab.json"))
+        shutil.copy(merges, Path(place, "merges.txt"))
+        tokenizer = GPT2Tokenizer.from_pretrained(place, **special)
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
 
-    model = BytesIO()
-    lines = (
-        line
-        for document in texts
-        for line in document.text.split("\n")
-        if line and len(line) < _LONGEST_LINE
-    )
-    first = next(lines, None)
-    if first is None:
-        raise DataError(
-            f"the sources have no line of less than {_LONGEST_LINE} characters to train a "
-            "tokenizer on; break the lines, or give an existing --tokenizer"
-        )
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.islice(itertools.chain([first], lines), 1_000_000),
-            model_writer=model,
-            vocab_size=size,
-            model_type="bpe",
-            byte_fallback=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            user_defined_symbols=["\n"],
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            num_threads=1,
-            minloglevel=2,  # one thread: the same text gives the same model
-        )
-    except (RuntimeError, OSError) as error:
-        raise DataError(
-            f"cannot train a tokenizer of {size} pieces on this text: {first_line(error)}"
-        ) from error
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "tokenizer.model").write_bytes(model.getvalue())
-        return LlamaTokenizer.from_pretrained(
-            folder, legacy=False, add_prefix_space=False, add_bos_token=False
-        )
+
+def _vocabulary_files(source: str | Path) -> tuple[Path, Path] | None:
+    """(vocab.json, merges.txt) of a folder that has nothing else of a tokenizer, or files that end
+    so, as in gpt2-vocab.json."""
+    folder = Path(source)
+    if not folder.is_dir() or has_tokenizer(folder) or (folder / "config.json").exists():
+        return None
+    found = [sorted(folder.glob(pattern)) for pattern in ("*vocab.json", "*merges.txt")]
+    return (found[0][0], found[1][0]) if all(len(files) == 1 for files in found) else None
+
+
+def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
+    """How messages become text: by the tokenizer's chat template, if it has one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return plain_chat
+    return functools.partial(tokenizer.apply_chat_template, tokenize=False)
 
 
 # --- the same ids?
@@ -139,6 +147,21 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False)
         raise DataError(
             f"the tokenizer {tokenizer.name_or_path} cannot take {text[:40]!r}: {first_line(error)}"
         ) from error
+
+
+def encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The ids of texts, as `encode` gives them."""
+    try:
+        found = tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+    except Exception:  # one of them is to be named
+        return [encode(tokenizer, text) for text in texts]
+    return found["input_ids"]
 
 
 def _outcome(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> Any:

@@ -13,13 +13,13 @@ from commands import command
 from killed import in_child
 from sentences import one_sentence
 from small_disks import small_disk
-from tokenizers import Regex, Tokenizer, models, normalizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ds_local.data import corpus
 from ds_local.data.corpus import prepare
 from ds_local.data.dataset import TokenData
-from ds_local.data.readers import Skipped
+from ds_local.data.documents import Reading
+from ds_local.data.mixture import Mixture
 from ds_local.data.sources import documents
 from ds_local.errors import DataError
 from ds_local.outputs.storage import size_of
@@ -79,8 +79,7 @@ def test_files_folders_jsonl_and_parquet(tmp_path, tokenizer):
     datasets.Dataset.from_dict({"text": [words(300, 4), words(300, 5)]}).to_parquet(
         str(folder / "d.parquet")
     )
-    skipped = Skipped()
-    names = [d.name for d in documents([str(tmp_path / "corpus")], skipped)]
+    names = [d.name for d in documents([str(tmp_path / "corpus")])]
     assert names == [
         "deep/a.txt:0",
         "deep/b.md:0",
@@ -104,7 +103,7 @@ def test_what_is_no_text_is_counted(tmp_path, tokenizer):
     facts = make(tmp_path, tokenizer, folder)
     assert facts["skipped"] == {"empty": 2, "NUL bytes": 1, "invalid UTF-8": 1}
     assert facts["documents"] == 3
-    first = next(d for d in documents([str(folder)], Skipped()) if d.name.startswith("bom"))
+    first = next(d for d in documents([str(folder)], Reading()) if d.name.startswith("bom"))
     assert not first.text.startswith("\ufeff")
 
 
@@ -143,7 +142,7 @@ def test_sources_that_cannot_be_used(tmp_path, tokenizer, name, content, said):
 
 def test_parquet_without_text(tmp_path, tokenizer):
     datasets.Dataset.from_dict({"body": ["x"]}).to_parquet(str(tmp_path / "a.parquet"))
-    with pytest.raises(DataError, match='a "text" column is needed'):
+    with pytest.raises(DataError, match="has the columns body; name the one with text"):
         make(tmp_path, tokenizer, tmp_path / "a.parquet")
 
 
@@ -172,7 +171,7 @@ def test_long_lines_alone_train_no_tokenizer(tmp_path):
 def test_a_bad_line_is_named_while_a_tokenizer_is_trained(tmp_path):
     lines = [json.dumps({"text": words(20, seed)}) for seed in range(50)]
     (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{"]))
-    with one_sentence("a.jsonl, line 51: every line", error=DataError):
+    with one_sentence("/a.jsonl, line 51 is no JSON", error=DataError):
         prepare([str(tmp_path / "a.jsonl")], "sentencepiece:300", 16, tmp_path / "data")
 
 
@@ -199,17 +198,20 @@ def test_ids_are_stored_as_wide_as_the_tokenizer_needs(tmp_path, tokenizer):
         datasets.load_from_disk(str(tmp_path / "data"))["train"].features["input_ids"].feature.dtype
         == "uint16"
     )
-    wide = AutoTokenizer.from_pretrained(tokenizer)
-    wide.add_tokens([f"<extra {i}>" for i in range(70_000)])
-    wide.save_pretrained(tmp_path / "wide")
-    (tmp_path / "a.txt").write_text(words(2000) + " <extra 69999>" * 40)
+    names = ["</s>", *(f"w{number}" for number in range(70_000))]
+    wide = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}))
+    wide.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=wide, eos_token="</s>").save_pretrained(
+        tmp_path / "wide"
+    )
+    (tmp_path / "a.txt").write_text("w1 w2 w69999 " * 400)
     make(tmp_path, str(tmp_path / "wide"), tmp_path / "a.txt")
     data = TokenData(tmp_path / "data")
     largest = max(
         data.sequences(split, range(data.num_sequences(split))).max().item()
         for split in ("train", "validation")
     )
-    assert largest == len(wide) - 1 > 2**16
+    assert largest == 70_000
 
 
 # --- where to
@@ -387,24 +389,24 @@ def test_the_command_says_what_it_left_out_and_what_it_refuses(tmp_path, tokeniz
     folder.mkdir()
     (folder / "a.txt").write_text(words(3000))
     (folder / "b.txt").write_text("")
-    (folder / "c.csv").write_text("a,b\n")
+    (folder / "c.xls").write_text("a,b\n")
     common = ["--source", str(folder), "--tokenizer", tokenizer, "--seq-len", "16"]
     output = ["--output", str(tmp_path / "data")]
     refused = command("prepare", *common, *output)
     assert refused.returncode == 1
     assert refused.stderr == (
-        f"DataError: {folder}/c.csv is a table; write its text column as .jsonl or .parquet, "
-        "or leave it out with --skip '*.csv'\n"
+        f"DataError: {folder}/c.xls is a table; write its text column as .jsonl, .csv or "
+        ".parquet, or leave it out with --skip '*.xls'\n"
     )
-    done = command("prepare", *common, "--skip", "*.csv", *output)
+    done = command("prepare", *common, "--skip", "*.xls", *output)
     assert done.returncode == 0
-    assert "left out: 1 left out by --skip (c.csv), 1 empty (b.txt)\n" in done.stdout
+    assert "left out: 1 left out by --skip (c.xls), 1 empty (b.txt)\n" in done.stdout
 
 
 def test_a_killed_preparation_leaves_the_old_data_whole(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "a.txt").write_text(words(3000))
     facts = make(tmp_path, tokenizer, tmp_path / "a.txt")
-    monkeypatch.setattr(corpus, "_pack", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(Mixture, "add", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     killed = in_child(lambda: make(tmp_path, tokenizer, tmp_path / "a.txt"))
     monkeypatch.undo()
     assert killed == -signal.SIGKILL

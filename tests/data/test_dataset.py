@@ -16,7 +16,6 @@ from ds_local.data.dataset import (
     Facts,
     TokenData,
     evenly_spaced,
-    step_indices,
     training_batches,
     validation_batches,
 )
@@ -31,21 +30,6 @@ def folder(tmp_path_factory, tokenizer):  # noqa: F811
     (place / "a.txt").write_text(words(4000))
     prepare([str(place / "a.txt")], tokenizer, 16, place / "data", progress=False)
     return place / "data"
-
-
-def test_every_epoch_is_another_permutation():
-    epochs = [
-        [i for step in range(e * 5, e * 5 + 5) for i in step_indices(20, 0, step, 4)]
-        for e in range(3)
-    ]
-    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert step_indices(20, 0, 7, 4) == step_indices(20, 0, 7, 4) != step_indices(20, 1, 7, 4)
-
-
-def test_steps_may_span_the_end_of_an_epoch():
-    ids = [i for step in range(10) for i in step_indices(7, 3, step, 3)]
-    assert sorted(ids[:7]) == sorted(ids[7:14]) == list(range(7))
 
 
 def take(iterator, count):
@@ -153,6 +137,11 @@ def arrow(folder, split="train"):
     return next((folder / split).glob("*.arrow"))
 
 
+def source(weight, sequences):
+    counts = {"documents": 1, "tokens": 9, "share": 0.5, "passes": 1.0}
+    return {"name": "a", "place": "a", "weight": weight, "sequences": sequences, **counts}
+
+
 def other_split(folder, columns):
     shutil.rmtree(folder / "train")
     datasets.Dataset.from_dict(columns).save_to_disk(folder / "train")
@@ -179,7 +168,7 @@ DAMAGES = {
     ),
     "other format": (
         lambda p: edit(p, format=99),
-        "has data format 99, this version reads 2; prepare it again",
+        "has data format 99, this version reads 3; prepare it again",
     ),
     "earlier format": (lambda p: edit(p, format=1), "has data format 1"),
     "edited facts": (
@@ -225,6 +214,11 @@ DAMAGES = {
         lambda p: edit(p, sequences={"train": 0, "validation": 1}),
         "sequences.train: input should be greater",
     ),
+    "weights of other sequences": (
+        lambda p: edit(p, mixture=[source(1, 7), source(2, 8)]),
+        "mixture: sources of 15 sequences for",
+    ),
+    "weights below 0": (lambda p: edit(p, mixture=[source(-1, 7)]), "mixture.0.weight: input"),
     "split gone": (
         lambda p: shutil.rmtree(p / "train") or reseal(p),
         "holds no sequences that can be read",
@@ -255,10 +249,30 @@ DAMAGES = {
             ("fingerprint", 12),
             ("skipped", []),
             ("sources", "a.txt"),
+            ("validation_sources", None),
+            ("document_mask", 1),
+            ("mixture", {}),
+            ("mixture", [{"name": "a"}]),
             ("bytes", 3),
         )
     },
 }
+
+
+def test_a_folder_of_the_version_before_is_read(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "data")
+    for key in ("mixture", "validation_sources", "document_mask"):
+        edit(copy, drop=key)
+    edit(copy, format=2)
+    new, old = TokenData(folder), TokenData(copy)
+    assert old.order == new.order
+    shape = BatchShape(4, 1, 1, 0)
+    for (ids, _), (other, _) in zip(
+        take(training_batches(new, 1, 0, shape), 9),
+        take(training_batches(old, 1, 0, shape), 9),
+        strict=True,
+    ):
+        assert torch.equal(ids, other)
 
 
 @pytest.mark.parametrize("what", DAMAGES)

@@ -1,112 +1,174 @@
-"""Documents from every form of file."""
+"""The same text in every form: the same documents, and the same tokens."""
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
 
-import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from test_sources import LINES, ROWS, parquet, write
+from sentences import one_sentence
+from test_corpus import tokenizer, words  # noqa: F401 - a fixture
+from test_kinds import LINES, ROWS, parquet, write
 
-from ds_local.data.readers import Skipped, documents_of, hub
+from ds_local.data.corpus import prepare
+from ds_local.data.dataset import TokenData
+from ds_local.data.documents import Reading
+from ds_local.data.left_out import Skipped
 from ds_local.data.sources import documents
 from ds_local.errors import DataError
 
+TEXTS = [row["text"] for row in ROWS[:-3]] + [
+    'two\nlines, "quoted" and; more\ttabs',
+    " spaces around, a carriage return \r\nand ☃ \U0001f600 ",
+    "a" + words(3000, 5),
+]
 
+
+def table(texts, delimiter=","):
+    """A table as text; with another column before and one behind."""
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, delimiter=delimiter, lineterminator="\n")
+    writer.writerows([["id", "text", "more"], *([i, t, "x"] for i, t in enumerate(texts))])
+    return buffer.getvalue().encode()
+
+
+def zstd(content, frames=1):
+    """Frames one after another, as parallel compressors write them."""
+    size = -(-len(content) // frames)
+    parts = [content[start : start + size] for start in range(0, len(content), size)]
+    return b"".join(pa.compress(part, codec="zstd", asbytes=True) for part in parts)
+
+
+def lines(texts, **more):
+    return "".join(json.dumps({"text": text, **more}) + "\n" for text in texts).encode()
+
+
+FORMS = {
+    "a.jsonl": lambda t: lines(t, id=3),
+    "a.ndjson": lambda t: b"\n" + lines(t) + b" \n",
+    "a.json": lambda t: json.dumps([{"text": text} for text in t], indent=1).encode(),
+    "a.csv": table,
+    "a.tsv": lambda t: table(t, "\t"),
+    "a.parquet": lambda t: parquet(id=list(range(len(t))), text=t),
+    "a.jsonl.gz": lambda t: gzip.compress(lines(t)),
+    "a.jsonl.zst": lambda t: zstd(lines(t), 3),
+    "a.jsonl.bz2": lambda t: bz2.compress(lines(t)),
+    "a.jsonl.xz": lambda t: lzma.compress(lines(t)),
+    "a.parquet.gz": lambda t: gzip.compress(parquet(text=t)),
+    "a.csv.zst": lambda t: zstd(table(t, ";")),
+    "a.json.xz": lambda t: lzma.compress(json.dumps(t).encode()),
+}
+OTHERS = {
+    "b.JSONL": lines,
+    "b.json": lines,
+    "bytes.parquet": lambda t: parquet(text=[text.encode() for text in t]),
+    "dictionary.parquet": lambda t: parquet(text=pa.array(t).dictionary_encode()),
+    "bom.csv": lambda t: b"\xef\xbb\xbf" + table(t),
+    "bom.json": lambda t: b"\xef\xbb\xbf" + json.dumps(t).encode(),
+    "bom.jsonl": lambda t: b"\xef\xbb\xbf" + lines(t),
+    "members.jsonl.gz": lambda t: gzip.compress(lines(t[:9])) + gzip.compress(lines(t[9:])),
+    "members.jsonl.bz2": lambda t: bz2.compress(lines(t[:9])) + bz2.compress(lines(t[9:])),
+    "members.jsonl.xz": lambda t: lzma.compress(lines(t[:9])) + lzma.compress(lines(t[9:])),
+}
+
+
+@pytest.mark.parametrize("name", FORMS | OTHERS)
+def test_every_form_gives_the_same_documents(tmp_path, name):
+    write(tmp_path / name, (FORMS | OTHERS)[name](TEXTS))
+    assert "".join(d.text for d in documents([str(tmp_path / name)])) == "".join(TEXTS)
+    assert [d.text for d in documents([str(tmp_path / name)])][: len(TEXTS) - 1] == TEXTS[:-1]
+
+
+def test_all_forms_give_the_same_tokens(tmp_path, tokenizer):  # noqa: F811
+    """Splits and fingerprint too: whether a document is held out does not depend on its form."""
+    found = {}
+    texts = TEXTS + [words(40, seed) for seed in range(100, 250)]
+    for name, make in FORMS.items():
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / name, make(texts))
+        output = tmp_path / f"{name} data"
+        facts = prepare([str(tmp_path / name / name)], tokenizer, 16, output, 0.1, progress=False)
+        data = TokenData(output, verify=False)
+        found[name] = (
+            facts["fingerprint"],
+            *(data.sequences(s, range(data.num_sequences(s))).tolist() for s in facts["sequences"]),
+        )
+    first, *others = found.values()
+    assert len(first[1]) > 1000 > len(first[2]) > 50
+    assert all(other == first for other in others)
+
+
+def test_a_folder_of_all_forms(tmp_path):
+    for number, (name, make) in enumerate(FORMS.items()):
+        write(tmp_path / f"{number:02}{name}", make([words(9, number)]))
+    write(tmp_path / "plain.txt.gz", gzip.compress(b"plain"))
+    found = [d.text for d in documents([str(tmp_path)])]
+    assert found == [*(words(9, number) for number in range(len(FORMS))), "plain"]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet"])
 @pytest.mark.parametrize(
-    "how",
+    ("fields", "row", "text"),
     [
-        "jsonl",
-        "ndjson",
-        "blank lines",
-        "json list",
-        "json strings",
-        "json lines",
-        "parquet",
-        "bytes",
-        "dictionary",
+        (["content"], {"text": "no", "content": "yes"}, "yes"),
+        (["meta.body"], {"meta": {"body": "yes", "x": 1}}, "yes"),
+        (["a.b.c"], {"a": {"b": {"c": "yes"}}}, "yes"),
+        (["a.b"], {"a.b": "yes"}, "yes"),
+        (["content", "text"], {"text": "yes"}, "yes"),
+        (["messages"], {"messages": [{"role": "user", "content": "yes"}]}, "user: yes"),
     ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_the_same_text_from_every_form(tmp_path, how):
-    texts = [row["text"] for row in ROWS]
-    name, content = {
-        "jsonl": ("a.jsonl", LINES),
-        "ndjson": ("a.ndjson", LINES),
-        "blank lines": ("a.jsonl", "\n" + LINES + "\n  \n"),
-        "json list": ("a.json", json.dumps(ROWS, indent=1)),
-        "json strings": ("a.json", json.dumps(texts)),
-        "json lines": ("a.json", LINES),
-        "parquet": ("a.parquet", parquet(text=texts, id=list(range(30)))),
-        "bytes": ("a.parquet", parquet(text=[text.encode() for text in texts])),
-        "dictionary": ("a.parquet", parquet(text=pa.array(texts).dictionary_encode())),
-    }[how]
-    write(tmp_path / name, content)
-    assert [d.text for d in documents([str(tmp_path / name)], Skipped())] == texts
+def test_any_field_may_hold_the_text(tmp_path, form, fields, row, text):
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    else:
+        write(tmp_path / f"a.{form}", json.dumps([row] if form == "json" else row))
+    reading = Reading(fields=fields)
+    assert [d.text for d in documents([str(tmp_path / f"a.{form}")], reading)] == [text]
 
 
-def read(folder, skipped=None):
-    skipped = Skipped() if skipped is None else skipped
-    return list(documents_of(folder, sorted(folder.iterdir()), skipped))
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ";"), ("a.csv", ","), ("a.tsv", "\t")])
+def test_tables_have_their_text_in_any_column(tmp_path, name, delimiter):
+    write(tmp_path / name, table(TEXTS, delimiter).replace(b"text", b"my body"))
+    reading = Reading(fields=["my body"])
+    found = "".join(d.text for d in documents([str(tmp_path / name)], reading))
+    assert found == "".join(TEXTS)
 
 
-def test_a_document_has_the_name_of_its_file_and_its_number(tmp_path):
-    write(tmp_path / "a.txt", "one")
-    write(tmp_path / "b.JSONL", '{"text": "two"}\n\n{"text": "three"}\n')
-    assert [tuple(document) for document in read(tmp_path)] == [
-        ("a.txt:0", "one"),
-        ("b.JSONL:0", "two"),
-        ("b.JSONL:1", "three"),
-    ]
+def test_a_table_is_read_in_batches(tmp_path, monkeypatch):
+    """And of the columns only the one that is asked for."""
+    write(tmp_path / "a.parquet", parquet(text=["some text"] * 5000, other=[{"a": 1}] * 5000))
+    sizes = []
+    whole = pq.ParquetFile.iter_batches
+
+    def batches(*args, **how):
+        for batch in whole(*args, **how):
+            sizes.append((batch.num_rows, batch.schema.names))
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", batches)
+    found = documents([str(tmp_path / "a.parquet")])
+    next(found)
+    assert sizes == [(1000, ["text"])]
+    assert sum(1 for _ in found) == 4999
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
-    write(tmp_path / "a.txt", b"\xef\xbb\xbfhello")
-    assert read(tmp_path)[0].text == "hello"
-
-
-def test_what_is_no_text_is_counted_with_the_first_names(tmp_path):
-    for number in range(7):
-        write(tmp_path / f"{number}.txt", " \n")
-    write(tmp_path / "x.json", json.dumps(["fine", "a\0b", "\ud800"]))
-    skipped = Skipped()
-    assert [document.text for document in read(tmp_path, skipped)] == ["fine"]
-    assert str(skipped) == (
-        "7 empty (0.txt, 1.txt, 2.txt, 3.txt, 4.txt, ...), 1 NUL bytes (x.json:1), "
-        "1 invalid UTF-8 (x.json:2)"
-    )
-    again = Skipped(skipped.counts, skipped.names)
-    again.add("empty", "8.txt")
-    assert again.counts["empty"] == 8
-    assert bool(again)
-    assert not Skipped()
-
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"cannot read .*gone\.txt: No such file"):
-        list(documents_of(tmp_path, [tmp_path / "gone.txt"], Skipped()))
-
-
-def test_rows_of_a_dataset_are_documents(monkeypatch):
-    asked = []
-
-    def load_dataset(path, config, **how):
-        asked.append((path, config))
-        return datasets.Dataset.from_list([{"text": "one"}, {"text": None}, {"text": "two"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    skipped = Skipped()
-    found = list(hub("user/name:part", skipped))
-    assert [tuple(d) for d in found] == [("user/name:part:0", "one"), ("user/name:part:2", "two")]
-    assert asked == [("user/name", "part")]
-    assert str(skipped) == "1 empty (user/name:part:1)"
-
-
-def test_a_dataset_that_breaks_off_is_named(monkeypatch):
-    def rows():
-        yield {"text": "one"}
-        raise ConnectionError("the hub is away\nand more")
-
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
-    found = hub("user/name", Skipped())
-    assert next(found).text == "one"
-    with pytest.raises(DataError, match=r"cannot read on in the dataset 'user/name': the hub is"):
-        next(found)
+def test_malformed_rows_are_left_out_up_to_a_number(tmp_path):
+    bad = '{"text": "x\n{"body": 1}\n[1]\n'
+    write(tmp_path / "a.jsonl", LINES + bad + LINES)
+    write(tmp_path / "b.csv", "text,id\nfine,1\nshort\n")
+    reading = Reading(Skipped(max_malformed=4))
+    assert len(list(documents([str(tmp_path)], reading))) == 2 * len(ROWS) + 1
+    assert reading.skipped.counts == {"malformed": 4}
+    shown = reading.skipped.names["malformed"]
+    assert shown[0].startswith(f"{tmp_path}/a.jsonl, line 31 is no JSON (")
+    assert shown[3] == f"{tmp_path}/b.csv, line 3 has 1 fields, the header has 2"
+    with one_sentence(
+        "4 rows are malformed, more than --max-malformed 3", "line 31", error=DataError
+    ):
+        list(documents([str(tmp_path)], Reading(Skipped(max_malformed=3))))

@@ -1,177 +1,72 @@
-"""Sources of all kinds: read, left out by name, or refused by name."""
+"""Sources: how they are named, which of their files are read, left out by name, or refused."""
 
-import bz2
 import gzip
-import io
-import json
-import lzma
 import os
-import sqlite3
-import tarfile
-import zipfile
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from sentences import one_sentence
 from test_corpus import words
+from test_kinds import LINES, TABLE, write
 
 from ds_local.data.corpus import prepare
-from ds_local.data.readers import Skipped
-from ds_local.data.sources import documents
+from ds_local.data.documents import Reading
+from ds_local.data.sources import Source, documents, parse_source, parse_sources
 from ds_local.errors import DataError
-
-ROWS = [{"text": words(20, seed), "id": seed} for seed in range(30)]
-LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
-TABLE = "id,name,text\n" + "".join(f"{i},n{i},{words(5, i)}\n" for i in range(30))
-
-
-def packed(kind):
-    buffer = io.BytesIO()
-    if kind == "zip":
-        with zipfile.ZipFile(buffer, "w") as file:
-            file.writestr("a.txt", words(100))
-    else:
-        with tarfile.open(fileobj=buffer, mode="w") as file:
-            file.addfile(tarfile.TarInfo("a.txt"))
-    return buffer.getvalue()
-
-
-def arrow():
-    buffer = io.BytesIO()
-    table = pa.table({"text": [words(10)]})
-    with pa.ipc.new_file(buffer, table.schema) as writer:
-        writer.write_table(table)
-    return buffer.getvalue()
-
-
-def parquet(**columns):
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer)
-    return buffer.getvalue()
-
-
-def database(path):
-    with sqlite3.connect(path) as file:
-        file.execute("create table a (text)")
-    file.close()
-    return path.read_bytes()
-
-
-# name, content, what the sentence says beside the name
-REFUSED = [
-    ("a.csv", TABLE, "is a table"),
-    ("a.CSV", TABLE, "is a table"),
-    ("a.tsv", TABLE.replace(",", "\t"), "is a table"),
-    ("comma.txt", TABLE, "is a table"),
-    ("tab.txt", TABLE.replace(",", "\t"), "is a table"),
-    ("semicolon", TABLE.replace(",", ";"), "is a table"),
-    ("quoted.txt", TABLE.replace("n1,", '"n, 1",'), "is a table"),
-    (
-        "two.txt",
-        "label\ttext\n" + "".join(f"{i}\t{words(9, i)}\n" for i in range(30)),
-        "is a table",
-    ),
-    ("a.xlsx", packed("zip"), "is a table"),
-    ("a.jsonl.gz", gzip.compress(LINES.encode()), "unpack it"),
-    ("a.txt.zst", b"\x28\xb5\x2f\xfd" + bytes(range(50)), "unpack it"),
-    ("a.zip", packed("zip"), "unpack it"),
-    ("a.tar", packed("tar"), "unpack it"),
-    ("gz.txt", gzip.compress(words(100).encode()), "unpack it"),
-    ("gz.jsonl", gzip.compress(LINES.encode()), "unpack it"),
-    ("xz", lzma.compress(words(100).encode()), "unpack it"),
-    ("bz2.log", bz2.compress(words(100).encode()), "unpack it"),
-    ("zip.txt", packed("zip"), "unpack it"),
-    ("a.pdf", b"%PDF-1.7\n" + words(100).encode(), "formatted document"),
-    ("pdf.txt", b"%PDF-1.7\n" + words(100).encode(), "formatted document"),
-    ("a.docx", packed("zip"), "formatted document"),
-    ("a.rtf", b"{\\rtf1 " + words(100).encode(), "formatted document"),
-    ("a.arrow", arrow(), "prepared dataset"),
-    ("arrow.txt", arrow(), "prepared dataset"),
-    ("a.db", database, "database"),
-    ("lines.txt", LINES, "ends in .jsonl"),
-    ("lines.log", "\n\n" + LINES, "ends in .jsonl"),
-    ("list.txt", json.dumps(ROWS), "ends in .jsonl"),
-    ("pretty.txt", json.dumps(ROWS[0], indent=2), "ends in .jsonl"),
-    ("book.ipynb", json.dumps({"cells": []}, indent=1), "ends in .jsonl"),
-    ("parquet.txt", parquet(text=[words(50)]), "ends in .parquet"),
-    ("utf16.txt", words(100).encode("utf-16"), "convert it to UTF-8"),
-]
-# the same, found while it is read
-MALFORMED = [
-    (
-        "object.jsonl",
-        LINES + '{"body": "x"}\n',
-        'line 31 has the fields body; an object with a "text" field',
-    ),
-    ("half.jsonl", LINES + '{"text": "x', "line 31: every line"),
-    ("words.jsonl", "some words\n", "line 1: every line"),
-    ("number.jsonl", '\n\n{"text": 3}\n', 'line 3: "text" is int, not a string'),
-    ("nested.jsonl", '{"text": {"a": "b"}}\n', 'line 1: "text" is dict'),
-    ("list.jsonl", '["a", "b"]\n', "line 1 is list, not an object"),
-    ("deep.jsonl", "[" * 100_000 + "\n", "line 1: every line"),
-    ("one.json", json.dumps({"data": ROWS}), "entry 0 has the fields data"),
-    ("half.json", json.dumps(ROWS)[:-9], "is no JSON"),
-    ("words.json", "some words", "is no JSON"),
-    ("mixed.json", '[{"text": "a"}, 4]', "entry 1 is int"),
-    ("body.parquet", parquet(body=["x"]), 'has the columns body; a "text" column is needed'),
-    ("number.parquet", parquet(text=[1, 2]), '"text" is int'),
-    ("words.parquet", words(100), "is no parquet file"),
-    ("half.parquet", parquet(text=[words(50)])[:-30], "is no parquet file"),
-    ("empty.parquet", "", "is no parquet file"),
-]
-
-
-def write(path, content):
-    if callable(content):
-        content(path)
-    else:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
-    REFUSED + MALFORMED,
-    ids=[f"{name} {said}" for name, _, said in REFUSED + MALFORMED],
+    ("given", "source"),
+    [
+        ("texts", Source("texts", "texts")),
+        ("texts@0.3", Source("texts", "texts", 0.3)),
+        ("web=texts/a.jsonl@2", Source("web", "texts/a.jsonl", 2.0)),
+        ("web=texts", Source("web", "texts")),
+        ("hub:user/name:part", Source("hub:user/name:part", "hub:user/name:part")),
+        ("c-4.en=hub:user/name:part@1e-3", Source("c-4.en", "hub:user/name:part", 0.001)),
+        ("python-stdlib@1", Source("python-stdlib", "python-stdlib", 1.0)),
+        ("/data/run=3/a.txt", Source("/data/run=3/a.txt", "/data/run=3/a.txt")),
+        ("code=/data/run=3/a.txt@4", Source("code", "/data/run=3/a.txt", 4.0)),
+    ],
 )
-def test_what_holds_text_that_is_not_read_is_refused_by_name(tmp_path, name, content, said):
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    (folder / "aa.txt").write_text(words(500))
-    bad = write(folder / name, content)
-    for source in (bad, folder):  # by itself, and among others
-        with one_sentence(str(bad), said, error=DataError):
-            list(documents([str(source)], Skipped()))
-    found = documents([str(folder)], Skipped(), [name])
-    assert [d.name for d in found] == ["aa.txt:0"]
+def test_a_source_has_a_name_and_a_weight(given, source):
+    assert parse_source(given) == source
+
+
+def test_what_exists_is_a_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a=b@3", "a@3", "b@3", "a=b"):
+        (tmp_path / name).write_text("x")
+        assert parse_source(name) == Source(name, name)
+    assert parse_source("c=a@3@0.5") == Source("c", "a@3", 0.5)
+    assert parse_source("c=b@3") == Source("c", "b@3")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["texts@much"], "has the weight 'much'; give a number above 0"),
+        (["texts@0"], "has the weight '0'"),
+        (["texts@-1"], "has the weight '-1'"),
+        (["texts@nan"], "has the weight 'nan'"),
+        (["texts@inf"], "has the weight 'inf'"),
+        (["a=texts@"], "has the weight ''"),
+        (["texts@1", "more"], "source 'more' has no weight but 'texts' has"),
+        (["a/x@1", "a/x@2"], "two sources have the name 'a/x'"),
+        (["w=a@1", "w=b@2"], "two sources have the name 'w'; name them apart"),
+    ],
+)
+def test_weights_that_make_no_sense(given, said):
+    with one_sentence(said, error=DataError):
+        parse_sources(given)
 
 
 def test_it_is_refused_before_anything_is_read(tmp_path):
     write(tmp_path / "a.txt", words(100))
-    write(tmp_path / "b.csv", TABLE)
-    write(tmp_path / "c.gz", gzip.compress(b"x"))
-    with one_sentence(f"{tmp_path}/b.csv", "--skip '*.csv'", "so are c.gz"):
-        documents([str(tmp_path / "a.txt"), str(tmp_path)], Skipped())
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("a.bin", b"abc\0def", "NUL bytes"),
-        ("a.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "invalid UTF-8"),
-        ("latin.txt", "é".encode("latin-1") * 9, "invalid UTF-8"),
-    ],
-)
-def test_what_is_no_text_is_refused_by_itself_and_named_among_others(tmp_path, name, content, said):
-    write(tmp_path / "a.txt", words(100))
-    bad = write(tmp_path / name, content)
-    with one_sentence(str(bad), said):
-        list(documents([str(bad)], Skipped()))
-    skipped = Skipped()
-    assert len(list(documents([str(tmp_path)], skipped))) == 1
-    assert str(skipped) == f"1 {said} ({name})"
+    write(tmp_path / "b.xls", TABLE)
+    write(tmp_path / "c.gz.gz", gzip.compress(b"x"))
+    with one_sentence(f"{tmp_path}/b.xls", "--skip '*.xls'", "so are c.gz.gz"):
+        documents([str(tmp_path / "a.txt"), str(tmp_path)], Reading())
 
 
 def test_what_is_left_out_is_named(tmp_path):
@@ -188,8 +83,9 @@ def test_what_is_left_out_is_named(tmp_path):
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     (tmp_path / "round").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    skipped = Skipped()
-    names = {d.name.split(":")[0] for d in documents([str(tmp_path)], skipped)}
+    reading = Reading()
+    names = {d.name.split(":")[0] for d in documents([str(tmp_path)], reading)}
+    skipped = reading.skipped
     assert names == {"good.txt", "rows.jsonl"}
     assert dict(skipped.counts) == {
         "hidden": 2,
@@ -201,22 +97,6 @@ def test_what_is_left_out_is_named(tmp_path):
     assert "empty0.txt, empty1.txt" in str(skipped)
     assert sorted(skipped.names["hidden"]) == [".git", ".hidden"]
     assert skipped.names["invalid UTF-8"] == ["rows.jsonl:31", "rows.jsonl:32"]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a, b and c\nd, e and f\n" * 30,
-        "{not json} at all\n" * 30,
-        "name: value\nother: value\n" * 30,
-        "import os\nx = {'a': 1}\n" * 30,
-        "[1] A reference, from 1999.\n" * 30,
-        "one word a line\n" * 30,
-    ],
-)
-def test_prose_is_not_taken_for_something_else(tmp_path, text):
-    write(tmp_path / "a.txt", text)
-    assert [d.text for d in documents([str(tmp_path / "a.txt")], Skipped())] == [text]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ds_local.data import tokenizers
 from ds_local.data.corpus import prepare
 from ds_local.data.tokenizers import (
+    chat_of,
     check_same_tokenizer,
     difference,
     fingerprint,
@@ -151,3 +152,92 @@ def test_the_same_tokenizer_and_none(tmp_path, tokenizer):  # noqa: F811
     assert difference(load_tokenizer(tokenizer), load_tokenizer(copy)) == ""
     assert fingerprint(load_tokenizer(tokenizer)) == fingerprint(load_tokenizer(copy))
     assert check_same_tokenizer(model_folder(tmp_path / "model", "llama"), tokenizer) is False
+
+
+# --- a bare vocabulary
+
+
+def vocabulary(folder, prefix="", end="<|endoftext|>"):
+    """vocab.json and merges.txt, as GPT-2's or Megatron's."""
+    folder.mkdir(exist_ok=True)
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator([words(2000)], vocab_size=400, special_tokens=[end])
+    made.save_model(str(folder), prefix or None)
+    return made
+
+
+@pytest.mark.parametrize("prefix", ["", "gpt2"])
+@pytest.mark.parametrize("end", ["<|endoftext|>", "</s>"])
+def test_a_bare_vocabulary_is_a_tokenizer(tmp_path, prefix, end):
+    made = vocabulary(tmp_path / "bare", prefix, end)
+    (tmp_path / "a.txt").write_text(words(2000, 3) + " héllo ☃\n\n")
+    spec = str(tmp_path / "bare")
+    facts = prepare([str(tmp_path / "a.txt")], spec, 16, tmp_path / "data", progress=False)
+    assert (facts["vocab_size"], facts["eos_token_id"]) == (400, 0)
+    written = AutoTokenizer.from_pretrained(tmp_path / "data" / "tokenizer")
+    assert written.eos_token == end
+    for text in TEXTS[:4]:
+        assert written(text, add_special_tokens=False)["input_ids"] == made.encode(text).ids
+
+
+def edit_vocabulary(change):
+    def changed(folder):
+        tokens = json.loads((folder / "vocab.json").read_text())
+        (folder / "vocab.json").write_text(json.dumps(change(tokens)))
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (edit_vocabulary(list), "vocab.json is no vocabulary"),
+        (edit_vocabulary(lambda t: {**t, "x": "1"}), "vocab.json is no vocabulary"),
+        (edit_vocabulary(lambda t: {**t, "low</w>": 400}), "is of a BPE of words"),
+        (
+            edit_vocabulary(lambda t: {**t, "gap": 500}),
+            "401 tokens, whose ids are not 0 to 400",
+        ),
+        (
+            edit_vocabulary(lambda t: {k: i for i, k in enumerate(list(t)[1:])}),
+            "vocab.json has no end-of-text token; add one of <|endoftext|>, ",
+        ),
+        (lambda p: (p / "vocab.json").write_text("{"), "cannot load the tokenizer"),
+        (lambda p: (p / "merges.txt").write_text("a b c d\n" * 9), "cannot load the tokenizer"),
+        (lambda p: (p / "merges.txt").write_text("zz yy\n"), "cannot load the tokenizer"),
+        (lambda p: (p / "merges.txt").unlink(), "cannot load the tokenizer"),
+        (lambda p: (p / "old-vocab.json").write_text("{}"), "cannot load the tokenizer"),
+    ],
+)
+def test_vocabularies_that_cannot_be_used(tmp_path, change, said):
+    vocabulary(tmp_path / "bare")
+    change(tmp_path / "bare")
+    with one_sentence(said, str(tmp_path / "bare"), error=DataError):
+        load_tokenizer(tmp_path / "bare")
+
+
+def test_messages_become_text_by_the_tokenizers_template(tmp_path, byte_level):
+    chat = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "dad"}]
+    loaded = load_tokenizer(byte_level)
+    assert chat_of(loaded)(chat) == "user: abc\n\nassistant: dad"
+    loaded.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    loaded.save_pretrained(tmp_path / "chat")
+    row = json.dumps({"messages": chat})
+    (tmp_path / "a.jsonl").write_text(f"{row}\n" * 50)
+
+    def facts():
+        return prepare(
+            *([str(tmp_path / "a.jsonl")], str(tmp_path / "chat"), 16, tmp_path / "data"),
+            progress=False,
+            text_fields=["messages"],
+        )
+
+    end = "<|endoftext|>"
+    text = f"<user>abc{end}<assistant>dad{end}"
+    assert facts()["tokens"] == 50 * len(loaded(text)["input_ids"])  # no second end behind it
+    (tmp_path / "a.jsonl").write_text(row.replace("user", "system"))
+    with one_sentence("line 1 the chat template refuses", "no system", error=DataError):
+        facts()
