@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
+    from ds_local.cli.train import train
     from ds_local.engine.causal_lm import causal_lm
     from ds_local.engine.engine import LocalPipelineEngine
     from ds_local.engine.initialize import initialize
@@ -44,12 +45,17 @@ if TYPE_CHECKING:
     from ds_local.schedules.list_scheduler import make_schedule
     from ds_local.schedules.routes import make_routes
     from ds_local.schedules.simulator import Costs, simulate
+    from ds_local.training.callbacks import Callback, Run, Validation
 
 __all__ = [
     "LocalPipelineModule",
     "causal_lm",
     "initialize",
     "LocalPipelineEngine",
+    "train",
+    "Callback",
+    "Run",
+    "Validation",
     "DsLocalError",
     "ConfigError",
     "make_routes",
@@ -63,6 +69,10 @@ _HOME = {
     "causal_lm": "engine.causal_lm",
     "initialize": "engine.initialize",
     "LocalPipelineEngine": "engine.engine",
+    "train": "cli.train",
+    "Callback": "training.callbacks",
+    "Run": "training.callbacks",
+    "Validation": "training.callbacks",
     "DsLocalError": "errors",
     "ConfigError": "errors",
     "make_routes": "schedules.routes",

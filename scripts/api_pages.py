@@ -23,6 +23,8 @@ METHODS = {
         "meeting",
         "destroy",
     ),
+    "Callback": ("on_step", "on_report", "on_validation", "on_save", "on_end"),
+    "Run": ("step", "save", "end"),
     "Costs": ("from_profile",),
 }
 Function = ast.FunctionDef
@@ -136,7 +138,7 @@ def _text(docstring: str) -> Iterator[str]:
     items: list[str] = []
     section = ""
     for line in docstring.splitlines():
-        if re.fullmatch(r"(Args|Returns|Raises|Yields):", line):
+        if re.fullmatch(r"(Args|Attributes|Returns|Raises|Yields):", line):
             yield from (*items, f"**{line}**", "")
             items, section = [], line
         elif section in ("Returns:", "Yields:") and line.startswith("    "):

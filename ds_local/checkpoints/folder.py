@@ -160,7 +160,7 @@ class Writing:
         self.folder, self.tag = Path(folder), checked_tag(tag)
         self.partial = gather(scratch_name(tag))[0]
         self.target = self.folder / self.partial
-        self._leads = _leads(self.folder)
+        self._leads = leads(self.folder)
         together(self._begin)
 
     def _begin(self) -> None:
@@ -210,12 +210,12 @@ class Writing:
 def clean(folder: str | Path) -> None:
     """Remove what killed runs left half-written. To be called when nobody else writes here. A
     collective call."""
-    if _leads(Path(folder)):
+    if leads(Path(folder)):
         for path in leftovers(Path(folder), all_of_them=True):
             remove(path)
 
 
-def _leads(folder: Path) -> bool:
+def leads(folder: Path) -> bool:
     """Is this the lowest rank that sees this folder, which hosts may share or have one each? It
     does the renaming. A collective call."""
     rank = dist.get_rank() if dist.is_initialized() else 0

@@ -60,6 +60,16 @@ METRICS = {
         (TRAIN,), "share", "of the step that the stage waited, for neighbours or replicas"
     ),
     "step_seconds": Field((TRAIN,), "s", "of the step, on the stage"),
+    "tokens_per_second": Field(
+        (TRAIN,), "tokens/s", "of the step on its slowest stage, all replicas together"
+    ),
+    "device_tokens_per_second": Field((TRAIN,), "tokens/s", "that, for each rank"),
+    "mfu": Field(
+        (TRAIN,),
+        "share",
+        "of the devices' peak in bf16 that the step's model operations use, heads not counted; "
+        "null on CPUs and on devices of which the peak is not known",
+    ),
     "sent_bytes": Field((TRAIN,), "bytes", "to neighbouring stages in the step"),
     "exchanged_bytes": Field(
         (TRAIN,), "bytes", "to other replicas of the stage; null where DeepSpeed averages"
@@ -67,7 +77,12 @@ METRICS = {
     "slowest_link": Field((TRAIN,), "", "the link that the stage waited for longest; null: none"),
     "prompt": Field((SAMPLE,), "", "the beginning of a validation sequence"),
     "text": Field((SAMPLE,), "", "how the model went on"),
-    "memory_bytes": Field((VALIDATION,), "bytes", "most that a rank of the stage has held so far"),
+    "memory_bytes": Field(
+        (TRAIN, VALIDATION),
+        "bytes",
+        "most that a rank of the stage has held so far, of the process on a CPU; in train rows "
+        "that of the first replica",
+    ),
     "gradient_cosine": Field(
         (DIAGNOSTICS,), "", "between the gradient of the segment's losses and the true one"
     ),
@@ -84,7 +99,8 @@ RUN = {
     "weights": "what the run's first weights came from; null: drawn afresh",
     "data": "`folder`, and what its prepared.json says (`fingerprint`, `seq_len`, tokens)",
     "layout": "`stages`, `replicas`, `segments`, `segment_parts` (first layer of each segment), "
-    "`auxiliary_flops` (share of heads in the work, by stage), `hosts`",
+    "`parameters` and `head_parameters` (by stage), `predicted_idle` (share of each stage, by "
+    "phase), `auxiliary_flops` (share of heads in the work, by stage), `hosts`",
     "routes": "the route tables of the schedules, as text",
     "schedules": "the schedule of a step, as a grid of ticks; several where phases or chunks "
     "change it",

@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import yaml
 
 from ds_local.charts.pages import PAGE_MARK
 from ds_local.config.changes import CHANGES
-from ds_local.errors import OutputError
+from ds_local.config.files import nearest
+from ds_local.errors import ConfigError, OutputError, first_line
 from ds_local.outputs import check_file
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, where there are some and the text does not say them."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        none = default is None or default is False or default in ([], argparse.SUPPRESS)
+        if none or not action.option_strings or "default" in text:
+            return text
+        return f"{text}{' ' if text else ''}(default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, and of the ranks of a job only the first one says it."""
+    """Says what is wrong in one sentence, and of the ranks of a job only the first one says it.
+
+    `in_script`: to a script that gave the arguments as keywords it says it with a ConfigError.
+    """
+
+    in_script = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "formatter_class": _Help})
 
     def error(self, message: str) -> NoReturn:
+        if self.in_script:
+            raise ConfigError(message)
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(5)  # the launcher ends this rank when the first one has ended
         else:
@@ -92,3 +117,85 @@ def kinds_of_change(text: str) -> list[str]:
     if unknown:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(CHANGES)}")
     return kinds
+
+
+# --- arguments from elsewhere --------------------------------------------------------------------
+
+
+def words_of(parser: argparse.ArgumentParser, options: Mapping[str, Any], where: str) -> list[str]:
+    """Options by name as the words of a command line.
+
+    Args:
+        options: name, with dashes or underscores -> value; True and False of a switch, a list of
+            what takes several with commas between, None for the default.
+        where: they come from, for messages.
+
+    Raises:
+        ConfigError: for an option that the parser does not have, naming the nearest.
+    """
+    actions = _by_name(parser)
+    words: list[str] = []
+    for key, value in options.items():
+        name = str(key).replace("-", "_")
+        if name not in actions:
+            raise ConfigError(f"{where}: {key!r} is not an option; {nearest(name, list(actions))}")
+        if value is not None:
+            words += _words(actions[name], value, f"{where}: {key}")
+    return words
+
+
+def _by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    found = {action.dest: action for action in parser._actions if action.option_strings}
+    return {name: found[name] for name in found if name not in ("help", "arguments")}
+
+
+def _words(action: argparse.Action, value: Any, where: str) -> Iterator[str]:
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise ConfigError(f"{where} must be true or false, got {value!r}")
+        if value:
+            yield action.option_strings[0]
+        elif len(action.option_strings) > 1:
+            yield action.option_strings[1]
+        return
+    parts = value if isinstance(value, list | tuple) else [value]
+    if isinstance(value, bool) or not all(
+        isinstance(part, str | int | float | Path) for part in parts
+    ):
+        raise ConfigError(f"{where} must be a number or text, got {value!r}")
+    yield f"{action.option_strings[0]}={','.join(map(str, parts))}"
+
+
+def with_file(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+    """A command line behind the words of the file that its --arguments names; what the command
+    line says too, or excludes, is left out of the file's.
+
+    Raises:
+        ConfigError: when the file cannot be read, or holds something else than options.
+    """
+    only = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    only.add_argument("--arguments")
+    path = only.parse_known_args(words)[0].arguments
+    if path is None:
+        return list(words)
+    given = {word.partition("=")[0] for word in words if word.startswith("--")}
+    own = {name for name, action in _by_name(parser).items() if given & {*action.option_strings}}
+    for group in parser._mutually_exclusive_groups:
+        names = {action.dest for action in group._group_actions}
+        own |= names if names & own else set()
+    options = _read_options(Path(path))
+    left = {key: value for key, value in options.items() if key.replace("-", "_") not in own}
+    return [*words_of(parser, left, str(path)), *words]
+
+
+def _read_options(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"cannot read the arguments in {path}: {first_line(error)}") from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ConfigError(
+            f"{path} must hold options by name, such as max_steps: 300, and nothing else"
+        )
+    return found

@@ -151,3 +151,31 @@ def fewest_micro_batches(section: Mapping[str, Any]) -> int:
     """Of a step in which a mix has the shares that it asks for."""
     shares = [entry["share"] for entry in section.get("mix", ()) if "share" in entry]
     return round(1 / min(shares)) if shares else 1
+
+
+_IN_WORDS = {
+    "backprop": "the last loss trains everything",
+    "local": "a segment learns from its own loss alone, nothing flows back",
+    "chunked": "backpropagation inside {window} segments, one loss for each such chunk",
+    "shifted_chunked": "backpropagation inside {window} segments, cut elsewhere in every step",
+    "overlapping": "a segment learns from its own loss and those of the next {more}",
+    "interlocking": "a segment learns from the loss {more} ahead, and no other",
+    "deep_supervision": "every loss trains every segment below it",
+}
+
+
+def in_words(scheme: Mapping[str, Any], name: str) -> str:
+    """A scheme for people who do not know its name.
+
+    Args:
+        scheme: keys of a scheme: a row, or a "mix" of rows.
+        name: of its schedule.
+    """
+    rows = scheme.get("mix") or [scheme]
+    told = dict.fromkeys(_row_in_words(row) for row in rows)
+    return f"{name}: {'; '.join(told)}"
+
+
+def _row_in_words(row: Mapping[str, Any]) -> str:
+    window = row.get("window") or 2
+    return _IN_WORDS[row.get("mode") or "local"].format(window=window, more=window - 1)

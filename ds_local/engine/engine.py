@@ -41,6 +41,7 @@ from ds_local.engine.stopping import Stopping
 from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError, ConfigError
 from ds_local.links import notices
+from ds_local.links.device import peak_memory
 from ds_local.links.failures import Failures, meeting
 from ds_local.links.pair import Receiver, Sender
 from ds_local.links.transport import End, make_end
@@ -279,6 +280,7 @@ class LocalPipelineEngine(StageUpdates):
         return {
             "step": self.global_steps,
             "grad_norm": self._grad_norms.get(segment),
+            "memory_bytes": peak_memory(self.device),
             "nonfinite": None if kind is None else KINDS.index(kind),
             "nonfinite_step": event,
             "skipped": self.skipped_steps,

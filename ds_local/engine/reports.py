@@ -34,6 +34,7 @@ FIGURES = (
     "waited",
     "sent_bytes",
     "exchanged_bytes",
+    "memory_bytes",
     "slowest_link",
     "nonfinite",
     "nonfinite_step",
@@ -72,6 +73,7 @@ class SegmentReport:
     idle_share: float  # part of it spent waiting for a neighbour
     sent_bytes: int  # to neighbouring stages
     exchanged_bytes: int | None  # to other replicas of the stage; None: DeepSpeed averages
+    memory_bytes: int | None  # most that the rank has held so far
     slowest_link: str | None  # the one the stage waited for longest; None when it waited for none
     nonfinite: str | None  # one of `finite.KINDS`, if one came since the last report; the newest
     nonfinite_step: int | None  # its step
@@ -257,6 +259,7 @@ class Reports:
             idle_share=waited / seconds if seconds else 0.0,
             sent_bytes=whole("sent_bytes") or 0,
             exchanged_bytes=whole("exchanged_bytes"),
+            memory_bytes=whole("memory_bytes"),
             slowest_link=None if link is None else self._links[link],
             nonfinite=KINDS[kind] if is_new and kind is not None else None,
             nonfinite_step=event if is_new else None,

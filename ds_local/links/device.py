@@ -1,8 +1,9 @@
 """Between the host and a device: there without waiting for what the device computes, back with one
-wait for all."""
+wait for all; and how much memory is held there."""
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 from functools import reduce
 
@@ -40,3 +41,11 @@ def to_host(tensors: Sequence[Tensor]) -> Tensor:
     if device is not None:
         torch.cuda.current_stream(device).synchronize()
     return flat
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this rank has held so far: of torch on a GPU, else of the process. The
+    host does not wait."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

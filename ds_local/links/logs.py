@@ -40,7 +40,7 @@ def start_log(folder: Path, stage: int, rank: int) -> Path:
 
 def say(sentence: str) -> None:
     """To the console, on a line of its own beside a progress bar of this or another rank."""
-    if not getattr(tqdm, "_instances", ()) and "RANK" in os.environ:
+    if not getattr(tqdm, "_instances", ()) and "RANK" in os.environ and sys.stderr.isatty():
         sentence = f"\n{sentence}"
     tqdm.write(sentence, file=sys.stderr)
     sys.stderr.flush()

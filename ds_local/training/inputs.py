@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ds_local.model.flops import auxiliary_shares
 from ds_local.model.pretrained import find_weights
 from ds_local.schedules.replay import grid_of
 from ds_local.schedules.schedule import Schedule
+from ds_local.training.banner import Length, PhaseForecast, parameters_of
 
 VOCABULARY_PADDING = (
     128  # a model's vocabulary may be rounded up by less than this, as is usual for speed
@@ -57,6 +59,24 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
     return config, data, hf_config
 
 
+def length_of(args: Namespace, data: TokenData, per_step: int) -> Length:
+    """How long a run is, in steps, whether its steps or its epochs were given.
+
+    Args:
+        per_step: sequences of a step, all replicas together.
+
+    Raises:
+        ConfigError: when neither or both were.
+    """
+    if (args.max_steps is None) == (args.epochs is None):
+        raise ConfigError("give either --max-steps or --epochs, which say how long the run is")
+    sequences = data.num_sequences("train")
+    steps = args.max_steps
+    if args.epochs is not None:
+        steps = max(1, math.ceil(args.epochs * sequences / per_step))
+    return Length(steps, per_step, data.seq_len, sequences)
+
+
 def facts_of_start(
     args: Namespace,
     asked: Mapping[str, Any],
@@ -83,9 +103,12 @@ def facts_of_start(
 
 
 def layout_of(
-    engine: LocalPipelineEngine, data: TokenData, hosts: dict[str, Any]
+    engine: LocalPipelineEngine,
+    data: TokenData,
+    hosts: dict[str, Any],
+    phases: Sequence[PhaseForecast],
 ) -> dict[str, Any]:
-    """What run.json says of the engine."""
+    """What run.json says of the engine. A collective call."""
     schedules = engine.plan.schedules
     return {
         "layout": {
@@ -93,6 +116,8 @@ def layout_of(
             "replicas": engine.dp_world_size,
             "segments": engine.num_segments,
             "segment_parts": engine.module.segment_parts,
+            **parameters_of(engine),
+            "predicted_idle": [phase.idle for phase in phases],
             "auxiliary_flops": [_shares(engine, schedule, data.seq_len) for schedule in schedules],
             "hosts": hosts,
         },

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from collections.abc import Sequence
 
 from torch import distributed as dist
 
@@ -31,10 +32,13 @@ from ds_local.links.waiting import is_late, is_lost
 from ds_local.model import families
 from ds_local.model.pretrained import find_weights
 from ds_local.schedules.run_plan import RunPlan
-from ds_local.training.inputs import facts_of_start, layout_of, read_inputs
+from ds_local.training.banner import banner, forecast
+from ds_local.training.callbacks import Callback, Validation
+from ds_local.training.inputs import facts_of_start, layout_of, length_of, read_inputs
 from ds_local.training.run_folder import RunFolder, opened, tokenizer_test
 from ds_local.training.signals import Signals
 from ds_local.training.steps import Loop
+from ds_local.training.trial import try_out
 
 # arguments that decide when stages meet: they must be the same on every rank
 _MEETINGS = (
@@ -43,6 +47,10 @@ _MEETINGS = (
     "eval_sequences",
     "sample_tokens",
     "save_every",
+    "keep_last",
+    "keep_best",
+    "stop_after_worse",
+    "dry_run",
     "resume",
     "profile",
     "from_scratch",
@@ -50,12 +58,18 @@ _MEETINGS = (
 )
 
 
-def train(args: Namespace, signals: Signals | None = None) -> None:
+def train(
+    args: Namespace, signals: Signals | None = None, callbacks: Sequence[Callback] = ()
+) -> Validation | None:
     """Run `scripts/train.py`; see there for the arguments.
 
     Args:
         signals: are to end the run from the first step on; None: the caller sees to that, with
             `LocalPipelineEngine.request_stop`.
+        callbacks: told what happens; see `callbacks.Callback`.
+
+    Returns:
+        The last validation, if there was one.
 
     Raises:
         ConfigError, DataError, CheckpointError, ...: in a sentence, before any training, with
@@ -64,13 +78,17 @@ def train(args: Namespace, signals: Signals | None = None) -> None:
     complete_environment()
     is_first = os.environ.get("RANK", "0") == "0"
     with (
-        opened(args.output, is_first, _say_first if is_first else _say_nothing) as run,
+        opened(
+            args.output, is_first, _say_first if is_first else _say_nothing, not args.dry_run
+        ) as run,
         meeting("the run"),
     ):
-        _train(args, run, signals)
+        return _train(args, run, signals, callbacks)
 
 
-def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:
+def _train(
+    args: Namespace, run: RunFolder, signals: Signals | None, callbacks: Sequence[Callback]
+) -> Validation | None:
     asked, tag = dict(vars(args)), run.begins_at(args.resume)
     args.resume = tag is not None  # a supervisor's one command line starts a run and continues it
     if asked["resume"] and not args.resume:
@@ -80,7 +98,11 @@ def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:
     section = local_parallel(config)
     stages, replicas = num_stages_and_replicas(section, world_size)
     micro_batch_size, num_micro_batches = batch_sizes(config, replicas)
-    _ = RunPlan.of(section, stages, num_micro_batches).schedules  # refuses what does not fit
+    plan = RunPlan.of(section, stages, num_micro_batches)
+    _ = plan.schedules  # refuses what does not fit
+    per_step = micro_batch_size * num_micro_batches * replicas
+    length = length_of(args, data, per_step)
+    args.max_steps = asked["max_steps"] = length.steps
     facts = facts_of_start(args, asked, config, hf_config, data, replicas)
     if tag is not None:
         test = tokenizer_test(check_same_tokenizer, data.tokenizer_folder)
@@ -103,14 +125,18 @@ def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:
     shape = BatchShape(micro_batch_size, num_micro_batches, replicas, engine.replica_id)
     with engine.meeting("the start of the run"):
         hosts = stage_hosts(engine.stage_id)
-        facts |= layout_of(engine, data, hosts)
-        run.say(describe_hosts(hosts))
+        phases = forecast(plan, hf_config, model.segment_parts, data.seq_len)
+        facts |= layout_of(engine, data, hosts, phases)
+        run.say(f"{describe_hosts(hosts)}\n{banner(facts, phases, length, args)}")
+        if args.dry_run:
+            run.say(try_out(engine, data, shape, args))
+            return None
         together(lambda: run.start(facts, engine.global_steps, tag, data.tokenizer_folder))
         clean(run.checkpoints)
     start_log(run.path / "logs", engine.stage_id, engine.global_rank)
     if signals is not None:
         signals.stop_with(engine.request_stop)
-    loop = Loop(args, run, engine, data, shape)
+    loop = Loop(args, run, engine, data, shape, callbacks)
     try:
         with engine.meeting("what is done between steps"):
             loop.run()
@@ -118,7 +144,8 @@ def _train(args: Namespace, run: RunFolder, signals: Signals | None) -> None:
         loop.note_last_event()
         raise
     finally:
-        loop.bar.close()
+        loop.close()
+    return loop.validation
 
 
 def _say_first(sentence: str) -> None:

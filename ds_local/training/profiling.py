@@ -9,7 +9,6 @@ with one lane per stage.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from ds_local.config import strict_json
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.recorder import Event
 from ds_local.links.buffers import Tag
+from ds_local.links.device import peak_memory
 from ds_local.links.messages import copied_to, parts_of_activation
 from ds_local.links.trees import Tree
 from ds_local.model.split_linear import no_weight_grads
@@ -154,13 +154,6 @@ def _measure_link(
     own.setdefault("link", {})[lower] = (times[-1] - times[1]) / (len(times) - 2)
     arrived = parts_of_activation(received)
     return arrived.hidden.value(), arrived.labels.value()
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that this rank has held so far: of torch on a GPU, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def most_held(engine: LocalPipelineEngine) -> dict[int, int]:

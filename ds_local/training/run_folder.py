@@ -210,15 +210,17 @@ class RunFolder:
 
 
 @contextmanager
-def opened(path: str | Path, is_first: bool, say: Callable[[str], None]) -> Iterator[RunFolder]:
-    """The folder of a run, locked by the first rank while this lasts.
+def opened(
+    path: str | Path, is_first: bool, say: Callable[[str], None], locks: bool = True
+) -> Iterator[RunFolder]:
+    """The folder of a run, locked by the first rank while this lasts, unless it is only looked at.
 
     Raises:
         RunError: when another process has it.
     """
     run = RunFolder(path, say, is_first)
     try:
-        if is_first:
+        if is_first and locks:
             run.lock.acquire()
         yield run
     finally:

@@ -15,7 +15,6 @@ from torch import distributed as dist
 from ds_local.data.dataset import TokenData
 from ds_local.data.tokenizers import load_tokenizer
 from ds_local.engine.engine import LocalPipelineEngine
-from ds_local.links.logs import say
 from ds_local.model.seeds import seed_for
 
 TEMPERATURE, TOP_K = 0.8, 50
@@ -24,8 +23,7 @@ TEMPERATURE, TOP_K = 0.8, 50
 def sample(
     engine: LocalPipelineEngine, data: TokenData, ids_BT: Tensor, tokens: int
 ) -> dict[int, dict[str, Any]]:
-    """Continue the first quarter of a validation sequence; the console shows a line. A collective
-    call.
+    """Continue the first quarter of a validation sequence. A collective call.
 
     Args:
         ids_BT: a micro-batch of validation.
@@ -43,8 +41,13 @@ def sample(
     tokenizer = load_tokenizer(data.tokenizer_folder)
     prompt, whole = (tokenizer.decode(part) for part in (ids[:length], ids))
     text = whole.removeprefix(prompt)
-    say(f"step {engine.global_steps}: ...{_line(prompt)[-40:]} >> {_line(text)[:80]}")
     return {engine.num_segments - 1: {"loss": None, "prompt": prompt, "text": text}}
+
+
+def sample_line(step: int, row: dict[str, Any]) -> str:
+    """For the console."""
+    prompt, text = (" ".join(row[part].split()) for part in ("prompt", "text"))
+    return f"step {step}: ...{prompt[-40:]} >> {text[:80]}"
 
 
 def continued(engine: LocalPipelineEngine, ids_BT: Tensor, length: int, tokens: int) -> Tensor:
@@ -80,10 +83,6 @@ def continued(engine: LocalPipelineEngine, ids_BT: Tensor, length: int, tokens: 
         ids[0, position] = found.item()
     engine.eval_losses = kept
     return ids[0, :end].cpu()
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _drawn(logits_V: Tensor, generator: torch.Generator) -> int:

@@ -1,11 +1,13 @@
-"""Numbers on the command line."""
+"""Numbers on the command line; options from a file and from a script; --help."""
 
 import pytest
 from sentences import assert_one_sentence
 
+import ds_local
 from ds_local.cli.arguments import number, number_or_auto, whole
 from ds_local.cli.simulate import parse_arguments as of_simulate
 from ds_local.cli.train import parse_arguments as of_train
+from ds_local.errors import ConfigError
 
 TRAIN = ["--model", "m", "--data", "d", "--output", "o", "--deepspeed_config", "c"]
 SIMULATE = ["--stages", "2", "--micro-batches", "4", "--mode", "local"]
@@ -80,3 +82,99 @@ def test_good_numbers():
         0,
     )
     assert number(above=True)("1e-6") == 1e-6
+
+
+# --- from a file, from a script -------------------------------------------------------------------
+
+
+def in_file(tmp_path, text, name="run.yaml"):
+    path = tmp_path / name
+    path.write_text(text)
+    return ["--arguments", str(path)]
+
+
+WHOLE = "model: m\ndata: d\noutput: o\ndeepspeed_config: c\n"
+
+
+def test_options_of_a_file_are_those_of_the_command_line(tmp_path):
+    text = (
+        WHOLE
+        + "max-steps: 300\nresume: true\nprofile: false\nallow_change: [seed, data]\nseed: null\n"
+        + "backprop_micro_batches: auto\n"
+    )
+    found = of_train(in_file(tmp_path, text))
+    words = ["--max-steps", "300", "--resume", "--allow-change", "seed,data"]
+    same = of_train([*TRAIN, *words, "--backprop-micro-batches", "auto"])
+    assert vars(found) | {"arguments": None} == vars(same)
+
+
+def test_json_too(tmp_path):
+    text = '{"model": "m", "data": "d", "output": "o", "deepspeed_config": "c", "max_steps": 3}'
+    assert of_train(in_file(tmp_path, text, "run.json")).max_steps == 3
+
+
+def test_the_command_line_wins(tmp_path):
+    file = in_file(tmp_path, WHOLE + "max_steps: 300\nresume: true\neval_every: 50\n")
+    found = of_train([*file, "--eval-every=7", "--no-resume", "--epochs", "0.5"])
+    assert (found.eval_every, found.resume) == (7, False)
+    assert (found.max_steps, found.epochs) == (None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (WHOLE + "max_step: 3\n", ["'max_step' is not an option", "did you mean 'max_steps'?"]),
+        (WHOLE + "max_steps: many\n", ["argument --max-steps", "got 'many'"]),
+        (WHOLE + "max_steps: {a: 1}\n", ["max_steps must be a number or text"]),
+        (WHOLE + "max_steps: true\n", ["max_steps must be a number or text, got True"]),
+        (WHOLE + "max_steps: 3\nresume: 1\n", ["resume must be true or false, got 1"]),
+        (WHOLE, ["one of --max-steps and --epochs is required"]),
+        (WHOLE + "max_steps: 3\nstop_after_worse: 2\n", ["needs validations; give --eval-every"]),
+        ("- max_steps\n", ["must hold options by name"]),
+        ("max_steps: [3\n", ["cannot read the arguments in"]),
+        ("", ["must hold options by name"]),
+        ("max_steps: 3\n", ["the following arguments are required: --model"]),
+    ],
+)
+def test_a_file_with_a_mistake_is_one_sentence(tmp_path, text, words, capsys, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(SystemExit) as end:
+        of_train(in_file(tmp_path, text))
+    assert end.value.code == 2
+    assert_one_sentence(capsys.readouterr().err.strip(), *words, "--help")
+
+
+def test_a_file_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(SystemExit):
+        of_train(["--arguments", "/nowhere.yaml"])
+    assert_one_sentence(capsys.readouterr().err.strip(), "/nowhere.yaml", "--help")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_step": 3}, ["ds_local.train", "did you mean 'max_steps'?"]),
+        ({"max_steps": 0}, ["argument --max-steps", "got '0'"]),
+        ({}, ["one of --max-steps and --epochs"]),
+        ({"max_steps": 3, "epochs": 1}, ["--epochs", "not allowed with"]),
+        ({"max_steps": 3, "deepspeed_config": {"optimiser": {}}}, ["'optimizer'"]),
+        ({"max_steps": 3, "deepspeed_config": "/nowhere.json"}, ["/nowhere.json"]),
+    ],
+)
+def test_keywords_of_a_script_are_checked_as_the_command_line_is(options, words):
+    given = {"model": "m", "data": "d", "output": "o", "deepspeed_config": {}}
+    with pytest.raises(ConfigError) as caught:
+        ds_local.train(**{**given, **options})
+    assert_one_sentence(f"ConfigError: {caught.value}", *words)
+
+
+def test_help_shows_defaults(capsys):
+    with pytest.raises(SystemExit):
+        of_train(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "0: only at the end (default: 0)" in told
+    assert "default: None" not in told
+    with pytest.raises(SystemExit):
+        of_simulate(["--help"])
+    assert "show; default 2 --trace" in " ".join(capsys.readouterr().out.split())  # and not twice

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +51,13 @@ def test_the_console_shows_losses_throughput_and_a_table(run):
     folder, output = run
     assert "tokens/s" in output
     assert "segment  stage  validation loss" in output
+    assert "  scheme        1 x backprop + 3 x local: the last loss trains everything; " in output
+    assert "  steps         8 of 8 x 16 tokens: 1,024 tokens, 0.0" in output
+    assert re.search(
+        r"step 8/8 \| loss [\d.]+ [\d.]+ \| lr 0\.0\d+ \| norm [\d.]+ [\d.]+ \| ", output
+    )
+    best = [row["loss"] for row in metrics(folder) if row["split"] == "validation"][-1]
+    assert f"{best:.3f}, perplexity {math.exp(best):.2f}; the best so far" in output
     assert str(folder / "loss.png") in output
     assert (folder / "loss.png").stat().st_size > 5000
     assert str(folder / "report.html") in output
@@ -68,7 +77,7 @@ def test_the_report_is_of_the_whole_run(run):
 def test_the_model_writes_after_each_validation(run):
     folder, output = run
     samples = [row for row in metrics(folder) if row["split"] == "sample"]
-    assert [(row["step"], row["segment"]) for row in samples] == [(4, 1), (8, 1)]
+    assert [(row["step"], row["segment"]) for row in samples] == [(0, 1), (4, 1), (8, 1)]
     page = (folder / "report.html").read_text()
     for row in samples:
         assert row["prompt"]
@@ -91,6 +100,8 @@ def test_metrics_follow_the_contract(run):
         for row in train
     )
     assert [(row["step"], row["segment"]) for row in rows if row["split"] == "validation"] == [
+        (0, 0),
+        (0, 1),
         (4, 0),
         (4, 1),
         (8, 0),
@@ -98,12 +109,21 @@ def test_metrics_follow_the_contract(run):
     ]
 
 
-def test_run_json_tells_what_ran(run):
+def test_run_json_tells_what_ran(run, inputs):
     facts = json.loads((run[0] / "run.json").read_text())
     assert facts.keys() == RUN.keys()
     assert all(f"`{name}`" in RUN["layout"] for name in facts["layout"])
     assert facts["config"]["local_parallel"]["mix"][0] == {"mode": "backprop", "micro_batches": 1}
     shares, hosts = facts["layout"].pop("auxiliary_flops"), facts["layout"].pop("hosts")
+    (idle,) = facts["layout"].pop("predicted_idle")
+    assert idle[1] == 0 < idle[0] < 0.2
+    model = json.loads(Path(inputs["--model"]).read_text())
+    width, tokens, head = model["n_embd"], model["vocab_size"], facts["layout"]["head_parameters"]
+    assert head == [2 * width + width * tokens, 0]  # norm and readout
+    assert facts["layout"].pop("head_parameters") == head
+    first, second = facts["layout"].pop("parameters")
+    positions = model["n_positions"] * width
+    assert first - positions == second - 2 * width  # embedding, and norm with readout
     assert facts["layout"] == {
         "stages": 2,
         "replicas": 1,

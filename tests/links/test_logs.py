@@ -1,6 +1,7 @@
 """What a rank writes."""
 
 import logging
+import sys
 
 from ds_local.links.logs import _LogFile, say, start_log
 
@@ -41,5 +42,8 @@ def test_a_sentence_has_a_line_of_its_own(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     say("alone")
     monkeypatch.setenv("RANK", "0")
+    say("in a log, where no rank has a bar")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     say("beside a bar of another rank")
-    assert capsys.readouterr().err == "alone\n\nbeside a bar of another rank\n"
+    said = capsys.readouterr().err
+    assert said == "alone\nin a log, where no rank has a bar\n\nbeside a bar of another rank\n"

@@ -1,0 +1,50 @@
+"""Removing older checkpoints of a run, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ds_local.checkpoints.facts import FACTS, read_facts
+from ds_local.checkpoints.folder import checked_tag, complete_tags, latest_tag, leads
+from ds_local.errors import CheckpointError
+from ds_local.outputs import remove, scratch_name
+
+_OF_THE_LOOP = re.compile(r"global_step(\d+)")  # tags that nobody has chosen
+
+
+def remove_older(folder: str | Path, keep: int) -> list[str]:
+    """Remove checkpoints of the loop, all but the newest `keep`.
+
+    The one that `latest` names stays, so do those with tags of their own, and any with a file in it
+    that was not saved with it. A removal that is killed leaves a folder with a scratch name, which
+    the next start clears away. A collective call.
+
+    Returns:
+        Their tags, on the rank that removed them.
+    """
+    folder = Path(folder)
+    if not leads(folder):
+        return []
+    steps = {
+        tag: int(match[1])
+        for tag in complete_tags(folder)
+        if (match := _OF_THE_LOOP.fullmatch(tag)) is not None
+    }
+    kept = set(sorted(steps, key=steps.__getitem__)[-keep:]) | {latest_tag(folder)}
+    return [tag for tag in sorted(steps.keys() - kept) if _removed(folder, tag)]
+
+
+def _removed(folder: Path, tag: str) -> bool:
+    """Remove it, unless there is something of the user's in it."""
+    place = folder / checked_tag(tag)
+    try:
+        files = {FACTS, *read_facts(place)["files"]}
+    except CheckpointError:  # no longer what was written
+        return False
+    if not {path.name for path in place.iterdir()} <= files:
+        return False
+    scratch = folder / scratch_name(tag)
+    place.rename(scratch)
+    remove(scratch)
+    return True

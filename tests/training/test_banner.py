@@ -1,0 +1,98 @@
+"""What a run says it is about to do, to the letter."""
+
+from argparse import Namespace
+
+import pytest
+
+from ds_local.config.files import local_parallel
+from ds_local.model import families
+from ds_local.schedules.run_plan import RunPlan
+from ds_local.training.banner import Length, PhaseForecast, banner, forecast
+
+FACTS = {
+    "model": {"model_type": "gpt2"},
+    "weights": None,
+    "machine": {"device": "cpu"},
+    "config": {
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.002}},
+        "scheduler": {"type": "WSD", "params": {"total_num_steps": 300}},
+        "bf16": {"enabled": True},
+    },
+    "layout": {
+        "stages": 2,
+        "replicas": 1,
+        "parameters": [1000, 2000],
+        "head_parameters": [500, 0],
+    },
+}
+
+
+def test_every_line():
+    phases = [
+        PhaseForecast(0, "local: a segment learns from its own loss alone", [0.5, 0.0]),
+        PhaseForecast(240, "backprop: the last loss trains everything", None),
+    ]
+    args = Namespace(eval_every=50, eval_sequences=1024)
+    assert banner(FACTS, phases, Length(300, 32, 128, 9600), args).splitlines() == [
+        "  model         gpt2, 3,000 parameters and 500 in auxiliary heads, bf16, fresh weights",
+        "  stages        2 x 1 replica on cpu: 1,000 + head 500; 2,000",
+        "  scheme        local: a segment learns from its own loss alone",
+        "  idle          25% predicted (50%, 0%), if links cost nothing",
+        "  scheme        from step 240 on, backprop: the last loss trains everything",
+        "  steps         300 of 32 x 128 tokens: 1,228,800 tokens, 1 epochs of 9,600 sequences",
+        "  learning rate AdamW, 0.002; WSD: total_num_steps 300",
+        "  validation    at step 0, every 50 steps and at the end, on 1,024 sequences",
+    ]
+
+
+def test_many_stages_in_one_line():
+    layout = {
+        "stages": 9,
+        "replicas": 2,
+        "parameters": list(range(10, 19)),
+        "head_parameters": [1] * 8 + [0],
+    }
+    told = banner(
+        {**FACTS, "layout": layout, "weights": "gpt2", "config": {"optimizer": {"type": "Adam"}}},
+        [PhaseForecast(0, "local", [0.1] * 8 + [0.55])],
+        Length(10, 1, 8, 100),
+        Namespace(eval_every=0, eval_sequences=None),
+    )
+    assert "9 x 2 replicas on cpu: 11 to 18 parameters each, heads included" in told
+    assert "15% predicted (10% to 55%)" in told
+    assert "fp32, from the weights of gpt2" in told
+    assert "Adam, the same in every step" in told
+    assert "only at the end, on all sequences" in told
+
+
+@pytest.mark.parametrize(
+    ("section", "words", "idle"),
+    [
+        # 1F1B of two equal stages and four micro-batches: 2 of 10 slots are empty, on both
+        ({"mode": "backprop"}, "backprop: the last loss trains everything", [0.2, 0.2]),
+        (
+            {"mode": "chunked", "window": 2},
+            "chunked(2): backpropagation inside 2 segments, one loss for each such chunk",
+            [0.2, 0.2],
+        ),
+    ],
+)
+def test_the_schemes_in_words_and_what_they_wait(section, words, idle):
+    config = families.load_model_config(
+        {"model_type": "gpt2", "n_layer": 4, "n_embd": 64, "n_head": 2, "vocab_size": 2}
+    )
+    plan = RunPlan.of(local_parallel({"local_parallel": section}), 2, 4)
+    (found,) = forecast(plan, config, [0, 3, 6], 128)
+    assert (found.first_step, found.words) == (0, words)
+    assert found.idle == pytest.approx(
+        idle, abs=0.01
+    )  # a readout of two words costs next to nothing
+
+
+def test_phases_are_forecast_one_by_one():
+    config = families.load_model_config("configs/gpt2-nano.json")
+    section = {"phases": [{"mode": "local", "until_step": 6}, {"mode": "backprop"}]}
+    plan = RunPlan.of(local_parallel({"local_parallel": section}), 2, 4)
+    local, backprop = forecast(plan, config, [0, 3, families.num_blocks(config) + 2], 128)
+    assert (local.first_step, backprop.first_step) == (0, 6)
+    assert min(local.idle) == 0 < min(backprop.idle)

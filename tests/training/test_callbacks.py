@@ -1,0 +1,47 @@
+"""How a run stands after its validations."""
+
+import math
+
+from ds_local.training.callbacks import Standing
+
+
+def after(*losses):
+    standing = Standing()
+    for loss in losses:
+        standing = standing.after(loss)
+    return standing
+
+
+def test_the_least_loss_and_how_many_came_since():
+    assert after() == (math.inf, 0)
+    assert after(3.0) == (3.0, 0)
+    assert after(3.0, 2.0) == (2.0, 0)
+    assert after(3.0, 2.0, 2.5, 2.1) == (2.0, 2)
+    assert after(3.0, 4.0, 2.0) == (2.0, 0)
+
+
+def test_the_same_loss_again_is_no_better():
+    assert after(2.0, 2.0) == (2.0, 1)
+
+
+def test_a_loss_that_is_not_finite_is_worse_than_any():
+    assert after(2.0, math.nan, math.inf) == (2.0, 2)
+    assert after(math.nan) == (math.inf, 1)
+    assert after(math.nan, 5.0) == (5.0, 0)
+
+
+def test_of_a_runs_rows_the_full_model_counts():
+    rows = [
+        {"split": split, "step": step, "segment": segment, "loss": loss}
+        for split, step, segment, loss in [
+            ("validation", 0, 0, 1.0),
+            ("validation", 0, 1, 3.0),
+            ("train", 1, 1, 0.5),
+            ("validation", 5, 0, 9.0),
+            ("validation", 5, 1, 2.0),
+            ("validation", 10, 1, None),
+            ("validation", 15, 1, 2.25),
+        ]
+    ]
+    assert Standing.of(rows) == (2.0, 2)
+    assert Standing.of([]) == Standing()
