@@ -9,16 +9,14 @@ nothing, needs no device.
 from __future__ import annotations
 
 import argparse
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ds_local.cli.arguments import Parser, number, output_file, whole
 from ds_local.cluster.candidates import (
-    GIB,
     HEADS,
     PRESENT_ROWS,
     ROWS,
@@ -28,8 +26,9 @@ from ds_local.cluster.candidates import (
     measured_model,
 )
 from ds_local.cluster.job import CONFIG, START, config_of, start_of, steps_for
+from ds_local.cluster.layout_table import report
 from ds_local.cluster.learning import outside
-from ds_local.cluster.planner import Plan, plan
+from ds_local.cluster.planner import plan
 from ds_local.cluster.pricing import Pricing
 from ds_local.config import shipped, strict_json
 from ds_local.model import families
@@ -44,28 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         required=True,
         help=f"config.json in Hugging Face's form, or a shipped one: {', '.join(shipped.MODELS)}",
     )
-    add("--nodes", type=whole(1), required=True)
-    add("--devices-per-node", type=whole(1), required=True)
-    add(
-        "--device-tflops",
-        type=number(above=True),
-        required=True,
-        help="sustained in training: peak times the share that is reached",
-    )
-    add("--memory-gib", type=number(above=True), required=True, help="of a device")
-    add(
-        "--link-gbps",
-        type=number(above=True),
-        required=True,
-        help="of a node's network card, each way, shared by its devices",
-    )
-    add(
-        "--intra-gbps",
-        type=number(above=True),
-        required=True,
-        help="between two devices of a node, each way",
-    )
-    add("--latency-us", type=number(), default=50, help="of a message between nodes")
+    _add_cluster(add)
     add(
         "--batch-tokens",
         type=number(above=True),
@@ -108,59 +86,29 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def line(price: Price, tokens: float | None) -> str:
-    needed = price.learning.tokens
-    hours = f"{tokens * (needed or 1) / price.tokens_per_second / 3600:>9,.1f}  " if tokens else ""
-    return (
-        f"{price.tokens_per_second:>12,.0f}  {price.idle_share:>5.0%}  {price.memory / GIB:>7.1f}  "
-        f"{price.bytes_per_edge / 1e9:>7.2f}  {f'{needed:.2f}' if needed else '?':>6}  {hours}"
-        f"{price.candidate}"
+def _add_cluster(add: Callable[..., object]) -> None:
+    add("--nodes", type=whole(1), required=True)
+    add("--devices-per-node", type=whole(1), required=True)
+    add(
+        "--device-tflops",
+        type=number(above=True),
+        required=True,
+        help="sustained in training: peak times the share that is reached",
     )
-
-
-def report(found: Plan, args: argparse.Namespace) -> str:
-    hours = f"{'hours':>9}  " if args.tokens else ""
-    head = (
-        f"{'tokens/s':>12}  {'idle':>5}  {'GiB':>7}  {'GB/edge':>7}  {'tokens':>6}  {hours}layout"
+    add("--memory-gib", type=number(above=True), required=True, help="of a device")
+    add(
+        "--link-gbps",
+        type=number(above=True),
+        required=True,
+        help="of a node's network card, each way, shared by its devices",
     )
-    if not found.best:
-        return "nothing fits\n" + _too_large(found, args.memory_gib)
-    everything = sorted(
-        [*found.best, *(p for rest in found.runners_up.values() for p in rest)],
-        key=lambda p: p.rank,
+    add(
+        "--intra-gbps",
+        type=number(above=True),
+        required=True,
+        help="between two devices of a node, each way",
     )
-    best, *others = found.best
-    lines = [head, *(line(price, args.tokens) for price in everything[: args.best])]
-    lines += ["", "the best of every other row, and what costs it most:"]
-    for price in others:
-        known = price.learning.tokens is not None
-        lines.append(
-            f"{f'{best.cost / price.cost:.0%}' if known else '?':>6} of the best  "
-            f"{price.candidate}: {price.loss}"
-        )
-    if found.too_large:
-        lines.append(_too_large(found, args.memory_gib))
-    if not args.tokens_only:
-        lines += ["", *sources(found.best)]
-    return "\n".join(lines)
-
-
-def sources(prices: list[Price]) -> Iterator[str]:
-    """Where it is known from how many tokens each scheme needs."""
-    yield "tokens: needed for a loss, in parts of backpropagation's (docs/quality.md):"
-    for price in sorted(prices, key=lambda p: p.learning.tokens or math.inf):
-        needed = price.learning.tokens
-        yield f"{f'{needed:.2f}' if needed else '?':>6}  {price.candidate.row}: " + (
-            price.learning.source
-        )
-
-
-def _too_large(found: Plan, memory_gib: float) -> str:
-    return "\n".join(
-        f"does not fit    {price.candidate}: {price.memory / GIB:,.0f} GiB on a device of "
-        f"{memory_gib:g}"
-        for price in found.too_large.values()
-    )
+    add("--latency-us", type=number(), default=50, help="of a message between nodes")
 
 
 def as_json(price: Price) -> dict[str, Any]:
@@ -195,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(text)
             return 0
         write_file(args.json, text + "\n")
-    print(report(found, args))
+    print(report(found, args.memory_gib, args.tokens, args.best, sources=not args.tokens_only))
     if not args.tokens_only and (warning := outside(model.ratio)):
         print(f"careful: {warning}")
     print(

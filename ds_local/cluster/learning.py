@@ -70,8 +70,8 @@ def learning_of(
     if with_head is None or with_head.tokens is None:
         return Learning(None, _why_not(f"{of} with this head", with_head))
     full = _nearest(of, FULL, with_head.segments, with_head.vocabulary_over_width)
-    assert full is not None, "every head was compared with a full one"
-    assert full.tokens is not None
+    if full is None or full.tokens is None:
+        return Learning(None, _why_not(f"{of} with a full head", full))
     more = with_head.tokens / full.tokens
     where = f"of {of} on {with_head.segments}, {_seeds(with_head)}"
     return Learning(base.tokens * more, f"{source}; times {more:.2f} for the head, {where}")
