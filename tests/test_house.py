@@ -105,6 +105,7 @@ TESTED_IN = {
     "config/files": ("config/test_bad_settings", "load_config"),
     "schedules/cells": ("schedules/test_sheets", "csv_of"),
     "links/groups": ("dist/test_groups", "host_group"),
+    "links/ends": ("dist/test_links", "Peer"),
     "links/pair": ("dist/test_links", "Receiver"),
     "replicas/engine": ("dist/test_replicas", "subnets"),  # what engines must have, a protocol
     "replicas/group": ("dist/test_replicas", "subnets"),

@@ -537,7 +537,7 @@ class LocalPipelineEngine(StageUpdates):
         """Every segment's loss without training. All ranks must call it; stages meet here.
 
         Args:
-            data_iter: as for `train_batch`; shapes must be those of training.
+            data_iter: as for `train_batch`; of any shapes.
             return_logits: also return what the last layer gives for the last micro-batch (None on
                 other stages).
             num_micro_batches: micro-batches to read on each replica; default the accumulation
@@ -576,6 +576,14 @@ class LocalPipelineEngine(StageUpdates):
         self.eval_losses, own = mean_losses(sums)
         loss = torch.tensor(own, device=self.device)
         return (loss, logits) if return_logits else loss
+
+    def reset_activation_shape(self) -> None:
+        """Let go of the buffers of messages. Shapes may change without it: each message says its
+        own where it differs from the one before."""
+        super().reset_activation_shape()
+        for link in self._links():
+            if isinstance(link, Sender):
+                link.release()
 
     def destroy(self) -> None:
         """As DeepSpeed's, once what this stage has sent is taken."""

@@ -55,6 +55,8 @@ class LocalPipelineModule(ModuleFiles):
         activation_checkpoint_interval: recompute every so many layers in the backward pass
             (non-reentrant); 0 is off.
         topology: as for `PipelineModule`; its axes must be pipe and data.
+        dynamic_shape: as for `PipelineModule`, for scripts that pass it; here shapes may always
+            change from message to message.
 
     Raises:
         ConfigError: when the configuration contradicts itself, the model or the number of
@@ -71,6 +73,7 @@ class LocalPipelineModule(ModuleFiles):
         parts: Sequence[int] | None = None,
         activation_checkpoint_interval: int = 0,
         topology: Any = None,
+        dynamic_shape: bool = False,
     ) -> None:
         layers = list(layers)
         ds_config, self.section = checked(config or {})
@@ -107,6 +110,7 @@ class LocalPipelineModule(ModuleFiles):
                 loss_fn=loss_fn,
                 partition_method="parameters",
                 activation_checkpoint_interval=activation_checkpoint_interval,
+                dynamic_shape=dynamic_shape,
             )
         del self._make_head
         self.register_load_state_dict_post_hook(self._loaded)

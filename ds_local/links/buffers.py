@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ds_local.errors import TransportError
 
-SPEC_BYTES = 16384  # of the first message, which says what all others look like
-HEADER = 4  # int64 entries: code, step, micro-batch, flags
+SPEC_BYTES = 16384  # most of a text that says what messages look like
+HEADER = 4  # int64 entries: code, step, micro-batch, flags and above them the number of the form
 _ALIGN = 16
-_REASON_BYTES = 1024
 
 Message = Mapping[str, Tensor]
 
@@ -53,10 +52,9 @@ def specs_of(tensors: Message, device: torch.device) -> list[Spec]:
 
 
 class Packed:
-    """Where each tensor of a message lies in its byte buffer, behind `reserved` bytes; the buffer
-    has `least` bytes."""
+    """Where each tensor of a message lies in its byte buffer, behind `reserved` bytes."""
 
-    def __init__(self, specs: Sequence[Spec], reserved: int = 0, least: int = 0) -> None:
+    def __init__(self, specs: Sequence[Spec], reserved: int = 0) -> None:
         self.specs = list(specs)
         self.offsets = []
         position = reserved
@@ -64,7 +62,7 @@ class Packed:
             position = -(-position // _ALIGN) * _ALIGN
             self.offsets.append(position)
             position += spec.num_bytes
-        self.num_bytes = max(position, least)
+        self.num_bytes = position
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         return {
@@ -74,28 +72,30 @@ class Packed:
 
 
 class Form:
-    """What every message of a link looks like: the buffer that goes through the host, and the one
-    that does not."""
+    """What some messages of a link look like: the buffer that goes through the host, and the one
+    that does not.
 
-    def __init__(self, specs: Sequence[Spec], direct: bool) -> None:
-        self.specs = list(specs)
-        room = (
-            _REASON_BYTES if direct else 0
-        )  # other messages have room enough for why a run failed
-        self.staged = Packed(
-            [spec for spec in specs if spec.on_host or not direct], HEADER * 8, room
-        )
+    Args:
+        number: of the link's forms, in the order in which they come.
+    """
+
+    def __init__(self, specs: Sequence[Spec], direct: bool, number: int = 0) -> None:
+        self.specs, self.number = list(specs), number
+        self.staged = Packed([spec for spec in specs if spec.on_host or not direct], HEADER * 8)
         self.direct = Packed([spec for spec in specs if direct and not spec.on_host])
         self.num_bytes = self.staged.num_bytes + self.direct.num_bytes
 
     @classmethod
-    def parse(cls, described: list[tuple[str, list[int], str, bool]], direct: bool) -> Form:
+    def parse(
+        cls, described: list[tuple[str, list[int], str, bool]], direct: bool, number: int = 0
+    ) -> Form:
         return cls(
             [
                 Spec(name, tuple(shape), getattr(torch, dtype), host)
                 for name, shape, dtype, host in described
             ],
             direct,
+            number,
         )
 
 
@@ -106,36 +106,44 @@ def described(specs: Sequence[Spec]) -> list[tuple[str, list[int], str, bool]]:
     ]
 
 
-def difference(old: Sequence[Spec], new: Sequence[Spec]) -> tuple[str, str]:
-    """What is only in one of two descriptions of a message, in words."""
-
-    def words(specs: Iterable[Spec]) -> str:
-        kinds = described([spec for spec in specs if spec.num_bytes or "=" in spec.name])
-        return ", ".join(f"{name} {dtype} {shape}" for name, shape, dtype, _ in kinds) or "less"
-
-    return words(s for s in old if s not in new), words(s for s in new if s not in old)
-
-
 class Buffer:
-    """The bytes of a message, and its header and tensors in them."""
+    """The bytes of a message, and its header and tensors in them.
 
-    def __init__(self, packed: Packed, data: Tensor) -> None:
-        self.data = data
-        self.header = data[: HEADER * 8].view(torch.int64).numpy()
-        self.tensors = packed.views(data)
+    Args:
+        whole: room for this message, perhaps for larger ones too.
+    """
+
+    def __init__(self, packed: Packed, whole: Tensor) -> None:
+        self.packed, self.whole = packed, whole
+        self.data = whole[: packed.num_bytes]
+        self.header = header_of(whole)
+        self.tensors = packed.views(whole)
 
 
-def spec_buffer(spec: dict[str, Any]) -> Tensor:
-    data = json.dumps(spec).encode()
-    if len(data) > SPEC_BYTES:
+def header_of(data: Tensor) -> Any:
+    """Four integers: code, step, micro-batch, flags."""
+    return data[: HEADER * 8].view(torch.int64).numpy()
+
+
+def text_buffer(code: int, said: Mapping[str, Any]) -> Tensor:
+    """A message without tensors: its code, the length of its text and the text.
+
+    Raises:
+        TransportError: when it is too long.
+    """
+    text = json.dumps(said).encode()
+    if len(text) > SPEC_BYTES:
         raise TransportError(
-            f"the shapes of a message take {len(data)} bytes to describe, at most {SPEC_BYTES} "
+            f"the shapes of a message take {len(text)} bytes to describe, at most {SPEC_BYTES} "
             "fit; send fewer tensors"
         )
-    buffer = torch.zeros(SPEC_BYTES, dtype=torch.uint8)
-    buffer[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    buffer = torch.zeros(HEADER * 8 + len(text), dtype=torch.uint8)
+    header_of(buffer)[:2] = code, len(text)
+    buffer[HEADER * 8 :] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return buffer
 
 
-def text_of(buffer: Tensor) -> str:
-    return bytes(buffer.tolist()).rstrip(b"\0").decode(errors="replace")
+def said_in(data: Tensor) -> dict[str, Any]:
+    """What `text_buffer` was given."""
+    length = header_of(data)[1]
+    return json.loads(bytes(data[HEADER * 8 :][:length].tolist()))

@@ -5,25 +5,22 @@ sender keeps each buffer alive until it is gone and waits once `depth` messages 
 moves bytes only after the receive is posted, which is why the ring of receives matters.
 
 A message goes through host memory over gloo, all of it or (`Direct`) all but what goes from device
-to device over NCCL. A link's shapes are fixed by its first message.
+to device over NCCL. Shapes may change from message to message: the first of its form is announced,
+and gloo lets a message be shorter than the buffer that waits for it. One that is longer moves the
+link to a ring of larger buffers, with a tag of its own; what waits in the old one is sent nothing.
 """
 
 from __future__ import annotations
 
-import json
-from collections import deque
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_local.errors import LostConnection, TransportError
+from ds_local.errors import TransportError
 from ds_local.links.buffers import (
-    HEADER,
     SPEC_BYTES,
     Buffer,
     Form,
@@ -31,87 +28,36 @@ from ds_local.links.buffers import (
     Packed,
     Tag,
     described,
-    difference,
-    spec_buffer,
+    header_of,
+    said_in,
     specs_of,
-    text_of,
+    text_buffer,
 )
-from ds_local.links.staging import Departures, Direct, Staging
-from ds_local.links.waiting import Waiter, is_lost
+from ds_local.links.ends import FAILED, FORM, LEAST_ROOM, MESSAGE, GroupEnd
+from ds_local.links.staging import Departures, Direct
 
-_MESSAGE, _FAILED = 1, 2
 _FAREWELL_SECONDS = 3.0  # spent on telling the neighbours about a failure
+_GROWTH = 1.5  # of the buffers, at least, so that lengths that creep up move the ring seldom
 
 
-@dataclass(frozen=True)
-class Peer:
-    """Who is at the other end of a link, for error messages."""
+class _Sent(NamedTuple):
+    """Sends in their order, and the bytes that they read."""
 
-    stage: int
-    rank: int
+    works: list[Any]
+    packets: list[tuple[Tensor, int]]
 
-    def __str__(self) -> str:
-        return f"stage {self.stage} (rank {self.rank})"
-
-
-class _GroupEnd(Waiter):
-    """What both ends of a link between two stages share.
-
-    Args:
-        name: what the link carries, for messages.
-        group: a two-rank process group that nothing else uses.
-        peer: the other end.
-        depth: messages under way before the sender waits; receives posted ahead.
-        timeout_seconds: longest wait.
-        staging: the way between host buffers and the device that the tensors are on.
-        direct: the way past the host, if tensors on the device take it.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        group: Any,
-        peer: Peer,
-        depth: int,
-        timeout_seconds: float,
-        staging: Staging,
-        direct: Direct | None = None,
-    ) -> None:
-        super().__init__(timeout_seconds)
-        self.name = name
-        self.peer = peer
-        self.depth = depth
-        self.num_bytes = 0  # through this end, headers included
-        self._group = group
-        self._form: Form | None = None
-        self._staging = staging
-        self._direct = direct
-        self._under_way: deque[tuple[Any, Any]] = (
-            deque()
-        )  # (work, what must stay alive until it is done)
-
-    @property
-    def message_bytes(self) -> int:
-        """Size of a message, 0 before the first."""
-        return self._form.num_bytes if self._form else 0
-
-    def _wait(self, work: Any, purpose: str) -> None:
-        self.wait_for(work, self.peer.rank, str(self.peer), f"{purpose} on the {self.name}")
-
-    def _unreachable(self, error: RuntimeError) -> RuntimeError:
-        """What an operation that could not be started means."""
-        if not is_lost(error):
-            return error
-        return LostConnection(f"cannot reach {self.peer} on the {self.name}")
+    def wait(self, limit: timedelta) -> None:
+        for work in self.works:
+            work.wait(limit)
 
 
-class Sender(_GroupEnd):
+class Sender(GroupEnd):
     """The sending end of a link between two stages."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._free: list[Buffer] = []
-        self._opening: Any = None  # the message about shapes, which takes no place from the others
+        self._free: list[Buffer] = []  # each of `_room` bytes
+        self._forms: dict[tuple[Any, ...], Form] = {}  # by their specs
         self._departures = Departures(self._staging.device)
 
     def send(self, tag: Tag, tensors: Message) -> None:
@@ -119,92 +65,97 @@ class Sender(_GroupEnd):
         copy may still run, so nothing may be written into them in place.
 
         Raises:
-            TransportError: when the shapes differ from the first message's, or the peer is gone or
-                does not keep up.
+            TransportError: when the peer is gone or does not keep up.
         """
-        specs = specs_of(tensors, self._staging.device)
-        if self._form is None:
-            self._form = Form(specs, self._direct is not None)
-            self._opening = self._post(spec_buffer({"layout": described(specs)}))
-        elif specs != self._form.specs:
-            old, new = difference(self._form.specs, specs)
-            raise TransportError(
-                f"the {self.name} to {self.peer} was opened for {old} but {tag} has {new}; shapes "
-                "must stay the same: drop incomplete batches, pad the others to one length, those "
-                "of evaluation too, and let layers pass on the same kinds of values every time"
-            )
-        staged = self._form.staged
-        buffer = (
-            self._free.pop()
-            if self._free
-            else Buffer(staged, self._staging.buffer(staged.num_bytes))
-        )
+        specs, form = specs_of(tensors, self._staging.device), self._form
+        packets: list[tuple[Tensor, int]] = []
+        if form is None or specs != form.specs:
+            form, packets = self._change_form(specs)
+        buffer = self._buffer(form)
         copied = self._staging.to_host(buffer.tensors, tensors)
-        flags = tag.last_step + 2 * tag.data_ends
-        buffer.header[:] = _MESSAGE, tag.step, tag.micro_batch, flags
+        flags = tag.last_step + 2 * tag.data_ends + 4 * form.number
+        buffer.header[:] = MESSAGE, tag.step, tag.micro_batch, flags
         while len(self._under_way) >= self.depth:
             self._take_back(f"to take a message ({tag} is next)")
         try:
-            start = partial(self._start, buffer.data)
+            start = partial(self._start, [*packets, (buffer.data, self._tag)])
             works = [start() if copied is None else self._departures.after(copied, start)]
             if self._direct is not None:
-                works.append(self._direct.send(self._form.direct, tensors))
+                works.append(self._direct.send(form.direct, tensors))
         except RuntimeError as error:
             raise self._unreachable(error) from error
         self._under_way.append((works, buffer))
-        self.num_bytes += self._form.num_bytes
+        self.num_bytes += form.num_bytes
+
+    def _change_form(self, specs: list[Any]) -> tuple[Form, list[tuple[Tensor, int]]]:
+        """The form of these tensors, and with which tags to send what before them."""
+        key = tuple(specs)
+        packets: list[tuple[Tensor, int]] = []
+        if key not in self._forms:
+            form = Form(specs, self._direct is not None, len(self._forms))
+            said: dict[str, Any] = {"layout": described(specs)}
+            needed, tag, is_first = form.staged.num_bytes, self._tag, self._form is None
+            if is_first or needed > self._room:
+                self._room = max(needed, LEAST_ROOM if is_first else int(self._room * _GROWTH))
+                self._free.clear()
+                self._tag += 1
+                said["room"] = self._room
+            packets = [(text_buffer(FORM, said), tag)]
+            if "room" in said and not is_first:
+                packets += [(packets[0][0][:0], tag)] * (self.depth - 1)
+            self._forms[key] = form
+        self._form = self._forms[key]
+        return self._form, packets
+
+    def _buffer(self, form: Form) -> Buffer:
+        if not self._free:
+            return Buffer(form.staged, self._staging.buffer(self._room))
+        buffer = self._free.pop()
+        return buffer if buffer.packed is form.staged else Buffer(form.staged, buffer.whole)
 
     def _take_back(self, purpose: str) -> None:
         """Wait for the oldest message; its buffer may serve again."""
         works, buffer = self._under_way.popleft()
         for work in works:
             self._wait(work, purpose)
-        self._opening = None  # it went first
-        if isinstance(buffer, Buffer):
+        if buffer is not None and len(buffer.whole) == self._room:
             self._free.append(buffer)
 
-    def _start(self, data: Tensor) -> Any:
-        return dist.isend(data, self.peer.rank, self._group)
-
-    def _post(self, data: Tensor) -> tuple[list[Any], Tensor]:
-        try:
-            return [self._start(data)], data
-        except RuntimeError as error:
-            raise self._unreachable(error) from error
+    def _start(self, packets: list[tuple[Tensor, int]]) -> _Sent:
+        works: list[Any] = []
+        for data, tag in packets:
+            works.append(dist.isend(data, self.peer.rank, self._group, tag=tag))
+        return _Sent(works, packets)
 
     def flush(self) -> None:
         """Wait until everything sent has been taken."""
         while self._under_way:
             self._take_back("to take the last messages")
 
+    def release(self) -> None:
+        """Let go of buffers that nothing is in."""
+        self._free.clear()
+
     def fail(self, reason: str) -> None:
         """Tell the receiver why nothing more will come. Best effort: never raises, waits a few
         seconds at most."""
-        if self._form is None:
-            buffer = spec_buffer({"failed": reason})
-        else:
-            size = self._form.staged.num_bytes
-            buffer = torch.zeros(size, dtype=torch.uint8)
-            text = torch.frombuffer(bytearray(reason.encode()), dtype=torch.uint8)[
-                : size - HEADER * 8
-            ]
-            buffer[HEADER * 8 : HEADER * 8 + len(text)] = text
-            buffer[: HEADER * 8].view(torch.int64)[0] = _FAILED
         self.timeout_seconds = min(self.timeout_seconds, _FAREWELL_SECONDS)
+        packet = text_buffer(FAILED, {"reason": reason[: SPEC_BYTES // 8]})
         try:
-            self._under_way.append(self._post(buffer))
+            self._under_way.append(([self._start([(packet, self._tag)])], None))
             self.flush()
         except RuntimeError:
             self._under_way.clear()  # the peer is gone as well: nobody waits for it once more
 
 
-class Receiver(_GroupEnd):
+class Receiver(GroupEnd):
     """The receiving end of a link between two stages."""
 
     steps_ahead = 0  # that messages may be of, beyond the step that is asked for
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self._forms: list[Form] = []
         self._early: dict[
             tuple[int, int], tuple[Tag, Message]
         ] = {}  # came before they were asked for
@@ -223,20 +174,15 @@ class Receiver(_GroupEnd):
         return self._early.pop(tag[:2])
 
     def _next(self, tag: Tag) -> tuple[Tag, Message]:
-        form = self._form = self._form or self._open(tag)
-        work, data = self._under_way.popleft()
-        self._wait(work, f"to send {tag}")
-        self._post(self._staging.buffer(form.staged.num_bytes))
-        buffer = Buffer(form.staged, data)
-        code, step, micro_batch, flags = buffer.header.tolist()
-        if code == _FAILED:
-            raise _failed_elsewhere(text_of(data[HEADER * 8 :]))
+        data, (code, step, micro_batch, flags) = self._next_message(tag)
         found = Tag(step, micro_batch, bool(flags & 1), bool(flags & 2))
-        if code != _MESSAGE or not tag.step <= step <= tag.step + self.steps_ahead:
+        if code != MESSAGE or not tag.step <= step <= tag.step + self.steps_ahead:
             raise TransportError(
                 f"the {self.name} from {self.peer} brought {found}, expected {tag}; do all ranks "
                 "run the same configuration?"
             )
+        form = self._form = self._forms[flags >> 2]
+        buffer = Buffer(form.staged, data)
         self.num_bytes += form.num_bytes
         moved = self._staging.to_device(
             {s.name: buffer.tensors[s.name] for s in form.staged.specs if not s.on_host}
@@ -248,6 +194,35 @@ class Receiver(_GroupEnd):
         # `data`: each with a version of its own, or changing one in place would count for all
         return found, {name: tensor.data for name, tensor in message.items()}
 
+    def _next_message(self, tag: Tag) -> tuple[Tensor, list[int]]:
+        """The bytes and the header of the next message with tensors."""
+        if not self._forms and not self._under_way:
+            self._post()
+        while True:
+            work, data = self._under_way.popleft()
+            first = "" if self._forms else "its first message, "
+            self._wait(work, f"to send {first}{tag}")
+            header = header_of(data).tolist()
+            if header[0] == FAILED:
+                raise _failed_elsewhere(said_in(data)["reason"])
+            if header[0] != FORM:
+                self._post()
+                return data, header
+            self._learn(said_in(data), tag)
+
+    def _learn(self, said: dict[str, Any], tag: Tag) -> None:
+        """A form that is new, and perhaps larger buffers for it."""
+        self._forms.append(Form.parse(said["layout"], self._direct is not None, len(self._forms)))
+        if "room" not in said:
+            self._post()
+            return
+        while self._under_way:  # nothing was sent to them, so that they are done
+            self._wait(self._under_way.popleft()[0], f"to send {tag}")
+        self._room = said["room"]
+        self._tag += 1
+        for _ in range(self.depth):
+            self._post()
+
     def _past_the_host(self, direct: Direct, packed: Packed, tag: Tag) -> Message:
         try:
             work, payload = direct.receive(packed)
@@ -256,24 +231,11 @@ class Receiver(_GroupEnd):
         self._wait(work, f"to send the tensors of {tag}")
         return packed.views(payload)
 
-    def _open(self, tag: Tag) -> Form:
-        """Learn the shapes from the first message and post the receives."""
-        buffer = torch.empty(SPEC_BYTES, dtype=torch.uint8)
-        self._post(buffer)
-        work, _ = self._under_way.popleft()
-        self._wait(work, f"to send its first message ({tag})")
-        spec = json.loads(text_of(buffer))
-        if "failed" in spec:
-            raise _failed_elsewhere(spec["failed"])
-        form = Form.parse(spec["layout"], self._direct is not None)
-        for _ in range(self.depth):
-            self._post(self._staging.buffer(form.staged.num_bytes))
-        return form
-
-    def _post(self, buffer: Tensor) -> None:
+    def _post(self) -> None:
         work: Any
+        buffer = self._staging.buffer(self._room)
         try:
-            work = dist.irecv(buffer, self.peer.rank, self._group)
+            work = dist.irecv(buffer, self.peer.rank, self._group, tag=self._tag)
         except RuntimeError as error:
             work = _Gone(
                 error

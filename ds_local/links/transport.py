@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ds_local.errors import TransportError
 from ds_local.links.buffers import Message, Tag
+from ds_local.links.ends import Peer
 from ds_local.links.groups import host_group
-from ds_local.links.pair import Peer, Receiver, Sender
+from ds_local.links.pair import Receiver, Sender
 from ds_local.links.staging import Direct, Staging
 
 

@@ -268,7 +268,8 @@ def staged(fail=False):
 
     from ds_local.engine.process_group import start_processes
     from ds_local.links.buffers import Tag
-    from ds_local.links.pair import Peer, Receiver, Sender
+    from ds_local.links.ends import Peer
+    from ds_local.links.pair import Receiver, Sender
     from ds_local.links.staging import Staging
 
     start_processes()
