@@ -138,9 +138,9 @@ def close_fork_server() -> None:
         folder.cleanup()
 
 
-def start(name: str, *arguments: str, ranks: int = 1) -> Run:
+def start(name: str, *arguments: str, ranks: int = 1, cwd: Path = ROOT) -> Run:
     """Processes that run scripts/`name`, or a script with an absolute path."""
-    return fork_server().start(name, arguments, ranks)
+    return fork_server().start(name, arguments, ranks, cwd=cwd)
 
 
 def finished(run: Run, timeout: float) -> subprocess.CompletedProcess:

@@ -267,11 +267,12 @@ class Server:
 
     def start(
         self, script: str, argv: Sequence[str], ranks: int = 1, env: Mapping[str, str] | None = None,
-        hooks: Mapping[int, Sequence[tuple[str, Mapping[str, Any]]]] | None = None,
+        hooks: Mapping[int, Sequence[tuple[str, Mapping[str, Any]]]] | None = None, cwd: Path = ROOT,
     ) -> Run:  # fmt: skip
         """Start scripts/`script`, or a script with an absolute path, on so many ranks.
 
         Args:
+            cwd: their working directory.
             hooks: rank -> functions of hooks.py and their arguments, called before the script.
         """
         self._wait_until_ready()
@@ -281,7 +282,7 @@ class Server:
         folder.mkdir()
         together = {"MASTER_PORT": str(free_port())} if ranks > 1 else {}
         job = {
-            "folder": str(folder), "script": script, "argv": list(argv), "ranks": ranks, "env": together | dict(env or {}),
+            "folder": str(folder), "script": script, "argv": list(argv), "ranks": ranks, "env": together | dict(env or {}), "cwd": str(cwd),
             "hooks": {str(rank): list(calls) for rank, calls in (hooks or {}).items()},
         }  # fmt: skip
         assert self._process.stdin is not None

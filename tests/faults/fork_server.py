@@ -3,7 +3,8 @@ a second.
 
     python tests/faults/fork_server.py        (started by `fork_client.Server`, which speaks to it)
 
-A job is a line of JSON on standard input: {"folder", "script", "argv", "ranks", "env", "hooks"}.
+A job is a line of JSON on standard input: {"folder", "script", "argv", "ranks", "env", "cwd",
+"hooks"}.
 For each job a process is forked that stands for the launcher; it forks the ranks and notes their
 ends:
 
@@ -117,6 +118,7 @@ def run_rank(job: dict[str, Any], rank: int, folder: Path) -> None:
             LOCAL_WORLD_SIZE=str(job["ranks"]), MASTER_ADDR="127.0.0.1",
         )  # fmt: skip
     os.environ.update(job["env"])
+    os.chdir(job["cwd"])
     # ranks look for a launcher above them: the process that stands for it goes by this file's name
     signals = importlib.import_module("ds_local.training.signals")
     signals.LAUNCHERS = (*signals.LAUNCHERS, Path(__file__).name)
