@@ -18,6 +18,8 @@ from weakref import WeakSet
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.monitor.csv_monitor import csvMonitor
+from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -72,6 +74,8 @@ NAMES: dict[Any, tuple[str, ...]] = {
         "get_slice_parallel_rank",
         "get_slice_parallel_world_size",
     ),
+    MonitorMaster: ("csv_monitor", "enabled"),
+    csvMonitor: ("filenames", "log_dir"),
     DeepSpeedEngine: ("_ADAM_HALF_KEYS", "_MUON_HALF_KEYS"),
     BF16_Optimizer: ("mpu",),
     DeepSpeedZeroOptimizer: (

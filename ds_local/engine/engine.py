@@ -34,8 +34,9 @@ from ds_local.engine.executor import Executor
 from ds_local.engine.finite import KINDS, Events
 from ds_local.engine.instructions import StageSchedule
 from ds_local.engine.module import LocalPipelineModule
+from ds_local.engine.monitors import Points, take_monitor
 from ds_local.engine.recorder import Recorder
-from ds_local.engine.reports import Reports, Traffic, monitor_listener
+from ds_local.engine.reports import Reports, Traffic
 from ds_local.engine.stash import Stash
 from ds_local.engine.stopping import Stopping
 from ds_local.engine.updates import StageUpdates
@@ -106,9 +107,9 @@ class LocalPipelineEngine(StageUpdates):
         self.copies = self._make_copies()
         self._make_reports_and_executor()
         self._traffic = Traffic(list(self._ends.values()))
-        if self.global_rank == 0 and self.monitor.enabled:
-            self.reports.listeners.append(monitor_listener(self.monitor, self.train_batch_size()))
-            self.monitor.enabled = False  # DeepSpeed would write learning rates ahead of reports
+        monitor = take_monitor(self.monitor) if self.global_rank == 0 else None
+        self.points = Points(monitor, self.train_batch_size(), self.module.stage_of)
+        self.reports.listeners.append(self.points.trained)
 
     def _make_reports_and_executor(self) -> None:
         last = self.rank_of(self.module.stage_of[-1], 0)
@@ -574,6 +575,8 @@ class LocalPipelineEngine(StageUpdates):
         finally:
             self.data_iterator = train_iterator
         self.eval_losses, own = mean_losses(sums)
+        if not self.should_stop or asked_before:
+            self.points.validated(self.global_steps, self.eval_losses)
         loss = torch.tensor(own, device=self.device)
         return (loss, logits) if return_logits else loss
 

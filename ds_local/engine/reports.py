@@ -3,8 +3,7 @@ them. A figure may be NaN; one that is not there is marked as such.
 
 Each segment's figures ride along with the activations, so the last stage knows them all without a
 collective. At the reporting interval it mails them to rank 0, which hands them to DeepSpeed's
-monitor (TensorBoard, W&B, CSV), to metrics.jsonl and to the progress line. Nobody on the step path
-waits for any of this.
+monitors, to metrics.jsonl and to the progress line. Nobody on the step path waits for any of this.
 """
 
 from __future__ import annotations
@@ -270,24 +269,3 @@ class Reports:
 def _step_of(figures: Tensor) -> int:
     """Of the first segment; 0 before there is one."""
     return int(figures[0, FIGURES.index("step")].item())
-
-
-def monitor_listener(monitor: Any, samples_per_step: int) -> Listener:
-    """Writes every report to DeepSpeed's monitor, with tags per stage and segment. All points of a
-    step go out together, the steps in order: W&B drops what comes later than that."""
-
-    def write(reports: list[SegmentReport]) -> None:
-        points: dict[str, float | None] = {}
-        for r in reports:
-            tag = f"Train/stage_{r.stage}/segment_{r.segment}"
-            points |= {
-                f"{tag}/{name}": getattr(r, name)
-                for name in ("loss", "grad_norm", "lr", "idle_share", "skipped")
-            }
-        points |= {"Train/Samples/train_loss": reports[-1].loss, "Train/Samples/lr": reports[0].lr}
-        samples = reports[0].step * samples_per_step
-        monitor.write_events(
-            [(tag, value, samples) for tag, value in points.items() if value is not None]
-        )
-
-    return write

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ds_local.checkpoints.agreement import gather, together
 from ds_local.checkpoints.metrics_file import MetricsFile
+from ds_local.checkpoints.run_fields import TRAIN, VALIDATION
 from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.recorder import Recorder
@@ -18,7 +19,7 @@ from ds_local.errors import SaveError
 from ds_local.links.logs import LOG, say
 from ds_local.training import diagnostics, profiling
 from ds_local.training.books import Books
-from ds_local.training.callbacks import Callback, Standing, Validation
+from ds_local.training.callbacks import Callback, Row, Standing, Validation
 from ds_local.training.clock import Clock
 from ds_local.training.keeping import KeepBest, KeepLast
 from ds_local.training.pace import Pace
@@ -53,6 +54,7 @@ class Loop:
         self.validation: Validation | None = None  # the last one
         metrics, seconds = MetricsFile(run.path / "metrics.jsonl"), 0.0
         if self.is_first:
+            self._continue_points(metrics.read())
             seconds, damaged = metrics.keep_until(engine.global_steps)
             if damaged:
                 run.say(
@@ -78,6 +80,14 @@ class Loop:
             self.standing, self._validated = gather(
                 (Standing.of(rows), self.step if known else -1)
             )[0]
+
+    def _continue_points(self, rows: Sequence[Row]) -> None:
+        """Monitors have what an earlier start wrote after the checkpoint that this one begins
+        with."""
+        newest = {TRAIN: 0, VALIDATION: -1}
+        for row in rows:
+            newest[row["split"]] = max(row["step"], newest.get(row["split"], 0))
+        self.engine.points.skip_until(newest[TRAIN], newest[VALIDATION])
 
     @property
     def step(self) -> int:

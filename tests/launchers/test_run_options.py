@@ -24,9 +24,17 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def kept(inputs, tmp_path_factory):
+def monitored(tmp_path_factory):
+    """Inputs of which the runs write csv files too, beside them."""
+    folder = tmp_path_factory.mktemp("monitored")
+    csv = {"enabled": True, "output_path": str(folder / "csv"), "job_name": "job"}
+    return write_inputs(folder, csv_monitor=csv)
+
+
+@pytest.fixture(scope="module")
+def kept(monitored, tmp_path_factory):
     """A run that saves at each second step and keeps two of these, and the best."""
-    folder = tmp_path_factory.mktemp("kept") / "run"
+    inputs, folder = monitored, tmp_path_factory.mktemp("kept") / "run"
     every = {"--max-steps": "7", "--eval-every": "2", "--save-every": "2", "--keep-last": "2"}
     result = launch({**inputs, "--output": str(folder), **every}, "--keep-best")
     assert result.returncode == 0, result.stdout
@@ -53,17 +61,32 @@ def test_the_last_and_the_best_are_kept(kept):
 
 
 def test_a_run_goes_on_from_the_latest_not_the_best_and_with_the_same_figures(
-    kept, inputs, tmp_path
+    kept, inputs, monitored, tmp_path
 ):
-    """Beside a run without validations before training, saves and removals."""
+    """Beside a run without validations before training, saves and removals. The monitors have every
+    point once: also those of steps that were taken before a kill and are taken again."""
     plain = tmp_path / "plain"
-    for folder, more in ((kept, ["--resume", "--keep-last", "1"]), (plain, [])):
-        result = launch({**inputs, "--output": str(folder), "--max-steps": "9"}, *more)
+    row = json.loads((kept / "metrics.jsonl").read_text().splitlines()[-1])
+    with (kept / "metrics.jsonl").open("a") as file:  # as if killed in step 8
+        file.write(json.dumps({**row, "split": "train", "step": 8}) + "\n")
+    resumed = [monitored, kept, "--resume", "--keep-last", "1", "--allow-change", "data"]
+    for given, folder, *more in (resumed, [inputs, plain]):
+        result = launch({**given, "--output": str(folder), "--max-steps": "9"}, *more)
         assert result.returncode == 0, result.stdout
     train = {key: loss for key, loss in losses(kept).items() if key[0] == "train"}
     assert train == {key: loss for key, loss in losses(plain).items() if key[0] == "train"}
     places = {path.name for path in (kept / "checkpoints").iterdir() if path.is_dir()}
     assert places == {"global_step9", "best", "tokenizer"}
+    assert points(monitored, "Train_Samples_train_loss") == [*range(1, 8), 9]
+    assert points(monitored, "Validation_stage_1_segment_1_loss") == [0, 2, 4, 6, 7, 9]
+
+
+def points(inputs, name):
+    """The steps of a csv file of 8 samples a step; it has one header."""
+    file = Path(inputs["--data"]).parent / "csv" / "job" / f"{name}.csv"
+    head, *rows = file.read_text().split()
+    assert head == f"step,{name.rpartition('Samples_')[2] if 'Samples' in name else 'loss'}"
+    return [int(row.partition(",")[0]) / 8 for row in rows]
 
 
 def test_a_run_ends_after_validations_without_a_lower_loss(tmp_path):
