@@ -163,7 +163,7 @@ def whose(folder: Path) -> str | None:
 
 # --- what the optimizer's state depends on ------------------------------------------------------
 
-_HEAD_OPTIONS = ("blocks", "blocks_from", "readout", "rank", "temperature")
+_HEAD_OPTIONS = ("blocks", "blocks_from", "readout", "rank", "adapter", "temperature")
 
 
 def head_options(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -106,13 +106,12 @@ class CandidateCost:
         ):
             return 0, 0
         head = HEADS[candidate.heads]
+        adapter = model.hidden**2 if head.adapter else 0
         if head.readout == "shared":
-            return 0, model.readout_params
-        return (
-            head.rank * (model.hidden + model.config.vocab_size)
-            if head.rank
-            else model.readout_params
-        ), 0
+            return adapter, model.readout_params
+        if head.rank:
+            return head.rank * (model.hidden + model.config.vocab_size), 0
+        return model.readout_params + adapter, 0
 
     def _trained(self, stage: int) -> float:
         return self._params(stage) + self._head_params(stage)[0]

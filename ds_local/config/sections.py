@@ -119,6 +119,9 @@ class HeadConfig(Strict):
     where the model is)."""
     rank: PositiveInt | None = None
     """Width of a bottleneck before the readout. Default: none."""
+    adapter: bool = False
+    """A square matrix before the readout, at first the identity: it may turn what a segment has
+    into what a shared readout, or one with init "model", knows how to read."""
     temperature: bool = False
     """Learn a factor on the logits."""
     token_fraction: float = Field(default=1.0, gt=0, le=1)
@@ -137,6 +140,10 @@ class HeadConfig(Strict):
             )
         if self.rank is not None and self.init == "model":
             raise ValueError("the model's readout has the full width; leave rank out, or init")
+        if self.rank is not None and self.adapter:
+            raise ValueError(
+                "a bottleneck of that rank is an adapter too; leave rank out, or adapter"
+            )
         return self
 
     def blocks_of(self, segment: int, blocks_above: int) -> int:

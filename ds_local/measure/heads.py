@@ -28,12 +28,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "full, checkpointed chunks": {"kernel": "checkpointed"},
     "shared readout": {"readout": "shared"},
+    "shared readout, adapter": {"readout": "shared", "adapter": True},
     "1/4 of the tokens": {"token_fraction": 0.25},
     "1/8 of the tokens": {"token_fraction": 0.125},
     "1/16 of the tokens": {"token_fraction": 0.0625},
     "rank 128": {"rank": 128},
     "rank 128, 1/8 of the tokens": {"rank": 128, "token_fraction": 0.125},
     "shared readout, 1/8 of the tokens": {"readout": "shared", "token_fraction": 0.125},
+    "shared readout, adapter, 1/8 of the tokens": {
+        "readout": "shared",
+        "adapter": True,
+        "token_fraction": 0.125,
+    },
     "a private block, 1/8 of the tokens": {"blocks": 1, "token_fraction": 0.125},
     "a tracked block, shared readout, 1/8": {
         "blocks": 1,

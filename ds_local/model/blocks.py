@@ -272,6 +272,9 @@ def make_head(
             if head.rank:
                 down = nn.Linear(config.hidden_size, head.rank, bias=False)
                 skeleton(config)._init_weights(down)
+    if head.adapter:
+        down = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        nn.init.eye_(down.weight)
     return AuxiliaryHead(
         norm, readout, private, down, head.temperature, head.token_fraction, head.kernel
     )

@@ -49,7 +49,9 @@ def _head_flops(config: Any, head: HeadConfig, segment: int, block: float, reado
     )
     if head.rank:
         readout = 2.0 * head.rank * (config.hidden_size + config.vocab_size)
-    return private + head.token_fraction * readout * (2 if head.readout == "shared" else 3)
+    read = readout * (2 if head.readout == "shared" else 3)
+    adapter = 3 * 2.0 * config.hidden_size**2 if head.adapter else 0.0
+    return private + head.token_fraction * (read + adapter)
 
 
 def unit_times(profile: str | Path) -> UnitCosts:

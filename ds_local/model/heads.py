@@ -1,9 +1,9 @@
 """Losses of language models, and the auxiliary head that gives an early segment a loss.
 
-A head is: private blocks (or none) -> norm -> bottleneck (or none) -> readout -> next-token
-cross-entropy. What makes it cheap is set in the config's "head" section: a sample of the positions
-instead of all, a readout that is a read-only copy of the last stage's, a bottleneck. Logits of a
-whole micro-batch never exist where they would be large.
+A head is: private blocks (or none) -> norm -> bottleneck or adapter (or none) -> readout ->
+next-token cross-entropy. What makes it cheap is set in the config's "head" section: a sample of
+the positions instead of all, a readout that is a read-only copy of the last stage's, a bottleneck.
+Logits of a whole micro-batch never exist where they would be large.
 
 Shapes: B sequences, T tokens, N positions, D hidden, V vocabulary.
 """
@@ -170,7 +170,7 @@ class AuxiliaryHead(nn.Module):
         readout: D (or the bottleneck's width) -> V, linear, no bias. Weights without gradients are
             somebody's copy.
         blocks: private blocks before the norm, [B, T, D] -> [B, T, D].
-        down: a bottleneck, D -> rank.
+        down: a bottleneck, D -> rank, or an adapter, D -> D.
         temperature: learn a factor on the logits.
         token_fraction: share of the positions whose loss is computed in training, drawn anew each
             time from torch's CPU generator; the loss is an unbiased estimate of that over all

@@ -41,6 +41,7 @@ METHODS = {
     "backprop": of("backprop"),
     "local": of("local"),
     "local, shared readout": of("local", head=SHARED),
+    "local, shared readout, adapter": of("local", head={**SHARED, "adapter": True}),
     "local, one private block": of("local", head={"blocks": 1}),
     "local, one tracked block": of("local", head={"blocks": 1, "blocks_from": "next_tracked"}),
     "local, 1/8 of the tokens": of("local", head=EIGHTH),
@@ -99,6 +100,7 @@ METHODS |= {
     "local, backprop tail 40 %, WSD": of("local", 0.4, schedule=WSD),
     "chunked 2, shared readout": of("chunked 2", head=SHARED),
     "chunked 2, shared readout, tail 40 %": of("chunked 2", 0.4, head=SHARED),
+    "chunked 2, shared readout, adapter": of("chunked 2", head={**SHARED, "adapter": True}),
     "chunked 2, 1/4 of the tokens": of("chunked 2", head=QUARTER),
     "chunked 2, rank 16": of("chunked 2", head={"rank": 16}),
 }

@@ -35,6 +35,7 @@ def test_two_micro_batches_on_two_stages(mode, auxiliary):
         ({"token_fraction": 0.25}, 3 * 2 * 32 * 64 / 4),
         ({"readout": "shared"}, 2 * 2 * 32 * 64),  # its weights learn nothing here
         ({"rank": 8}, 3 * 2 * 8 * (32 + 64)),
+        ({"readout": "shared", "adapter": True}, 2 * 2 * 32 * 64 + 3 * 2 * 32 * 32),
     ],
     ids=str,
 )

@@ -124,6 +124,7 @@ def test_the_readout_computes_the_loss_of_its_logits(config):
         {"rank": 8},
         {"blocks": 2},
         {"readout": "shared"},
+        {"readout": "shared", "adapter": True},
         {"blocks": 1, "rank": 4, "temperature": True},
     ],
     ids="-".join,
@@ -215,10 +216,28 @@ def test_a_shared_readout_starts_as_the_last_one_and_takes_no_gradient(config):
     assert head.norm.weight.grad is not None
 
 
+@pytest.mark.parametrize("readout", ["shared", "private"])
+def test_an_adapter_starts_as_nothing_and_learns(config, readout):
+    plain, adapted = (make_head(config, 1, readout=readout, adapter=on) for on in (False, True))
+    hidden, labels = torch.randn(2, 6, 32), tokens(2, 6)
+    loss = adapted(hidden, labels)
+    assert torch.equal(loss, plain(hidden, labels))
+    loss.backward()
+    # the loss is of readout(adapter(norm(x))): its gradient by the adapter is that by what it
+    # gives, times what it takes
+    normed = adapted.norm(hidden)[:, :-1].flatten(0, 1).detach()
+    given = normed.clone().requires_grad_()
+    linear_cross_entropy(given, adapted.readout.weight, labels[:, 1:].flatten()).backward()
+    expected = given.grad.T @ normed / (labels[:, 1:] != IGNORE).sum()
+    assert torch.allclose(adapted.down.weight.grad, expected, atol=1e-6)
+    assert adapted.down.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize(
     ("head", "message"),
     [
         ({"rank": 4, "readout": "shared"}, "full width"),
+        ({"rank": 4, "adapter": True}, "leave rank out, or adapter"),
         ({"token_fraction": 0}, "greater than 0"),
         ({"token_fracton": 0.5}, "did you mean 'token_fraction'"),
         ({"tracking": 1.0}, "less than 1"),
