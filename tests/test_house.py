@@ -142,7 +142,6 @@ TESTED_IN = {
     "measure/tables": ("test_benchmark", "markdown"),
     "measure/warm": ("dist/test_rank_pool", "warm"),
     "cli/benchmark": ("test_benchmark", "benchmark"),
-    "cli/evaluate": ("dist/test_exports", "evaluate_all"),
     "cli/generate": ("dist/test_exports", "continue_text"),
     "cli/report": ("training/test_report", "report"),
     "cli/train": ("launchers/test_train", "train.py"),

@@ -118,8 +118,10 @@ def evaluate(folder: Path, data: TokenData, indices: list[int], batch_size: int)
     import torch
     from torch.nn import functional as F
 
+    from ds_local.data.dataset import micro_batch_of
     from ds_local.data.tokenizers import load_tokenizer
     from ds_local.errors import DataError, WeightsError
+    from ds_local.model.heads import IGNORE
     from ds_local.model.pretrained import whole_model
 
     model = whole_model(folder)
@@ -131,21 +133,24 @@ def evaluate(folder: Path, data: TokenData, indices: list[int], batch_size: int)
             f"{folder} takes at most {positions} from {model.config.vocab_size}"
         )
     tokenizer = load_tokenizer(data.tokenizer_folder)
-    total, num_bytes = 0.0, 0
+    total, counted, num_bytes = 0.0, 0, 0
     with torch.no_grad():
         for start in range(0, len(indices), batch_size):
             ids_BT = data.sequences("validation", indices[start : start + batch_size])
-            logits = model(input_ids=ids_BT.to(model.device)).logits[:, :-1].flatten(0, 1).float()
-            total += F.cross_entropy(
-                logits, ids_BT[:, 1:].flatten().to(model.device), reduction="sum"
-            ).item()
+            inputs, labels_BT = micro_batch_of(data, ids_BT, ids_BT)
+            given = inputs if isinstance(inputs, dict) else {"input_ids": inputs}
+            given = {name: tensor.to(model.device) for name, tensor in given.items()}
+            logits = model(**given, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            targets = labels_BT[:, 1:].flatten().to(model.device)
+            total += F.cross_entropy(logits, targets, reduction="sum").item()
+            counted += int((targets != IGNORE).sum())
             text = tokenizer.decode(ids_BT.flatten(), skip_special_tokens=True)
             num_bytes += len(text.encode())
     if not math.isfinite(total):
         raise WeightsError(
             f"{folder} gives a loss of {total}: its weights are not those of a model"
         )
-    loss = total / (len(indices) * (data.seq_len - 1))
+    loss = total / max(1, counted)
     return {
         "blocks": model.config.num_hidden_layers,
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -19,6 +19,7 @@ from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.optimizer_checks import check_client_parts
 from ds_local.errors import ConfigError
 from ds_local.model import families
+from ds_local.model.document_mask import check_keeps_documents_apart
 from ds_local.model.flops import auxiliary_shares
 from ds_local.model.pretrained import find_weights
 from ds_local.schedules.replay import grid_of
@@ -35,6 +36,7 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
 
     Raises:
         ConfigError: naming the two values that contradict each other.
+        UnsupportedModel: when it cannot keep documents apart and the data asks for that.
     """
     config, _ = checked(read_settings(args))
     check_client_parts(config, None, None)
@@ -55,6 +57,8 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
             f"{args.data} has sequences of {data.seq_len} tokens but {args.model} takes at most "
             f"{families.num_positions(hf_config)}; prepare the data with a smaller --seq-len"
         )
+    if data.facts["document_mask"]:
+        check_keeps_documents_apart(hf_config)
     hf_config.bos_token_id = hf_config.eos_token_id = data.facts["eos_token_id"]
     return config, data, hf_config
 

@@ -6,13 +6,14 @@ an evaluation does not have. The last stage draws the next token, all others are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ds_local.data.dataset import TokenData
+from ds_local.data.dataset import TokenData, micro_batch_of
 from ds_local.data.tokenizers import load_tokenizer
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.model.seeds import seed_for
@@ -21,12 +22,12 @@ TEMPERATURE, TOP_K = 0.8, 50
 
 
 def sample(
-    engine: LocalPipelineEngine, data: TokenData, ids_BT: Tensor, tokens: int
+    engine: LocalPipelineEngine, data: TokenData, inputs: Any, tokens: int
 ) -> dict[int, dict[str, Any]]:
     """Continue the first quarter of a validation sequence. A collective call.
 
     Args:
-        ids_BT: a micro-batch of validation.
+        inputs: of a micro-batch of validation.
         tokens: to add; 0: no sample.
 
     Returns:
@@ -35,7 +36,8 @@ def sample(
     if not tokens:
         return {}
     length = max(1, data.seq_len // 4)
-    ids = continued(engine, ids_BT, length, tokens)
+    ids_BT = inputs["input_ids"] if isinstance(inputs, dict) else inputs
+    ids = continued(engine, ids_BT, length, tokens, lambda ids: micro_batch_of(data, ids, ids))
     if engine.global_rank:
         return {}
     tokenizer = load_tokenizer(data.tokenizer_folder)
@@ -50,7 +52,13 @@ def sample_line(step: int, row: dict[str, Any]) -> str:
     return f"step {step}: ...{prompt[-40:]} >> {text[:80]}"
 
 
-def continued(engine: LocalPipelineEngine, ids_BT: Tensor, length: int, tokens: int) -> Tensor:
+def continued(
+    engine: LocalPipelineEngine,
+    ids_BT: Tensor,
+    length: int,
+    tokens: int,
+    batch_of: Callable[[Tensor], Any] = lambda ids: (ids, ids),
+) -> Tensor:
     """Continue the first sequence of a micro-batch. A collective call; the same on all ranks of a
     replica.
 
@@ -61,6 +69,7 @@ def continued(engine: LocalPipelineEngine, ids_BT: Tensor, length: int, tokens: 
             the prompt, what follows is not looked at.
         length: of the prompt.
         tokens: to add, as far as the sequence has room.
+        batch_of: makes a micro-batch of the ids.
 
     Returns:
         Ids of prompt and continuation, on the CPU.
@@ -73,7 +82,7 @@ def continued(engine: LocalPipelineEngine, ids_BT: Tensor, length: int, tokens: 
     speaks = engine.num_segments - 1 in engine.module.local_segments and engine.replica_id == 0
     for position in range(length, end):
         _, logits = engine.eval_batch(
-            iter([(ids, ids)]), return_logits=True, compute_loss=False, num_micro_batches=1
+            iter([batch_of(ids)]), return_logits=True, compute_loss=False, num_micro_batches=1
         )
         found = torch.zeros(1, dtype=torch.int64, device=engine.device)
         if speaks and logits is not None:

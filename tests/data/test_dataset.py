@@ -106,6 +106,37 @@ def test_validation_batches_are_read_when_they_are_asked_for(folder, monkeypatch
         batches[len(batches)]
 
 
+def test_batches_of_a_folder_with_a_document_mask_tell_documents_apart(tmp_path, tokenizer):  # noqa: F811
+    lines = [json.dumps({"text": words(9, seed)}) for seed in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+
+    def make(name, mask):
+        made = [str(tmp_path / "a.jsonl")], tokenizer, 16, tmp_path / name
+        return prepare(*made, progress=False, document_mask=mask), TokenData(tmp_path / name)
+
+    facts, data = make("with", True)
+    plain_facts, plain = make("without", False)
+    assert facts["fingerprint"] != plain_facts["fingerprint"]
+    assert facts["sequences"] == plain_facts["sequences"]
+    shape, end = BatchShape(4, 1, 1, 0), facts["eos_token_id"]
+    sides = [training_batches(one, 0, 0, shape) for one in (data, plain)]
+    pairs = zip(take(sides[0], 9), take(sides[1], 9), strict=True)
+    validation = zip(validation_batches(data, shape), validation_batches(plain, shape), strict=True)
+    begun = 0
+    for (inputs, labels), (ids, plain_labels) in (*pairs, *validation):
+        assert torch.equal(inputs["input_ids"], ids)
+        positions = inputs["position_ids"]
+        assert (positions[:, 0] == 0).all()
+        after_end = ids[:, :-1] == end
+        assert torch.equal(positions[:, 1:] == 0, after_end)
+        assert torch.equal(positions[:, 1:][~after_end], positions[:, :-1][~after_end] + 1)
+        begins = positions == 0
+        assert (labels[begins] == IGNORE).all()
+        assert torch.equal(labels[~begins], plain_labels[~begins])
+        begun += int(after_end.sum())
+    assert begun > 9
+
+
 def test_ids_beyond_the_vocabulary_are_refused(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "data")
     edit(copy, vocab_size=100)

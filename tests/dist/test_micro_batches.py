@@ -106,6 +106,86 @@ def test_heads_see_the_mask_too_and_ranks_make_no_difference():
     assert all(evaluation[s] != whole[0]["eval"][s] for s in range(4))
 
 
+# --- documents kept apart -----------------------------------------------------------------------
+
+LENGTHS = [[(5, 1, 10), (16,)], [(2, 14), (7, 7, 2)]]  # of documents, by micro-batch and sequence
+
+
+def documents(micro_batch):
+    """As data folders with a document mask give them."""
+    from ds_local.data.dataset import document_positions
+
+    ids = batch(0, micro_batch, 0).clamp(min=1)
+    for row, lengths in enumerate(LENGTHS[micro_batch]):
+        ids[row, torch.tensor(lengths).cumsum(0) - 1] = 0
+    positions = document_positions(ids, 0)
+    return {"input_ids": ids, "position_ids": positions}, ids.masked_fill(positions == 0, IGNORE)
+
+
+def with_documents(section, stages, family):
+    """Losses of an evaluation, and weights after three steps."""
+    import ds_local
+
+    config = jobs.ds_config(section, gas=2, gradient_clipping=0.0)
+    module = ds_local.causal_lm(MODELS[family], stages, config=config)
+    engine = ds_local.initialize(model=module, config=config)[0]
+    data = itertools.cycle(map(documents, range(2))) if engine.is_first_stage() else None
+    loss = engine.eval_batch(data).item()
+    for _ in range(3):
+        engine.train_batch(data)
+    return {"loss": loss, "state": jobs.state_of(engine)}
+
+
+def each_document_alone(family):
+    """The loss of every document by itself, and weights after three steps on their sum."""
+    from torch.nn import functional as F
+
+    layers = torch.nn.ModuleList(Reference(family, [0, 6]).layers)
+    optimizer = torch.optim.AdamW(layers.parameters(), lr=1e-2, eps=EPSILON, weight_decay=0.0)
+    first = None
+    for _ in range(3):
+        losses, counts = [], []
+        for micro_batch, rows in enumerate(LENGTHS):
+            ids, total = documents(micro_batch)[0]["input_ids"], torch.zeros(())
+            for row, lengths in enumerate(rows):
+                for document in ids[row : row + 1].split(list(lengths), dim=1):
+                    hidden = document
+                    for layer in layers:
+                        hidden = layer(hidden)
+                    total = total + F.cross_entropy(
+                        hidden[0, :-1], document[0, 1:], reduction="sum"
+                    )
+            counts.append(sum(length - 1 for lengths in rows for length in lengths))
+            losses.append(total / counts[-1])
+        if first is None:
+            first = sum(x.item() * n for x, n in zip(losses, counts, strict=True)) / sum(counts)
+        (sum(losses) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {f"{i}.{n}": t for i, m in enumerate(layers) for n, t in m.state_dict().items()}
+    return first, state
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_documents_of_a_sequence_learn_as_if_alone(family):
+    loss, state = each_document_alone(family)
+    for ranks in (1, 4):
+        section = {"mode": "backprop", "segments_per_stage": 4 // ranks}
+        for result in run_ranks(with_documents, ranks, section, ranks, family):
+            assert result["loss"] == pytest.approx(loss, rel=1e-5)
+            for name, tensor in result["state"].items():
+                torch.testing.assert_close(tensor, state[name], rtol=2e-4, atol=2e-5)
+
+
+def test_local_losses_see_documents_apart_and_ranks_make_no_difference():
+    runs = []
+    for ranks in (1, 2):
+        section = {"mode": "local", "head": {"blocks": 1}, "segments_per_stage": 4 // ranks}
+        parts = run_ranks(with_documents, ranks, section, ranks, "llama")
+        runs.append({name: t for part in parts for name, t in part["state"].items()})
+    assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
+
+
 # --- how much a micro-batch counts --------------------------------------------------------------
 
 COUNTED = [3, 15, 0, 7]  # of 15 positions in each sequence, by micro-batch

@@ -10,7 +10,8 @@ from test_corpus import tokenizer, words  # noqa: F401 - a fixture
 
 from ds_local.cli.train import parse_arguments
 from ds_local.data.corpus import prepare
-from ds_local.errors import ConfigError
+from ds_local.errors import ConfigError, UnsupportedModel
+from ds_local.model import document_mask
 from ds_local.training.inputs import VOCABULARY_PADDING, facts_of_start, read_inputs
 
 
@@ -58,6 +59,20 @@ def test_sequences_must_fit_the_model(tmp_path, data):
     with pytest.raises(ConfigError) as error:
         read_inputs(arguments(tmp_path, data, n_positions=8))
     assert_one_sentence(error.value, "sequences of 16 tokens", "at most 8", "a smaller --seq-len")
+
+
+def test_a_model_must_keep_documents_apart_where_the_data_asks_for_it(tmp_path, data, monkeypatch):
+    facts = json.loads((data / "prepared.json").read_text())
+    tokens = str(data / "tokenizer")
+    (tmp_path / "a.txt").write_text(words(4000))
+    prepare([str(tmp_path / "a.txt")], tokens, 16, tmp_path / "data", document_mask=True)
+    assert read_inputs(arguments(tmp_path, tmp_path / "data"))[1].facts["document_mask"]
+    monkeypatch.setattr(document_mask, "_taken", lambda *_: {"attention_mask": None})
+    with pytest.raises(UnsupportedModel) as error:
+        read_inputs(arguments(tmp_path, tmp_path / "data"))
+    assert_one_sentence(error.value, "block 0 of gpt2", "without --document-mask")
+    assert not facts["document_mask"]
+    read_inputs(arguments(tmp_path, data))
 
 
 def test_a_start_is_told_before_there_is_an_engine(tmp_path, data):
