@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ds_local"
 METHODS = {
     "LocalPipelineEngine": (
         "train_batch",
+        "has_loss",
         "segment_losses",
         "eval_batch",
         "save_checkpoint",

@@ -74,7 +74,7 @@ def train(section: dict[str, Any], stages: int, steps: int, **settings: Any) -> 
     own = []
     for _ in range(steps):
         loss = engine.train_batch(data)
-        own.append(None if loss is None else loss.item())
+        own.append(loss.item() if engine.has_loss else None)
     engine.eval_batch(batches(engine, start=10_000))
     return {
         "reports": reports,

@@ -63,8 +63,8 @@ class LocalPipelineEngine(StageUpdates):
     """Trains a `LocalPipelineModule`. Use `initialize.initialize` to make one.
 
     `train_batch` returns this stage's own loss (the mean over the step's micro-batches, and over
-    replicas unless they train apart) and never waits for another stage, or None where the routes
-    give this stage no loss. `segment_losses` holds the loss of each local segment.
+    replicas unless they train apart) and never waits for another stage. `segment_losses` holds the
+    loss of each local segment that has one, `has_loss` says whether there is any.
     """
 
     module: LocalPipelineModule
@@ -231,7 +231,7 @@ class LocalPipelineEngine(StageUpdates):
 
     # --- a step -----------------------------------------------------------------------------------
 
-    def train_batch(self, data_iter: Any = None) -> Tensor | None:
+    def train_batch(self, data_iter: Any = None) -> Tensor:
         """One optimizer step.
 
         Args:
@@ -239,8 +239,9 @@ class LocalPipelineEngine(StageUpdates):
                 read on the first stage only, others may pass None.
 
         Returns:
-            This stage's loss, a scalar tensor; None when the routes give this stage no loss in this
-            step.
+            This stage's loss, a scalar tensor: that of its last segment that has one; zero, not
+            NaN, where the routes give it none in this step (`has_loss` is False then). NaN is a
+            loss that came out so.
 
         Raises:
             TransportError: when a neighbour is gone or silent.
@@ -270,10 +271,7 @@ class LocalPipelineEngine(StageUpdates):
             own = self.module.local_segments
             self.reports.close_step({segment: self._figures(segment) | traffic for segment in own})
             self.events.check()
-        with_loss = [
-            self.segment_losses[s] for s in self.module.local_segments if s in self.segment_losses
-        ]
-        return with_loss[-1] if with_loss else None
+        return self.own_loss
 
     def _figures(self, segment: int) -> dict[str, Any]:
         """Of the step that ends, but for its traffic."""
@@ -426,6 +424,11 @@ class LocalPipelineEngine(StageUpdates):
         self.executor.losses = losses
 
     @property
+    def has_loss(self) -> bool:
+        """Did the routes give this stage a loss in the newest step?"""
+        return bool(self.segment_losses)
+
+    @property
     def should_stop(self) -> bool:
         """Every rank is to leave its loop after this step; see `request_stop`."""
         return self.executor.last_step
@@ -546,8 +549,8 @@ class LocalPipelineEngine(StageUpdates):
 
         Returns:
             The model's own loss (scalar tensor, the same on all ranks): a mean over micro-batches
-            and replicas, weighted by predicted tokens for language models. `eval_losses` holds the
-            loss of every segment that has a head.
+            and replicas, weighted by predicted tokens for language models; zero where no position
+            counts. `eval_losses` holds the loss of every segment that has one.
         """
         if reduce_output != "avg":
             raise ValueError(f'reduce_output must be "avg", got {reduce_output!r}')

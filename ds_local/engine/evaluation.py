@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,8 +53,9 @@ def evaluate(
 
 
 def mean_losses(sums: Tensor) -> tuple[dict[int, float], float]:
-    """(loss of every segment that has one, the model's own loss), from sums over all ranks."""
+    """(loss of every segment that has one, the model's own loss or zero), from sums over all
+    ranks."""
     losses = (sums[0] / sums[1]).tolist()
     counted = sums[1].tolist()
     found = {s: loss for s, loss in enumerate(losses) if counted[s]}
-    return found, losses[-1] if counted[-1] else math.nan
+    return found, losses[-1] if counted[-1] else 0.0

@@ -165,6 +165,12 @@ class StageUpdates(PipelineEngineSeam):
         self.events.book(self.global_steps, kinds, self.skipped_steps)
 
     @property
+    def own_loss(self) -> torch.Tensor:
+        """Of the last local segment that has a loss in the newest step; zero where none has."""
+        losses = self.segment_losses
+        return losses[max(losses)] if losses else torch.zeros((), device=self.device)
+
+    @property
     def losses_read(self) -> dict[int, float]:
         """Of local segments in the newest step, as the host has read them."""
         return {segment: row["loss"] for segment, row in self._read.items() if "loss" in row}

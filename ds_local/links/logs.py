@@ -34,6 +34,9 @@ def start_log(folder: Path, stage: int, rank: int) -> Path:
     LOG.propagate = False
     for name in ("ds_local", "DeepSpeed"):
         logger = logging.getLogger(name)
+        for former in [one for one in logger.handlers if isinstance(one, _LogFile)]:
+            logger.removeHandler(former)  # of an earlier run of this process
+            former.close()
         logger.addHandler(handler)
     return path
 

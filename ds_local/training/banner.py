@@ -70,16 +70,17 @@ def forecast(
 
 
 def banner(
-    facts: Mapping[str, Any], phases: Sequence[PhaseForecast], length: Length, args: Any
+    facts: Mapping[str, Any], phases: Sequence[PhaseForecast], length: Length, step: int, args: Any
 ) -> str:
     """A few lines.
 
     Args:
         facts: as run.json has them, of a start.
+        step: that it begins at.
         args: of `scripts/train.py`.
     """
     rows = [
-        ("model", _model(facts)),
+        ("model", _model(facts, step)),
         ("stages", _stages(facts["layout"], facts["machine"]["device"])),
         *_schemes(phases),
         ("steps", str(length)),
@@ -89,10 +90,11 @@ def banner(
     return "\n".join(f"  {name:<14}{text}" for name, text in rows)
 
 
-def _model(facts: Mapping[str, Any]) -> str:
+def _model(facts: Mapping[str, Any], step: int) -> str:
     layout, config = facts["layout"], facts["config"]
     bf16 = any(config.get(key, {}).get("enabled") for key in ("bf16", "bfloat16"))
     origin = f"from the weights of {facts['weights']}" if facts["weights"] else "fresh weights"
+    origin = f"as it was at step {step}" if step else origin
     auxiliary = sum(layout["head_parameters"])
     heads = f" and {auxiliary:,} in auxiliary heads" if auxiliary else ""
     return (

@@ -125,13 +125,14 @@ def _train(
     shape = BatchShape(micro_batch_size, num_micro_batches, replicas, engine.replica_id)
     with engine.meeting("the start of the run"):
         hosts = stage_hosts(engine.stage_id)
+        step = engine.global_steps
         phases = forecast(plan, hf_config, model.segment_parts, data.seq_len)
         facts |= layout_of(engine, data, hosts, phases)
-        run.say(f"{describe_hosts(hosts)}\n{banner(facts, phases, length, args)}")
+        run.say(f"{describe_hosts(hosts)}\n{banner(facts, phases, length, step, args)}")
         if args.dry_run:
             run.say(try_out(engine, data, shape, args))
             return None
-        together(lambda: run.start(facts, engine.global_steps, tag, data.tokenizer_folder))
+        together(lambda: run.start(facts, step, tag, data.tokenizer_folder))
         clean(run.checkpoints)
     start_log(run.path / "logs", engine.stage_id, engine.global_rank)
     if signals is not None:

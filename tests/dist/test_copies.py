@@ -86,10 +86,7 @@ def resume(section: dict[str, Any], stages: int, folder: str) -> Any:
 
     def losses(engine, steps):
         data = jobs.batches(engine, start=engine.global_steps)
-        return [
-            None if loss is None else loss.item()
-            for loss in (engine.train_batch(data) for _ in range(steps))
-        ]
+        return [engine.train_batch(data).item() for _ in range(steps)]
 
     engine = jobs.build(section, stages)
     losses(engine, 9)

@@ -121,7 +121,7 @@ def watched(
             faults[:] = beside
         engine.eval_batch(batches(engine, 10_000))
         beside = [(kind, where) for kind, where, _ in faults]
-        losses = [None if loss is None else loss.item() for loss in losses]
+        losses = [loss.item() for loss in losses]
         return {"losses": (losses, engine.eval_losses), "steps": found, "beside": beside}
 
 

@@ -580,3 +580,17 @@ def _two_configurations():
         jobs.MODELS["gpt2"], num_stages=1, config=jobs.ds_config({"mode": "local"})
     )
     ds_local.initialize(model=module, config=jobs.ds_config({"mode": "backprop"}))
+
+
+def own_loss(section):
+    engine = jobs.build(section, 2)
+    loss = engine.train_batch(jobs.batches(engine))
+    return tuple(loss.shape), loss.item(), engine.has_loss, sorted(engine.segment_losses)
+
+
+def test_every_stage_gets_a_tensor_and_says_whether_it_is_a_loss():
+    """Interlocking trains the first segment by the second one's loss, and gives it none."""
+    first, (shape, loss, *second) = run_ranks(own_loss, 2, {"mode": "interlocking"})
+    assert first == ((), 0.0, False, [])
+    assert (shape, second) == ((), [True, [1]])
+    assert loss > 0

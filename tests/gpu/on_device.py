@@ -53,7 +53,7 @@ def save_halfway(folder: str, section: dict[str, Any], stages: int, **settings: 
     for step in range(6):
         if step == 3:
             engine.save_checkpoint(folder)
-        own.append(_number(engine.train_batch(data)))
+        own.append(engine.train_batch(data).item())
     return own[3:], jobs.state_of(engine)
 
 
@@ -62,11 +62,7 @@ def go_on(folder: str, section: dict[str, Any], stages: int, **settings: Any) ->
     engine = jobs.build(section, stages, **settings)
     engine.load_checkpoint(folder)
     data = jobs.batches(engine, start=3)
-    return [_number(engine.train_batch(data)) for _ in range(3)], jobs.state_of(engine)
-
-
-def _number(loss: Any) -> float | None:
-    return None if loss is None else loss.item()
+    return [engine.train_batch(data).item() for _ in range(3)], jobs.state_of(engine)
 
 
 def memory(section: dict[str, Any], stages: int, steps: int, **settings: Any) -> list[int]:
@@ -151,6 +147,6 @@ def skip_one(stages: int) -> tuple[int, bool, list[float]]:
     poison = [0.0, 0.0, torch.nan, 0.0, 0.0, 0.0]
     weight.register_hook(lambda gradient: gradient + poison[engine.global_steps])
     for _ in poison:
-        losses.append(_number(engine.train_batch(data)))
+        losses.append(engine.train_batch(data).item())
     finite = all(bool(p.isfinite().all()) for p in engine.module.parameters())
     return engine.skipped_steps, finite, losses
