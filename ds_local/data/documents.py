@@ -48,7 +48,7 @@ class Reading:
 def documents_of(root: Path, files: Iterable[Path], reading: Reading) -> Iterator[Document]:
     """All documents of the files of a source, whose place is `root`."""
     for path in files:
-        short = str(path.relative_to(root)) if path != root else path.name
+        short = printable(path.relative_to(root) if path != root else path.name)
         try:
             file = Input(path)
             read = READERS.get(endings(path)[0])
@@ -110,6 +110,11 @@ def _with_next(pieces: Iterator[str]) -> Iterator[tuple[str, str | None]]:
     one, other = itertools.tee(pieces)
     next(other, None)
     return zip(one, itertools.chain(other, [None]), strict=False)
+
+
+def printable(path: Path | str) -> str:
+    """A name that may have bytes that are no UTF-8."""
+    return str(path).encode("utf-8", "replace").decode()
 
 
 def unreadable(path: Any, error: OSError) -> DataError:

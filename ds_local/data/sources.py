@@ -22,6 +22,7 @@ from ds_local.data.documents import (
     Reading,
     documents_of,
     hub_documents,
+    printable,
     unreadable,
 )
 from ds_local.data.kinds import why_unreadable
@@ -202,10 +203,10 @@ def _files_of(source: str, skipped: Skipped, skip: Sequence[str]) -> list[Path]:
         for path in [Path(folder) / name for name in subfolders]:
             reason = "hidden" if path.name.startswith(".") else "linked folder"
             if reason == "hidden" or path.is_symlink():
-                skipped.add(reason, str(path.relative_to(root)))
+                skipped.add(reason, printable(path.relative_to(root)))
                 subfolders.remove(path.name)
         for path in (Path(folder) / name for name in names):
-            name = str(path.relative_to(root))
+            name = printable(path.relative_to(root))
             if any(fnmatch.fnmatch(one, pattern) for pattern in skip for one in (name, path.name)):
                 skipped.add("left out by --skip", name)
             elif path.name.startswith("."):
@@ -223,7 +224,7 @@ def _refuse_unreadable(root: Path, files: Iterable[Path]) -> None:
     if not refused:
         return
     path, why = refused[0]
-    more = [str(other.relative_to(root)) for other, _ in refused[1:]]
+    more = [printable(other.relative_to(root)) for other, _ in refused[1:]]
     also = f" (so are {', '.join(more[:NAMED])}{', ...' * (len(more) > NAMED)})" if more else ""
     left_out = (
         "" if path == root else f", or leave it out with --skip '*{path.suffix or path.name}'"
