@@ -58,7 +58,7 @@ class TokenBatches:
 
         Raises:
             DataError: when ids or labels are no integers or outside the vocabulary, shapes do not
-                agree, or a dict has a key that means nothing here.
+                agree, labels are shifted, or a dict has a key that means nothing here.
         """
         given = dict(batch) if isinstance(batch, Mapping) else {}
         if not given:
@@ -77,7 +77,7 @@ class TokenBatches:
         inputs = {"input_ids": ids_BT} | self._beside(given, ids_BT)
         if self._is_first:
             self._is_first = False
-            _warn_of(ids_BT, labels_BT, inputs.get("attention_mask"), has_labels)
+            _look_at(ids_BT, labels_BT, inputs.get("attention_mask"), has_labels)
         return inputs if len(inputs) > 1 else ids_BT, labels_BT.int()
 
     def _beside(self, given: Mapping[str, Any], ids_BT: Tensor) -> dict[str, Tensor]:
@@ -106,7 +106,12 @@ class TokenBatches:
 
     def _tensor(self, name: str, value: Any) -> Tensor:
         if not isinstance(value, Tensor):
-            raise DataError(f"{name} is a {type(value).__name__}; give a tensor")
+            hint = (
+                '; of a datasets.Dataset with_format("torch") gives one'
+                if isinstance(value, list)
+                else ""
+            )
+            raise DataError(f"{name} is a {type(value).__name__}; give a tensor{hint}")
         return value
 
     def _integers(self, name: str, value: Any) -> Tensor:
@@ -159,18 +164,18 @@ def _check_keys(given: Mapping[str, Any], known: set[str], remedy: str) -> None:
         raise DataError(f"a micro-batch has no input_ids but {', '.join(given)}; {holds}")
 
 
-def _warn_of(ids_BT: Tensor, labels_BT: Tensor, mask: Tensor | None, has_labels: bool) -> None:
-    """Say what is probably not meant, once."""
+def _look_at(ids_BT: Tensor, labels_BT: Tensor, mask: Tensor | None, has_labels: bool) -> None:
+    """Refuse what cannot be meant, say what is probably not, in the first micro-batch."""
     if ids_BT.device.type != "cpu" or labels_BT.device.type != "cpu":
         return
     counted = labels_BT[:, :-1] != IGNORE
     ahead = (labels_BT[:, :-1] == ids_BT[:, 1:]) | ~counted
     same = (labels_BT == ids_BT) | (labels_BT == IGNORE)
-    if counted.any() and ahead.all() and not same.all():
-        logger.warning(
+    if counted.sum() > 2 and ahead.all() and not same.all():
+        raise DataError(
             "labels are the input ids shifted by one already, but the loss shifts them itself, as "
-            "Hugging Face's models do: so each position learns the token after the next; give the "
-            "input ids as labels"
+            "Hugging Face's models do, so each position would learn the token after the next; give "
+            "the input ids as labels"
         )
     if mask is not None and mask.dim() == 2 and not has_labels and not mask.all():
         logger.warning(

@@ -33,6 +33,7 @@ from ds_local.engine.evaluation import evaluate, mean_losses
 from ds_local.engine.executor import Executor
 from ds_local.engine.finite import KINDS, Events
 from ds_local.engine.instructions import StageSchedule
+from ds_local.engine.loaders import begun, iterator_of
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.monitors import Points, take_monitor
 from ds_local.engine.recorder import Recorder
@@ -254,7 +255,7 @@ class LocalPipelineEngine(StageUpdates):
                 "train_batch() needs gradients enabled; use eval_batch() to evaluate"
             )
         if data_iter is not None:
-            self.set_dataiterator(data_iter)
+            self.set_dataiterator(iterator_of(data_iter))
         self.module.train()
         started = time.perf_counter()
         self._traffic.begin(self.replicas)
@@ -541,7 +542,7 @@ class LocalPipelineEngine(StageUpdates):
         """Every segment's loss without training. All ranks must call it; stages meet here.
 
         Args:
-            data_iter: as for `train_batch`; of any shapes.
+            data_iter: as for `train_batch`, or a loader to begin; of any shapes.
             return_logits: also return what the last layer gives for the last micro-batch (None on
                 other stages).
             num_micro_batches: micro-batches to read on each replica; default the accumulation
@@ -555,7 +556,7 @@ class LocalPipelineEngine(StageUpdates):
         if reduce_output != "avg":
             raise ValueError(f'reduce_output must be "avg", got {reduce_output!r}')
         self.module.eval()
-        train_iterator, self.data_iterator = self.data_iterator, data_iter
+        train_iterator, self.data_iterator = self.data_iterator, begun(data_iter)
         count = self.micro_batches if num_micro_batches is None else num_micro_batches
         try:
             what = f"the evaluation after step {self.global_steps}"

@@ -1,4 +1,5 @@
-"""What may be passed as `training_data`, and how a data set that is only a stream is read."""
+"""What may be passed as `training_data` and to `train_batch`, and how a data set that is only a
+stream is read."""
 
 from __future__ import annotations
 
@@ -46,6 +47,28 @@ def data_for(
     share = _Share(training_data, batch_size, replica, num_replicas)
     loader = DataLoader(share, batch_size, collate_fn=collate_fn, drop_last=True)
     return None, RepeatingLoader(loader)
+
+
+def iterator_of(data: Any) -> Iterator[Any]:
+    """What `train_batch` reads from, which must remember how far it has come.
+
+    Raises:
+        ConfigError: for a loader or list, which would begin anew in each step.
+    """
+    if hasattr(data, "__next__"):
+        return data
+    kind = type(data).__name__
+    raise ConfigError(
+        f"train_batch got {kind}, which is no iterator; call iter(...) on it once before the "
+        "loop, or deepspeed.utils.RepeatingLoader to go through it again and again"
+        if hasattr(data, "__iter__")
+        else f"train_batch got {kind}; give an iterator of micro-batches"
+    )
+
+
+def begun(data: Any) -> Any:
+    """What `eval_batch` reads from: an iterator, or the beginning of a loader; None stays None."""
+    return data if data is None or hasattr(data, "__next__") else iter(data)
 
 
 class _Share(IterableDataset[Any]):

@@ -62,7 +62,10 @@ REFUSED = [
     ((IDS, IGNORED * 2), r"labels has -200 at \[0, 3\]"),
     ((IDS, IDS[:, :3]), r"labels has shape \[2, 3\] but input_ids has \[2, 4\]; they must agree"),
     (IDS[0], r"input_ids has shape \[4\]; it must be \[sequences, tokens\]"),
-    ({"input_ids": IDS.tolist()}, "input_ids is a list; give a tensor"),
+    (
+        {"input_ids": IDS.tolist()},
+        r"input_ids is a list; give a tensor; .* with_format",
+    ),
     ({"input_ids": IDS, "token_type_ids": IDS}, "a micro-batch has token_type_ids, which nothing"),
     ({"ids": IDS}, "a micro-batch has ids, which nothing reads; a dict holds attention_mask, inp"),
     ({"labels": IDS}, "a micro-batch has no input_ids but labels"),
@@ -106,13 +109,13 @@ def warnings(monkeypatch):
     return said
 
 
-def test_shifted_labels_are_said_once(warnings):
+@pytest.mark.parametrize("ignored", [0, 1])
+def test_shifted_labels_are_refused(ignored):
     reader = TokenBatches(9, None)
-    x, y = IDS, IDS + 1
-    for _ in range(3):
-        reader.split((x, y))
-    assert len(warnings) == 1
-    assert "shifted by one already" in warnings[0]
+    shifted = IDS + 1
+    shifted[0, :ignored] = -100
+    with pytest.raises(DataError, match=r"shifted by one already, .*give the input ids as labels"):
+        reader.split((IDS, shifted))
 
 
 @pytest.mark.parametrize(

@@ -156,19 +156,52 @@ class Numbered(torch.utils.data.IterableDataset):
             yield from zip(ids, ids, strict=True)
 
 
-def from_a_stream(stages):
+def rows():
+    for ids, _ in Numbered():
+        yield {"input_ids": ids.tolist()}
+
+
+def from_a_stream(stages, kind):
+    import datasets
+
+    source = Numbered()
+    if kind == "datasets":
+        source = datasets.IterableDataset.from_generator(rows).with_format("torch")
     config = jobs.ds_config({"mode": "local"}, gas=2)
     module = ds_local.causal_lm(jobs.MODELS["gpt2"], num_stages=stages, config=config)
-    given = {"training_data": Numbered()}
+    given = {"training_data": source}
     engine, _, loader, _ = ds_local.initialize(model=module, config=config, **given)
     losses = [engine.train_batch().item() for _ in range(4)]
     return losses, type(loader).__name__
 
 
-def test_training_from_a_stream_equals_training_from_its_batches():
-    streamed = run_ranks(from_a_stream, 2, 2)
+def from_a_loader(stages):
+    """A DataLoader: begun once, begun again in every step, and begun for an evaluation."""
+    from deepspeed.utils import RepeatingLoader
+
+    engine = jobs.build({"mode": "local"}, stages, gas=2)
+    loader = torch.utils.data.DataLoader(Numbered(), batch_size=2)
+    data = iter(RepeatingLoader(loader))
+    losses = [engine.train_batch(data).item() for _ in range(4)]
+    said = raised(lambda: engine.train_batch(loader)), raised(lambda: engine.train_batch(7))
+    evaluated = [engine.eval_batch(one).item() for one in (loader, iter(loader), list(loader))]
+    return losses, said, evaluated
+
+
+@pytest.mark.parametrize("kind", ["torch", "datasets"])
+def test_training_from_a_stream_equals_training_from_its_batches(kind):
+    streamed = run_ranks(from_a_stream, 2, 2, kind)
     assert [losses for losses, _ in streamed] == run_ranks(from_batches, 2, 2)
     assert {name for _, name in streamed} == {"RepeatingLoader"}
+
+
+def test_a_data_loader_is_begun_once_for_training():
+    straight = run_ranks(from_batches, 2, 2)
+    for losses, (loader, number), evaluated in run_ranks(from_a_loader, 2, 2):
+        assert losses in straight
+        assert_one_sentence(loader, "train_batch got DataLoader", "call iter(...) on it once")
+        assert_one_sentence(number, "train_batch got int; give an iterator")
+        assert evaluated[0] == evaluated[1] == evaluated[2]
 
 
 def from_batches(stages):

@@ -7,7 +7,7 @@ import torch
 from sentences import assert_one_sentence
 from torch.utils.data import DataLoader, IterableDataset
 
-from ds_local.engine.loaders import data_for
+from ds_local.engine.loaders import begun, data_for, iterator_of
 from ds_local.errors import ConfigError
 
 
@@ -67,3 +67,23 @@ def test_other_things_are_refused(given, words):
     with pytest.raises(ConfigError) as error:
         data_for(given, 2, None, 0, 1)
     assert_one_sentence(error.value, "training_data", *words)
+
+
+def test_training_reads_from_what_remembers_how_far_it_has_come():
+    iterator = iter([1, 2])
+    assert iterator_of(iterator) is iterator
+    for given, words in (
+        (DataLoader(Stream(4)), ["DataLoader, which is no iterator", "RepeatingLoader"]),
+        ([1], ["list, which is no iterator"]),
+        (3, ["int; give an iterator"]),
+    ):
+        with pytest.raises(ConfigError) as error:
+            iterator_of(given)
+        assert_one_sentence(error.value, "train_batch got", *words)
+
+
+def test_an_evaluation_begins_a_loader():
+    iterator = iter([1, 2])
+    assert begun(None) is None
+    assert begun(iterator) is iterator
+    assert list(begun([1, 2])) == [1, 2]
