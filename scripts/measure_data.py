@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import sysconfig
@@ -57,12 +58,13 @@ tokens.map(group, batched=True, num_proc=workers).save_to_disk(output + "/saved"
 
 
 class Figures(NamedTuple):
-    """`held`, `with_files`: the most memory, in bytes."""
+    """`cpu`: seconds of processors; `held`, `with_files`: the most memory, in bytes."""
 
     system: str
     workers: int
     megabytes: int
     seconds: float
+    cpu: float
     held: int
     with_files: int
 
@@ -86,9 +88,10 @@ def _lines() -> Iterator[str]:
                 yield json.dumps({"text": text}) + "\n"
 
 
-def measure(command: list[str]) -> tuple[float, int, int]:
-    """(seconds, the most memory held, the same with pages of files) of a command."""
-    start = time.perf_counter()
+def measure(command: list[str]) -> tuple[float, float, int, int]:
+    """(seconds, those of processors, the most memory held, the same with pages of files) of a
+    command."""
+    start, used = time.perf_counter(), _cpu_of_children()
     held = with_files = 0
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
@@ -101,7 +104,13 @@ def measure(command: list[str]) -> tuple[float, int, int]:
         if process.returncode:
             said.seek(0)
             raise SystemExit(f"{' '.join(command)} failed: {said.read()[-2000:]}")
-    return time.perf_counter() - start, held, with_files
+    return time.perf_counter() - start, _cpu_of_children() - used, held, with_files
+
+
+def _cpu_of_children() -> float:
+    """Of those that have ended, and theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _memory(pid: int) -> tuple[int, int]:
@@ -159,13 +168,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=whole(1), nargs="+", default=[1, 2])
     parser.add_argument("--folder", default=None, help="for corpus and outputs; emptied at the end")
     args = parser.parse_args(arguments)
-    print("| system | processes | corpus, MB | seconds | MB/s | memory held, MB | with files, MB |")
+    print("| system | processes | corpus, MB | seconds | CPU seconds | held, MB | with files, MB |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for one in run(args, Path(folder)):
             print(
-                f"| {one.system} | {one.workers} | {one.megabytes} | {one.seconds:.1f} | "
-                f"{one.megabytes / one.seconds:.2f} | {one.held / 1e6:.0f} | "
+                f"| {one.system} | {one.workers} | {one.megabytes} | {one.seconds:.0f} | "
+                f"{one.cpu:.0f} | {one.held / 1e6:.0f} | "
                 f"{one.with_files / 1e6:.0f} |",
                 flush=True,
             )
