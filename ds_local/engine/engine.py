@@ -25,10 +25,7 @@ from deepspeed.runtime.pipe.schedule import ReduceGrads
 from torch import Tensor
 
 from ds_local.engine import instructions, loading, saving
-from ds_local.engine.deepspeed_seam import (
-    ENGINES,
-    always_check_overflow,
-)
+from ds_local.engine.deepspeed_seam import ENGINES, always_check_overflow
 from ds_local.engine.evaluation import evaluate, mean_losses
 from ds_local.engine.executor import Executor
 from ds_local.engine.finite import KINDS, Events
@@ -98,9 +95,7 @@ class LocalPipelineEngine(StageUpdates):
         self.keep_norms_local()
         always_check_overflow(self.optimizer)
         self._scale_by_segment()
-        self._ends: dict[
-            str, End | None
-        ] = {}  # name of each link of the model -> this rank's end of it
+        self._ends: dict[str, End | None] = {}  # name of each link -> this rank's end of it
         self.plan = RunPlan.of(self.section, self.num_stages, self.micro_batches)
         self._schedules: dict[Any, StageSchedule] = {}
         self._last_step: int | None = None
@@ -113,15 +108,13 @@ class LocalPipelineEngine(StageUpdates):
         self.reports.listeners.append(self.points.trained)
 
     def _make_reports_and_executor(self) -> None:
-        last = self.rank_of(self.module.stage_of[-1], 0)
         own = self.module.local_segments if self.replica_id == 0 else []
-        names = list(self._ends)
         self.reports = Reports(
             self.module.stage_of,
             self.steps_per_print(),
-            last,
+            self.rank_of(self.module.stage_of[-1], 0),
             own,
-            names,
+            list(self._ends),
             self.section.link.timeout_seconds,
             self.plan.steps_ahead,
         )
@@ -147,9 +140,8 @@ class LocalPipelineEngine(StageUpdates):
         self.failures = Failures(self._notices, number, names.__getitem__)
         first_ranks = [self.rank_of(0, replica) for replica in range(self.dp_world_size)]
         self._stopping = Stopping(self._notices, number, first_ranks)
-        heard: list[
-            dict[str, Any]
-        ] = []  # the notices must not keep the engine, and its links, alive
+        # the notices must not keep the engine, and its links, alive
+        heard: list[dict[str, Any]] = []
         self._last_events = heard
         self._event_topic = f"nonfinite/{number}"
         if self._notices is not None:
