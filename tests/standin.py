@@ -39,6 +39,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from ds_local.links.groups import HostGroup
+
 aten = torch.ops.aten
 
 _ON_DEVICE: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
@@ -287,8 +289,9 @@ def _waiting(device: torch.device | None) -> Actor:
 
 def _seen(operation: Callable[..., Any], writes: bool) -> Callable[..., Any]:
     def posted(tensor: Tensor, peer: Any = None, group: Any = None, **how: Any) -> Any:
+        wire = group if isinstance(group, tuple) else id(group)
         name = "a receive" if writes else "a send"
-        actor = _WIRES.setdefault((writes, peer, id(group)), Actor(name))
+        actor = _WIRES.setdefault((writes, peer, wire), Actor(name))
         memory, numbers, device = _pinned(tensor), tensor, None
         if isinstance(tensor, Pretend):
             memory, numbers, device = tensor.memory, tensor.numbers, tensor.device
@@ -297,6 +300,18 @@ def _seen(operation: Callable[..., Any], writes: bool) -> Callable[..., Any]:
         if memory is not None:
             memory.access(actor, writes, numbers)
         return _Work(operation(numbers, peer, group, **how), dict(actor.known), device)
+
+    return posted
+
+
+def _seen_in_group(operation: Callable[..., Any], writes: bool) -> Callable[..., Any]:
+    """The same for a group's own `send` and `receive`: each of its tags is a wire."""
+
+    def posted(group: Any, tensor: Tensor, rank: int, tag: int) -> Any:
+        def start(numbers: Tensor, peer: Any, wire: Any) -> Any:
+            return operation(group, numbers, peer, tag)
+
+        return _seen(start, writes)(tensor, rank, (id(group), tag))
 
     return posted
 
@@ -356,6 +371,8 @@ def standin(device: int = 1) -> Iterator[list[Fault]]:
         mock.patch.multiple(THREAD, device=device, computes=True),
         mock.patch.object(dist, "isend", _seen(dist.isend, False)),
         mock.patch.object(dist, "irecv", _seen(dist.irecv, True)),
+        mock.patch.object(HostGroup, "send", _seen_in_group(HostGroup.send, False)),
+        mock.patch.object(HostGroup, "receive", _seen_in_group(HostGroup.receive, True)),
         mock.patch.object(dist, "new_group", _over_gloo(dist.new_group)),
         mock.patch.object(nn.Module, "_apply", _applied(nn.Module._apply)),
         mock.patch.object(torch._C, _GROUP, _grouped(getattr(torch._C, _GROUP))),

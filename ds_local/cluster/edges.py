@@ -13,6 +13,7 @@ from torch import distributed as dist
 
 from ds_local.cluster.assembly import spans
 from ds_local.links.buffers import Tag
+from ds_local.links.groups import Groups
 from ds_local.links.transport import make_end
 
 
@@ -54,7 +55,7 @@ def measure_edges(
     stage = next(
         s for replica in ranks for s, rank in enumerate(replica) if rank == dist.get_rank()
     )
-    found = []
+    found, groups = [], Groups()
     for lower in range(len(ranks[0]) - 1):
         up, down, large = (
             make_end(
@@ -66,6 +67,7 @@ def measure_edges(
                 4,
                 timeout_seconds,
                 torch.device("cpu"),
+                groups,
             )
             for way, a, b in (
                 ("small up", lower, lower + 1),

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -42,6 +43,7 @@ from ds_local.errors import CheckpointError, ConfigError
 from ds_local.links import notices
 from ds_local.links.device import peak_memory
 from ds_local.links.failures import Failures, meeting
+from ds_local.links.groups import Groups, in_turn
 from ds_local.links.pair import Receiver, Sender
 from ds_local.links.transport import End, make_end
 from ds_local.links.watchdog import Watchdog
@@ -76,6 +78,7 @@ class LocalPipelineEngine(StageUpdates):
         self.replica_id = self.grid.get_data_parallel_id()
         self.eval_losses: dict[int, float] = {}
         self._look_after_each_other()
+        self.groups = Groups()
         self.recorder: Recorder | None = None  # set it to keep a trace
         self.replicas = Together()  # `initialize` puts here what the config asks for
         self._grad_norms: dict[int, Any] = {}  # by segment, where DeepSpeed's is of a stage
@@ -115,6 +118,7 @@ class LocalPipelineEngine(StageUpdates):
             self.rank_of(self.module.stage_of[-1], 0),
             own,
             list(self._ends),
+            self.groups,
             self.section.link.timeout_seconds,
             self.plan.steps_ahead,
         )
@@ -158,6 +162,7 @@ class LocalPipelineEngine(StageUpdates):
         """All links of this rank: by lower segment for activations, by `Link` for gradients. A
         collective call."""
         validate(self.plan.schedules, self.section.link.depth)
+        self._meet_neighbours()
         activations = {
             lower: self._make_link(Link("activation", lower))
             for lower in range(self.num_segments - 1)
@@ -166,6 +171,12 @@ class LocalPipelineEngine(StageUpdates):
             if isinstance(end, Receiver):
                 end.steps_ahead = self.plan.steps_ahead
         return activations, {link: self._make_link(link) for link in self.plan.gradient_links}
+
+    def _meet_neighbours(self) -> None:
+        """Connect with all of them before links are made one after another, up the pipeline."""
+        for edge in in_turn(list(pairwise(self.module.stage_of))):
+            if self.stage_id in edge:
+                self.groups.pair(self.rank_of(sum(edge) - self.stage_id, self.replica_id))
 
     def _make_link(self, link: Link) -> End | None:
         source, target = (
@@ -204,6 +215,7 @@ class LocalPipelineEngine(StageUpdates):
             depth,
             link.timeout_seconds,
             self.device,
+            self.groups,
             link.past_host,
         )
         self._ends[name] = end

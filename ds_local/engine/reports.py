@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ds_local.engine.finite import KINDS
-from ds_local.links.groups import host_group
+from ds_local.links.groups import Groups
 from ds_local.links.mailbox import Mailbox
 from ds_local.links.pair import Sender
 from ds_local.links.transport import End
@@ -117,8 +117,8 @@ Listener = Callable[[list[SegmentReport]], None]
 
 
 class Reports:
-    """Collects the figures of all segments on rank 0. A part of the engine; making one is a
-    collective call.
+    """Collects the figures of all segments on rank 0. A part of the engine; making one is a call of
+    rank 0 and the source.
 
     Args:
         stage_of: segment -> stage.
@@ -126,6 +126,7 @@ class Reports:
         source: global rank of the last stage of replica 0.
         local_segments: this rank's segments, empty on replicas other than the first.
         links: names of all links; "slowest_link" is a number of one of them.
+        groups: of the engine.
         timeout_seconds: longest wait for reports that are on their way.
         steps_ahead: that forwards may run ahead. Figures of so many steps travel beside the newest:
             no forward is left to carry them in the last steps before a phase ends.
@@ -138,6 +139,7 @@ class Reports:
         source: int,
         local_segments: Sequence[int],
         links: Sequence[str],
+        groups: Groups,
         timeout_seconds: float = 300.0,
         steps_ahead: int = 0,
     ) -> None:
@@ -155,12 +157,10 @@ class Reports:
         self._noted: dict[int, dict[int, Tensor]] = {}  # the same, of all segments
         rank = dist.get_rank()
         self._reads, self._writes = rank == 0, rank == source
-        group = host_group([0, source]) if source else None
-        self._mailbox = (
-            Mailbox(group, 0, (num_segments, _COLUMNS), timeout_seconds)
-            if self._reads or self._writes
-            else None
-        )
+        self._mailbox = None
+        if self._reads or self._writes:
+            group = groups.pair(source if self._reads else 0) if source else None
+            self._mailbox = Mailbox(group, 0, (num_segments, _COLUMNS), timeout_seconds)
 
     def note(self) -> None:
         """New figures of other segments have come."""

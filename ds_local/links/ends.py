@@ -8,6 +8,7 @@ from typing import Any
 
 from ds_local.errors import LostConnection
 from ds_local.links.buffers import HEADER, SPEC_BYTES, Form
+from ds_local.links.groups import HostGroup
 from ds_local.links.staging import Direct, Staging
 from ds_local.links.waiting import Waiter, is_lost
 
@@ -32,7 +33,7 @@ class GroupEnd(Waiter):
 
     Args:
         name: what the link carries, for messages.
-        group: a two-rank process group.
+        group: of the two ranks.
         peer: the other end.
         depth: messages under way before the sender waits; receives posted ahead.
         timeout_seconds: longest wait.
@@ -44,7 +45,7 @@ class GroupEnd(Waiter):
     def __init__(
         self,
         name: str,
-        group: Any,
+        group: HostGroup,
         peer: Peer,
         depth: int,
         timeout_seconds: float,

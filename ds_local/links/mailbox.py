@@ -6,11 +6,12 @@ import math
 from collections import deque
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ds_local.links.groups import HostGroup
 
 
 class Mailbox:
@@ -18,7 +19,7 @@ class Mailbox:
     only looks.
 
     Args:
-        group: the two-rank group of writer and reader (gloo); None when they are the same rank.
+        group: of writer and reader; None when they are the same rank.
         reader: global rank that reads.
         shape: of a report (float64).
         timeout_seconds: longest wait of a reader that asks for more than has come.
@@ -28,7 +29,7 @@ class Mailbox:
 
     def __init__(
         self,
-        group: Any,
+        group: HostGroup | None,
         reader: int,
         shape: tuple[int, ...],
         timeout_seconds: float = 300.0,
@@ -36,6 +37,7 @@ class Mailbox:
         self.sent = self.taken = 0
         self._limit = timedelta(seconds=timeout_seconds)
         self._group = group
+        self._tag = 0 if group is None else group.take_tags()
         self._reader = reader
         self._shape = shape
         self._kept: deque[tuple[dist.Work | None, Tensor]] = deque()
@@ -47,15 +49,16 @@ class Mailbox:
         # the last entry stays 0 until the whole message has landed: gloo cannot be asked whether a
         # receive is complete
         buffer = torch.zeros(math.prod(self._shape) + 1, dtype=torch.float64)
-        self._kept.append((dist.irecv(buffer, group=self._group, group_src=self._writer()), buffer))
-
-    def _writer(self) -> int:
-        return 1 - dist.get_group_rank(self._group, self._reader)
+        assert self._group is not None, "within a rank nothing is received"
+        (writer,) = self._group.places.keys() - {self._reader}
+        self._kept.append((self._group.receive(buffer, writer, self._tag), buffer))
 
     def write(self, report: Tensor) -> None:
         buffer = torch.cat([report.flatten(), torch.ones(1, dtype=torch.float64)])
         try:
-            work = None if self._group is None else dist.isend(buffer, self._reader, self._group)
+            work = None
+            if self._group is not None:
+                work = self._group.send(buffer, self._reader, self._tag)
         except RuntimeError:
             # the reader has finished and left; if it died, those who need its work will say so
             return

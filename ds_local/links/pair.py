@@ -1,4 +1,4 @@
-"""The two ends of a link between two stages, over a two-rank process group.
+"""The two ends of a link between two stages, over the group of their two ranks.
 
 The receiver keeps `depth` receives posted ahead, so a message lands while its stage computes; the
 sender keeps each buffer alive until it is gone and waits once `depth` messages are under way. Gloo
@@ -16,7 +16,6 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor
 
 from ds_local.errors import TransportError
@@ -124,7 +123,7 @@ class Sender(GroupEnd):
     def _start(self, packets: list[tuple[Tensor, int]]) -> _Sent:
         works: list[Any] = []
         for data, tag in packets:
-            works.append(dist.isend(data, self.peer.rank, self._group, tag=tag))
+            works.append(self._group.send(data, self.peer.rank, tag))
         return _Sent(works, packets)
 
     def flush(self) -> None:
@@ -235,7 +234,7 @@ class Receiver(GroupEnd):
         work: Any
         buffer = self._staging.buffer(self._room)
         try:
-            work = dist.irecv(buffer, self.peer.rank, self._group, tag=self._tag)
+            work = self._group.receive(buffer, self.peer.rank, self._tag)
         except RuntimeError as error:
             work = _Gone(
                 error

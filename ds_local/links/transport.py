@@ -1,7 +1,7 @@
 """One-way links between neighbouring segments.
 
 A message is a dict of named tensors with a tag (step, micro-batch). Segments of one stage hand over
-in memory; stages talk over a two-rank process group for each edge and direction (`pair`).
+in memory; stages talk over a group of two ranks, one for all links between them (`pair`).
 Everything that waits has a limit and names whom it waited for.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ds_local.errors import TransportError
 from ds_local.links.buffers import Message, Tag
-from ds_local.links.ends import Peer
-from ds_local.links.groups import host_group
+from ds_local.links.ends import RINGS, Peer
+from ds_local.links.groups import Groups
 from ds_local.links.pair import Receiver, Sender
 from ds_local.links.staging import Direct, Staging
 
@@ -67,14 +67,16 @@ def make_end(
     depth: int,
     timeout_seconds: float,
     device: torch.device,
+    groups: Groups,
     past_host: bool = False,
 ) -> End | None:
     """This rank's end of a link from stage `source` to stage `target`, None when it has none. A
-    collective call.
+    call of both ends, with `past_host` of all ranks.
 
     Args:
         stage: this rank's stage.
         ranks: for each replica the global rank of each stage.
+        groups: the owner's; all its links are made in the same order on every rank.
         past_host: tensors on the device do not go through host memory.
     """
     if source == target:
@@ -82,13 +84,20 @@ def make_end(
     mine: End | None = None
     for replica in ranks:
         pair = [replica[source], replica[target]]
-        group = host_group(pair)
         beside = dist.new_group(pair, backend=Direct.backend(device)) if past_host else None
         if dist.get_rank() in pair:
             is_source = dist.get_rank() == pair[0]
             peer = Peer(target, pair[1]) if is_source else Peer(source, pair[0])
             direct = Direct(device, beside, peer.rank) if past_host else None
+            group = groups.pair(peer.rank)
             mine = (Sender if is_source else Receiver)(
-                name, group, peer, depth, timeout_seconds, Staging(device), direct
+                name,
+                group,
+                peer,
+                depth,
+                timeout_seconds,
+                Staging(device),
+                direct,
+                group.take_tags(RINGS),
             )
     return mine

@@ -131,15 +131,15 @@ def asynchronous(
     weights than their forwards.
     """
     from ds_local.links.buffers import Tag
+    from ds_local.links.groups import Groups
     from ds_local.links.transport import make_end
 
-    rank, total = dist.get_rank(), micro_batches * steps
+    rank, total, groups = dist.get_rank(), micro_batches * steps, Groups()
 
     def end(kind: str, source: int, target: int) -> Any:
         name = f"{kind} link {source} -> {target}"
-        return make_end(
-            name, rank, source, target, [list(range(stages))], 4, 300.0, torch.device("cpu")
-        )
+        ranks, host = [list(range(stages))], torch.device("cpu")
+        return make_end(name, rank, source, target, ranks, 4, 300.0, host, groups)
 
     up = [end("activation", s, s + 1) for s in range(stages - 1)]
     down = [end("gradient", s + 1, s) for s in range(stages - 1)]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ds_local.config.schema import LocalParallelConfig
+from ds_local.links.groups import Groups
 
 
 class Module(Protocol):
@@ -29,6 +30,7 @@ class Engine(Protocol):
     num_stages: int
     stage_id: int
     dp_world_size: int  # replicas of each stage
+    groups: Groups  # with the ranks it talks to
     global_steps: int  # optimizer steps that are done
     optimizer: Any  # torch's, or one of DeepSpeed's with the same `state` and `param_groups`
 

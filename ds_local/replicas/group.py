@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ds_local.errors import LostConnection
 from ds_local.links.device import to_device, to_host
-from ds_local.links.groups import host_group
+from ds_local.links.groups import HostGroup
 from ds_local.links.waiting import Waiter, is_lost
 from ds_local.replicas.engine import Engine
 
@@ -28,10 +28,10 @@ class Parcels:
         self._works: list[tuple[int, Any]] = []
         for other in group.others:
             if sizes[other]:
-                self._works.append((other, group.start(other, dist.irecv, self._received[other])))
+                self._works.append((other, group.receive(other, self._received[other])))
         for other in group.others:
             if self._sent[other].numel():
-                self._works.append((other, group.start(other, dist.isend, self._sent[other])))
+                self._works.append((other, group.send(other, self._sent[other])))
                 group.num_bytes += self._sent[other].nbytes
 
     def wait(self) -> list[Tensor]:
@@ -48,12 +48,12 @@ class ReplicaGroup(Waiter):
     Args:
         stage: for messages.
         ranks: global ranks of the replicas.
-        group: a process group of these ranks that nothing else uses.
+        group: of these ranks.
         timeout_seconds: longest wait for another replica.
     """
 
     def __init__(
-        self, stage: int, ranks: Sequence[int], group: Any, timeout_seconds: float
+        self, stage: int, ranks: Sequence[int], group: HostGroup, timeout_seconds: float
     ) -> None:
         super().__init__(timeout_seconds)
         self.stage, self.ranks = stage, list(ranks)
@@ -61,7 +61,7 @@ class ReplicaGroup(Waiter):
         self.index = self.ranks.index(dist.get_rank())
         self.others = [replica for replica in range(self.size) if replica != self.index]
         self.num_bytes = 0  # sent to others
-        self._group = group
+        self._group, self._tag = group, group.take_tags()
 
     def exchange(self, sent: Sequence[Tensor], sizes: Sequence[int]) -> Parcels:
         """Start sending `sent[r]` (one dimension, on the CPU) to each replica r, which sends
@@ -90,9 +90,15 @@ class ReplicaGroup(Waiter):
             for piece, tensor in zip(pieces, tensors, strict=True)
         ]
 
-    def start(self, other: int, operation: Any, buffer: Tensor) -> Any:
+    def send(self, other: int, buffer: Tensor) -> Any:
+        return self._start(self._group.send, other, buffer)
+
+    def receive(self, other: int, buffer: Tensor) -> Any:
+        return self._start(self._group.receive, other, buffer)
+
+    def _start(self, operation: Callable[..., Any], other: int, buffer: Tensor) -> Any:
         try:
-            return operation(buffer, self.ranks[other], self._group)
+            return operation(buffer, self.ranks[other], self._tag)
         except RuntimeError as error:
             if not is_lost(error):
                 raise
@@ -107,13 +113,7 @@ class ReplicaGroup(Waiter):
 
 
 def replica_group(engine: Engine) -> ReplicaGroup:
-    """A group of this rank's own, for every stage of the engine. A collective call."""
-    seconds = engine.section.link.timeout_seconds
-    mine = None
-    for stage in range(engine.num_stages):
-        ranks = [engine.rank_of(stage, replica) for replica in range(engine.dp_world_size)]
-        group = host_group(ranks)
-        if stage == engine.stage_id:
-            mine = ReplicaGroup(stage, ranks, group, seconds)
-    assert mine is not None, "every rank has a stage"
-    return mine
+    """The group of this rank's stage. A call of all its replicas."""
+    stage = engine.stage_id
+    ranks = [engine.rank_of(stage, replica) for replica in range(engine.dp_world_size)]
+    return ReplicaGroup(stage, ranks, engine.groups.of(ranks), engine.section.link.timeout_seconds)

@@ -1,27 +1,115 @@
-"""Groups of some ranks, beside a world that is bound to a device."""
+"""Groups of some ranks: made by them alone, one for all that two of them say to each other."""
 
+import pytest
+import torch
 from ranks import run_ranks
+
+from ds_local.config.files import local_parallel
+from ds_local.links.groups import in_turn
+from ds_local.schedules.run_plan import RunPlan
 
 
 def exchange():
-    import torch
     from torch import distributed as dist
 
-    from ds_local.links.groups import host_group
+    from ds_local.links.groups import Groups
 
     # as DeepSpeed binds it where ranks have GPUs
     bound = dist.group.WORLD.bound_device_id = torch.device("cpu:0")
-    groups = [host_group(pair) for pair in ([0, 1], [1, 2], [2, 3])]
-    rank, got = dist.get_rank(), []
-    for lower, group in enumerate(groups):
-        number = torch.tensor([float(rank)])
-        if rank == lower:
-            dist.send(number, rank + 1, group)
-        elif rank == lower + 1:
-            dist.recv(number, lower, group)
-            got.append(number.item())
-    return got, dist.group.WORLD.bound_device_id == bound
+    world = dist.distributed_c10d._world
+    known, groups, rank, got, sent = len(world.pg_map), Groups(), dist.get_rank(), [], []
+    for lower, upper in in_turn([(0, 1), (1, 2), (2, 3)]):
+        if rank in (lower, upper):
+            groups.pair(lower + upper - rank)
+    for tag in (7, 3) if rank < 3 else ():  # the later one first
+        number = torch.tensor([float(rank + tag)])
+        sent.append(groups.pair(rank + 1).send(number, rank + 1, tag))
+    for tag in (3, 7) if rank else ():
+        number = torch.zeros(1)
+        groups.pair(rank - 1).receive(number, rank - 1, tag).wait()
+        got.append(number.item())
+    for work in sent:
+        work.wait()
+    grown = len(world.pg_map) - known
+    return got, len(groups), dist.group.WORLD.bound_device_id == bound, grown
 
 
-def test_pairs_talk_and_the_world_stays_bound():
-    assert run_ranks(exchange, 4) == [([], True), ([0.0], True), ([1.0], True), ([2.0], True)]
+def test_pairs_talk_by_tags_and_torch_knows_nothing_of_them():
+    assert run_ranks(exchange, 4) == [
+        ([], 1, True, 0),
+        ([3.0, 7.0], 2, True, 0),
+        ([4.0, 8.0], 2, True, 0),
+        ([5.0, 9.0], 1, True, 0),
+    ]
+
+
+def test_neighbours_meet_in_two_turns():
+    chain = [(n, n + 1) for n in range(5)]
+    assert in_turn(chain) == [(0, 1), (2, 3), (4, 5), (1, 2), (3, 4)]
+    assert in_turn([(0, 1), (1, 1), (1, 0)]) == [(0, 1)]
+
+
+# --- how many -----------------------------------------------------------------------------------
+
+
+class Counted:
+    """Stands for a group that would connect with other ranks."""
+
+    def __init__(self, name, ranks):
+        self.places = {rank: place for place, rank in enumerate(ranks)}
+
+    def take_tags(self, number=1):
+        return 0
+
+    def send(self, *_):
+        raise AssertionError("nothing is sent before a step")
+
+    def receive(self, *_):
+        """A mailbox has receives posted."""
+
+
+def nothing_yet(groups):
+    groups._name, groups._groups = "", {}
+
+
+def groups_of_a_rank(rank, stages, replicas, section, monkeypatch):
+    """What one rank of a large run makes: (its groups, calls of torch's `new_group`)."""
+    from torch import distributed as dist
+
+    from ds_local.engine.reports import Reports
+    from ds_local.links import groups as module
+    from ds_local.links.transport import make_end
+    from ds_local.schedules.schedule import Link
+
+    calls = []
+    monkeypatch.setattr(module, "HostGroup", Counted)
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: rank)
+    monkeypatch.setattr(dist, "new_group", lambda *args, **how: calls.append(args))
+    monkeypatch.setattr(module.Groups, "__init__", nothing_yet)
+    parsed = local_parallel({"local_parallel": section})
+    ranks = parsed.layout.ranks(stages, replicas)
+    plan, groups, ends = RunPlan(parsed, stages, 2), module.Groups(), []
+    stage = rank // replicas
+    links = [*(Link("activation", lower) for lower in range(stages - 1)), *plan.gradient_links]
+    for link in links:
+        way = (0, 1) if link.kind == "activation" else (1, 0)
+        source, target = (link.lower + one for one in way)
+        host = torch.device("cpu")
+        ends.append(make_end(str(link), stage, source, target, ranks, 4, 9.0, host, groups))
+    last = ranks[0][-1]
+    Reports(range(stages), 1, last, [stage], list(map(str, links)), groups)
+    return len(groups), len(calls), sum(end is not None for end in ends)
+
+
+@pytest.mark.parametrize("mode", ["backprop", "overlapping"])
+def test_groups_grow_with_neighbours_and_not_with_ranks(mode, monkeypatch):
+    for stages, replicas in ((16, 1), (256, 1), (16, 16)):
+        for stage in (0, 1, stages // 2, stages - 1):
+            made, calls, ends = groups_of_a_rank(
+                stage * replicas, stages, replicas, {"mode": mode}, monkeypatch
+            )
+            neighbours = 2 - (stage in (0, stages - 1))
+            mailbox = stage in (0, stages - 1)  # from the last stage to the first
+            assert made == neighbours + mailbox
+            assert calls == 0
+            assert ends == 2 * neighbours  # activations and gradients share a group

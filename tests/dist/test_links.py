@@ -64,10 +64,12 @@ def failing(past_host):
     from ds_local.engine.process_group import start_processes
     from ds_local.errors import TransportError
     from ds_local.links.buffers import Tag
+    from ds_local.links.groups import Groups
     from ds_local.links.transport import make_end
 
     start_processes()
-    end = make_end("link", dist.get_rank(), 0, 1, [[0, 1]], 2, 60.0, torch.device("cpu"), past_host)
+    host, groups = torch.device("cpu"), Groups()
+    end = make_end("link", dist.get_rank(), 0, 1, [[0, 1]], 2, 60.0, host, groups, past_host)
     tensors = {"hidden": torch.arange(6.0).view(2, 3), "ids": torch.tensor([1, 2])}
     if dist.get_rank() == 0:
         end.send(Tag(0, 0), tensors)
@@ -98,12 +100,13 @@ def crossing():
 
     from ds_local.engine.process_group import start_processes
     from ds_local.links.buffers import Tag
+    from ds_local.links.groups import Groups
     from ds_local.links.transport import make_end
 
     start_processes()
-    rank = dist.get_rank()
+    rank, groups = dist.get_rank(), Groups()
     up, down = (
-        make_end(f"link from {a}", rank, a, 1 - a, [[0, 1]], 1, 10.0, torch.device("cpu"))
+        make_end(f"link from {a}", rank, a, 1 - a, [[0, 1]], 1, 10.0, torch.device("cpu"), groups)
         for a in (0, 1)
     )
     mine, other = (up, down) if rank == 0 else (down, up)
@@ -269,11 +272,12 @@ def staged(fail=False):
     from ds_local.engine.process_group import start_processes
     from ds_local.links.buffers import Tag
     from ds_local.links.ends import Peer
+    from ds_local.links.groups import Groups
     from ds_local.links.pair import Receiver, Sender
     from ds_local.links.staging import Staging
 
     start_processes()
-    group, depth, count = dist.new_group([0, 1], backend="gloo"), 2, 7
+    group, depth, count = Groups().of([0, 1]), 2, 7
     may_copy = threading.Event()
 
     class Slow(Staging):

@@ -37,11 +37,13 @@ def one_after_another(depth, past_host):
 
     from ds_local.engine.process_group import start_processes
     from ds_local.links.buffers import Tag
+    from ds_local.links.groups import Groups
     from ds_local.links.transport import make_end
 
     start_processes()
     rank = dist.get_rank()
-    end = make_end("link", rank, 0, 1, [[0, 1]], depth, 60.0, torch.device("cpu"), past_host)
+    host, groups = torch.device("cpu"), Groups()
+    end = make_end("link", rank, 0, 1, [[0, 1]], depth, 60.0, host, groups, past_host)
     order = [*range(len(LENGTHS)), *reversed(range(len(LENGTHS)))]
     for place, number in enumerate(order):
         tag, expected = Tag(place, 0), message_of(number)
