@@ -55,6 +55,10 @@ class CheckpointError(DsLocalError, RuntimeError):
     """A checkpoint that is missing, incomplete or damaged; the message names file and remedy."""
 
 
+class MoveError(CheckpointError):
+    """An optimizer's state that does not go into this run, whatever its layout."""
+
+
 class NonFiniteError(DsLocalError, RuntimeError):
     """Losses, gradients or activations that are not finite, for more steps in a row than
     "on_nonfinite" allows; the message names step, stage and segment."""

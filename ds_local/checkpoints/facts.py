@@ -51,6 +51,7 @@ class _Facts(BaseModel):
     num_replicas: PositiveInt
     segment_parts: list[NonNegativeInt]
     head_segments: list[NonNegativeInt] | None = None
+    segment_stages: list[NonNegativeInt] | None = None  # None: in order
     local_parallel: dict[str, Any]
     model: dict[str, Any] | None
     optimizer: OptimizerFacts | None = None
@@ -73,10 +74,28 @@ class _Facts(BaseModel):
                 f"{segments} segments do not go with {self.num_stages} stages and heads at "
                 f"{self.head_segments}"
             )
+        dealt = sorted(self.segment_stages or _in_order(self.model_dump()))
+        if dealt != _in_order(self.model_dump()):
+            raise ValueError(f"segment_stages gives stages unlike segments: {self.segment_stages}")
         strange = [name for name in self.files if Path(name).name != name or name == FACTS]
         if strange:
             raise ValueError(f"files names {strange[0]!r}, which is no file of a checkpoint")
         return self
+
+
+def _in_order(facts: Mapping[str, Any]) -> list[int]:
+    """Stage of each segment, where no schedule deals them otherwise."""
+    count = len(facts["segment_parts"]) - 1
+    return [segment * facts["num_stages"] // count for segment in range(count)]
+
+
+def segments_of_stages(facts: Mapping[str, Any]) -> list[list[int]]:
+    """The segments of each stage of a checkpoint."""
+    stages = facts["segment_stages"] or _in_order(facts)
+    return [
+        [segment for segment, at in enumerate(stages) if at == stage]
+        for stage in range(facts["num_stages"])
+    ]
 
 
 def write_facts(facts: Mapping[str, Any]) -> str:
@@ -171,29 +190,34 @@ def head_options(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {key: facts[SECTION]["head"][key] for key in _HEAD_OPTIONS}
 
 
-def layout_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str, str] | None:
-    """What keeps the optimizer's state of one checkpoint out of a run, in the words of both; None
-    when nothing does. What a checkpoint does not say is taken to be the same."""
+def layout_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What is another in a run than in a checkpoint: name -> (theirs, ours). What a checkpoint does
+    not say is taken to be the same."""
     theirs, ours = _layout(saved), _layout(own)
-    changed = [name for name in ours if theirs[name] is not None and theirs[name] != ours[name]]
-    if not changed:
-        return None
-    there, here = (
-        ", ".join(f"{name} {layout[name]}" for name in changed) for layout in (theirs, ours)
-    )
-    return there, here
+    return {
+        name: (theirs[name], ours[name])
+        for name in ours
+        if theirs[name] is not None and theirs[name] != ours[name]
+    }
+
+
+def changes_in_words(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{name} {theirs}, now {ours}" for name, (theirs, ours) in changes.items())
 
 
 def _layout(facts: Mapping[str, Any]) -> dict[str, Any]:
     section, optimizer = facts[SECTION], facts["optimizer"] or {}
+    schemes = [section, *(section["phases"] or ())]
     by_segment = section["lr_multipliers"] or section["warmup_stagger"]
+    by_segment = by_segment or any(scheme.get("delay_discount") for scheme in schemes)
     return {
         "stages": facts["num_stages"],
         "replicas": facts["num_replicas"],
-        "segment parts": facts["segment_parts"],
-        "schedule": section["schedule"] or "of its own",
+        "segments": len(facts["segment_parts"]) - 1,
+        "cut": facts["segment_parts"],
+        "placement": facts["segment_stages"] or _in_order(facts),
         "heads at segments": facts["head_segments"],
-        "heads with": head_options(facts),
+        **{f"head.{key}": value for key, value in head_options(facts).items()},
         "learning rates": "by segment" if by_segment else "of one kind",
         "optimizer": optimizer.get("type"),
         "precision": optimizer.get("precision") or _precision(facts),

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 
 from ds_local.charts.pages import PAGE_MARK
-from ds_local.config.changes import CHANGES
+from ds_local.config.changes import CHANGES, RENAMED
 from ds_local.config.files import nearest
 from ds_local.errors import ConfigError, OutputError, first_line
 from ds_local.outputs import check_file
@@ -112,7 +112,8 @@ SHEET = output_file(SHEET_MARK)
 
 def kinds_of_change(text: str) -> list[str]:
     """A command line's list of `CHANGES`."""
-    kinds = [kind.strip() for kind in text.split(",") if kind.strip()]
+    given = [kind.strip() for kind in text.split(",") if kind.strip()]
+    kinds = [RENAMED.get(kind, kind) for kind in given]
     unknown = [kind for kind in kinds if kind not in CHANGES]
     if unknown:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(CHANGES)}")

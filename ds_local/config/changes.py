@@ -7,8 +7,11 @@ CHANGES = {
     "data": "other sequences",
     "tokenizer": "another tokenizer",
     "seed": "another order of the data, other dropout",
-    "batch": "sequences of a micro-batch, micro-batches of a step, replicas",
+    "batch": "sequences of a step; with a mix, micro-batches too",
     "scheme": "the scheme, heads, codecs",
-    "layout": "stages, cut, precision, kind of optimizer: its state starts afresh",
+    "optimizer": "another kind of optimizer: its state starts afresh",
     "scheduler": "another kind of learning-rate scheduler: it starts afresh",
 }
+
+# names of one release ago -> today's
+RENAMED = {"layout": "optimizer"}

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from inspect import getmembers, isfunction
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakSet
 
 import deepspeed
@@ -28,7 +28,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_local.engine.deepspeed_version import REMEDY
 from ds_local.engine.safe_files import SafeCheckpointEngine
@@ -77,9 +77,12 @@ NAMES: dict[Any, tuple[str, ...]] = {
     MonitorMaster: ("csv_monitor", "enabled"),
     csvMonitor: ("filenames", "log_dir"),
     DeepSpeedEngine: ("_ADAM_HALF_KEYS", "_MUON_HALF_KEYS"),
-    BF16_Optimizer: ("mpu",),
+    BF16_Optimizer: ("mpu", "bf16_groups", "fp32_groups_flat_partition", "_hp_mapping"),
     DeepSpeedZeroOptimizer: (
         "mpu",
+        "bit16_groups",
+        "single_partition_of_fp32_groups",
+        "_hp_mapping",
         "model_parallel_group",
         "model_parallel_rank",
         "model_parallel_world_size",
@@ -300,6 +303,44 @@ MUON_PARAMETERS: dict[str, Any] = {
     "per_head_muon": bool,
 }
 """What the Muon optimizer reads of a config -> its kind; None for any."""
+
+
+# --- what the optimizer holds --------------------------------------------------------------------
+
+
+class Share(NamedTuple):
+    """The stretch of a parameter that this rank's optimizer steps."""
+
+    parameter: nn.Parameter
+    holder: Tensor  # what is stepped: the parameter itself, or flat fp32 copies of many
+    start: int  # first element of the parameter
+    offset: int  # where that is in the holder
+    length: int
+
+
+def shares_of(optimizer: Any) -> list[list[Share]]:
+    """Of each parameter group, all parameters of the stage; length 0: another replica steps it."""
+    names = ("bf16_groups", "fp32_groups_flat_partition")
+    if not hasattr(optimizer, names[0]):
+        names = ("bit16_groups", "single_partition_of_fp32_groups")
+    if not hasattr(optimizer, names[0]):
+        return [
+            [Share(p, p, 0, 0, p.numel()) for p in group["params"]]
+            for group in optimizer.param_groups
+        ]
+    groups, flats = (getattr(optimizer, name) for name in names)
+    return [
+        [_share_in(flat, parameter) for parameter in group]
+        for group, flat in zip(groups, flats, strict=True)
+    ]
+
+
+def _share_in(flat: Tensor, parameter: Any) -> Share:
+    place = parameter._hp_mapping
+    if place is None:
+        return Share(parameter, flat, 0, 0, 0)
+    of_parameter, of_flat = place.lp_fragment_address, place.hp_fragment_address
+    return Share(parameter, flat, of_parameter.start, of_flat.start, of_flat.numel)
 
 
 # --- gradients that are not finite --------------------------------------------------------------

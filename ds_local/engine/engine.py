@@ -473,9 +473,9 @@ class LocalPipelineEngine(StageUpdates):
         """
         client_state = client_state or {}
 
-        def write(partial: str) -> None:
+        def write(partial: str, state: Any) -> None:
             super(LocalPipelineEngine, self).save_checkpoint(
-                save_dir, partial, client_state, False, exclude_frozen_parameters
+                save_dir, partial, state, False, exclude_frozen_parameters
             )
 
         with self._failures_reported(f"the save after step {self.global_steps}"):
@@ -495,16 +495,15 @@ class LocalPipelineEngine(StageUpdates):
     ) -> tuple[str | None, dict[str, Any]]:
         """Load a checkpoint, by default the latest. All ranks must call it.
 
-        Weights load into any number of stages; the optimizer's state only into the layout it was
-        saved from (otherwise pass `load_optimizer_states=False`, or `load_module_only=True` to
-        start again at step 0).
+        Any layout loads into any other: stages, replicas, segments, precision, ZeRO stage; `moved`
+        says what changed.
 
         Returns:
             (path, client state).
 
         Raises:
-            CheckpointError: when there is none, it is damaged, of another model, or the layout
-                differs. Nothing has been changed by then.
+            CheckpointError: when there is none, it is damaged, or of another model or optimizer.
+                Nothing has been changed by then.
         """
         if custom_load_fn is not None:
             raise CheckpointError(

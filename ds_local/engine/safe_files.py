@@ -12,6 +12,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from ds_local.checkpoints.by_name import NAMES
 from ds_local.errors import CheckpointError
 
 # what DeepSpeed pickles into its optimizer files besides tensors and plain data
@@ -37,17 +38,22 @@ RESERVED = (
     "ds_config",
     "ds_version",
     "checkpoint_parallel_dimensions",
+    NAMES,
 )
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):
     """DeepSpeed's checkpoint files, read without running what is in them."""
 
+    maps = False  # does `load` leave tensors on the disk until somebody reads them?
+
     def save(self, state_dict: Any, path: str) -> None:
         with open(path, "wb") as file:  # torch's own writer does not say why a disk takes no more
             torch.save(state_dict, file, _use_new_zipfile_serialization=self.zipfile_serialization)
 
     def load(self, path: str, map_location: Any = None) -> Any:
+        if self.maps:
+            return self.look(path)
         try:
             return _read(path, map_location)
         except Exception as error:  # a damaged file can fail in many ways

@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from ds_local.checkpoints.agreement import gather, together
+from ds_local.checkpoints.by_name import NAMES
 from ds_local.checkpoints.folder import Writing
+from ds_local.engine.deepspeed_seam import shares_of
 from ds_local.engine.finite import check_state
 from ds_local.engine.safe_files import RESERVED, unloadable
 from ds_local.engine.updates import StageUpdates
@@ -22,7 +24,7 @@ from ds_local.schedules.run_plan import head_segments
 
 def save(
     engine: StageUpdates,
-    write: Callable[[str], Any],
+    write: Callable[[str, Mapping[str, Any]], Any],
     save_dir: str,
     tag: str | None,
     client_state: Mapping[str, Any],
@@ -33,7 +35,7 @@ def save(
     Reports come first: who keeps them has all figures of the saved steps before `latest` says so.
 
     Args:
-        write: DeepSpeed's own saving, given the temporary tag.
+        write: DeepSpeed's own saving, given the temporary tag and what goes into its state files.
 
     Raises:
         SaveError: on all ranks, when the disk of one does not take it; the checkpoint before it is
@@ -56,7 +58,7 @@ def save(
             engine.executor.stash.save(files.save, target)
         engine.replicas.save(files.save, target)
         with engine.replicas.whole(moments=True):
-            write(writing.partial)
+            write(writing.partial, {**client_state, NAMES: _names(engine)})
         together(files.check)
         writing.commit(facts_of(engine), save_latest)
     except SaveError as error:  # on all ranks
@@ -151,6 +153,14 @@ def _check_state(engine: StageUpdates, client_state: Mapping[str, Any]) -> None:
         )
 
 
+def _names(engine: StageUpdates) -> list[list[str]]:
+    """Of the parameters in each group of this stage's optimizer, in their order."""
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    return [
+        [names.get(share.parameter, "") for share in group] for group in shares_of(engine.optimizer)
+    ]
+
+
 def facts_of(engine: StageUpdates) -> dict[str, Any]:
     """What a checkpoint says about itself."""
     module = engine.module
@@ -160,6 +170,7 @@ def facts_of(engine: StageUpdates) -> dict[str, Any]:
         "num_stages": engine.num_stages,
         "num_replicas": engine.dp_world_size,
         "segment_parts": module.segment_parts,
+        "segment_stages": list(module.stage_of),
         "head_segments": sorted(head_segments(engine.section, engine.num_segments)),
         "local_parallel": engine.section.model_dump(mode="json"),
         "model": None if module.hf_config is None else config_dict(module.hf_config),

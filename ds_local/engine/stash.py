@@ -223,15 +223,14 @@ class Stash:
             fits = fits and same
         return fits
 
-    def load(self, folder: str | Path | None, schedule: Schedule) -> None:
+    def load(self, look: Callable[[str], Any], files: Container[str], schedule: Schedule) -> None:
         """Go on with what ran ahead in a checkpoint, if it goes with this run; the micro-batches
-        are computed once more, on the weights they had."""
+        are computed once more, on the weights they had. Arguments as for `check`."""
         self.end()
         for segment, parameters in self._weights.items():
-            path = Path(folder or "", stash_file(segment))
-            if folder is None or not path.is_file():
+            if stash_file(segment) not in files:
                 return
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = look(stash_file(segment))
             if {key: state[key] for key in _facts(schedule)} != _facts(schedule):
                 return
             self.start = state["start"]
@@ -249,7 +248,7 @@ def stash_file(segment: int) -> str:
 def _beside(parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors of a checkpoint, each on the device of its parameter."""
     pairs = zip(parameters, tensors, strict=True)
-    return [to_device(tensor, parameter.device) for parameter, tensor in pairs]
+    return [to_device(tensor.clone(), parameter.device) for parameter, tensor in pairs]
 
 
 def _facts(schedule: Schedule) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class StageUpdates(PipelineEngineSeam):
     replica_id: int
     num_segments: int
     segment_losses: Any  # by segment
+    moved: str = ""  # what the newest `load_checkpoint` brought from another layout, in words
     _one_by_one: bool  # segments can be updated one by one: fp32 without ZeRO
     _grad_norms: dict[int, Any]
     _flags: torch.Tensor

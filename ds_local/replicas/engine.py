@@ -16,6 +16,7 @@ class Module(Protocol):
     """A stage's layers and heads: a torch module."""
 
     hf_config: Any  # the Hugging Face config of the model, or None
+    segment_parts: list[int]  # first layer of each segment, and the number of layers
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 

@@ -9,7 +9,7 @@ of ranks uses the same copy in the same step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from ds_local.links.buffers import Tag
 from ds_local.links.device import to_device
 from ds_local.links.pair import Receiver, Sender
 from ds_local.links.transport import End, MemoryLink
+
+FileOf = Callable[[int], str | None]  # segment -> name of its file in a checkpoint
 
 
 class Copy(NamedTuple):
@@ -158,44 +160,44 @@ class Copies:
         for target, state in states.items():
             write(state, str(Path(folder, copies_file(target, replica))))
 
-    def check(
-        self, look: Callable[[str], dict[str, Any]], files: Container[str], replica: int
-    ) -> None:
+    def check(self, look: Callable[[str], dict[str, Any]], file_of: FileOf) -> None:
         """Compare the files that `load` would read with what they go to.
 
         Args:
             look: gives the content of a file of the checkpoint.
-            files: names of all files in it.
+            file_of: gives the name of the file for the head of a segment of this run.
 
         Raises:
             CheckpointError: when one is not what `save` writes.
         """
         for copy in self._in:
-            name = copies_file(copy.target, replica)
-            state = look(name) if name in files else {}
             wanted = [tensor.shape for tensor in self._tensors_of(copy, "target")]
-            found: dict[str, list[Any]] = {}
-            for key, tensor in state.items():
-                kind, _, rest = str(key).partition(".")
-                if kind == copy.kind:
-                    found.setdefault(rest.partition(".")[0], []).append(
-                        getattr(tensor, "shape", None)
-                    )
-            for due, shapes in found.items():
+            name = file_of(copy.target)
+            for due, tensors in self._saved(look, name, copy).items():
+                shapes = [getattr(tensor, "shape", None) for tensor in tensors]
                 if not due.isdigit() or shapes != wanted:
                     raise CheckpointError(
                         f"{name} is not what the head of segment {copy.target} copies; use another "
                         "checkpoint"
                     )
 
-    def load(self, folder: str | Path | None, step: int, replica: int) -> None:
+    def load(self, look: Callable[[str], dict[str, Any]], file_of: FileOf, step: int) -> None:
         """Go on after `step` steps with what was on its way in a checkpoint, if any."""
         self._first_step = step
-        self._pending = {}
-        for copy in self._in:
-            path = Path(folder or "", copies_file(copy.target, replica))
-            if folder is not None and path.is_file():
-                for name, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
-                    kind, due, _ = name.split(".")
-                    if kind == copy.kind:
-                        self._pending.setdefault((copy, int(due)), []).append(tensor)
+        self._pending = {
+            (copy, int(due)): tensors
+            for copy in self._in
+            for due, tensors in self._saved(look, file_of(copy.target), copy).items()
+        }
+
+    @staticmethod
+    def _saved(
+        look: Callable[[str], dict[str, Any]], name: str | None, copy: Copy
+    ) -> dict[str, list[Tensor]]:
+        """Step -> weights that a file has of a copy."""
+        found: dict[str, list[Tensor]] = {}
+        for key, tensor in (look(name) if name is not None else {}).items():
+            kind, _, rest = str(key).partition(".")
+            if kind == copy.kind:
+                found.setdefault(rest.partition(".")[0], []).append(tensor)
+        return found

@@ -3,7 +3,6 @@ Douillard et al. 2023, arXiv 2311.08105)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,8 +56,5 @@ class Periodic(Apart):
     def state_depends_on(self, settings: ReplicasConfig, seed: int) -> dict[str, Any]:
         return {"an outer step": (settings.outer_lr, settings.outer_momentum) != (1.0, 0.0)}
 
-    def extra_state(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, dict[str, Tensor]]:
         return {"common": self.common, "velocity": self.velocity}
-
-    def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        self.common, self.velocity = state["common"], state["velocity"]

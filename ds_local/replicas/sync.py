@@ -1,10 +1,8 @@
 """How the replicas of a stage stay one model: `Together`, by averaging gradients in every step, or
 `Apart`, each training by itself and meeting the others every so many steps.
 
-`periodic.Periodic` keeps full replicas and averages their weights (DiLoCo,
-Douillard et al. 2023, arXiv 2311.08105). `subnets.Subnets` deals the weights out instead. The
-engine holds one of these objects and asks it at a few places; a `Together` asks for nothing. Stages
-never meet here: each stage's replicas talk among themselves.
+`periodic.Periodic` averages weights of full replicas, `subnets.Subnets` deals them out. The engine
+asks one of these at a few places. Stages never meet here.
 """
 
 from __future__ import annotations
@@ -21,6 +19,8 @@ from torch import Tensor, nn
 from ds_local.config.sections import ReplicasConfig
 from ds_local.config.strict import SECTION
 from ds_local.errors import CheckpointError
+from ds_local.links.device import to_device
+from ds_local.model.names import lasting_name
 from ds_local.replicas.engine import Engine, Module
 from ds_local.replicas.group import replica_group
 
@@ -30,7 +30,7 @@ Look = Callable[[str], dict[str, Any]]  # name of a file in a checkpoint -> its 
 
 
 class Together:
-    """Gradients are averaged in every step, by DeepSpeed: nothing else to do."""
+    """Gradients are averaged in every step, by DeepSpeed."""
 
     reduces_gradients = True
     waited = 0.0
@@ -67,6 +67,7 @@ class Together:
         if theirs["sync"] == "gradients":
             return []  # nothing but the full model
         kept = {key: theirs[key] for key in ("sync", "every", "partition", "outer_momentum")}
+        kept["replicas"] = facts["num_replicas"]
         return [
             f"the checkpoint's replicas trained apart ({kept}), this run's differ ({dict(own)}): "
             "it goes on from the merged model, what each replica had of its own is left out"
@@ -75,9 +76,13 @@ class Together:
     def before_load(self) -> None:
         """Make room for the full model."""
 
-    def load(self, folder: str | None, facts: Mapping[str, Any]) -> None:
-        """Go on from the full model that has just been loaded, and from this replica's own file in
-        `folder` if it fits."""
+    def load(self, look: Look | None, facts: Mapping[str, Any]) -> None:
+        """Go on from the full model that has just been loaded, and from this replica's own state if
+        it fits.
+
+        Args:
+            look: as for `check`; None: from the full model alone.
+        """
 
 
 # --- training apart -------------------------------------------------------------------------------
@@ -181,84 +186,112 @@ class Apart(Together, ABC):
         for part in self.parts:
             for slot in self.slots(part, moments=True):
                 tensors.setdefault(slot.name, {})[slot.key] = slot.read().clone()
-        write({"tensors": tensors, **self.extra_state()}, os.path.join(folder, self._file()))
-
-    def _file(self) -> str:
-        return f"replica_{self.group.index:02d}-stage_{self.group.stage:02d}-model_states.pt"
+        state = {"tensors": tensors, **self.extra_state()}
+        write(state, os.path.join(folder, _file(self.group.index, self.group.stage)))
 
     @abstractmethod
     def state_depends_on(self, settings: ReplicasConfig, seed: int) -> dict[str, Any]:
         """What must be the same for a replica's own state to be of use."""
 
-    def _depends_on(self, section: Mapping[str, Any]) -> dict[str, Any]:
+    def _depends_on(self, section: Mapping[str, Any], num_replicas: int) -> dict[str, Any]:
         settings = ReplicasConfig.model_construct(**section["replicas"])
-        same = {"sync": settings.sync}
+        same = {"sync": settings.sync, "replicas": num_replicas}
         if settings.sync != self.settings.sync:
             return same
         return same | self.state_depends_on(settings, section["seed"])
 
-    def _fits(self, facts: Mapping[str, Any]) -> bool:
-        return self._depends_on(facts[SECTION]) == self._own()
-
     def _own(self) -> dict[str, Any]:
-        return self._depends_on(self.engine.section.model_dump(mode="json"))
+        section = self.engine.section.model_dump(mode="json")
+        return self._depends_on(section, self.engine.dp_world_size)
+
+    def _fits(self, facts: Mapping[str, Any]) -> bool:
+        return self._depends_on(facts[SECTION], facts["num_replicas"]) == self._own()
+
+    def _outer_fits(self, facts: Mapping[str, Any]) -> bool:
+        """Can what is the same on all replicas go on, whatever their number is?"""
+        theirs = self._depends_on(facts[SECTION], self.engine.dp_world_size)
+        return theirs == self._own() and bool(self.extra_state())
+
+    def _state_of(self, look: Look, facts: Mapping[str, Any], replica: int) -> dict[str, Any]:
+        """What a replica saved, in whichever stages, of this stage's tensors, by its names."""
+        saved, own = facts["segment_parts"], self.engine.module.segment_parts
+        names = {lasting_name(n, own): n for part in self.parts.values() for n in part}
+        found: dict[str, dict[str, Any]] = {}
+        for stage in range(facts["num_stages"]):
+            for kind, tensors in look(_file(replica, stage)).items():
+                lasting = {lasting_name(n, saved): tensor for n, tensor in tensors.items()}
+                own_of = {names[n]: tensor for n, tensor in lasting.items() if n in names}
+                found.setdefault(kind, {}).update(own_of)
+        return found
 
     def check(self, look: Look, facts: Mapping[str, Any]) -> list[str]:
         if not self._fits(facts):
+            if self._outer_fits(facts):
+                self._state_of(look, facts, 0)
             return self._left_out(facts, self._own())
-        name, state = self._file(), look(self._file())
         own = {slot.name: slot for part in self.parts for slot in self.slots(part, moments=False)}
         try:
+            state = self._state_of(look, facts, self.group.index)
             tensors = state["tensors"]
-            fits = tensors.keys() == own.keys() and all(
-                WEIGHTS in tensors[name]
-                and all(one.shape == slot.parameter.shape for one in _unlike_steps(tensors[name]))
-                for name, slot in own.items()
+            fits = all(name.startswith("heads.") for name in own.keys() - tensors.keys()) and all(
+                WEIGHTS in found
+                and all(one.shape == own[name].parameter.shape for one in _without_steps(found))
+                for name, found in tensors.items()
             )
             for key, value in self.extra_state().items():
-                fits &= {n: t.shape for n, t in value.items()} == {
-                    n: t.shape for n, t in state[key].items()
-                }
-        except (KeyError, TypeError, AttributeError):
+                fits &= all(state[key][n].shape == value[n].shape for n in value.keys() & tensors)
+        except (KeyError, TypeError, AttributeError, ValueError):
             fits = False
         if not fits:
             raise CheckpointError(
-                f"{name} is not the state of this replica; use another checkpoint, or load weights "
-                "only (load_optimizer_states=False)"
+                f"{_file(self.group.index, self.group.stage)} is not the state of this replica; "
+                "use another checkpoint, or load weights only (load_optimizer_states=False)"
             )
         return []
 
     def before_load(self) -> None:
         self.engine.optimizer.state.clear()
 
-    def load(self, folder: str | None, facts: Mapping[str, Any]) -> None:
+    def load(self, look: Look | None, facts: Mapping[str, Any]) -> None:
         self.start_from_whole()
-        if folder is None or not self._fits(facts):
+        if look is None:
             return
-        path = os.path.join(folder, self._file())
-        state = torch.load(path, map_location=self.engine.device, weights_only=True)
-        for part in self.parts:
-            for slot in self.slots(part, moments=True):
-                slot.write(state["tensors"][slot.name][slot.key])
-        self.load_extra_state(state)
+        if self._fits(facts):
+            state = self._state_of(look, facts, self.group.index)
+            for part in self.parts:
+                for slot in self.slots(part, moments=True):
+                    if slot.name in state["tensors"]:  # a head that starts afresh is not
+                        slot.write(self._here(state["tensors"][slot.name][slot.key]))
+            self._load_extra(state)
+        elif self._outer_fits(facts):
+            self._load_extra(self._state_of(look, facts, 0))
+
+    def _load_extra(self, state: Mapping[str, Any]) -> None:
+        for key, own in self.extra_state().items():
+            own |= {name: self._here(tensor) for name, tensor in state[key].items()}
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """A tensor of a file, which may change."""
+        return to_device(tensor.clone(), self.engine.device)
 
     def start_from_whole(self) -> None:
-        """Go on from the full model that all replicas hold at this moment."""
+        """Go on from the full model."""
 
-    def extra_state(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors by kind and parameter name that are the same on all replicas."""
         return {}
 
-    def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `extra_state`."""
+
+def _file(replica: int, stage: int) -> str:
+    return f"replica_{replica:02d}-stage_{stage:02d}-model_states.pt"
 
 
-def _unlike_steps(state: Mapping[str, Any]) -> list[Tensor]:
-    """What has the shape of its parameter: all but counters."""
+def _without_steps(state: Mapping[str, Any]) -> list[Tensor]:
     return [value for key, value in state.items() if key != "step"]
 
 
 def parts_of(module: Module) -> dict[str, dict[str, nn.Parameter]]:
-    """The parameters of a stage by layer or head: part -> name in the stage -> parameter."""
+    """Layer or head -> name in the stage -> parameter."""
     parts: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         words = name.split(".")

@@ -43,9 +43,10 @@ def by_kind(facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     replicas = (facts.get("layout") or {}).get("replicas", 1)
     try:
         section = local_parallel(config).model_dump(mode="json")
-        sizes: Mapping[str, Any] = dict(
-            zip(("of a micro-batch", "micro-batches"), batch_sizes(config, replicas), strict=True)
-        )
+        size, count = batch_sizes(config, replicas)
+        sizes = {"sequences of a step": size * count * replicas}
+        if _counts_micro_batches(section):
+            sizes["micro-batches"] = count
     except ConfigError:  # of another version
         section, sizes = {}, {}
     settings = {key: value for key, value in config.items() if key not in _COMPARED}
@@ -54,7 +55,7 @@ def by_kind(facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "model": dict(facts.get("model") or {}),
         "data": {key: data.get(key, UNKNOWN) for key in ("fingerprint", "seq_len")},
         "tokenizer": {"fingerprint": data.get("tokenizer_fingerprint")},
-        "batch": {**sizes, "replicas": replicas},
+        "batch": sizes,
         "settings": _flat(settings),
     }
 
@@ -66,9 +67,14 @@ def of_checkpoint(facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "model": dict(facts["model"] or {}),
         "data": {"fingerprint": UNKNOWN},
         "tokenizer": {"fingerprint": None},
-        "batch": {"of a micro-batch": UNKNOWN},
+        "batch": {"sequences of a step": UNKNOWN},
         "settings": {},  # not known either; only said where they are
     }
+
+
+def _counts_micro_batches(section: Mapping[str, Any]) -> bool:
+    """Does a mix give so many of a step's micro-batches to one of its modes?"""
+    return any(scheme.get("mix") for scheme in (section, *(section["phases"] or ())))
 
 
 def _of_section(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

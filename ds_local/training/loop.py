@@ -120,8 +120,8 @@ def _train(
     if args.resume:
         with engine.meeting("the loading of a checkpoint"):
             found = agreed_tag(run.checkpoints, newest_tag)
-            afresh = load_what_fits(engine, str(run.checkpoints), found, args.allow_change)
-        run.say(f"resuming at step {engine.global_steps}{afresh and '; ' + afresh}")
+            moved = load_what_fits(engine, str(run.checkpoints), found, args.allow_change)
+        run.say(f"resuming at step {engine.global_steps}{moved and '; ' + moved}")
     shape = BatchShape(micro_batch_size, num_micro_batches, replicas, engine.replica_id)
     with engine.meeting("the start of the run"):
         hosts = stage_hosts(engine.stage_id)

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 from test_folder import facts, save
 
-from ds_local.checkpoints.facts import FACTS, layout_changes, read_facts, write_facts
+from ds_local.checkpoints.facts import (
+    FACTS,
+    changes_in_words,
+    layout_changes,
+    read_facts,
+    write_facts,
+)
 from ds_local.errors import CheckpointError
 
 
@@ -137,11 +143,13 @@ def test_the_first_format_is_read(checkpoint):
     edit(checkpoint, older)
     found = read_facts(checkpoint)
     assert found["optimizer"] is None
-    assert layout_changes(found, {**facts(7), "files": {}}) is None
+    assert layout_changes(found, {**facts(7), "files": {}}) == {}
 
 
 def test_layouts_differ_in_words():
     ours = {**facts(7), "files": {}}
     theirs = {**ours, "num_stages": 2, "optimizer": {**ours["optimizer"], "precision": "bf16"}}
-    assert layout_changes(theirs, ours) == ("stages 2, precision bf16", "stages 1, precision fp32")
-    assert layout_changes(ours, ours) is None
+    changes = layout_changes(theirs, ours)
+    assert changes == {"stages": (2, 1), "precision": ("bf16", "fp32")}
+    assert changes_in_words(changes) == "stages 2, now 1, precision bf16, now fp32"
+    assert layout_changes(ours, ours) == {}

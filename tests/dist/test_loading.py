@@ -165,10 +165,10 @@ def refusal(folder, section=LOCAL, stages=2, how=None, settings=None):
     return said, same
 
 
-def refused(folder, *words, ranks=2, **settings):
+def refused(folder, *words, ranks=2, error="CheckpointError", **settings):
     """All ranks refuse in one sentence with these words, and nothing has changed."""
     for said, same in run_ranks(refusal, ranks, str(folder), **settings):
-        assert said.startswith("CheckpointError: "), said
+        assert said.startswith(f"{error}: "), said
         assert "\n" not in said
         assert all(word in said for word in words), said
         assert same
@@ -281,35 +281,40 @@ def test_models_of_another_size(checkpoint):
     )
 
 
-NAMED = "keep the layout, or load weights only: load_optimizer_states=False"
-OTHER_RUNS = {
-    "stages": (
-        {"section": {**LOCAL, "segments_per_stage": 2}, "stages": 1, "ranks": 1},
-        "stages 2, this run has stages 1",
-    ),
-    "precision": ({"settings": BF16}, "precision fp32, this run has precision bf16"),
-    "ZeRO": ({"settings": ZERO}, "ZeRO stage 0, this run has ZeRO stage 1"),
-    "optimizer": (
-        {"settings": {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}},
-        "optimizer adamw, this run has optimizer sgd",
-    ),
-    "heads": ({"section": {**LOCAL, "head": {"temperature": True}}}, "'temperature': False"),
-}
+OTHER_OPTIMIZER = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
 
 
-@pytest.mark.parametrize("other", OTHER_RUNS)
-def test_another_layout_is_refused_with_what_helps(checkpoint, other):
-    where, words = OTHER_RUNS[other]
-    refused(checkpoint, words, NAMED, "--resume --allow-change layout", **where)
+def test_another_optimizer_is_refused_with_what_helps(checkpoint):
+    words = "the state of the optimizer adamw, this run has sgd", "load_optimizer_states=False"
+    refused(
+        checkpoint, *words, "--resume --allow-change optimizer", settings=OTHER_OPTIMIZER,
+        error="MoveError",
+    )  # fmt: skip
+    how = {"load_optimizer_states": False}
+    for said, _ in run_ranks(refusal, 2, str(checkpoint), how=how, settings=OTHER_OPTIMIZER):
+        assert said == "loaded"
 
 
-def test_what_helps_does(checkpoint):
-    for other in ("precision", "ZeRO", "optimizer"):
-        where = OTHER_RUNS[other][0]
-        for said, _ in run_ranks(
-            refusal, 2, str(checkpoint), how={"load_optimizer_states": False}, **where
-        ):
-            assert said == "loaded"
+def taken_where_it_fits(folder, allowed, settings):
+    from ds_local.engine.loading import load_what_fits
+
+    engine = jobs.build(LOCAL, 2, **settings)
+    said = load_what_fits(engine, folder, None, allowed)
+    train(engine, 1)
+    return said, engine.global_steps
+
+
+def test_a_resume_may_leave_the_optimizer_or_the_scheduler_behind(checkpoint):
+    for said, step in run_ranks(
+        taken_where_it_fits, 2, str(checkpoint), ["optimizer", "scheduler"], OTHER_OPTIMIZER
+    ):
+        assert said.startswith("the optimizer starts afresh (")
+        assert said.endswith("has the state of the optimizer adamw, this run has sgd)")
+        assert step == 2
+    for said, _ in run_ranks(taken_where_it_fits, 2, str(checkpoint), ["scheduler"], SCHEDULER):
+        assert said == "the scheduler starts afresh"
+    for said, _ in run_ranks(taken_where_it_fits, 2, str(checkpoint), ["optimizer"], {}):
+        assert said == ""
 
 
 def test_a_scheduler_that_the_checkpoint_does_not_have(checkpoint, tmp_path):

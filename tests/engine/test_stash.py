@@ -100,12 +100,15 @@ def test_a_file_brings_the_copies_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [stash_file(0)]
     other, there = made()
     there.data.fill_(9.0)
-    other.load(tmp_path, SCHEDULE)
+    look, files = (lambda name: torch.load(tmp_path / name)), [stash_file(0)]
+    other.load(look, files, SCHEDULE)
     assert other.start == 0
     with other.weights(0, used):
         assert there.item() == 1.0
     longer = make_run_ahead([(make_routes("backprop", 2), 4)], 1)
-    other.load(tmp_path, longer)  # of another run: begun afresh
+    other.load(look, files, longer)  # of another run: begun afresh
+    assert other.start is None
+    other.load(look, [], SCHEDULE)  # there is none
     assert other.start is None
 
 

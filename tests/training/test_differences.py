@@ -25,12 +25,23 @@ FACTS = {
 def test_each_setting_is_of_one_kind():
     found = by_kind(FACTS)
     assert found["seed"] == {"seed": 5}
-    assert found["batch"] == {"of a micro-batch": 2, "micro-batches": 8, "replicas": 3}
+    assert found["batch"] == {"sequences of a step": 48}
     assert found["data"] == {"fingerprint": "abc", "seq_len": 16}
     assert found["tokenizer"] == {"fingerprint": "def"}
     assert found["settings"] == {"optimizer.type": "AdamW", "optimizer.params.lr": 0.001}
     assert found["scheme"]["mode"] == "chunked"
     assert found["scheme"]["link.codec"] == "none"
+
+
+def test_replicas_may_change_where_a_step_has_the_same_sequences():
+    fewer = {**FACTS["config"], "gradient_accumulation_steps": 24}
+    assert (
+        by_kind({**FACTS, "config": fewer, "layout": {"replicas": 1}})["batch"]
+        == (by_kind(FACTS)["batch"])
+    )
+    mix = [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]
+    counted = {**FACTS["config"], "local_parallel": {"mix": mix}}
+    assert by_kind({**FACTS, "config": counted})["batch"]["micro-batches"] == 8
 
 
 def test_what_changes_no_figure_is_of_no_kind():
