@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_local.checkpoints.agreement import gather
+from ds_local.checkpoints.facts import segments_of_stages
 from ds_local.checkpoints.folder import HEAD_FILE
 from ds_local.engine.moving import AFRESH, Move
 from ds_local.engine.saving import facts_of
