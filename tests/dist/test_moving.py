@@ -268,3 +268,18 @@ def test_a_kill_during_a_move_leaves_the_checkpoint_as_it_was(tmp_path, checkpoi
         for one in (folder, checkpoint)
     )
     assert differing(joined(again), joined(undisturbed)) == []
+
+
+def test_segments_that_a_schedule_deals_out_otherwise_move_there_and_back(tmp_path):
+    import torch_sheets
+
+    sheet = tmp_path / "interleaved.csv"
+    torch_sheets.write("Interleaved1F1B", 2, 4, sheet)  # segments 0 and 2, 1 and 3
+    plain = {"mode": "backprop"}
+    dealt = {**plain, "schedule": str(sheet)}
+    folder = str(tmp_path / "moves")
+    run_ranks(leg, 4, folder, Layout(4), plain, steps=2)
+    there = run_ranks(leg, 2, folder, Layout(2, per_stage=2), dealt, resume=True, steps=2)
+    back = run_ranks(leg, 1, folder, Layout(1, per_stage=4), plain, resume=True, steps=2)
+    assert "placement [0, 1, 2, 3], now [0, 1, 0, 1]" in there[0]["moved"]
+    check_same([there, back], stayed(tmp_path / "stays", plain, Layout(4), 6))
