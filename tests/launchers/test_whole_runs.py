@@ -171,6 +171,32 @@ def test_two_stages_of_two_replicas_train_resume_and_export(tmp_path):
     assert loss == pytest.approx(losses(tmp_path / "run")["validation", 8, 1], abs=1e-4)
 
 
+# --- another layout -------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_other_stages_as_if_it_had_stayed(tmp_path):
+    """2 stages, then 4, then 1: `--resume` is all that it takes."""
+    inputs = write_inputs(tmp_path, local_parallel={"mode": "local"})
+    moves, stays = ({**inputs, "--output": str(tmp_path / name)} for name in ("moves", "stays"))
+    for steps, stages, more in ((2, 2, ()), (4, 4, ("--resume",)), (6, 1, ("--resume",))):
+        layout = {"--max-steps": str(steps), "--segments-per-stage": str(4 // stages)}
+        result = launch({**moves, **layout}, *more, ranks=stages)
+        assert result.returncode == 0, result.stdout
+        if more:
+            assert "another layout: stages " in result.stdout
+            assert f", now {stages}" in result.stdout
+    result = launch({**stays, "--max-steps": "6", "--segments-per-stage": "2"})
+    assert result.returncode == 0, result.stdout
+    last = [
+        {at: loss for at, loss in losses(tmp_path / name).items() if at[1] > 4 or at[0] == "train"}
+        for name in ("moves", "stays")
+    ]
+    assert last[0] == last[1]
+    facts = json.loads((tmp_path / "moves" / "run.json").read_text())
+    assert [start["step"] for start in facts["starts"]] == [0, 2, 4]
+    assert facts["layout"]["stages"] == 1
+
+
 # --- a run that diverges --------------------------------------------------------------------------
 
 
