@@ -66,8 +66,9 @@ def wait(processes, seconds):
     return [process.wait(timeout=seconds) for process in processes]
 
 
-def check_equal_to_one_host(inputs, run, tmp_path):
-    alone = launch({**inputs, "--output": str(tmp_path / "alone"), "--max-steps": "4"}, timeout=600)
+def check_equal_to_one_host(inputs, run, tmp_path, *more):
+    output = {"--output": str(tmp_path / "alone"), "--max-steps": "4"}
+    alone = launch({**inputs, **output}, *more, timeout=600)
     assert alone.returncode == 0, alone.stdout
     assert losses(run) == losses(tmp_path / "alone")
     facts = json.loads((run / "run.json").read_text())
@@ -107,7 +108,8 @@ def test_one_command_starts_both_hosts_by_ssh(hosts, inputs, tmp_path):
     process = hosts.start(0, ["bash", str(ROOT / "scripts" / "launch" / "deepspeed.sh")], **here)
     assert process.wait(timeout=600) == 0, hosts.outputs()
     assert hosts.outputs()[0].count("opens to ssh") == 2
-    check_equal_to_one_host(inputs, tmp_path / "run", tmp_path)
+    # the script validates every thousand steps, so before the first one too
+    check_equal_to_one_host(inputs, tmp_path / "run", tmp_path, "--eval-every", "1000")
 
 
 def test_a_cut_link_ends_both_hosts_and_is_named(hosts, inputs, tmp_path):
