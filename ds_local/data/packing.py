@@ -12,6 +12,7 @@ from datasets.arrow_writer import ArrowWriter
 
 # sequences written last, so that the validation split can have some if no document was held out
 HELD_BACK = 256
+_TOKENS_HELD = 1 << 24  # of which no more than this are held
 
 
 class Packer:
@@ -22,6 +23,7 @@ class Packer:
         self.features = datasets.Features(
             {"input_ids": datasets.List(datasets.Value(np.dtype(dtype).name), length=seq_len)}
         )
+        self._held_back = max(1, min(HELD_BACK, _TOKENS_HELD // seq_len))
         self.writer = ArrowWriter(features=self.features, path=str(path))
         self.tokens = self.of_text = self.sequences = self.num_bytes = 0
         self.digest = hashlib.sha256()
@@ -43,8 +45,8 @@ class Packer:
         self.num_bytes += num_bytes
         self._held.append(ids)
         self._num_held += len(ids)
-        whole = self._num_held // self.seq_len - HELD_BACK
-        if whole >= HELD_BACK:
+        whole = self._num_held // self.seq_len - self._held_back
+        if whole >= self._held_back:
             self._write_first(whole)
         return len(ids)
 

@@ -29,6 +29,7 @@ from ds_local.errors import DataError, first_line
 PIECE = 100_000
 _PIECES_HELD = 100  # of a plain file; a longer one is read twice
 _BATCH = 1000  # rows of a table read at once, at most
+_FIRST_LINE = 1 << 20  # bytes by which JSON lines are told from one object
 _LONGEST_FIELD = 1 << 28  # characters of a table's field: an open quote must not swallow a disk
 
 
@@ -60,9 +61,9 @@ def json_lines(file: Input, fields: Sequence[str]) -> Iterator[Row]:
 def json_file(file: Input, fields: Sequence[str]) -> Iterator[Row]:
     """A list of objects or strings, one object, or an object a line."""
     with file.open() as stream:
-        first = stream.readline(_LONGEST_FIELD)
+        first = stream.readline(_FIRST_LINE)
     try:
-        by_line = isinstance(json.loads(first), dict)
+        by_line = not first.lstrip().startswith(b"[") and isinstance(json.loads(first), dict)
     except (ValueError, RecursionError):
         by_line = False
     if by_line:
