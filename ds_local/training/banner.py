@@ -70,13 +70,19 @@ def forecast(
 
 
 def banner(
-    facts: Mapping[str, Any], phases: Sequence[PhaseForecast], length: Length, step: int, args: Any
+    facts: Mapping[str, Any],
+    phases: Sequence[PhaseForecast],
+    length: Length,
+    step: int,
+    clipping: float,
+    args: Any,
 ) -> str:
     """A few lines.
 
     Args:
         facts: as run.json has them, of a start.
         step: that it begins at.
+        clipping: of gradients by their norm, which DeepSpeed does at 1 by default; 0: none.
         args: of `scripts/train.py`.
     """
     rows = [
@@ -84,7 +90,7 @@ def banner(
         ("stages", _stages(facts["layout"], facts["machine"]["device"])),
         *_schemes(phases),
         ("steps", str(length)),
-        ("learning rate", _rate(facts["config"])),
+        ("learning rate", _rate(facts["config"], clipping)),
         ("validation", _validation(args)),
     ]
     return "\n".join(f"  {name:<14}{text}" for name, text in rows)
@@ -125,9 +131,10 @@ def _schemes(phases: Sequence[PhaseForecast]) -> Iterator[tuple[str, str]]:
             yield "idle", f"{mean:.0%} predicted ({each}), if links cost nothing"
 
 
-def _rate(config: Mapping[str, Any]) -> str:
+def _rate(config: Mapping[str, Any], clipping: float) -> str:
     rate = (config["optimizer"].get("params") or {}).get("lr")
     optimizer = f"{config['optimizer']['type']}{f', {rate:g}' if rate is not None else ''}"
+    optimizer += f", gradients clipped at {clipping:g}" if clipping else ""
     scheduler = config.get("scheduler")
     if not scheduler:
         return f"{optimizer}, the same in every step"

@@ -128,7 +128,8 @@ def _train(
         step = engine.global_steps
         phases = forecast(plan, hf_config, model.segment_parts, data.seq_len)
         facts |= layout_of(engine, data, hosts, phases)
-        run.say(f"{describe_hosts(hosts)}\n{banner(facts, phases, length, step, args)}")
+        told = banner(facts, phases, length, step, engine.gradient_clipping(), args)
+        run.say(f"{describe_hosts(hosts)}\n{told}")
         if args.dry_run:
             run.say(try_out(engine, data, shape, args))
             return None

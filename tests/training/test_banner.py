@@ -33,21 +33,21 @@ def test_every_line():
         PhaseForecast(240, "backprop: the last loss trains everything", None),
     ]
     args = Namespace(eval_every=50, eval_sequences=1024)
-    assert banner(FACTS, phases, Length(300, 32, 128, 9600), 0, args).splitlines() == [
+    assert banner(FACTS, phases, Length(300, 32, 128, 9600), 0, 1.0, args).splitlines() == [
         "  model         gpt2, 3,000 parameters and 500 in auxiliary heads, bf16, fresh weights",
         "  stages        2 x 1 replica on cpu: 1,000 + head 500; 2,000",
         "  scheme        local: a segment learns from its own loss alone",
         "  idle          25% predicted (50%, 0%), if links cost nothing",
         "  scheme        from step 240 on, backprop: the last loss trains everything",
         "  steps         300 of 32 x 128 tokens: 1,228,800 tokens, 1 epochs of 9,600 sequences",
-        "  learning rate AdamW, 0.002; WSD: total_num_steps 300",
+        "  learning rate AdamW, 0.002, gradients clipped at 1; WSD: total_num_steps 300",
         "  validation    at step 0, every 50 steps and at the end, on 1,024 sequences",
     ]
 
 
 def test_a_run_that_goes_on_says_from_where():
     args = Namespace(eval_every=0, eval_sequences=None)
-    told = banner(FACTS, [], Length(300, 32, 128, 9600), 50, args)
+    told = banner(FACTS, [], Length(300, 32, 128, 9600), 50, 0.5, args)
     assert "bf16, as it was at step 50\n" in told
 
 
@@ -63,6 +63,7 @@ def test_many_stages_in_one_line():
         [PhaseForecast(0, "local", [0.1] * 8 + [0.55])],
         Length(10, 1, 8, 100),
         0,
+        0.0,
         Namespace(eval_every=0, eval_sequences=None),
     )
     assert "9 x 2 replicas on cpu: 11 to 18 parameters each, heads included" in told
