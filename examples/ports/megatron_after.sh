@@ -10,6 +10,6 @@ deepspeed --num_gpus 2 scripts/train.py \
     --data "$3/data" \
     --output "$3/run" \
     --num-stages 2 \
-    --max-steps 40 --eval-every 20 --save-every 20 \
+    --max-steps 20 --eval-every 10 --save-every 10 \
     --deepspeed --deepspeed_config examples/ports/megatron_config.json
 python scripts/export_hf.py "$3/run" --output "$3/model"

@@ -9,10 +9,10 @@ deepspeed --num_gpus 2 pretrain_gpt.py \
     --seq-length 64 --max-position-embeddings 64 \
     --pipeline-model-parallel-size 2 \
     --micro-batch-size 4 --global-batch-size 32 \
-    --train-iters 40 \
-    --lr 2e-3 --min-lr 2e-4 --lr-decay-style WSD --lr-wsd-decay-iters 8 --lr-warmup-iters 4 \
+    --train-iters 20 \
+    --lr 2e-3 --min-lr 2e-4 --lr-decay-style WSD --lr-wsd-decay-iters 4 --lr-warmup-iters 2 \
     --clip-grad 1.0 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 \
     --data-path "$1" --split 95,5,0 \
     --tokenizer-type SentencePieceTokenizer --tokenizer-model "$2" \
-    --eval-interval 20 \
-    --save runs/mine --save-interval 20
+    --eval-interval 10 \
+    --save runs/mine --save-interval 10

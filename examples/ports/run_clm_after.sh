@@ -9,8 +9,8 @@ deepspeed --num_gpus 2 scripts/train.py \
     --model examples/ports/run_clm_model.json \
     --data "$3/data" \
     --output "$3/run" \
-    --max-steps 40 --eval-every 20 \
-    --save-every 20 --keep-last 2 --keep-best \
+    --max-steps 20 --eval-every 10 \
+    --save-every 10 --keep-last 2 --keep-best \
     --seed 42 \
     --deepspeed --deepspeed_config examples/ports/run_clm_config.json
 python scripts/export_hf.py "$3/run/checkpoints/best" --output "$3/model"

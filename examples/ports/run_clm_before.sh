@@ -15,11 +15,11 @@ deepspeed --num_gpus 2 run_clm.py \
     --weight_decay 0.1 \
     --adam_beta2 0.95 \
     --lr_scheduler_type cosine \
-    --warmup_steps 4 \
+    --warmup_steps 2 \
     --max_grad_norm 1.0 \
-    --max_steps 40 \
-    --eval_steps 20 \
-    --save_steps 20 \
+    --max_steps 20 \
+    --eval_steps 10 \
+    --save_steps 10 \
     --save_total_limit 2 \
     --load_best_model_at_end \
     --seed 42 \
