@@ -79,6 +79,7 @@ def leg(
             losses[engine.global_steps, segment] = loss.item()
     if save:
         engine.save_checkpoint(folder)
+        engine.wait_for_save()
     return {
         "losses": losses,
         "loaded": loaded,

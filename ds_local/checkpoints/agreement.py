@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -10,6 +12,18 @@ import torch.distributed as dist
 from ds_local.errors import CheckpointError, DsLocalError
 
 T = TypeVar("T")
+_of_thread = threading.local()
+
+
+@contextmanager
+def over(group: Any) -> Iterator[None]:
+    """Inside, this thread agrees over a process group of all ranks that is not the world's, so that
+    other threads may agree meanwhile."""
+    _of_thread.group = group
+    try:
+        yield
+    finally:
+        _of_thread.group = None
 
 
 def gather(value: Any) -> list[Any]:
@@ -17,7 +31,7 @@ def gather(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=getattr(_of_thread, "group", None))
     return values
 
 

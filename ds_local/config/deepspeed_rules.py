@@ -200,7 +200,12 @@ REFUSED: tuple[tuple[Path, Any, str], ...] = (
         bool,
         "a checkpoint is one folder that all ranks see; give a path on a shared disk",
     ),
-    (("checkpoint", "writer"), bool, "checkpoints are written by torch.save; remove it"),
+    (
+        ("checkpoint", "writer"),
+        bool,
+        "checkpoints are written by torch.save; remove it, and set "
+        "local_parallel.async_save to have them written beside training",
+    ),
     (
         ("managed_gradient_accumulation",),
         _is_not(True),

@@ -75,6 +75,9 @@ class LocalParallelConfig(Scheme):
     compile: bool = False
     """`torch.compile` every layer and head, as `engine.compile()` does, which also takes a backend
     and its options."""
+    async_save: bool = False
+    """A save copies weights and optimizer state to host memory, and a thread writes them while
+    training goes on; one save at a time. Takes host memory for this rank's part of a checkpoint."""
     replicas: ReplicasConfig = ReplicasConfig()
     """The data-parallel axis."""
     on_nonfinite: NonFiniteConfig = NonFiniteConfig()

@@ -26,6 +26,7 @@ from deepspeed.runtime.pipe.schedule import ReduceGrads
 from torch import Tensor
 
 from ds_local.engine import instructions, loading, saving
+from ds_local.engine.async_saves import AsyncSaves
 from ds_local.engine.deepspeed_seam import ENGINES, always_check_overflow
 from ds_local.engine.evaluation import evaluate, mean_losses
 from ds_local.engine.executor import Executor
@@ -43,7 +44,7 @@ from ds_local.errors import CheckpointError, ConfigError
 from ds_local.links import notices
 from ds_local.links.device import peak_memory
 from ds_local.links.failures import Failures, meeting
-from ds_local.links.groups import Groups, in_turn
+from ds_local.links.groups import Groups, in_turn, second_world
 from ds_local.links.pair import Receiver, Sender
 from ds_local.links.transport import End, make_end
 from ds_local.links.watchdog import Watchdog
@@ -92,6 +93,7 @@ class LocalPipelineEngine(StageUpdates):
         )
         self.events.tell = self._tell_event
         self.use_safe_checkpoints()
+        self.saves = AsyncSaves(second_world()) if self.section.async_save else None
         if hasattr(self.optimizer, "refresh_fp32_params"):
             # the optimizer steps from fp32 copies; those of a checkpoint come later, with its state
             self.module.on_load.append(self.optimizer.refresh_fp32_params)
@@ -466,6 +468,9 @@ class LocalPipelineEngine(StageUpdates):
     ) -> bool:
         """Save everything a resumed run needs. All ranks must call it; stages meet here.
 
+        With `local_parallel.async_save` it returns when what is to be saved is copied to host
+        memory, and waits first for the save before; `wait_for_save` tells when it is whole.
+
         Raises:
             SaveError: on all ranks, when the disk of one does not take it; training may go on.
             CheckpointError: for a tag that is no plain file name, or `client_state` that could not
@@ -482,6 +487,16 @@ class LocalPipelineEngine(StageUpdates):
             saving.save(self, write, save_dir, tag, client_state, save_latest)
             self._agree_to_stop()
         return True
+
+    def wait_for_save(self) -> None:
+        """Until an asynchronous save that is under way is whole, on all ranks. A collective call.
+
+        Raises:
+            SaveError: on all ranks, when the disk of one did not take it; training may go on.
+        """
+        if self.saves is not None:
+            with self.meeting("the end of a save"):
+                self.saves.wait()
 
     def load_checkpoint(
         self,
@@ -505,6 +520,8 @@ class LocalPipelineEngine(StageUpdates):
             CheckpointError: when there is none, it is damaged, or of another model or optimizer.
                 Nothing has been changed by then.
         """
+        if self.saves is not None:
+            self.saves.settle()
         if custom_load_fn is not None:
             raise CheckpointError(
                 "custom_load_fn does not work here, where each stage reads files of its own; leave "
@@ -597,6 +614,8 @@ class LocalPipelineEngine(StageUpdates):
 
     def destroy(self) -> None:
         """As DeepSpeed's, once what this stage has sent is taken."""
+        if self.saves is not None:
+            self.saves.settle()
         if self.watchdog is not None:
             self.watchdog.stop()
         for link in (one for one in self._links() if isinstance(one, Sender)):

@@ -12,6 +12,7 @@ from torch import Tensor
 from ds_local.checkpoints.agreement import gather, together
 from ds_local.checkpoints.by_name import NAMES
 from ds_local.checkpoints.folder import Writing
+from ds_local.engine.async_saves import KeptFiles
 from ds_local.engine.deepspeed_seam import shares_of
 from ds_local.engine.finite import check_state
 from ds_local.engine.safe_files import RESERVED, unloadable
@@ -30,7 +31,8 @@ def save(
     client_state: Mapping[str, Any],
     save_latest: bool,
 ) -> None:
-    """Save a checkpoint; the folder `save_dir/tag` appears complete or not at all.
+    """Save a checkpoint; the folder `save_dir/tag` appears complete or not at all: by the end of
+    this call, or with asynchronous saves by that of `engine.saves.wait()`.
 
     Reports come first: who keeps them has all figures of the saved steps before `latest` says so.
 
@@ -43,38 +45,63 @@ def save(
         CheckpointError: for a tag that is no plain file name, state that could not be loaded, or
             weights that are not finite.
     """
+    if engine.saves is not None:
+        engine.saves.settle()  # one at a time
     engine.reports.flush()
     together(lambda: _check_state(engine, client_state))
     tag = str(tag or f"global_step{engine.global_steps}")
     kept = "what was saved before stays; go on from there"
     check_state(engine, f"the checkpoint {save_dir}/{tag} is not written:", kept)
     writing = Writing(save_dir, tag)
-    files = engine.checkpoint_engine = _Files(engine.checkpoint_engine)
+    inner = engine.checkpoint_engine
+    files = _Files(inner)
+    later = None if engine.saves is None else KeptFiles(inner, engine.saves)
+    engine.checkpoint_engine = taking = files if later is None else later
     try:
         target = str(writing.target)
-        files.makedirs(target, exist_ok=True)
-        engine.copies.save(files.save, target, engine.global_steps, engine.replica_id)
+        taking.makedirs(target, exist_ok=True)
+        engine.copies.save(taking.save, target, engine.global_steps, engine.replica_id)
         if engine.replica_id == 0:  # replicas have the same
-            engine.executor.stash.save(files.save, target)
-        engine.replicas.save(files.save, target)
+            engine.executor.stash.save(taking.save, target)
+        engine.replicas.save(taking.save, target)
         with engine.replicas.whole(moments=True):
             write(writing.partial, {**client_state, NAMES: _names(engine)})
-        together(files.check)
-        writing.commit(facts_of(engine), save_latest)
-    except SaveError as error:  # on all ranks
-        writing.abandon()
-        gather(None)  # the partial one is gone
-        needed, free = zip(*gather((files.needed, disk_usage(save_dir).free)), strict=True)
-        words = str(error).replace(writing.partial, writing.tag)
-        raise SaveError(
-            f"{words}; the checkpoint needs {sum(needed):,} bytes, {min(free):,} are free; the one "
-            "before it is whole"
-        ) from error
     except BaseException:
         writing.abandon()
         raise
     finally:
-        engine.checkpoint_engine = files.inner
+        engine.checkpoint_engine = inner
+    facts = facts_of(engine)
+
+    def finish() -> None:
+        if later is not None:
+            later.write(files)
+        _commit(writing, files, facts, save_latest)
+
+    if engine.saves is None:
+        finish()
+    else:
+        engine.saves.start(finish)
+
+
+def _commit(writing: Writing, files: _Files, facts: Mapping[str, Any], save_latest: bool) -> None:
+    """Give what all ranks have written its name, or leave nothing of it."""
+    try:
+        together(files.check)
+        writing.commit(facts, save_latest)
+    except SaveError as error:  # on all ranks
+        writing.abandon()
+        gather(None)  # the partial one is gone
+        free = disk_usage(writing.folder).free
+        needed, frees = zip(*gather((files.needed, free)), strict=True)
+        words = str(error).replace(writing.partial, writing.tag)
+        raise SaveError(
+            f"{words}; the checkpoint needs {sum(needed):,} bytes, {min(frees):,} are free; the "
+            "one before it is whole"
+        ) from error
+    except BaseException:
+        writing.abandon()
+        raise
 
 
 class _Files:

@@ -14,6 +14,7 @@ from deepspeed import comm as dist
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ds_local.config.schema import LocalParallelConfig
+from ds_local.engine.async_saves import AsyncSaves
 from ds_local.engine.deepspeed_seam import PipelineEngineSeam, gradient_of, spoil_gradients
 from ds_local.engine.executor import Executor
 from ds_local.engine.finite import WEIGHTS, Events
@@ -39,6 +40,7 @@ class StageUpdates(PipelineEngineSeam):
     replica_id: int
     num_segments: int
     segment_losses: Any  # by segment
+    saves: AsyncSaves | None  # None: a save returns when its files are whole
     moved: str = ""  # what the newest `load_checkpoint` brought from another layout, in words
     _one_by_one: bool  # segments can be updated one by one: fp32 without ZeRO
     _grad_norms: dict[int, Any]

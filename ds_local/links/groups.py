@@ -77,6 +77,21 @@ class Groups:
         return len(self._groups)
 
 
+def second_world() -> Any:
+    """A gloo group of all ranks, as torch knows groups: for collective calls of another thread. A
+    collective call.
+
+    Where the world is bound to a device, as DeepSpeed binds it for NCCL, torch would split NCCL's
+    communicator for it; so the world is not bound meanwhile.
+    """
+    world: Any = dist.group.WORLD
+    bound, world.bound_device_id = world.bound_device_id, None
+    try:
+        return dist.new_group(backend="gloo")
+    finally:
+        world.bound_device_id = bound
+
+
 def in_turn(edges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Edges of a pipeline in an order in which its stages can make their groups without a wait from
     one end to the other: in a chain first those above even stages, then the others.

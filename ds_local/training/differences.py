@@ -22,6 +22,7 @@ _FREE = (
     "split_backward",
     "schedule",
     "compile",
+    "async_save",
     "diagnostics",
 )
 

@@ -75,6 +75,9 @@ class Loop:
         rows = metrics.read() if self.is_first else []
         engine.reports.listeners.append(lambda reports: self._tell("on_report", reports))
         engine.events.say = _say
+        self._under_way = ""  # tag of a save that has not been concluded
+        if engine.saves is not None:
+            engine.saves.tell = self._say_why_not
         with engine.meeting("the start of the run"):
             known = any(r["step"] == self.step and r["split"] == "validation" for r in rows)
             self.standing, self._validated = gather(
@@ -123,8 +126,10 @@ class Loop:
                 self.validate()
             if _due(self.step, args.save_every) and self.save():
                 saved = self.step
-        if saved != self.step:
+        whole = self._concluded()
+        if saved != self.step or not whole:
             self._save()
+            self._conclude()
         if self._validated != self.step and not engine.should_stop:
             self.validate()
         self._finish(batches)
@@ -135,6 +140,7 @@ class Loop:
 
     def _finish(self, batches: Iterator[tuple[Tensor, Tensor]] | None) -> None:
         stopped = self.engine.should_stop
+        self._concluded()
         self.end("stopped as asked" if stopped else "finished")
         self.close()
         if self.args.profile and not stopped:
@@ -191,13 +197,13 @@ class Loop:
             self.end(f"stopped after {worse} validations in a row without a lower loss ({best})")
 
     def save(self, tag: str | None = None) -> bool:
+        self._concluded()
         try:
             self._save(tag)
+            if self.engine.saves is None:
+                self._conclude()
         except SaveError as error:
-            LOG.error("%s", error)
-            if self.is_first:
-                later = f", step {self.step + self.args.save_every} saves again"
-                say(f"{error}; training goes on{'' if tag else later}")
+            self._say_why_not(error, tag)
             return False
         return True
 
@@ -209,7 +215,34 @@ class Loop:
                 together(self.books.settle if self.books is not None else lambda: None)
             folder = self.folder / "checkpoints"
             self.engine.save_checkpoint(str(folder), tag, save_latest=tag is None)
-            self._tell("on_save", tag or f"global_step{self.step}")
+            self._under_way = tag or f"global_step{self.step}"
+
+    def _conclude(self) -> None:
+        """Wait for the save under way; it is whole now.
+
+        Raises:
+            SaveError: it is not.
+        """
+        tag, self._under_way = self._under_way, ""
+        if tag:
+            with self.clock.paused():
+                self.engine.wait_for_save()
+                self._tell("on_save", tag)
+
+    def _concluded(self) -> bool:
+        """As `_conclude`, where a thread has told why it is not."""
+        try:
+            self._conclude()
+        except SaveError:
+            return False
+        return True
+
+    def _say_why_not(self, error: SaveError, tag: str | None = None) -> None:
+        LOG.error("%s", error)
+        every = self.args.save_every
+        if self.is_first:
+            again = f", step {(self.step // every + 1) * every} saves again" if every else ""
+            say(f"{error}; training goes on{'' if tag else again}")
 
 
 def _due(step: int, every: int) -> bool:
