@@ -197,6 +197,29 @@ def test_a_run_goes_on_with_other_stages_as_if_it_had_stayed(tmp_path):
     assert facts["layout"]["stages"] == 1
 
 
+# --- asynchronous saves ---------------------------------------------------------------------------
+
+
+def test_a_run_that_saves_beside_training_leaves_what_one_that_waits_does(tmp_path):
+    inputs = write_inputs(tmp_path, local_parallel={"mode": "local"})
+    config = json.loads(Path(inputs["--deepspeed_config"]).read_text())
+    config["local_parallel"]["async_save"] = True
+    (tmp_path / "beside.json").write_text(json.dumps(config))
+    beside = {**inputs, "--deepspeed_config": str(tmp_path / "beside.json")}
+    found = []
+    for name, given, starts in (("waits", inputs, [6]), ("beside", beside, [5, 6])):
+        run = {**given, "--output": str(tmp_path / name), "--save-every": "2", "--keep-last": "1"}
+        for steps in starts:
+            result = launch({**run, "--max-steps": str(steps)}, "--keep-best", "--resume")
+            assert result.returncode == 0, result.stdout
+        kept = sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
+        of_training = {at: x for at, x in losses(tmp_path / name).items() if at[0] == "train"}
+        found.append((kept, of_training))
+    assert found[0] == found[1]
+    assert "global_step6" in found[0][0]
+    assert "global_step2" not in found[0][0]
+
+
 # --- a run that diverges --------------------------------------------------------------------------
 
 
