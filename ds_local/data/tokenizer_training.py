@@ -16,7 +16,7 @@ from ds_local.errors import DataError, first_line
 
 _LONGEST_LINE = 4096  # that training takes
 _MOST_LINES = 1_000_000
-_MOST_CHARACTERS = 1 << 28
+_MOST_CHARACTERS = 1 << 27
 SAMPLE = 1 << 30  # bytes of the sources that are looked at for it; of more, documents are drawn
 
 
