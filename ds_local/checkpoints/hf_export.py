@@ -30,7 +30,11 @@ KIND = "exported model"
 
 
 def export(
-    source: str | Path, output: str | Path, segment: int | None = None, heads: bool = False
+    source: str | Path,
+    output: str | Path,
+    segment: int | None = None,
+    heads: bool = False,
+    ema: bool = False,
 ) -> Path:
     """Write a checkpoint as a Hugging Face folder.
 
@@ -42,6 +46,7 @@ def export(
             the full model.
         heads: put the auxiliary heads, as they are, into a second safetensors file beside the full
             model.
+        ema: the running averages of the weights, which a run keeps with "ema", instead of them.
 
     Returns:
         `output`.
@@ -49,16 +54,18 @@ def export(
     Raises:
         ExportError, CheckpointError: naming the file or tensor that is wrong.
     """
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(source, ema)
     with new_folder(output, KIND, ExportError, exact=True, about=checkpoint.origin) as new:
         _write(checkpoint, checkpoint.last_segment if segment is None else segment, new, heads)
     return Path(output)
 
 
-def export_all(source: str | Path, output: str | Path, heads: bool = False) -> dict[int, Path]:
+def export_all(
+    source: str | Path, output: str | Path, heads: bool = False, ema: bool = False
+) -> dict[int, Path]:
     """Write the model of every exit as `output/segment_I`; the last is the full model. Arguments
     and errors as for `export`."""
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(source, ema)
     with new_folder(output, KIND, ExportError, exact=True, about=checkpoint.origin) as new:
         for segment in checkpoint.exits:
             _write(checkpoint, segment, new / f"segment_{segment}", heads)

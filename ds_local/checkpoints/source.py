@@ -12,7 +12,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ds_local.checkpoints.facts import FACTS, read_facts
-from ds_local.checkpoints.folder import HEAD_FILE, latest_tag, locate
+from ds_local.checkpoints.folder import (
+    AVERAGE_FILE,
+    AVERAGE_HEAD_FILE,
+    HEAD_FILE,
+    latest_tag,
+    locate,
+)
 from ds_local.checkpoints.hf_layers import State, check_layer, to_hf
 from ds_local.checkpoints.sums import check_file
 from ds_local.errors import ExportError, first_line
@@ -41,13 +47,14 @@ class Checkpoint:
 
     Args:
         source: a run folder (its latest checkpoint) or a checkpoint folder.
+        ema: read the running averages of the weights instead of the weights.
 
     Raises:
         ExportError, CheckpointError: when there is none, or it is of another model.
     """
 
-    def __init__(self, source: str | Path) -> None:
-        self.folder = find_checkpoint(source)
+    def __init__(self, source: str | Path, ema: bool = False) -> None:
+        self.folder, self._ema = find_checkpoint(source), ema
         self.facts = read_facts(self.folder)
         try:
             self.parts: list[int] = list(self.facts["segment_parts"])
@@ -57,6 +64,11 @@ class Checkpoint:
             raise ExportError(
                 f"{self.folder}/ds_local.json lacks {error}: it was written by something else"
             ) from error
+        if ema and AVERAGE_FILE.format(0) not in self._files:
+            raise ExportError(
+                f"{self.folder} holds no averages of weights; train with local_parallel.ema, or "
+                "leave --ema out"
+            )
         if not fields:
             raise ExportError(
                 f"{self.folder} is not of a Hugging Face model, so it has no folder form"
@@ -103,7 +115,7 @@ class Checkpoint:
 
     def layer(self, number: int) -> State:
         """The tensors of a pipeline layer, by their names in it."""
-        name = f"layer_{number:02d}-model_states.pt"
+        name = AVERAGE_FILE.format(number) if self._ema else f"layer_{number:02d}-model_states.pt"
         state = self._load(name)
         check_layer(self.config, number, state, str(self.folder / name))
         scale_outputs(self.config, {number: state}, self.facts)
@@ -124,7 +136,8 @@ class Checkpoint:
                 f"segment {segment} has no head in {self.folder}: its loss trains no segment in "
                 f"this run; there are exits after the segments {', '.join(map(str, self.exits))}"
             )
-        return self._load(HEAD_FILE.format(segment))
+        own = AVERAGE_HEAD_FILE.format(self.parts[segment + 1])
+        return self._load(own if self._ema else HEAD_FILE.format(segment))
 
     def model(self, segment: int) -> tuple[PretrainedConfig, State]:
         """The blocks up to and including a segment's, with its exit, as a Hugging Face model:

@@ -33,11 +33,16 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="auxiliary heads into a second file beside the full model, to train on with them",
     )
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="the running averages of the weights, of a run with local_parallel.ema",
+    )
     args = parser.parse_args(arguments)
     from ds_local.checkpoints.hf_export import export, export_all
 
     if args.all_segments:
-        print("\n".join(map(str, export_all(args.run, args.output, args.heads).values())))
+        print("\n".join(map(str, export_all(args.run, args.output, args.heads, args.ema).values())))
     else:
-        print(export(args.run, args.output, args.segment, args.heads))
+        print(export(args.run, args.output, args.segment, args.heads, args.ema))
     return 0

@@ -114,6 +114,12 @@ def _add_length(parser: Parser) -> None:
         help="validation sequences to use, by default all of them",
     )
     add(
+        "--eval-ema",
+        action=_SWITCH,
+        default=False,
+        help="validate the running averages of the weights (local_parallel.ema), not the weights",
+    )
+    add(
         "--sample-tokens",
         type=whole(),
         default=0,

@@ -83,6 +83,10 @@ class LocalParallelConfig(Scheme):
     on_nonfinite: NonFiniteConfig = NonFiniteConfig()
     """What becomes of a step whose loss, gradient or activations are not finite. "stop": the first
     one ends the run, as {"skip": 1} does."""
+    ema: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Also keep a running average of the weights, in fp32: the share of it that stays in a step,
+    such as 0.999, less in the first steps. It is saved with checkpoints; `scripts/train.py
+    --eval-ema` validates it, `export_hf.py --ema` exports it."""
     seed: NonNegativeInt = 1234
     """Seed of weights and dropout."""
     diagnostics: bool = False
@@ -111,6 +115,15 @@ class LocalParallelConfig(Scheme):
             raise ValueError(
                 "diagnostics has schedules of its own, and schedule says how to compute: leave one "
                 "out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _averages_of_one_model(self) -> LocalParallelConfig:
+        if self.ema is not None and self.replicas.sync != "gradients":
+            raise ValueError(
+                "ema needs the same weights on all replicas, and with replicas.sync "
+                f"{self.replicas.sync!r} they train apart: leave one of them out"
             )
         return self
 

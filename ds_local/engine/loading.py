@@ -66,6 +66,10 @@ def load(
         engine.replicas.load(None, facts)
         engine.copies.load(checks.look, lambda _: None, engine.global_steps)
         engine.executor.stash.end()
+    if engine.average.load(checks.look, facts["files"]) and engine.global_rank == 0:
+        logger.warning(
+            f"{place} has not all averages of weights (ema): these begin with the weights"
+        )
     check_state(engine, f"with {place}", "use another checkpoint")
     # DeepSpeed gives whatever it did not use, its own notes among it
     return path, {key: value for key, value in client_state.items() if key not in RESERVED}

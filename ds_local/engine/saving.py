@@ -63,6 +63,7 @@ def save(
         engine.copies.save(taking.save, target, engine.global_steps, engine.replica_id)
         if engine.replica_id == 0:  # replicas have the same
             engine.executor.stash.save(taking.save, target)
+            engine.average.save(taking.save, target)
         engine.replicas.save(taking.save, target)
         with engine.replicas.whole(moments=True):
             write(writing.partial, {**client_state, NAMES: _names(engine)})

@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.engine.async_saves import AsyncSaves
+from ds_local.engine.average import Average
 from ds_local.engine.deepspeed_seam import PipelineEngineSeam, gradient_of, spoil_gradients
 from ds_local.engine.executor import Executor
 from ds_local.engine.finite import WEIGHTS, Events
@@ -142,7 +143,7 @@ class StageUpdates(PipelineEngineSeam):
 
         DeepSpeed's bf16 and ZeRO optimizers update a stage whole or not at all.
         """
-        kinds = self._judge()
+        kinds, average = self._judge(), self.average
         if kinds and not self._one_by_one:
             spoil_gradients(self.optimizer)
         elif kinds:
@@ -165,7 +166,13 @@ class StageUpdates(PipelineEngineSeam):
                 self.lr_scheduler.step(**(lr_kwargs or {}))
         elif kinds:
             self.skipped_steps += 1
+        average.update(self.global_steps)
         self.events.book(self.global_steps, kinds, self.skipped_steps)
+
+    @cached_property
+    def average(self) -> Average:
+        """Running averages of this stage's weights, as "ema" asks for them."""
+        return Average.of(self.module)
 
     @property
     def own_loss(self) -> torch.Tensor:

@@ -24,6 +24,7 @@ _FREE = (
     "compile",
     "async_save",
     "diagnostics",
+    "ema",
 )
 
 _FREE_OF_LINKS = ("depth", "warn_seconds", "transfer", "timeout_seconds", "past_host")

@@ -38,7 +38,12 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
         ConfigError: naming the two values that contradict each other.
         UnsupportedModel: when it cannot keep documents apart and the data asks for that.
     """
-    config, _ = checked(read_settings(args))
+    config, section = checked(read_settings(args))
+    if args.eval_ema and section.ema is None:
+        raise ConfigError(
+            "--eval-ema validates running averages of the weights, which the config does not ask "
+            'for; set "ema" in its local_parallel section, such as 0.999'
+        )
     check_client_parts(config, None, None)
     # the files are compared with their checksums once on each host
     data = TokenData(args.data, verify=os.environ.get("LOCAL_RANK", "0") == "0")

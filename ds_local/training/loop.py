@@ -45,6 +45,7 @@ _MEETINGS = (
     "max_steps",
     "eval_every",
     "eval_sequences",
+    "eval_ema",
     "sample_tokens",
     "save_every",
     "keep_last",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -172,13 +173,14 @@ class Loop:
         engine, args = self.engine, self.args
         batches = validation_batches(self.data, self.shape, args.eval_sequences)
         with self.clock.paused():
-            engine.eval_batch(iter(batches), num_micro_batches=len(batches))
-            if engine.should_stop:  # not all of it has been seen
-                return
-            losses = engine.eval_losses
+            with engine.average.in_place() if args.eval_ema else nullcontext():
+                engine.eval_batch(iter(batches), num_micro_batches=len(batches))
+                if engine.should_stop:  # not all of it has been seen
+                    return
+                losses = engine.eval_losses
+                sampled = sample(engine, self.data, batches[0][0], args.sample_tokens)
             held = profiling.most_held(engine)
             probed = diagnostics.probe(engine, batches[0]) if engine.section.diagnostics else {}
-            sampled = sample(engine, self.data, batches[0][0], args.sample_tokens)
             # what is decided by it is decided by rank 0's number, to the bit
             loss = gather(losses.get(engine.num_segments - 1, math.nan))[0]
             self.standing = self.standing.after(loss)
