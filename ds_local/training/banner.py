@@ -88,9 +88,9 @@ def banner(
     rows = [
         ("model", _model(facts, step)),
         ("stages", _stages(facts["layout"], facts["machine"]["device"])),
-        *_schemes(phases),
+        *_schemes([phase for phase in phases if phase.first_step < length.steps]),
         ("steps", str(length)),
-        ("learning rate", _rate(facts["config"], clipping)),
+        ("learning rate", _rate(facts["config"], clipping, length.steps)),
         ("validation", _validation(args)),
     ]
     return "\n".join(f"  {name:<14}{text}" for name, text in rows)
@@ -131,15 +131,18 @@ def _schemes(phases: Sequence[PhaseForecast]) -> Iterator[tuple[str, str]]:
             yield "idle", f"{mean:.0%} predicted ({each}), if links cost nothing"
 
 
-def _rate(config: Mapping[str, Any], clipping: float) -> str:
+def _rate(config: Mapping[str, Any], clipping: float, steps: int) -> str:
     rate = (config["optimizer"].get("params") or {}).get("lr")
     optimizer = f"{config['optimizer']['type']}{f', {rate:g}' if rate is not None else ''}"
     optimizer += f", gradients clipped at {clipping:g}" if clipping else ""
     scheduler = config.get("scheduler")
     if not scheduler:
         return f"{optimizer}, the same in every step"
-    params = ", ".join(f"{key} {value}" for key, value in (scheduler.get("params") or {}).items())
-    return f"{optimizer}; {scheduler['type']}: {params}"
+    given = scheduler.get("params") or {}
+    params = ", ".join(f"{key} {value}" for key, value in given.items())
+    other = given.get("total_num_steps", steps) != steps
+    ends = f" (but the run has {steps:,} steps)" if other else ""
+    return f"{optimizer}; {scheduler['type']}: {params}{ends}"
 
 
 def _validation(args: Any) -> str:

@@ -18,6 +18,7 @@ from ds_local.training.pace import Pace
 from ds_local.training.samples import sample_line
 
 _RECENT = 50  # reports that the pace on the line is of
+_WORTH_NAMING = 0.1  # idle share of a stage from which on the line says what it waits for
 
 
 class Progress(Callback):
@@ -79,7 +80,8 @@ def progress_line(reports: Sequence[SegmentReport], speeds: Mapping[str, float |
     most = max(reports, key=lambda r: r.idle_share)
     idle = sum(r.idle_share for r in reports) / len(reports)
     waits = f"idle {idle:.0%}, most on stage {most.stage} {most.idle_share:.0%}"
-    parts.append(waits + (f" for the {most.slowest_link}" if most.slowest_link else ""))
+    named = most.slowest_link is not None and most.idle_share >= _WORTH_NAMING
+    parts.append(waits + (f" for the {most.slowest_link}" if named else ""))
     events = [
         f"{r.nonfinite} of segment {r.segment} at step {r.nonfinite_step}, {r.skipped} skipped"
         for r in reports

@@ -45,6 +45,14 @@ def test_every_line():
     ]
 
 
+def test_what_the_run_does_not_come_to_is_not_told():
+    phases = [PhaseForecast(0, "local", None), PhaseForecast(240, "backprop", None)]
+    args = Namespace(eval_every=0, eval_sequences=None)
+    told = banner(FACTS, phases, Length(240, 32, 128, 9600), 0, 0.0, args)
+    assert "backprop" not in told
+    assert "WSD: total_num_steps 300 (but the run has 240 steps)" in told
+
+
 def test_a_run_that_goes_on_says_from_where():
     args = Namespace(eval_every=0, eval_sequences=None)
     told = banner(FACTS, [], Length(300, 32, 128, 9600), 50, 0.5, args)

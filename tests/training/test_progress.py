@@ -55,6 +55,8 @@ def test_on_devices_also_each_ones_pace_use_and_memory():
 
 def test_a_stage_that_waits_for_nobody_names_no_link():
     assert progress_line([report(0, 2.0, 0.0)], SPEEDS).endswith("| idle 0%, most on stage 0 0%")
+    line = progress_line([report(0, 2.0, 0.04, "activation link 0 -> 1")], SPEEDS)
+    assert line.endswith("| idle 4%, most on stage 0 4%")  # nor one that waits little
 
 
 def test_what_was_not_finite_is_said():
