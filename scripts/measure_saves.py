@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "model_type": "gpt2",
     "n_layer": 12,
     "n_embd": 512,
@@ -82,7 +82,8 @@ def main() -> int:
     args = parser.parse_args()
     from ds_local.measure.ranks import Pool
 
-    pool, found = Pool(), {}
+    pool = Pool()
+    found: dict[str, Any] = {}
     for name, beside in (("waits", False), ("asynchronous", True)):
         with tempfile.TemporaryDirectory() as folder:
             found[name] = pool.run(saves, 2, folder, beside, timeout=900)

@@ -223,7 +223,7 @@ LONG_FILES = {
     "cli/simulate": (360, "one parser, and what it shows"),
     "schedules/routes": (330, "the table and all its rows"),
     "cli/benchmark": (330, "one parser for seven benchmarks"),
-    "engine/deepspeed_seam": (370, "every private name of DeepSpeed, and what stands for it"),
+    "engine/deepspeed_seam": (380, "every private name of DeepSpeed, and what stands for it"),
 }
 
 

@@ -194,6 +194,8 @@ class SavedState:
                     if key != "step" and isinstance(value, Tensor) and value.numel() == size
                 }
                 counters = {key: state[key] for key in state.keys() - tensors.keys()}
+                if NAMES not in content and any(getattr(v, "ndim", 0) for v in counters.values()):
+                    raise self._unnamed(stage)  # the shape of another parameter
                 yield Held(name, tensors, counters, group)
 
     def _derived_names(self, stage: int, groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -210,13 +212,17 @@ class SavedState:
         else:
             found = [[name for names in (*layers, *heads) for name in names]]
         if [len(names) for names in found] != [len(group["params"]) for group in groups]:
-            raise MoveError(
-                f"{_state_file(stage)} is of an earlier version and does not name its parameters, "
-                "and this run's go by other numbers; resume it once on the layout that saved it, "
-                "save there and move then, or start the optimizer afresh "
-                "(load_optimizer_states=False; scripts/train.py --resume --allow-change optimizer)"
-            )
+            raise self._unnamed(stage)
         return found
+
+    @staticmethod
+    def _unnamed(stage: int) -> MoveError:
+        return MoveError(
+            f"{_state_file(stage)} is of an earlier version and does not name its parameters, and "
+            "this run's go by other numbers; resume it once on the layout that saved it, save "
+            "there and move then, or start the optimizer afresh (load_optimizer_states=False; "
+            "scripts/train.py --resume --allow-change optimizer)"
+        )
 
     def _trained_in_head(self, segment: int) -> list[str]:
         file, cut = HEAD_FILE.format(segment), self._end(segment)

@@ -26,6 +26,7 @@ _STATE = {  # of DeepSpeed's mp_rank files
     "skipped_steps": int,
     "ds_version": str,
 }
+_BY_GROUP = {"base_lrs", "min_lrs", "max_lrs"}  # of torch's schedulers: one a parameter group
 _OF_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 
 
@@ -197,7 +198,10 @@ class Checks:
         scheduler = self.engine.lr_scheduler
         if scheduler is None:
             return
-        fits = isinstance(saved, dict) and scheduler.state_dict().keys() <= saved.keys()
+        own = scheduler.state_dict()
+        fits = isinstance(saved, dict) and own.keys() <= saved.keys()
+        for key in _BY_GROUP & own.keys() if fits else ():  # stages may have other groups
+            fits &= isinstance(saved[key], list) and len(saved[key]) == len(own[key])
         if not fits or not same_scheduler(self.facts, self.engine):
             theirs = self.facts["scheduler"] or ("no scheduler" if saved is None else "another")
             raise CheckpointError(

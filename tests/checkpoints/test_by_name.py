@@ -88,6 +88,10 @@ def test_an_older_one_that_goes_by_other_numbers_is_refused():
     files = layers() | {"mp_rank_00_model_states.pt": by_parameter(numbers=(0, 1, 2))}
     with pytest.raises(MoveError, match="is of an earlier version and does not name"):
         saved(files)
+    files = layers() | {"mp_rank_00_model_states.pt": by_parameter(numbers=(1, 0, 2, 3))}
+    files["layer_00-model_states.pt"] = {"w": row(1, 2, 3)}  # not as large as what is said of it
+    with pytest.raises(MoveError, match="is of an earlier version and does not name"):
+        saved(files)
 
 
 def shard(masters, moments, places):
