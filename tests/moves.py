@@ -50,6 +50,7 @@ def leg(
         dies: the rank that is gone in the middle of the move.
     """
     import jobs
+    import torch
     from reference import batch
 
     layout = Layout(*layout)
@@ -80,6 +81,7 @@ def leg(
     if save:
         engine.save_checkpoint(folder)
         engine.wait_for_save()
+    torch.distributed.barrier()  # nobody leaves while another still sends
     return {
         "losses": losses,
         "loaded": loaded,
