@@ -210,12 +210,13 @@ def _layout(facts: Mapping[str, Any]) -> dict[str, Any]:
     schemes = [section, *(section["phases"] or ())]
     by_segment = section["lr_multipliers"] or section["warmup_stagger"]
     by_segment = by_segment or any(scheme.get("delay_discount") for scheme in schemes)
+    dealt = facts.get("segment_stages")
     return {
         "stages": facts["num_stages"],
         "replicas": facts["num_replicas"],
         "segments": len(facts["segment_parts"]) - 1,
         "cut": facts["segment_parts"],
-        "placement": facts["segment_stages"] or _in_order(facts),
+        "placement": "in order" if not dealt or dealt == _in_order(facts) else dealt,
         "heads at segments": facts["head_segments"],
         **{f"head.{key}": value for key, value in head_options(facts).items()},
         "learning rates": "by segment" if by_segment else "of one kind",

@@ -547,27 +547,6 @@ def test_running_out_of_data_ends_every_stage_with_the_reason():
             assert "stage 0 (rank 0)" in message
 
 
-def other_shapes():
-    engine = jobs.build({"mode": "local"}, 2)
-    data = (
-        None
-        if engine.stage_id
-        else iter([jobs.batch(0, 0, 0, size=2)] * 5 + [jobs.batch(0, 0, 0, size=1)] * 5)
-    )
-    try:
-        for _ in range(2):
-            engine.train_batch(data)
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
-
-
-def test_changing_shapes_are_refused_in_a_sentence():
-    first, second = run_ranks(other_shapes, 2)
-    assert "shapes must stay the same: drop incomplete batches" in first
-    assert "stage 0 (rank 0)" in second
-
-
 def test_a_module_of_another_configuration_is_refused():
     with pytest.raises(RankError, match="built with another local_parallel section"):
         run_ranks(_two_configurations, 1)
