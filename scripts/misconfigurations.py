@@ -22,12 +22,11 @@ from typing import Any
 
 from ds_local.cli.check import check_hosts
 from ds_local.cluster import start_check as cluster
-from ds_local.cluster.surroundings import check_surroundings, read_hostfile
+from ds_local.cluster.surroundings import check_surroundings, free_port, read_hostfile
 from ds_local.config.degrees import num_stages_and_replicas
 from ds_local.config.files import local_parallel
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.errors import ClusterError
-from ds_local.measure.ranks import free_port
 
 LIMIT_SECONDS = (
     3.0  # that ranks wait for each other, here; 60 in check_cluster.py, 180 in train.py by default

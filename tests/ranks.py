@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ds_local.measure.ranks import Pool, RankError, free_port
+from ds_local.cluster.surroundings import free_port
+from ds_local.measure.ranks import Pool, RankError
 
 __all__ = ["RankError", "close_ranks", "free_port", "run_ranks"]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import socket
 import struct
 import time
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -55,7 +57,7 @@ def complete_environment(environment: MutableMapping[str, str] = os.environ) -> 
     if world_size == 1:
         environment.setdefault("LOCAL_RANK", "0")
         environment.setdefault("MASTER_ADDR", "127.0.0.1")
-        environment.setdefault("MASTER_PORT", str(_free_port()))
+        environment.setdefault("MASTER_PORT", str(free_port()))
     missing = [k for k in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(k)]
     by_mpi = any(names[1] in environment for names in _LAUNCHERS if names is not _SRUN)
     if missing and not (by_mpi and find_spec("mpi4py")):  # DeepSpeed would ask MPI
@@ -80,10 +82,14 @@ def _check_accelerate(environment: Mapping[str, str]) -> None:
         )
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_port() -> int:
+    """One that nobody listens at now. It lies below those that systems give to connections, any of
+    which might take it before it is used."""
+    for port in random.SystemRandom().sample(range(20000, 32768), 1000):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise ClusterError("none of 1,000 ports from 20000 to 32767 is free on this machine")
 
 
 def check_surroundings(

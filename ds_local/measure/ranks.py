@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import queue
 import signal
-import socket
 import tempfile
 import time
 import traceback
@@ -26,16 +25,11 @@ from typing import Any
 import torch.multiprocessing as mp
 from torch import distributed as dist
 
+from ds_local.cluster.surroundings import free_port
 from ds_local.errors import DsLocalError
 
 TIMEOUT_SECONDS = 120
 _SAY_WHERE = signal.SIGRTMIN + 1  # a rank that gets it writes its stacks to its file
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class RankError(DsLocalError, RuntimeError):

@@ -1,6 +1,7 @@
 """What a rank finds out alone."""
 
 import os
+import socket
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from sentences import assert_one_sentence
 from ds_local.cluster.surroundings import (
     check_surroundings,
     complete_environment,
+    free_port,
     read_hostfile,
     stale_lock,
 )
@@ -137,3 +139,16 @@ def test_launchers_that_do_not_say_enough(environment, said):
     with pytest.raises(ClusterError, match=said) as error:
         complete_environment(environment)
     assert_one_sentence(error.value)
+
+
+def test_a_port_that_somebody_listens_at_is_passed_over(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        free, order = free_port(), [taken.getsockname()[1]]
+        assert 20000 <= free < 32768
+        monkeypatch.setattr("random.SystemRandom.sample", lambda *_: order)
+        with pytest.raises(ClusterError, match="none of 1,000 ports"):
+            free_port()
+        order.append(free)
+        assert free_port() == free

@@ -278,6 +278,7 @@ def staged(fail=False):
 
     start_processes()
     group, depth, count = Groups().of([0, 1]), 2, 7
+    dist.barrier()  # nobody leaves while the other still connects
     may_copy = threading.Event()
 
     class Slow(Staging):

@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ds_local.cluster.surroundings import free_port
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -40,12 +41,6 @@ def environment() -> dict[str, str]:
     # a lock that another job left in the common folder must not stop ours
     own = {"TORCH_EXTENSIONS_DIR": str(ROOT / "runs" / "faults" / "extensions")}
     return kept | _ENVIRONMENT | own | {"PYTHONPATH": ":".join(paths), "PATH": binaries}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, interval: float = 0.01) -> Any:
