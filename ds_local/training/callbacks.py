@@ -17,8 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from ds_local.config.files import nearest
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.reports import SegmentReport
+from ds_local.errors import ConfigError
 
 Row = Mapping[str, Any]
 
@@ -125,3 +127,18 @@ class Callback:
     def on_end(self, run: Run) -> None:
         """When the run has ended well, by its last step, as asked or by a callback. Stages meet
         here too."""
+
+
+def check_callbacks(callbacks: Iterable[Any]) -> None:
+    """Raises ConfigError for what is no callback, and for a method that nobody would call."""
+    known = [name for name in vars(Callback) if name.startswith("on_")]
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ConfigError(
+                f"callbacks holds {callback!r}; give objects of a class derived from "
+                "ds_local.Callback"
+            )
+        for name in dir(callback):
+            if name.startswith("on_") and name not in known:
+                whose = type(callback).__name__
+                raise ConfigError(f"{whose}.{name} is never called; {nearest(name, known)}")

@@ -33,7 +33,7 @@ from ds_local.model import families
 from ds_local.model.pretrained import find_weights
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.training.banner import banner, forecast
-from ds_local.training.callbacks import Callback, Validation
+from ds_local.training.callbacks import Callback, Validation, check_callbacks
 from ds_local.training.inputs import facts_of_start, layout_of, length_of, read_inputs
 from ds_local.training.run_folder import RunFolder, opened, tokenizer_test
 from ds_local.training.signals import Signals
@@ -76,6 +76,7 @@ def train(
         ConfigError, DataError, CheckpointError, ...: in a sentence, before any training, with
         nothing lost.
     """
+    check_callbacks(callbacks)
     complete_environment()
     is_first = os.environ.get("RANK", "0") == "0"
     with (

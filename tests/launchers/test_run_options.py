@@ -202,3 +202,34 @@ def test_the_loop_in_a_script_without_a_launcher(inputs, tmp_path):
     assert "saved global_step12\n" in result.stdout
     assert "ended at step 12: finished" in result.stdout
     assert f"validation loss {told['validation', 12, 0]:.4f} at step 12" in result.stdout
+
+
+MISTAKE = """
+import sys, ds_local
+from callbacks import config
+
+class Mistaken(ds_local.Callback):
+    def on_step(self, run):
+        if run.step == 2 and run.engine.global_rank == 1:
+            raise KeyError("a mistake of the user's")
+
+model, data, output = sys.argv[1:]
+ds_local.train(model=model, data=data, output=output, deepspeed_config=config, max_steps=9,
+               callbacks=[Mistaken()])
+"""
+
+
+def test_an_exception_of_a_callback_ends_all_ranks_with_its_traceback(inputs, tmp_path):
+    path = f"import sys\nsys.path.insert(0, {str(ROOT / 'examples')!r})\n"
+    (tmp_path / "script.py").write_text(path + MISTAKE)
+    words = [inputs["--model"], inputs["--data"], str(tmp_path / "run")]
+    run = start(str(tmp_path / "script.py"), *words, ranks=2)
+    try:
+        assert run.wait(100), run.outputs()
+        assert run.statuses() == [1, 1]
+        said = run.outputs()
+    finally:
+        run.close()
+    assert "in on_step" in said
+    assert 'KeyError: "a mistake of the user\'s"' in said
+    assert "the run ended elsewhere: stage 1 (rank 1): " in said

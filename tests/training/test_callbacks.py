@@ -1,8 +1,12 @@
-"""How a run stands after its validations."""
+"""How a run stands after its validations; what is no callback."""
 
 import math
 
-from ds_local.training.callbacks import Standing
+import pytest
+
+import ds_local
+from ds_local.errors import ConfigError
+from ds_local.training.callbacks import Standing, check_callbacks
 
 
 def after(*losses):
@@ -45,3 +49,27 @@ def test_of_a_runs_rows_the_full_model_counts():
     ]
     assert Standing.of(rows) == (2.0, 2)
     assert Standing.of([]) == Standing()
+
+
+class Misspelt(ds_local.Callback):
+    def on_validate(self, run, validation):
+        raise AssertionError
+
+
+class Right(ds_local.Callback):
+    def on_validation(self, run, validation):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("callback", "words"),
+    [
+        (Misspelt(), r"Misspelt\.on_validate is never called; did you mean 'on_validation'\?"),
+        (Right, "derived from ds_local.Callback"),  # the class, not an object
+        (print, "derived from ds_local.Callback"),
+    ],
+)
+def test_what_would_never_be_called_is_refused(callback, words):
+    check_callbacks([Right()])
+    with pytest.raises(ConfigError, match=words):
+        check_callbacks([Right(), callback])
