@@ -104,7 +104,7 @@ def test_no_two_test_files_share_a_name():
 TESTED_IN = {
     "config/files": ("config/test_bad_settings", "load_config"),
     "schedules/cells": ("schedules/test_sheets", "csv_of"),
-    "links/groups": ("dist/test_groups", "host_group"),
+    "links/groups": ("dist/test_groups", "Groups"),
     "links/ends": ("dist/test_links", "Peer"),
     "links/pair": ("dist/test_links", "Receiver"),
     "replicas/engine": ("dist/test_replicas", "subnets"),  # what engines must have, a protocol
