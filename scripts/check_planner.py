@@ -1,9 +1,10 @@
 """What the planner predicts beside what real engines measure.
 
-python scripts/check_planner.py [--only sleep|real] [--json FILE]
+python scripts/check_planner.py [--only sleep|scaling|real] [--json FILE]
 
 First on stages whose compute is sleep: these show the bubbles of four devices on two cores;
-engines, processes and messages are real. Then on a model's real compute, two ranks pinned to a core
+engines, processes and messages are real. The same over stages and replicas, up to eight ranks, as
+tokens per second of a device. Then on a model's real compute, two ranks pinned to a core
 each: the first layout is profiled, and all are predicted from its profile.
 """
 
@@ -43,6 +44,14 @@ LAYOUTS = (
     ("local", 2, 2, 8, 0.05),
     ("backprop", 2, 2, 4, 0.0),
 )
+# every number of stages and replicas that eight ranks allow, 8 micro-batches a replica
+SCALING = [
+    (row, stages, replicas, 8, 0.0)
+    for row in ("backprop", "local")
+    for stages in (2, 4, 8)
+    for replicas in (1, 2, 4)
+    if stages * replicas <= 8
+]
 REAL_LAYOUTS = (
     Candidate(2, 1, "local", "full", 4, 8),
     Candidate(2, 1, "backprop", "", 4, 8),
@@ -102,6 +111,24 @@ def _row(layout: Candidate, expected: float, found: float, **more: Any) -> dict[
         flush=True,
     )
     return {"layout": str(layout), "predicted": expected, "measured": found, "error": error, **more}
+
+
+def compare_scaling(pool: Pool, seconds: float = 2 * SECONDS) -> list[dict[str, Any]]:
+    """As `compare`; a micro-batch counts as a token."""
+    rows = compare(pool, SCALING, seconds, steps=5)
+    for row, (scheme, stages, replicas, count, _) in zip(rows, SCALING, strict=True):
+        each = count / stages
+        row["predicted_device_rate"], row["measured_device_rate"] = (
+            each / row[name] for name in ("predicted", "measured")
+        )
+        print(
+            f"{scheme}, {stages} stages x {replicas} replicas: "
+            f"{row['predicted_device_rate']:.3f} predicted, {row['measured_device_rate']:.3f} "
+            f"measured a second and device, ratio "
+            f"{row['measured_device_rate'] / row['predicted_device_rate']:.3f}",
+            flush=True,
+        )
+    return rows
 
 
 # --- real compute ---------------------------------------------------------------------------------
@@ -181,14 +208,17 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=output_file('"measured"'), help="file for the figures")
-    parser.add_argument("--only", choices=["sleep", "real"], help="one of the two")
+    parser.add_argument("--only", choices=["sleep", "scaling", "real"], help="one of them")
     args = parser.parse_args()
     pool, rows = Pool(), []
     try:
-        if args.only != "real":
-            rows += compare(pool)
-        if args.only != "sleep":
-            rows += compare_real(pool)
+        for name, check in (
+            ("sleep", compare),
+            ("scaling", compare_scaling),
+            ("real", compare_real),
+        ):
+            if args.only in (None, name):
+                rows += check(pool)
     finally:
         pool.close()
     if args.json:

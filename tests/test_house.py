@@ -104,7 +104,7 @@ def test_no_two_test_files_share_a_name():
 TESTED_IN = {
     "config/files": ("config/test_bad_settings", "load_config"),
     "schedules/cells": ("schedules/test_sheets", "csv_of"),
-    "links/groups": ("dist/test_groups", "Groups"),
+    "links/groups": ("dist/test_groups", "in_turn"),
     "links/ends": ("dist/test_links", "Peer"),
     "links/pair": ("dist/test_links", "Receiver"),
     "replicas/engine": ("dist/test_replicas", "subnets"),  # what engines must have, a protocol
@@ -113,6 +113,7 @@ TESTED_IN = {
     "replicas/sync": ("dist/test_replicas", "periodic"),
     "checkpoints/hf_export": ("dist/test_exports", "hf_export"),
     "engine/causal_lm": ("dist/test_engine", "causal_lm"),
+    "engine/connections": ("dist/test_groups", "Connections"),
     "engine/engine": ("dist/test_engine", "train_batch"),
     "engine/executor": ("dist/test_engine", "train_batch"),
     "engine/loading": ("dist/test_loading", "load_checkpoint"),

@@ -30,6 +30,7 @@ from ds_local.cluster.layout_table import report
 from ds_local.cluster.learning import outside
 from ds_local.cluster.planner import plan
 from ds_local.cluster.pricing import Pricing
+from ds_local.cluster.scaling import ALONE, MOST_DEVICES, picture, scaling, tables
 from ds_local.config import shipped, strict_json
 from ds_local.model import families
 from ds_local.outputs import new_folder, write_file
@@ -79,6 +80,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"write the best layout there, ready to start: {CONFIG} and {START}",
     )
     add(
+        "--scaling",
+        choices=["fixed", "growing"],
+        help=f"tokens per second of a device for every number of stages and replicas up to "
+        f"{MOST_DEVICES:,} devices; the step stays as large as it is, or grows with the replicas",
+    )
+    add("--svg", type=output_file("<svg"), help="with --scaling: a picture")
+    add(
         "--json",
         type=output_file('"too_large"'),
         help="file for all figures, - for the console instead of the text",
@@ -112,7 +120,8 @@ def _add_cluster(add: Callable[..., object]) -> None:
 
 
 def as_json(price: Price) -> dict[str, Any]:
-    return asdict(price) | {"tokens_per_second": price.tokens_per_second, "loss": price.loss}
+    names = ("tokens_per_second", "device_tokens_per_second", "loss")
+    return asdict(price) | {name: getattr(price, name) for name in names}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,6 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.profile:
         model = measured_model(model, args.profile)
     sequences = int(args.batch_tokens) // model.seq_len
+    if args.scaling:
+        return show_scaling(model, cluster, sequences, args)
     pricing = Pricing(model, cluster, sequences, tokens_only=args.tokens_only)
     found = plan(pricing, args.heads, args.rows)
     if args.json:
@@ -154,6 +165,25 @@ def main(arguments: list[str] | None = None) -> int:
     if args.write and found.best:
         write_job(found.best[0], cluster, args)
     return 0 if found.best else 1
+
+
+def show_scaling(model: Model, cluster: Cluster, sequences: int, args: argparse.Namespace) -> int:
+    """Tables over stages and replicas, and what was asked for besides."""
+    started = time.perf_counter()
+    rows = list(dict.fromkeys([ALONE, *args.rows]))
+    cells = scaling(model, cluster, sequences, args.heads, rows, args.scaling == "growing")
+    if args.json:
+        found = [cell._asdict() | {"price": cell.price and as_json(cell.price)} for cell in cells]
+        text = strict_json.dumps(found, indent=1)
+        if str(args.json) == "-":
+            print(text)
+            return 0
+        write_file(args.json, text + "\n")
+    print(tables(cells))
+    if args.svg:
+        write_file(args.svg, picture(cells).file())
+    print(f"{len(cells)} layouts, {time.perf_counter() - started:.1f} s")
+    return 0 if any(cell.price for cell in cells) else 1
 
 
 def write_job(price: Price, cluster: Cluster, args: argparse.Namespace) -> None:

@@ -175,6 +175,10 @@ class Price:
         return self.tokens / self.step_seconds
 
     @property
+    def device_tokens_per_second(self) -> float:
+        return self.tokens_per_second / (self.candidate.stages * self.candidate.replicas)
+
+    @property
     def cost(self) -> float:
         """Seconds of a step, counted as often as its tokens are needed; as if that were once where
         nobody has measured it."""

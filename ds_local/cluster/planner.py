@@ -28,12 +28,17 @@ from ds_local.errors import ConfigError
 
 
 def layouts(
-    model: Model, cluster: Cluster, sequences: int, heads: Sequence[str], rows: Sequence[str]
+    model: Model,
+    cluster: Cluster,
+    sequences: int,
+    heads: Sequence[str],
+    rows: Sequence[str],
+    num_stages: int | None = None,
 ) -> Iterator[Candidate]:
-    """Every layout that divides `sequences` per step over the whole cluster."""
-    for stages in (
-        n for n in range(1, min(model.depth, cluster.devices) + 1) if cluster.devices % n == 0
-    ):
+    """Every layout that divides `sequences` per step over the whole cluster, of any number of
+    stages or of one."""
+    asked = [num_stages] if num_stages else range(1, min(model.depth, cluster.devices) + 1)
+    for stages in (n for n in asked if cluster.devices % n == 0):
         replicas = cluster.devices // stages
         if sequences % replicas:
             continue
@@ -103,7 +108,7 @@ def plan(
             too_large[row] = min(prices, key=lambda p: p.memory)
             continue
         known = [p for p in fitting if p.learning.tokens is not None]
-        found[row] = _best_of(pricing, known or fitting, keep)
+        found[row] = best_of(pricing, known or fitting, keep)
     best = sorted((prices[0] for prices in found.values()), key=lambda p: p.rank)
     return Plan(
         best,
@@ -114,7 +119,7 @@ def plan(
     )
 
 
-def _best_of(pricing: Pricing, prices: list[Price], keep: int) -> list[Price]:
+def best_of(pricing: Pricing, prices: list[Price], keep: int) -> list[Price]:
     """The simulated ones, best first; `prices` come with their bounds, lowest first."""
     done: list[Price] = []
     for price in prices:

@@ -84,7 +84,8 @@ class Pricing:
         else:
             first, second = (work.period(count) for count in shorter)
             period = second + (second - first) / (shorter[1] - shorter[0]) * (wanted - shorter[1])
-        seconds = max(period, work.network_seconds)
+        # in a short step another stage may be the busiest, and time grow more slowly
+        seconds = max(period, *work.busy, work.network_seconds)
         return replace(
             price,
             step_seconds=seconds,

@@ -17,7 +17,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from ds_local.engine import instructions, loading, saving
 from ds_local.engine.async_saves import AsyncSaves
+from ds_local.engine.connections import Connections
 from ds_local.engine.deepspeed_seam import ENGINES, always_check_overflow
 from ds_local.engine.evaluation import evaluate, mean_losses
 from ds_local.engine.executor import Executor
@@ -44,9 +44,8 @@ from ds_local.errors import CheckpointError, ConfigError
 from ds_local.links import notices
 from ds_local.links.device import peak_memory
 from ds_local.links.failures import Failures, meeting
-from ds_local.links.groups import Groups, in_turn, second_world
+from ds_local.links.groups import second_world
 from ds_local.links.pair import Receiver, Sender
-from ds_local.links.transport import End, make_end
 from ds_local.links.watchdog import Watchdog
 from ds_local.replicas.group import replica_group
 from ds_local.replicas.head_copies import Copies, refresh_delay
@@ -79,7 +78,6 @@ class LocalPipelineEngine(StageUpdates):
         self.replica_id = self.grid.get_data_parallel_id()
         self.eval_losses: dict[int, float] = {}
         self._look_after_each_other()
-        self.groups = Groups()
         self.recorder: Recorder | None = None  # set it to keep a trace
         self.replicas = Together()  # `initialize` puts here what the config asks for
         self._grad_norms: dict[int, Any] = {}  # by segment, where DeepSpeed's is of a stage
@@ -100,14 +98,15 @@ class LocalPipelineEngine(StageUpdates):
         self.keep_norms_local()
         always_check_overflow(self.optimizer)
         self._scale_by_segment()
-        self._ends: dict[str, End | None] = {}  # name of each link -> this rank's end of it
         self.plan = RunPlan.of(self.section, self.num_stages, self.micro_batches)
         self._schedules: dict[Any, StageSchedule] = {}
         self._last_step: int | None = None
+        self.connections = self._connect()
+        self.groups = self.connections.groups
         self.activation_links, self.gradient_links = self._make_links()
         self.copies = self._make_copies()
         self._make_reports_and_executor()
-        self._traffic = Traffic(list(self._ends.values()))
+        self._traffic = Traffic(list(self.connections.ends.values()))
         monitor = take_monitor(self.monitor) if self.global_rank == 0 else None
         self.points = Points(monitor, self.train_batch_size(), self.module.stage_of)
         self.reports.listeners.append(self.points.trained)
@@ -119,7 +118,7 @@ class LocalPipelineEngine(StageUpdates):
             self.steps_per_print(),
             self.rank_of(self.module.stage_of[-1], 0),
             own,
-            list(self._ends),
+            list(self.connections.ends),
             self.groups,
             self.section.link.timeout_seconds,
             self.plan.steps_ahead,
@@ -160,33 +159,27 @@ class LocalPipelineEngine(StageUpdates):
 
     # --- links ------------------------------------------------------------------------------------
 
-    def _make_links(self) -> tuple[dict[int, Any], dict[Link, Any]]:
-        """All links of this rank: by lower segment for activations, by `Link` for gradients. A
-        collective call."""
+    def _connect(self) -> Connections:
+        """With the ranks next to this one; schedules are proven before."""
         validate(self.plan.schedules, self.section.link.depth)
-        self._meet_neighbours()
-        activations = {
-            lower: self._make_link(Link("activation", lower))
-            for lower in range(self.num_segments - 1)
-        }
+        stages, replicas = range(self.num_stages), range(self.dp_world_size)
+        return Connections(
+            self.module.stage_of,
+            self.stage_id,
+            self.replica_id,
+            [[self.rank_of(stage, replica) for stage in stages] for replica in replicas],
+            self.device,
+            self.section.link,
+        )
+
+    def _make_links(self) -> tuple[dict[int, Any], dict[Link, Any]]:
+        """All links of this rank: by lower segment for activations, by `Link` for gradients."""
+        make = self.connections.make_link
+        activations = {n: make(Link("activation", n)) for n in range(self.num_segments - 1)}
         for end in activations.values():
             if isinstance(end, Receiver):
                 end.steps_ahead = self.plan.steps_ahead
-        return activations, {link: self._make_link(link) for link in self.plan.gradient_links}
-
-    def _meet_neighbours(self) -> None:
-        """Connect with all of them before links are made one after another, up the pipeline."""
-        for edge in in_turn(list(pairwise(self.module.stage_of))):
-            if self.stage_id in edge:
-                self.groups.pair(self.rank_of(sum(edge) - self.stage_id, self.replica_id))
-
-    def _make_link(self, link: Link) -> End | None:
-        source, target = (
-            (link.lower, link.lower + 1)
-            if link.kind == "activation"
-            else (link.lower + 1, link.lower)
-        )
-        return self._make_end(str(link), source, target, self.section.link.depth)
+        return activations, {link: make(link) for link in self.plan.gradient_links}
 
     def _make_copies(self) -> Copies:
         head, depth = self.section.head, self.section.link.depth
@@ -195,33 +188,11 @@ class LocalPipelineEngine(StageUpdates):
         return Copies(
             self.module.copies,
             self.module.copied_tensors,
-            self._make_end,
+            self.connections.make_end,
             head.refresh_every,
             delay,
             head.tracking,
         )
-
-    def _make_end(self, name: str, source: int, target: int, depth: int) -> End | None:
-        """This rank's end of a link between two segments. A collective call."""
-        ranks = [
-            [self.rank_of(stage, replica) for stage in range(self.num_stages)]
-            for replica in range(self.dp_world_size)
-        ]
-        link, stage_of = self.section.link, self.module.stage_of
-        end = make_end(
-            name,
-            self.stage_id,
-            stage_of[source],
-            stage_of[target],
-            ranks,
-            depth,
-            link.timeout_seconds,
-            self.device,
-            self.groups,
-            link.past_host,
-        )
-        self._ends[name] = end
-        return end
 
     def _replica_mean(self) -> Callable[[float], float]:
         """The mean of a number over the replicas of a stage that average gradients. A collective
@@ -232,9 +203,6 @@ class LocalPipelineEngine(StageUpdates):
             return float
         group = replica_group(self)
         return lambda number: group.average([torch.tensor([number], dtype=torch.float64)])[0].item()
-
-    def _links(self) -> list[End]:
-        return [end for end in self._ends.values() if end is not None]
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -395,7 +363,7 @@ class LocalPipelineEngine(StageUpdates):
         except BaseException as failure:
             where = f"{self.failures.name(self.global_rank)} at step {self.global_steps}"
             reason = self.failures.report_error(failure, where)
-            for link in self._links():
+            for link in self.connections.own:
                 if isinstance(link, Sender):
                     link.fail(reason)
             raise
@@ -608,7 +576,7 @@ class LocalPipelineEngine(StageUpdates):
         """Let go of the buffers of messages. Shapes may change without it: each message says its
         own where it differs from the one before."""
         super().reset_activation_shape()
-        for link in self._links():
+        for link in self.connections.own:
             if isinstance(link, Sender):
                 link.release()
 
@@ -618,7 +586,7 @@ class LocalPipelineEngine(StageUpdates):
             self.saves.settle()
         if self.watchdog is not None:
             self.watchdog.stop()
-        for link in (one for one in self._links() if isinstance(one, Sender)):
+        for link in (one for one in self.connections.own if isinstance(one, Sender)):
             link.flush()
         super().destroy()
 

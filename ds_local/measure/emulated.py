@@ -50,7 +50,9 @@ def ds_local(
     engine = package.initialize(model=module, config=config)[0]
     data = _data(times, micro_batches * steps)
     result = _run(lambda: engine.train_batch(data), steps, times, link)
-    sizes = [end.message_bytes * end.depth for end in engine._links() if isinstance(end, Receiver)]
+    sizes = [
+        end.message_bytes * end.depth for end in engine.connections.own if isinstance(end, Receiver)
+    ]
     return result | {"posted_bytes": sum(sizes)}
 
 

@@ -67,3 +67,22 @@ def test_numbers_must_be_positive(option, capsys):
     with pytest.raises(SystemExit):
         parse_arguments([*ARGUMENTS, option, "0"])
     assert option in capsys.readouterr().err
+
+
+def test_scaling_tables_and_their_picture(tmp_path, capsys):
+    size = ["--model", "gpt2-nano.json", "--nodes", "2", "--devices-per-node", "4"]
+    rates = ["--device-tflops", "1", "--memory-gib", "8", "--link-gbps", "10"]
+    wanted = ["--intra-gbps", "100", "--batch-tokens", "8192", "--rows", "local"]
+    files = ["--svg", str(tmp_path / "s.svg"), "--json", str(tmp_path / "s.json")]
+    assert main([*size, *rates, *wanted, "--scaling", "growing", *files]) == 0
+    said = capsys.readouterr().out
+    assert "local: tokens per second of a device" in said
+    assert "1024" in said
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert {cell["row"] for cell in found} == {"data parallel", "local"}
+    prices = [cell["price"] for cell in found if cell["price"]]
+    for price in prices:
+        devices = price["candidate"]["stages"] * price["candidate"]["replicas"]
+        each = price["tokens_per_second"] / devices
+        assert price["device_tokens_per_second"] == pytest.approx(each)
+    assert (tmp_path / "s.svg").read_text().startswith("<svg")

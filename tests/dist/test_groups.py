@@ -76,9 +76,9 @@ def groups_of_a_rank(rank, stages, replicas, section, monkeypatch):
     """What one rank of a large run makes: (its groups, calls of torch's `new_group`)."""
     from torch import distributed as dist
 
+    from ds_local.engine.connections import Connections
     from ds_local.engine.reports import Reports
     from ds_local.links import groups as module
-    from ds_local.links.transport import make_end
     from ds_local.schedules.schedule import Link
 
     calls = []
@@ -88,17 +88,13 @@ def groups_of_a_rank(rank, stages, replicas, section, monkeypatch):
     monkeypatch.setattr(module.Groups, "__init__", nothing_yet)
     parsed = local_parallel({"local_parallel": section})
     ranks = parsed.layout.ranks(stages, replicas)
-    plan, groups, ends = RunPlan(parsed, stages, 2), module.Groups(), []
-    stage = rank // replicas
-    links = [*(Link("activation", lower) for lower in range(stages - 1)), *plan.gradient_links]
-    for link in links:
-        way = (0, 1) if link.kind == "activation" else (1, 0)
-        source, target = (link.lower + one for one in way)
-        host = torch.device("cpu")
-        ends.append(make_end(str(link), stage, source, target, ranks, 4, 9.0, host, groups))
-    last = ranks[0][-1]
-    Reports(range(stages), 1, last, [stage], list(map(str, links)), groups)
-    return len(groups), len(calls), sum(end is not None for end in ends)
+    plan, (stage, replica) = RunPlan(parsed, stages, 2), divmod(rank, replicas)
+    stage_of, host = range(stages), torch.device("cpu")
+    made = Connections(stage_of, stage, replica, ranks, host, parsed.link)
+    for link in (*(Link("activation", n) for n in range(stages - 1)), *plan.gradient_links):
+        made.make_link(link)
+    Reports(stage_of, 1, ranks[0][-1], [stage], list(made.ends), made.groups)
+    return len(made.groups), len(calls), len(made.own)
 
 
 @pytest.mark.parametrize("mode", ["backprop", "overlapping"])
