@@ -28,6 +28,9 @@ _ROTARY = _COMMON | {
 }
 
 
+_DRY = {"dropout": 0.0, "attention_dropout": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+
+
 def _rope(**parameters) -> dict:
     return {"rope_parameters": {"rope_theta": 10000.0, **parameters}}
 
@@ -85,6 +88,43 @@ VARIANTS: dict[str, dict] = {
     | _rope(rope_type="default", partial_rotary_factor=1.0),
     "olmo": _ROTARY | {"model_type": "olmo", "clip_qkv": 0.5},
     "olmo2": _ROTARY | {"model_type": "olmo2"},
+    "phi, a readout with a bias": _ROTARY | {"model_type": "phi"} | _DRY,
+    "gemma2, capped, every second sliding": _ROTARY
+    | {
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "sliding_window": 5,
+        "final_logit_softcapping": 1.0,
+        "attn_logit_softcapping": 1.0,
+        "tie_word_embeddings": True,
+    },
+    "granite, with factors": _ROTARY
+    | {
+        "model_type": "granite",
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.2,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 8.0,
+    },
+    "gptj, positions kept in its blocks": _GPT2 | {"model_type": "gptj", "rotary_dim": 4},
+}
+
+# experts: a state besides the hidden one, so not among the variants
+MIXTRAL = {
+    "model_type": "mixtral",
+    "num_hidden_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.5,
+    "vocab_size": 64,
+    "max_position_embeddings": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "sliding_window": None,
 }
 
 

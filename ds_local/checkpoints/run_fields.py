@@ -40,6 +40,12 @@ METRICS = {
         "finite",
     ),
     "has_loss": Field((TRAIN,), "", "false where the routes give the segment no loss"),
+    "router_loss": Field(
+        (TRAIN,),
+        "",
+        "what the segment's experts add to its loss, before `router_aux_loss_coef`; only of models "
+        "with experts",
+    ),
     "tokens": Field(_ALL, "tokens", "trained on by then, all replicas together"),
     "seconds": Field(
         _ALL, "s", "trained by then, without validations, saves and the first step of a start"

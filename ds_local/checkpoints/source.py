@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ds_local.checkpoints.hf_layers import State, check_layer, to_hf
 from ds_local.checkpoints.sums import check_file
 from ds_local.errors import ExportError, first_line
 from ds_local.model import families
+from ds_local.model.small_models import prefix
 from ds_local.replicas.cuts import scale_outputs
 
 
@@ -196,10 +196,7 @@ def _prefix_with(
             weight = weight * head["log_temperature"].float().exp()
         readout["readout.weight"] = weight.to(head["readout.weight"].dtype)
     layers[depth + len(layers)] = readout
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = depth + len(layers) - 2
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    config = prefix(config, depth + len(layers) - 2)
     for number, tensors in layers.items():
         private = number <= config.num_hidden_layers
         check_layer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from ds_local.engine.batches import TokenBatches
 from ds_local.engine.deepspeed_checks import checked
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.module_checks import stages_of, world_size
-from ds_local.errors import ConfigError
+from ds_local.errors import ConfigError, UnsupportedModel
 from ds_local.model import blocks, families, heads
 from ds_local.model.exported_heads import load_head
 from ds_local.model.flops import choose_parts
 from ds_local.model.pretrained import Weights, find_weights, load_layer
+from ds_local.model.routers import routers_of
+from ds_local.model.small_models import prefix
 from ds_local.replicas.cuts import check_cut
 from ds_local.replicas.head_copies import planned_copies
 from ds_local.schedules.run_plan import head_segments
@@ -53,6 +55,19 @@ def _check_depth(hf_config: Any, section: LocalParallelConfig, num_stages: int) 
             f"{num_stages} stages x {per_stage} segments need at least {num_segments} blocks, the "
             f"model has {depth}; lower num_stages or segments_per_stage, or use a deeper model"
         )
+
+
+def _check_exits(hf_config: Any, section: LocalParallelConfig, parts: Sequence[int]) -> None:
+    """The blocks up to every loss are a model of the family, as which they are exported."""
+    for segment in sorted(head_segments(section, len(parts) - 1) - {len(parts) - 2}):
+        depth = parts[segment + 1] - 1 + blocks.head_blocks(hf_config, segment, section.head, parts)
+        try:
+            prefix(hf_config, depth)
+        except UnsupportedModel as error:
+            raise ConfigError(
+                f"segment {segment} ends after block {depth}, where no {hf_config.model_type} can "
+                f"end: {error}; set {SECTION}.parts to cut elsewhere"
+            ) from error
 
 
 def _sequence_length(hf_config: Any, seq_len: int | None) -> int:
@@ -92,7 +107,8 @@ def causal_lm(
         seq_len: tokens in a sequence, for balancing the segments; default the model's longest.
 
     Raises:
-        UnsupportedModel: for a family that is not in `families.FAMILIES`.
+        UnsupportedModel: for a model that cannot be cut into layers; docs/models.md lists those
+            that can.
         ConfigError: when the configuration contradicts the model or the number of processes.
         WeightsError: when the pretrained weights are damaged or of another model.
     """
@@ -111,6 +127,7 @@ def causal_lm(
     parts = section.parts or choose_parts(
         hf_config, section, num_segments, num_micro_batches, length
     )
+    _check_exits(hf_config, section, parts)
     depth = range(families.num_blocks(hf_config))
     layers = [
         LayerSpec(blocks.Embedding, hf_config, seed),
@@ -127,7 +144,7 @@ def causal_lm(
         activation_checkpoint_interval=activation_checkpoint_interval,
         topology=topology,
     )
-    module.hf_config = hf_config
+    module.hf_config, module.routers = hf_config, routers_of(hf_config)
     module.token_batches = TokenBatches(hf_config.vocab_size, families.learned_positions(hf_config))
     module.copies = planned_copies(section, num_segments, head_segments(section, num_segments))
     if pretrained is not None:

@@ -39,6 +39,7 @@ from ds_local.model.split_linear import (
     no_weight_grads,
     run_deferred,
 )
+from ds_local.schedules.routes import Routes
 from ds_local.schedules.schedule import Link, Schedule
 
 
@@ -47,6 +48,9 @@ class Segments(Protocol):
 
     num_segments: int
     local_segments: Sequence[int]
+    router_loss: Tensor | None  # of the segment that ran last
+
+    def router_factor(self, routes: Routes, segment: int, which: int) -> float: ...
 
     def split_batch(self, batch: Any) -> tuple[Any, Any]: ...
 
@@ -76,6 +80,7 @@ class _Live:
     passed_on: Slots = field(default_factory=list)  # gradient at the inputs, to be sent
     passes_left: int = 0
     used: Used | None = None  # weights that are not there any more, see `stash.Stash`
+    router_loss: Tensor | None = None  # of the segment's experts
 
 
 class Executor:
@@ -121,6 +126,7 @@ class Executor:
         self.phase_end: int | None = None
         self.losses: dict[int, Tensor] = {}  # of this step, by segment
         self.counted: dict[int, tuple[float, int]] = {}  # (weight, micro-batches) of these losses
+        self.router_losses: dict[int, tuple[Tensor, int]] = {}  # mean over so many micro-batches
         self.watch = finite.Watch()  # of this step
         self._watches: dict[int, finite.Watch] = {}  # of later ones
         self.live: dict[tuple[int, int, int], _Live] = {}  # (segment, step, micro-batch)
@@ -141,7 +147,7 @@ class Executor:
             data: micro-batches; read where the first segment is.
         """
         self.step, self._schedule, self._data = step, schedule, data
-        self.losses, self.counted = {}, {}
+        self.losses, self.counted, self.router_losses = {}, {}, {}
         if schedule.leads:
             self.stash.begin(step, schedule, self.section.scheme_at(step).predict_weights)
         else:
@@ -294,6 +300,7 @@ class Executor:
 
     def _run(self, segment: int, live: _Live, inputs: Tree) -> None:
         outputs = self.segments.run_segment(segment, inputs.value())
+        live.router_loss = self.segments.router_loss
         try:
             live.outputs = Tree.of(outputs)
         except CannotTravel as error:
@@ -377,8 +384,10 @@ class Executor:
                 )
         elif outputs and one.weights:
             weights = self.stash.weights(segment, live.used)
+            routed = self._router_gradient(segment, micro_batch, which, live)
+            roots, seeds = [[*a, *b] for a, b in zip((outputs, given), routed, strict=True)]
             with defer_weight_grads() if split else nullcontext() as deferred, weights:
-                torch.autograd.backward(outputs, given, retain_graph=keep_graph)
+                torch.autograd.backward(roots, seeds, retain_graph=keep_graph)
             if deferred is not None:
                 self._deferred[segment, micro_batch, which] = deferred
             found = [slot.grad for slot in inputs]
@@ -391,6 +400,20 @@ class Executor:
             found = [next(by_slot) if slot.requires_grad else None for slot in live.slots]
             live.passed_on = combine([(list(found), one.send_scale)])
             self.watch.see(finite.SENT, segment, live.passed_on, micro_batch)
+
+    def _router_gradient(
+        self, segment: int, micro_batch: int, which: int, live: _Live
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The segment's router loss, where it has one, and its share in what the pass learns."""
+        loss, live.router_loss = live.router_loss, None
+        if loss is None or not loss.requires_grad:
+            return [], []
+        mean, count = self.router_losses.get(segment, (loss.detach(), 0))
+        mean = torch.lerp(mean, loss.detach(), 1.0 / (count + 1))
+        self.router_losses[segment] = mean, count + 1
+        factor = self.segments.router_factor(self._routes(micro_batch), segment, which)
+        scale = factor * live.weight / self._schedule.num_micro_batches
+        return [loss], [torch.full_like(loss, scale)]
 
     def weight_gradient(self, segment: int, micro_batch: int, which: int) -> None:
         run_deferred(self._deferred.pop((segment, micro_batch, which), []))

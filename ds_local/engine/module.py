@@ -31,8 +31,10 @@ from ds_local.links.store_guard import store_guard
 from ds_local.links.trees import map_tensors
 from ds_local.model import blocks, heads
 from ds_local.model.cut import balance
+from ds_local.model.routers import Routers, share_of, without_logits
 from ds_local.model.split_linear import make_splittable
 from ds_local.replicas.head_copies import Copy
+from ds_local.schedules.routes import Routes
 from ds_local.schedules.run_plan import head_segments, stages_of_segments
 
 MakeHead = Callable[[int], nn.Module]
@@ -84,6 +86,8 @@ class LocalPipelineModule(ModuleFiles):
             None  # of a Hugging Face model; set by `causal_lm`, as are its batches and copies
         )
         self.token_batches: TokenBatches | None = None
+        self.routers: Routers | None = None
+        self.router_loss: Tensor | None = None  # of the segment that ran last
         self.copies: list[Copy] = []
         self.on_load: list[Callable[[], None]] = []  # called when weights have been loaded
         self._given_parts = self.section.parts or parts
@@ -191,7 +195,7 @@ class LocalPipelineModule(ModuleFiles):
 
     def run_segment(self, segment: int, inputs: Any) -> Any:
         """The segment's layers; of the last segment all but a readout that computes its own
-        loss."""
+        loss. The loss of their routers, if they have some, is then in `router_loss`."""
         layers = self.layers_of(segment)
         if self._computes_own_loss(segment):
             layers = layers[:-1]
@@ -202,7 +206,8 @@ class LocalPipelineModule(ModuleFiles):
                 inputs = checkpoint(_apply_to_copy, part, inputs, use_reentrant=False)
             else:
                 inputs = _apply(part, inputs)
-        return inputs
+        outputs, self.router_loss = without_logits(inputs, self.routers)
+        return outputs
 
     def loss_of(self, segment: int, hidden: Any, labels: Any) -> Tensor:
         """The segment's loss (scalar): its auxiliary head's, or the model's own for the last
@@ -254,7 +259,7 @@ class LocalPipelineModule(ModuleFiles):
             head: Any = self.heads[str(copy.target)]
             return list((head.readout if copy.kind == "readout" else head.blocks).parameters())
         if copy.kind == "readout":
-            return [self.forward_funcs[-1].readout.weight]
+            return list(self.forward_funcs[-1].readout.parameters())
         private = [
             layer for layer in self.layers_of(copy.source) if isinstance(layer, blocks.Block)
         ]
@@ -262,6 +267,12 @@ class LocalPipelineModule(ModuleFiles):
             self.hf_config, copy.target, self.section.head, self.segment_parts
         )
         return [p for block in private[:count] for p in block.parameters()]
+
+    def router_factor(self, routes: Routes, segment: int, which: int) -> float:
+        """What the segment's router loss counts for in one of its passes."""
+        if self.routers is None:
+            return 0.0
+        return self.routers.coefficient * share_of(routes, segment, which, self.segment_parts)
 
     def layer_parameters(self, segment: int) -> Iterator[nn.Parameter]:
         """Parameters of the segment's layers that take gradients."""

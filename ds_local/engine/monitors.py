@@ -13,7 +13,7 @@ from typing import Any
 from ds_local.engine.reports import SegmentReport
 
 TRAIN, VALIDATION = "Train", "Validation"
-_FIGURES = ("loss", "grad_norm", "lr", "idle_share", "skipped")
+_FIGURES = ("loss", "router_loss", "grad_norm", "lr", "idle_share", "skipped")
 
 
 def take_monitor(monitor: Any) -> Any:

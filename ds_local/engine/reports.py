@@ -27,6 +27,7 @@ from ds_local.replicas.sync import Together
 FIGURES = (
     "step",
     "loss",
+    "router_loss",
     "grad_norm",
     "lr",
     "seconds",
@@ -77,6 +78,7 @@ class SegmentReport:
     nonfinite: str | None  # one of `finite.KINDS`, if one came since the last report; the newest
     nonfinite_step: int | None  # its step
     skipped: int  # steps that the stage has left out so far
+    router_loss: float | None = None  # of its experts, on replica 0; None: it has none
 
 
 class Traffic:
@@ -252,6 +254,7 @@ class Reports:
             segment=segment,
             stage=self._stage_of[segment],
             loss=figures["loss"],
+            router_loss=figures["router_loss"],
             grad_norm=figures["grad_norm"],
             lr=figures["lr"],
             seconds=seconds,

@@ -195,7 +195,11 @@ class StageUpdates(PipelineEngineSeam):
         }
         wanted = [
             (segment, name, value)
-            for name, values in (("loss", self.segment_losses), ("grad_norm", self._grad_norms))
+            for name, values in (
+                ("loss", self.segment_losses),
+                ("grad_norm", self._grad_norms),
+                ("router_loss", {s: mean for s, (mean, _) in self.executor.router_losses.items()}),
+            )
             for segment, value in values.items()
         ]
         numbers = torch.cat([*(value.view(1) for *_, value in wanted), self._flags]).tolist()

@@ -1,50 +1,44 @@
 """A Hugging Face causal language model as a list of pipeline layers: embedding, blocks, readout.
 
-The layers wrap Hugging Face's own modules and call them by keyword, with the causal mask and the
-positions computed on the spot from the hidden state's shape, so that one tensor is all that travels
-between stages. Where a micro-batch has a mask or positions of its own, layers pass a dict of these
-and the hidden state. Every module is taken from a real `PreTrainedModel`: a block built from a bare
-config has no attention implementation and silently sees the future.
+The layers wrap Hugging Face's own modules. What a block takes besides the hidden state is computed
+on the spot from its shape by the model's own code (`frames.py`), so that one tensor is all that
+travels between stages. Where a micro-batch has a mask or positions of its own, layers pass a dict
+of these and the hidden state. Every module is taken from a real `PreTrainedModel`: a block built
+from a bare config has no attention implementation and silently sees the future.
 
-A family of models is one entry of `families.FAMILIES`. Shapes: B sequences, T tokens, D hidden, V
-vocabulary.
+Shapes: B sequences, T tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import json
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ds_local.config.sections import HeadConfig
-from ds_local.model.families import (
-    attention_of,
-    config_dict,
+from ds_local.model.anatomy import (
+    config_json,
+    config_of,
     family_of,
+    frame_of,
     num_blocks,
     skeleton,
 )
-from ds_local.model.heads import (
-    HIDDEN,
-    AuxiliaryHead,
-    State,
-    count_targets,
-    hidden_of,
-    linear_cross_entropy,
-)
+from ds_local.model.frames import Call
+from ds_local.model.heads import AuxiliaryHead, count_targets, readout_loss
+from ds_local.model.logits import LogitRule
+from ds_local.model.routers import listen, routers_of, with_logits
 from ds_local.model.seeds import seeded
 from ds_local.model.split_linear import SPLITTABLE, casts, linear
+from ds_local.model.state import GIVEN, HIDDEN, State, hidden_of
 
 
-def _materialize(config: PretrainedConfig, name: str, *key: int | str) -> nn.Module:
+def _materialize(config: PretrainedConfig, name: str, *key: int | str) -> Any:
     """A copy of one part of the model with freshly initialized weights that depend on `key`
     alone."""
     model = skeleton(config)
@@ -67,92 +61,53 @@ class _Conv1D(Conv1D):
 SPLITTABLE[Conv1D] = _Conv1D
 
 
-class _Context:
-    """What every block of a stage shares besides weights: causal mask and rotary embedding, kept
-    per sequence length."""
+class Context:
+    """What every block of a stage takes besides the hidden state (masks, positions, rotary
+    embeddings), kept per shape."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        self.config = skeleton(
-            config
-        ).config  # names the attention implementation, without which there is no mask
-        rotary = family_of(config).rotary
-        # built anew, not copied: its frequencies are computed, and computed ones are not in the
-        # skeleton
-        self.rotary = (
-            None
-            if rotary is None
-            else type(skeleton(config).get_submodule(rotary))(config=self.config)
-        )
-        self._kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._config = config
+        self._frame = frame_of(config)
+        self._kept: dict[tuple[Any, ...], list[Call]] = {}
         # the newest mask or positions that a micro-batch gave, and what came of them
-        self._newest: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+        self._newest: tuple[dict[str, Tensor], list[Call]] = {}, []
 
-    def kwargs(self, state: State, attention: str) -> dict[str, Any]:
-        """What a block takes besides the hidden state."""
+    def __reduce__(self) -> Any:
+        """What is kept is anybody's, so copies of a block share it."""
+        return context_of, (self._config,)
+
+    def call(self, state: State, index: int) -> Call:
+        """What block `index` takes beside this hidden state."""
         hidden_BTD = hidden_of(state)
-        if isinstance(state, dict):
-            return self._of_given(state, hidden_BTD, attention)
-        key = (
-            attention,
-            hidden_BTD.shape[0],
-            hidden_BTD.shape[1],
-            hidden_BTD.dtype,
-            hidden_BTD.device,
-        )
+        given = {n: state[n] for n in GIVEN if n in state} if isinstance(state, dict) else {}
+        if given:
+            return self._of_given(given, hidden_BTD)[index]
+        key = (hidden_BTD.shape[:2], hidden_BTD.dtype, hidden_BTD.device)
         if key not in self._kept:
-            with torch.no_grad():
-                self._kept[key] = self._build(hidden_BTD.detach(), attention)
-        return self._kept[key]
+            self._kept[key] = self._frame.calls_of(hidden_BTD, {})
+        return self._kept[key][index]
 
-    def _of_given(self, state: dict[str, Tensor], hidden_BTD: Tensor, attention: str) -> Any:
+    def _of_given(self, given: dict[str, Tensor], hidden_BTD: Tensor) -> list[Call]:
         """Kept for the next block of the same micro-batch."""
-        given = {name: tensor for name, tensor in state.items() if name != HIDDEN}
-        known, kwargs = self._newest.get(attention, ({}, {}))
+        known, calls = self._newest
         if known.keys() != given.keys() or any(known[name] is not given[name] for name in given):
-            with torch.no_grad():
-                kwargs = self._build(hidden_BTD.detach(), attention, **given)
-            self._newest[attention] = given, kwargs
-        return kwargs
-
-    def _build(
-        self,
-        hidden_BTD: Tensor,
-        attention: str,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> dict[str, Any]:
-        if position_ids is None:
-            position_ids = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device).unsqueeze(0)
-        make_mask = (
-            create_sliding_window_causal_mask
-            if attention == "sliding_attention"
-            else create_causal_mask
-        )
-        mask = make_mask(
-            config=self.config,
-            inputs_embeds=hidden_BTD,
-            attention_mask=attention_mask,
-            past_key_values=None,
-            position_ids=position_ids,
-        )
-        kwargs: dict[str, Any] = {
-            "attention_mask": mask,
-            "position_ids": position_ids,
-            "use_cache": False,
-        }
-        if self.rotary is not None:
-            self.rotary.to(hidden_BTD.device)
-            kwargs["position_embeddings"] = self.rotary(hidden_BTD, position_ids)
-        return kwargs
+            calls = self._frame.calls_of(hidden_BTD, given)
+            self._newest = given, calls
+        return calls
 
 
-@functools.lru_cache(maxsize=4)
-def _context_of(config_json: str) -> _Context:
-    return _Context(AutoConfig.for_model(**json.loads(config_json)))
+def context_of(config: PretrainedConfig) -> Context:
+    """That of all blocks of a config in this process."""
+    return _context_of(config_json(config))
+
+
+@functools.lru_cache(maxsize=8)
+def _context_of(config_json: str) -> Context:
+    return Context(config_of(config_json))
 
 
 class Embedding(nn.Module):
-    """Token ids [B, T] -> hidden [B, T, D].
+    """Token ids [B, T] -> hidden [B, T, D]: all that the model does before its blocks.
 
     A dict of `input_ids`, and `attention_mask` or `position_ids` or both, becomes the same dict
     with the hidden state in the place of the ids.
@@ -160,16 +115,11 @@ class Embedding(nn.Module):
 
     def __init__(self, config: PretrainedConfig, seed: int) -> None:
         super().__init__()
-        family = family_of(config)
-        self.tokens = _materialize(config, family.tokens, seed, "tokens")
-        self.positions = None
-        if family.positions:
-            self.positions = _materialize(config, family.positions, seed, "positions")
-        self.dropout = (
-            copy.deepcopy(skeleton(config).get_submodule(family.dropout))
-            if family.dropout
-            else None
-        )
+        names = family_of(config).embedding
+        for part, name in names.items():
+            setattr(self, part, _materialize(config, name, seed, part))
+        # it uses the modules above, and is none itself
+        self._frame = frame_of(config, {name: getattr(self, part) for part, name in names.items()})
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: a lookup gains nothing, and compiled for a GPU its gradient would be summed in
@@ -178,18 +128,14 @@ class Embedding(nn.Module):
     def forward(self, inputs: Tensor | dict[str, Tensor]) -> State:
         beside = dict(inputs) if isinstance(inputs, dict) else {"input_ids": inputs}
         ids_BT = beside.pop("input_ids")
-        hidden_BTD = self.tokens(ids_BT)
-        if self.positions is not None:
-            in_order = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-            hidden_BTD = hidden_BTD + self.positions(beside.get("position_ids", in_order))
-        if self.dropout is not None:
-            hidden_BTD = self.dropout(hidden_BTD)
+        dtype = next(self.parameters()).dtype
+        hidden_BTD = self._frame.first_hidden(ids_BT, beside, dtype, self.training)
         return {HIDDEN: hidden_BTD, **beside} if beside else hidden_BTD
 
 
 class Block(nn.Module):
     """One decoder layer: hidden [B, T, D], alone or in a dict with what `Embedding` passes on, ->
-    the same."""
+    the same, and the logits of its routers where it has some."""
 
     def __init__(
         self,
@@ -202,8 +148,9 @@ class Block(nn.Module):
         self.block = _materialize(
             config, f"{family_of(config).blocks}.{index}", seed, *(key or ("block", index))
         )
-        self.attention = attention_of(config, index)
-        self.context = _context_of(json.dumps(config_dict(config), sort_keys=True))
+        self.index = index
+        self.context = context_of(config)
+        self._router_logits = listen(self.block, routers_of(config))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """`torch.compile` the layer; the mask is made once, outside. Blocks of one shape share the
@@ -211,8 +158,11 @@ class Block(nn.Module):
         self.block.compile(*args, **kwargs)
 
     def forward(self, state: State) -> State:
-        hidden_BTD = self.block(hidden_of(state), **self.context.kwargs(state, self.attention))
-        return {**state, HIDDEN: hidden_BTD} if isinstance(state, dict) else hidden_BTD
+        call = self.context.call(state, self.index)
+        output = self.block(hidden_of(state), *call.args, **call.kwargs)
+        hidden_BTD = output[0] if isinstance(output, tuple | list) else output
+        after = {**state, HIDDEN: hidden_BTD} if isinstance(state, dict) else hidden_BTD
+        return with_logits(after, self.index, self._router_logits)
 
 
 class Readout(nn.Module):
@@ -222,20 +172,26 @@ class Readout(nn.Module):
         super().__init__()
         family = family_of(config)
         self.kernel = kernel
-        self.norm = _materialize(config, family.norm, seed, "norm")
-        self.readout = _materialize(config, family.readout, seed, "readout")
+        self.norm = final_norm(config, seed, "norm")
+        self.readout: nn.Linear = _materialize(config, family.readout, seed, "readout")
+        self.rule = LogitRule.of(config)
 
     def forward(self, state: State) -> Tensor:
-        return self.readout(self.norm(hidden_of(state)))
+        return self.rule(self.readout(self.norm(hidden_of(state))))
 
     def loss(self, state: State, labels_BT: Tensor) -> Tensor:
         """The scalar loss of `heads.lm_loss`; the engine calls this instead of `forward` followed
         by a loss function."""
         hidden_ND = hidden_of(state)[:, :-1].flatten(0, 1)
         targets_N = labels_BT[:, 1:].flatten()
-        weight_VD: Tensor = self.readout.weight  # type: ignore[assignment]
-        loss = linear_cross_entropy(self.norm(hidden_ND), weight_VD, targets_N, self.kernel)
+        loss = readout_loss(self.norm(hidden_ND), self.readout, targets_N, self.kernel, self.rule)
         return loss / count_targets(labels_BT).clamp(min=1)
+
+
+def final_norm(config: PretrainedConfig, *key: int | str) -> nn.Module:
+    """What a model of this family has between its blocks and its readout."""
+    name = family_of(config).norm
+    return nn.Identity() if name is None else _materialize(config, name, *key)
 
 
 def make_head(
@@ -257,9 +213,7 @@ def make_head(
         )
         private.append(Block(config, first + number, seed, key))
         private[-1].requires_grad_(head.blocks_from != "next_tracked")
-    norm = _materialize(
-        config, family.norm, seed, "norm" if head.init == "model" else "head norm", segment
-    )
+    norm = final_norm(config, seed, "norm" if head.init == "model" else "head norm", segment)
     down = None
     if head.readout == "shared" or head.init == "model":
         readout = _materialize(config, family.readout, seed, "readout").requires_grad_(
@@ -267,7 +221,8 @@ def make_head(
         )
     else:
         with seeded(seed, "head readout", segment):
-            readout = nn.Linear(head.rank or config.hidden_size, config.vocab_size, bias=False)
+            width, bias = head.rank or config.hidden_size, _has_bias(config)
+            readout = nn.Linear(width, config.vocab_size, bias=bias)
             skeleton(config)._init_weights(readout)
             if head.rank:
                 down = nn.Linear(config.hidden_size, head.rank, bias=False)
@@ -276,8 +231,20 @@ def make_head(
         down = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         nn.init.eye_(down.weight)
     return AuxiliaryHead(
-        norm, readout, private, down, head.temperature, head.token_fraction, head.kernel
+        norm,
+        readout,
+        private,
+        down,
+        head.temperature,
+        head.token_fraction,
+        head.kernel,
+        LogitRule.of(config),
+        routers_of(config),
     )
+
+
+def _has_bias(config: PretrainedConfig) -> bool:
+    return skeleton(config).get_output_embeddings().bias is not None
 
 
 def head_blocks(
@@ -290,10 +257,12 @@ def head_blocks(
 
 
 def forward_flops(config: PretrainedConfig, seq_len: int) -> tuple[float, float]:
-    """(one block, readout): floating-point operations of a forward pass per token, matrix products
-    only."""
-    model = skeleton(config)
-    block = model.get_submodule(f"{family_of(config).blocks}.0")
-    matrices = sum(p.numel() for p in block.parameters() if p.dim() == 2)
+    """(one block, the mean of all; readout): floating-point operations of a forward pass per token,
+    matrix products only. Of experts those that a token goes to."""
+    blocks: Any = skeleton(config).get_submodule(family_of(config).blocks)
+    routers = routers_of(config)
+    share = 1.0 if routers is None else routers.top_k / routers.num_experts
+    sizes = {2: 1.0, 3: share}
+    weights = sum(p.numel() * sizes.get(p.dim(), 0.0) for p in blocks.parameters()) / len(blocks)
     attention = 4 * seq_len * config.hidden_size  # scores and their product with the values
-    return 2.0 * matrices + attention, 2.0 * config.vocab_size * config.hidden_size
+    return 2.0 * weights + attention, 2.0 * config.vocab_size * config.hidden_size

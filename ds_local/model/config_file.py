@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ds_local.config import shipped
 from ds_local.config.deepspeed import check_number
@@ -29,6 +31,8 @@ _SAME = (
     ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "intermediate_dim"),
     ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "block_size"),
 )
+_SENSES = {"text_config", "vision_config", "audio_config", "audio_encoder"}
+_UNLIMITED = ("time_step_limit",)  # of state-space models: Infinity is their default
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -42,32 +46,36 @@ SIZES = (
 
 
 def read_config(
-    source: str | Path | dict[str, Any] | PretrainedConfig, families: Collection[str]
+    source: str | Path | dict[str, Any] | PretrainedConfig,
 ) -> tuple[PretrainedConfig, str]:
     """(a Hugging Face config, what to call it), from a JSON file, the name of a shipped one, a
     model folder, a hub name, a dict or a config.
 
-    Args:
-        families: the model types that are supported.
-
     Raises:
-        UnsupportedModel: when it cannot be read or its family is not supported; the message lists
-            the families.
+        UnsupportedModel: when it cannot be read, or is of no causal language model.
         ConfigError: for a key that only resembles a real one, and sizes that are none.
     """
     if isinstance(source, PretrainedConfig):
         fields, where = source.to_dict(), "the model config"
     else:
         fields, where = _fields(source)
-    if fields["model_type"] not in families:
+        fields = decoded(fields)
+    model_type = fields["model_type"]
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnsupportedModel(
-            f"model_type {fields['model_type']!r} is not supported; supported are "
-            f"{', '.join(sorted(families))}"
+            f"{where}: transformers {transformers.__version__} has no causal language model of "
+            f"model_type {model_type!r}; supported are those in docs/models.md, such as gpt2, "
+            "llama, mistral, qwen3 and gemma2"
         )
-    check_finite(fields, where)
-    cls: Any = CONFIG_MAPPING[fields["model_type"]]
-    for key in {*SIZES, *cls.attribute_map.values()} & fields.keys():
-        if fields[key] is not None:
+    cls: Any = CONFIG_MAPPING[model_type]
+    if _SENSES & cls.sub_configs.keys():
+        raise UnsupportedModel(
+            f"{where}: a {model_type} holds more than a language model; give its text_config, if "
+            "it has one"
+        )
+    check_finite({k: v for k, v in fields.items() if k not in _UNLIMITED}, where)
+    for key in {*SIZES, *map(cls.attribute_map.get, SIZES)} & fields.keys():
+        if fields[key] is not None and not isinstance(fields[key], list):  # of layers, say
             check_number(f"{where}: {key}", fields[key])
     if isinstance(source, PretrainedConfig):
         config = copy.deepcopy(source)
@@ -79,8 +87,19 @@ def read_config(
         ) as error:  # of huggingface_hub's strict dataclasses, which is no ValueError
             raise ConfigError(f"{where}: {last_line(error)}") from error
         _check_keys(fields, config, where)
+    if config.is_encoder_decoder:
+        raise UnsupportedModel(f"{where}: a {model_type} has an encoder, which cannot be trained")
     _check_heads(config, where)
     return config, where
+
+
+def decoded(fields: Any) -> Any:
+    """The fields with infinite numbers as such, which Hugging Face writes as objects."""
+    if isinstance(fields, dict):
+        if fields.keys() == {"__float__"}:
+            return float(fields["__float__"])
+        return {key: decoded(value) for key, value in fields.items()}
+    return [decoded(value) for value in fields] if isinstance(fields, list) else fields
 
 
 def reason(error: BaseException, config: PretrainedConfig) -> str:
@@ -163,14 +182,19 @@ def _resembled(key: str, known: set[str]) -> str | None:
 def _check_heads(config: PretrainedConfig, where: str) -> None:
     """Where a family does not look at this itself it rounds, or fails in the first forward pass."""
     name = config.attribute_map.get
-    heads, width = config.num_attention_heads, config.hidden_size
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    if getattr(config, "head_dim", None) is None and width % heads:
+    try:
+        heads, width = config.num_attention_heads, config.hidden_size
+        groups, head_dim = (getattr(config, k, None) for k in ("num_key_value_heads", "head_dim"))
+    except Exception:  # no attention, or other sizes in every block
+        return
+    if not isinstance(heads, int) or not isinstance(width, int):
+        return
+    if head_dim is None and width % heads:
         raise ConfigError(
             f"{where}: {name('hidden_size', 'hidden_size')} is {width}, no multiple of "
             f"{name('num_attention_heads', 'num_attention_heads')}, {heads}; change one of them"
         )
-    if heads % groups:
+    if isinstance(groups, int) and groups and heads % groups:
         raise ConfigError(
             f"{where}: num_attention_heads is {heads}, no multiple of num_key_value_heads, "
             f"{groups}; change one of them"

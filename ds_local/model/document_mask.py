@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ds_local.errors import UnsupportedModel
-from ds_local.model.blocks import _context_of
-from ds_local.model.families import attention_of, config_dict, num_blocks
-from ds_local.model.heads import HIDDEN
+from ds_local.errors import DataError, UnsupportedModel
+from ds_local.model.blocks import context_of
+from ds_local.model.families import num_blocks
+from ds_local.model.state import HIDDEN
 
 _FIRST, _TOKENS = 3, 8  # of the first document, of both
 
@@ -36,8 +35,10 @@ def check_keeps_documents_apart(config: PretrainedConfig) -> None:
 
 def _taken(config: PretrainedConfig, index: int, state: dict[str, Tensor]) -> dict[str, Any]:
     """What a block takes besides the hidden state."""
-    context = _context_of(json.dumps(config_dict(config), sort_keys=True))
-    return context.kwargs(state, attention_of(config, index))
+    try:
+        return context_of(config).call(state, index).kwargs
+    except DataError:  # it takes no positions
+        return {}
 
 
 def _sees(mask: Tensor) -> bool:

@@ -23,16 +23,11 @@ from torch.utils.checkpoint import checkpoint
 from ds_local.errors import ConfigError
 from ds_local.links.device import to_device
 from ds_local.model.compiled_loss import compiled_cross_entropy
+from ds_local.model.logits import PLAIN, LogitRule
+from ds_local.model.routers import Routers, without_logits
+from ds_local.model.state import State, hidden_of
 
 IGNORE = -100  # label of a position that does not count, as in Hugging Face models
-
-State = Tensor | dict[str, Tensor]  # hidden [B, T, D], alone or with a mask and positions
-HIDDEN = "hidden_states"  # its name in a dict
-
-
-def hidden_of(state: State) -> Tensor:
-    return state[HIDDEN] if isinstance(state, dict) else state
-
 
 # below this many logits the plain loss is faster, and there is little memory to save
 _PLAIN_LOGITS = 1 << 20
@@ -64,6 +59,23 @@ def count_targets(labels_BT: Tensor) -> Tensor:
 
 
 # --- cross-entropy of a linear readout ------------------------------------------------------------
+
+
+def readout_loss(
+    hidden_ND: Tensor, readout: nn.Linear, targets_N: Tensor, kernel: str, rule: LogitRule
+) -> Tensor:
+    """Summed cross-entropy of a model's logits. A readout with a bias and logits with a cap are
+    computed in plain slices: kernels know neither."""
+    if readout.bias is None and rule.cap is None:
+        return linear_cross_entropy(rule.scaled(hidden_ND), readout.weight, targets_N, kernel)
+
+    def plain(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = rule(readout(hidden)).float()
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+
+    if hidden_ND.shape[0] * readout.weight.shape[0] <= _PLAIN_LOGITS:
+        return plain(hidden_ND, targets_N)
+    return _by_slices(plain, hidden_ND, targets_N)
 
 
 def linear_cross_entropy(
@@ -113,6 +125,12 @@ def _checkpointed_kernel(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
             F.linear(hidden, weight_VD).float(), targets, ignore_index=IGNORE, reduction="sum"
         )
 
+    return _by_slices(slice_loss, hidden_ND, targets_N)
+
+
+def _by_slices(
+    slice_loss: Callable[[Tensor, Tensor], Tensor], hidden_ND: Tensor, targets_N: Tensor
+) -> Tensor:
     losses = [
         checkpoint(slice_loss, hidden, targets, use_reentrant=False)
         for hidden, targets in zip(hidden_ND.split(_SLICE), targets_N.split(_SLICE), strict=True)
@@ -167,7 +185,7 @@ class AuxiliaryHead(nn.Module):
 
     Args:
         norm: [.., D] -> [.., D].
-        readout: D (or the bottleneck's width) -> V, linear, no bias. Weights without gradients are
+        readout: D (or the bottleneck's width) -> V, linear. Weights without gradients are
             somebody's copy.
         blocks: private blocks before the norm, [B, T, D] -> [B, T, D].
         down: a bottleneck, D -> rank, or an adapter, D -> D.
@@ -176,19 +194,25 @@ class AuxiliaryHead(nn.Module):
             time from torch's CPU generator; the loss is an unbiased estimate of that over all
             positions.
         kernel: see `linear_cross_entropy`.
+        rule: what becomes of the readout's product.
+        routers: of the private blocks; their loss is a part of the head's in training.
     """
 
     def __init__(
         self,
         norm: nn.Module,
-        readout: nn.Module,
+        readout: nn.Linear,
         blocks: Sequence[nn.Module] = (),
         down: nn.Linear | None = None,
         temperature: bool = False,
         token_fraction: float = 1.0,
         kernel: str = "torch",
+        rule: LogitRule = PLAIN,
+        routers: Routers | None = None,
     ) -> None:
         super().__init__()
+        self.routers = routers
+        self.rule = rule
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
         self.down = down
@@ -204,7 +228,7 @@ class AuxiliaryHead(nn.Module):
 
     def forward(self, state: State, labels_BT: Tensor) -> Tensor:
         """The scalar loss of `lm_loss`, or in training an unbiased estimate of it."""
-        hidden_BTD = self._after_blocks(state)
+        hidden_BTD, router_loss = self._after_blocks(state)
         hidden_ND, targets_N, factor = (
             hidden_BTD[:, :-1].flatten(0, 1),
             labels_BT[:, 1:].flatten(),
@@ -216,16 +240,20 @@ class AuxiliaryHead(nn.Module):
             # drawn on the CPU: the same positions on any device
             chosen = to_device(torch.randperm(total)[:count], targets_N.device)
             hidden_ND, targets_N, factor = hidden_ND[chosen], targets_N[chosen], total / count
-        weight_VD: Tensor = self.readout.weight  # type: ignore[assignment]
-        loss = linear_cross_entropy(
-            self._before_readout(hidden_ND), weight_VD, targets_N, self.kernel
+        loss = readout_loss(
+            self._before_readout(hidden_ND), self.readout, targets_N, self.kernel, self.rule
         )
-        return loss * factor / count_targets(labels_BT).clamp(min=1)
+        loss = loss * factor / count_targets(labels_BT).clamp(min=1)
+        if router_loss is None or self.routers is None or not self.training:
+            return loss
+        return loss + self.routers.coefficient * router_loss
 
-    def _after_blocks(self, state: State) -> Tensor:
+    def _after_blocks(self, state: State) -> tuple[Tensor, Tensor | None]:
+        """(hidden state, router loss of the private blocks)."""
         for block in self.blocks:
             state = block(state)
-        return hidden_of(state)
+        state, router_loss = without_logits(state, self.routers)
+        return hidden_of(state), router_loss
 
     def _before_readout(self, hidden: Tensor) -> Tensor:
         hidden = self.norm(hidden)
@@ -235,4 +263,4 @@ class AuxiliaryHead(nn.Module):
 
     def logits(self, state: State) -> Tensor:
         """Next-token logits, shape [B, T, V]."""
-        return self.readout(self._before_readout(self._after_blocks(state)))
+        return self.rule(self.readout(self._before_readout(self._after_blocks(state)[0])))

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from ds_local.config import shipped
 from ds_local.errors import WeightsError, first_line
@@ -106,12 +107,29 @@ class Weights:
     def __init__(self, folder: str | Path, config: Any) -> None:
         self.folder = Path(folder)
         self.config = config
+        self._family = families.family_of(config)
         self._files: dict[str, str] = (
             self._index() if (self.folder / _INDEX).is_file() else self._names_in(_SINGLE)
         )
         if getattr(config, "quantization_config", None):
             raise WeightsError(f"{self.folder} is quantized; give the model as it was before")
-        self._check_names()
+        # of a family that the library saves in other pieces than it computes with
+        self._whole: dict[str, Tensor] | None = None
+        if self._is_in_other_pieces():
+            self._whole = whole_model(self.folder).state_dict()
+        else:
+            self._check_names()
+
+    def _is_in_other_pieces(self) -> bool:
+        """Experts one by one, say, which are one tensor in the model."""
+        if not get_checkpoint_conversion_mapping(self.config.model_type):
+            return False
+        wanted = families.skeleton(self.config).state_dict().keys()
+        tied = f"{self._family.readout}.weight"
+        return any(
+            name != tied and not any(other in self._files for other in self._names_of(name))
+            for name in wanted
+        )
 
     def _check_names(self) -> None:
         """All tensors of the model, and no others."""
@@ -152,7 +170,7 @@ class Weights:
 
     def _names_of(self, wanted: str) -> Iterator[str]:
         """The names that a tensor of the model may have."""
-        base = families.family_of(self.config).tokens.partition(".")[0] + "."
+        base = self._family.tokens.partition(".")[0] + "."
         yield from (wanted, wanted.removeprefix(base), *_OLD_NAMES.get(wanted, ()))
 
     def name_of(self, wanted: str) -> str:
@@ -161,7 +179,7 @@ class Weights:
         Raises:
             WeightsError: when it has none.
         """
-        family = families.family_of(self.config)
+        family = self._family
         names = list(self._names_of(wanted))
         if wanted == f"{family.readout}.weight" and not any(name in self._files for name in names):
             if not self.config.tie_word_embeddings:
@@ -185,6 +203,9 @@ class Weights:
         Raises:
             WeightsError: when it is missing, damaged or of another shape.
         """
+        if self._whole is not None:
+            target.copy_(self._whole[wanted])
+            return
         name = self.name_of(wanted)
         file = self._files[name]
         with self._opened(file) as tensors:
@@ -200,14 +221,24 @@ class Weights:
                 f"{self.folder / file}: tensor {name} has shape {shape}, the model needs "
                 f"{list(target.shape)}"
             )
-        rows = max(1, _PIECE // max(1, target[:1].numel() * 4))
-        for start in range(0, target.shape[0], rows):
+        for part in _pieces(target):
             with self._opened(file) as tensors:
-                target[start : start + rows].copy_(tensors.get_slice(name)[start : start + rows])
-            piece = target[start : start + rows]
+                whole = tensors.get_tensor(name) if part is ... else tensors.get_slice(name)[part]
+                target[part].copy_(whole)
+            piece = target[part]
             # the sum first: it needs no memory, and is not finite where a part is not
             if not piece.sum().isfinite() and not piece.isfinite().all():
                 raise WeightsError(f"{self.folder / file}: tensor {name} holds NaN or infinity")
+
+
+def _pieces(target: Tensor) -> Iterator[Any]:
+    """Places in a tensor that are read one after the other."""
+    if not target.dim():
+        yield ...
+        return
+    rows = max(1, _PIECE // max(1, target[:1].numel() * 4))
+    for start in range(0, target.shape[0], rows):
+        yield slice(start, start + rows)
 
 
 def load_layer(layer: nn.Module, number: int, weights: Weights) -> None:

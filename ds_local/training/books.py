@@ -56,6 +56,7 @@ class Books(Callback):
                 | {
                     "loss": r.loss,
                     "has_loss": r.loss is not None,
+                    **({} if r.router_loss is None else {"router_loss": r.router_loss}),
                     "nonfinite": r.nonfinite,
                     "nonfinite_step": r.nonfinite_step,
                     "skipped": r.skipped,

@@ -10,12 +10,12 @@ from ds_local.checkpoints import hf_export
 def asked(monkeypatch, tmp_path):
     calls = []
 
-    def export(run, output, segment, heads):
-        calls.append((run, output, segment, heads))
+    def export(run, output, segment, heads, ema):
+        calls.append((run, output, segment, heads, ema))
         return tmp_path / "one"
 
-    def export_all(run, output, heads):
-        calls.append((run, output, "all", heads))
+    def export_all(run, output, heads, ema):
+        calls.append((run, output, "all", heads, ema))
         return {0: tmp_path / "segment_0", 1: tmp_path / "segment_1"}
 
     monkeypatch.setattr(hf_export, "export", export)
@@ -25,14 +25,14 @@ def asked(monkeypatch, tmp_path):
 
 def test_the_folder_that_was_written_is_said(asked, tmp_path):
     assert command("export", "run", "--output", "out").stdout == f"{tmp_path / 'one'}\n"
-    command("export", "run", "--output", "out", "--segment", 0, "--heads")
-    assert asked == [("run", "out", None, False), ("run", "out", 0, True)]
+    command("export", "run", "--output", "out", "--segment", 0, "--heads", "--ema")
+    assert asked == [("run", "out", None, False, False), ("run", "out", 0, True, True)]
 
 
 def test_all_exits_are_a_folder_each(asked, tmp_path):
     result = command("export", "run", "--output", "out", "--all-segments")
     assert result.stdout.splitlines() == [str(tmp_path / f"segment_{n}") for n in (0, 1)]
-    assert asked == [("run", "out", "all", False)]
+    assert asked == [("run", "out", "all", False, False)]
 
 
 def test_one_exit_and_all_of_them_exclude_each_other(asked):

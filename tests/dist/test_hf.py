@@ -10,7 +10,7 @@ from typing import Any
 import jobs
 import pytest
 import torch
-from families import VARIANTS
+from families import MIXTRAL, VARIANTS
 from ranks import run_ranks
 from reference import batch
 from transformers import AutoModelForCausalLM
@@ -85,15 +85,17 @@ def loss_of(folder: Path) -> float:
         ("llama", SHARED, 1),
         ("gpt_neox", PLAIN, 4),
         ("olmo", PLAIN, 1),
+        ("phi, a readout with a bias", RICH, 1),
+        ("gemma2, capped, every second sliding", RICH, 1),
+        ("experts", RICH, 1),
     ],
 )
 def test_every_exit_has_the_losses_of_the_run_and_training_goes_on(
     tmp_path, variant, section, stages
 ):
     section = {**section, "segments_per_stage": 4 // stages}
-    ours = run_ranks(
-        train_and_save, stages, VARIANTS[variant], section, stages, str(tmp_path / "run")
-    )[0]
+    model = MIXTRAL if variant == "experts" else VARIANTS[variant]
+    ours = run_ranks(train_and_save, stages, model, section, stages, str(tmp_path / "run"))[0]
     exits = hf.export_all(tmp_path / "run", tmp_path / "out", heads=True)
     assert list(exits) == [0, 1, 2, 3]
     for segment, folder in exits.items():

@@ -20,6 +20,7 @@ def reports(step, *losses):
             segment=n,
             stage=n,
             loss=loss,
+            router_loss=None,
             grad_norm=None,
             lr=0.5,
             idle_share=0.0,

@@ -73,7 +73,7 @@ def test_building_leaves_the_random_numbers_alone(config):
 
 def test_unsupported_families_are_named(tmp_path):
     with pytest.raises(UnsupportedModel, match=r"supported are .*gpt2.*llama"):
-        families.load_model_config({"model_type": "bert"})
+        families.load_model_config({"model_type": "t5"})
     path = tmp_path / "config.json"
     path.write_text("{")
     with pytest.raises(UnsupportedModel, match="no Hugging Face model config"):

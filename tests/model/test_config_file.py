@@ -59,8 +59,8 @@ BAD = {
     "activation": ({**GPT2, "activation_function": "gelus"}, "activation_function is 'gelus'"),
     "rotation": ({**LLAMA, "rope_scaling": {"rope_type": "round"}}, "'round'"),
     "kinds of layers": ({**LLAMA, "layer_types": ["full_attention"]}, "layer_types"),
-    "family of another kind": ({**LLAMA, "model_type": "bert"}, "'bert'", "supported are gpt2"),
-    "family unknown": ({**LLAMA, "model_type": "lama"}, "'lama'", "supported are gpt2"),
+    "family of another kind": ({**LLAMA, "model_type": "t5"}, "'t5'", "such as gpt2"),
+    "family unknown": ({**LLAMA, "model_type": "lama"}, "'lama'", "such as gpt2"),
     "no family": (without(GPT2, "model_type"), "model_type"),
     "family a number": ({**GPT2, "model_type": 2}, "model_type"),
 }

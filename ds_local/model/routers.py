@@ -1,0 +1,147 @@
+"""The loss that keeps experts in use: what a mixture of experts adds to the loss of its tokens.
+
+It is the library's own function, over the routers of the layers that learn from one loss.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from ds_local.errors import UnsupportedModel
+from ds_local.model.anatomy import config_json, config_of, family_of, skeleton
+from ds_local.model.state import HIDDEN, State
+from ds_local.schedules.routes import Routes
+
+_LOGITS = "router_logits"  # the library's name; in a state the block's number follows
+_COUNTS = ("num_experts", "num_experts_per_tok")  # attributes of its causal LMs
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+_ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
+
+
+@dataclass(frozen=True)
+class Routers:
+    """The routers in a model's blocks.
+
+    Args:
+        places: their classes, and the place of the logits among what one returns.
+        function: the library's router loss.
+        num_experts, top_k: what it is computed with.
+        coefficient: of the router loss in the loss.
+    """
+
+    places: Mapping[type[nn.Module], int]
+    function: Callable[..., Any]
+    num_experts: int
+    top_k: int
+    coefficient: float
+
+    def loss(self, logits: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        """The router loss (scalar) of some layers, before its coefficient.
+
+        Args:
+            logits: of each router, [B * T, experts].
+            mask: [B, T], of the tokens that count.
+        """
+        flat = tuple(tensor.reshape(-1, tensor.shape[-1]) for tensor in logits)
+        counts = mask if mask is not None and mask.dim() == 2 else None
+        loss: Tensor = self.function(flat, self.num_experts, self.top_k, counts)
+        return loss
+
+
+def routers_of(config: PretrainedConfig) -> Routers | None:
+    """None for a model without a router loss: one without experts, or whose experts the library
+    balances otherwise.
+
+    Raises:
+        UnsupportedModel: when it has one that cannot be computed for some of its layers.
+    """
+    return _routers_of(config_json(config))
+
+
+@functools.lru_cache(maxsize=16)
+def _routers_of(text: str) -> Routers | None:
+    config = config_of(text)
+    model = skeleton(config)
+    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    # what the library's `output_router_logits` gives; it has no public name
+    recorders = (getattr(model, "_can_record_outputs", None) or {}).get(_LOGITS) or []
+    recorders = recorders if isinstance(recorders, list) else [recorders]
+    kinds: Any = {getattr(r, "target_class", r): getattr(r, "index", 0) for r in recorders}
+    blocks = model.get_submodule(family_of(config).blocks)
+    if function is None or not any(type(module) in kinds for module in blocks.modules()):
+        return None
+    coefficients = [getattr(model, name) for name in _COEFFICIENTS if hasattr(model, name)]
+    num_experts, top_k = (getattr(model, name, None) for name in _COUNTS)
+    if list(inspect.signature(function).parameters) != _ARGUMENTS or not (
+        coefficients and isinstance(num_experts, int) and isinstance(top_k, int)
+    ):
+        raise UnsupportedModel("its router loss is computed in a way that is not known here")
+    return Routers(kinds, function, num_experts, top_k, coefficients[0])
+
+
+class Heard(list[Tensor]):
+    """Logits of the routers in a block, since they were last taken; a hook."""
+
+    routers: Routers
+
+    def __call__(self, module: nn.Module, _: Any, output: Any) -> None:
+        place = self.routers.places[type(module)]
+        self.append(output[place] if isinstance(output, tuple) else output)
+
+
+def listen(block: nn.Module, routers: Routers | None) -> Heard:
+    """What gets the logits of the block's routers whenever it runs."""
+    heard = Heard()
+    if routers is not None:
+        heard.routers = routers
+        for module in block.modules():
+            if type(module) in routers.places:
+                module.register_forward_hook(heard)
+    return heard
+
+
+def with_logits(state: State, index: int, heard: Heard) -> State:
+    """The state, and what was heard in block `index`."""
+    if not heard:
+        return state
+    named = {f"{_LOGITS}.{index}.{n}": logits for n, logits in enumerate(heard)}
+    heard.clear()
+    return (state if isinstance(state, dict) else {HIDDEN: state}) | named
+
+
+def without_logits(state: Any, routers: Routers | None) -> tuple[Any, Tensor | None]:
+    """(what travels, the router loss of the blocks that made this state)."""
+    if routers is None or not isinstance(state, dict):
+        return state, None
+    logits = [value for name, value in state.items() if name.startswith(_LOGITS)]
+    rest = {name: value for name, value in state.items() if not name.startswith(_LOGITS)}
+    loss = routers.loss(logits, rest.get("attention_mask")) if logits else None
+    return rest[HIDDEN] if rest.keys() == {HIDDEN} else rest, loss
+
+
+def share_of(routes: Routes, segment: int, which: int, parts: Sequence[int]) -> float:
+    """How much a segment's router loss counts in one of its passes: as the losses that the pass
+    reads, each dealt out among the blocks that it trains. So a segment that learns from one loss of
+    its own has its router loss whole, and a model that learns from one loss has one router loss.
+
+    Args:
+        which: number of the pass.
+        parts: layer boundaries of the segments, with the embedding and the readout.
+    """
+    ends = (0, len(parts) - 2)
+    sizes = [parts[s + 1] - parts[s] - ends.count(s) for s in range(len(parts) - 1)]
+    return sum(
+        factor
+        * routes.loss_weights[loss]
+        * sizes[segment]
+        / sum(sizes[trained] for trained in routes.weights[loss])
+        for loss, factor in routes.passes[segment][which].reads
+    )

@@ -1,0 +1,137 @@
+"""Experts: the router loss is a part of what every segment learns from, as the library counts it
+for the segment's layers."""
+
+import jobs
+import pytest
+import torch
+from families import MIXTRAL
+from ranks import run_ranks
+from reference import EPSILON, SEED, batch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import (
+    MixtralTopKRouter,
+    load_balancing_loss_func,
+)
+
+from ds_local.checkpoints.hf_layers import to_hf
+from ds_local.config.sections import HeadConfig
+from ds_local.model import blocks, families
+
+COEFFICIENT, STEPS, GAS = 0.5, 4, 2
+
+
+def layers_of():
+    config = families.load_model_config(MIXTRAL)
+    return config, [
+        blocks.Embedding(config, SEED),
+        *(blocks.Block(config, index, SEED) for index in range(4)),
+        blocks.Readout(config, SEED),
+    ]
+
+
+def train(section, stages, clip=0.0):
+    """(reports of all steps, this rank's weights)."""
+    engine = jobs.build(section, stages, gas=GAS, model=MIXTRAL, gradient_clipping=clip)
+    seen = []
+    engine.reports.listeners.append(
+        lambda rows: seen.append([(row.loss, row.router_loss) for row in rows])
+    )
+    data = jobs.batches(engine)
+    for _ in range(STEPS):
+        engine.train_batch(data)
+    engine.reports.flush()
+    return {"reports": seen, "state": jobs.state_of(engine)}
+
+
+def optimizer(parameters):
+    return torch.optim.AdamW(list(parameters), lr=1e-2, eps=EPSILON, weight_decay=0.0)
+
+
+def test_one_segment_learns_what_hugging_faces_loss_says():
+    config, layers = layers_of()
+    config.tie_word_embeddings = False
+    model = AutoModelForCausalLM.from_config(config)
+    state = {i: layer.state_dict() for i, layer in enumerate(layers)}
+    model.load_state_dict(to_hf(config, state))
+    adam, losses = optimizer(model.parameters()), []
+    for step in range(STEPS):
+        sums = [0.0, 0.0]
+        for micro_batch in range(GAS):
+            ids = batch(step, micro_batch, 0)
+            out = model(input_ids=ids, labels=ids, output_router_logits=True)
+            (out.loss / GAS).backward()
+            router = out.aux_loss.item()
+            sums[0] += (out.loss.item() - COEFFICIENT * router) / GAS
+            sums[1] += router / GAS
+        adam.step()
+        adam.zero_grad()
+        losses.append(sums)
+    ours = run_ranks(train, 1, {"mode": "backprop"}, 1)[0]
+    for got, expected in zip(ours["reports"], losses, strict=True):
+        assert got[0] == pytest.approx(expected, rel=1e-4)
+    found = {
+        number: {
+            name.split(".", 1)[1]: tensor
+            for name, tensor in ours["state"].items()
+            if name.split(".")[0] == str(number)
+        }
+        for number in range(6)
+    }
+    for name, tensor in to_hf(config, found).items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=2e-4, atol=2e-5)
+
+
+def reference(mode):
+    """Two segments of two blocks in one process: what they learn from, written down anew."""
+    config, layers = layers_of()
+    head = blocks.make_head(config, 0, SEED, HeadConfig(), [0, 3, 6])
+    gates: list[torch.Tensor] = []
+    for layer in layers:
+        for module in layer.modules():
+            if isinstance(module, MixtralTopKRouter):
+                module.register_forward_hook(lambda _, __, out: gates.append(out[0]))
+    lower, upper = nn.ModuleList([*layers[:3], head]), nn.ModuleList(layers[3:])
+    adams = [optimizer(segment.parameters()) for segment in (lower, upper)]
+    for step in range(STEPS):
+        for micro_batch in range(GAS):
+            ids = batch(step, micro_batch, 0)
+            gates.clear()
+            state = ids
+            for layer in layers[:3]:
+                state = layer(state)
+            middle = state["hidden_states"]
+            state = middle if mode == "backprop" else middle.detach()
+            for layer in layers[3:5]:
+                state = layer(state)
+            routers = [load_balancing_loss_func(tuple(gates[i : i + 2]), 4, 2) for i in (0, 2)]
+            loss = layers[5].loss(state["hidden_states"], ids)
+            if mode == "backprop":  # one loss: half a router loss of each half of the blocks
+                loss = loss + COEFFICIENT * sum(routers) / 2
+            else:
+                loss = loss + head(middle, ids) + COEFFICIENT * sum(routers)
+            (loss / GAS).backward()
+        for adam in adams:
+            adam.step()
+            adam.zero_grad()
+    return {
+        f"{number}.{name}": parameter
+        for number, layer in enumerate(layers)
+        for name, parameter in layer.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("mode", ["local", "backprop"])
+def test_segments_have_the_router_loss_of_their_own_blocks(mode):
+    expected = reference(mode)
+    per_stages = {}
+    for stages in (1, 2):
+        section = {"mode": mode, "segments_per_stage": 2 // stages, "parts": [0, 3, 6]}
+        results = run_ranks(train, stages, section, stages)
+        per_stages[stages] = results[0]["reports"]
+        for result in results:
+            for name, tensor in result["state"].items():
+                if not name.startswith("heads."):
+                    torch.testing.assert_close(tensor, expected[name], rtol=2e-4, atol=2e-5)
+    assert per_stages[1] == per_stages[2]  # to the bit
+    assert all(router > 0 for step in per_stages[1] for _, router in step)
