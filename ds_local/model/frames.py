@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ds_local.errors import DataError, UnsupportedModel
+from ds_local.links.device import to_device
 
 # no attention implementation of the library's: masks are not made for it
 _WITHOUT_MASKS = "frame_without_masks"
@@ -119,7 +120,7 @@ class Frame:
             for name, parameter in [*module.named_parameters(recurse=False)]:
                 setattr(module, name, nn.Parameter(zero.expand(parameter.shape), False))
             for name, buffer in [*module.named_buffers(recurse=False)]:
-                setattr(module, name, buffer.to(device))
+                setattr(module, name, to_device(buffer, device))
 
     def _run(self, until: int, inputs: Mapping[str, Tensor], training: bool = False) -> list[Call]:
         """Calls of the blocks; the last is number `until` - 1."""

@@ -18,7 +18,7 @@ from ranks import RankError, run_ranks
 
 STEPS = 3
 ONE_READ = "updates._judge"
-FIRST = "blocks._build"  # the first mask of a shape, which all micro-batches share
+FIRST = "frames._run"  # the first mask of a shape, which all micro-batches share
 
 
 class Plant(NamedTuple):
