@@ -64,8 +64,9 @@ for a moment. The tokenizer that an export writes is loaded again and compared w
 **Logits** with a soft cap, or of a readout with a bias, are computed in plain slices, whatever
 `head.kernel` says.
 
-`tests/model/test_every_family.py` tries every family below: weights there and back to the bit,
-exports of every prefix in plain transformers, causality, generation with a cache.
+`tests/model/test_every_family.py` tries every family below: weights there and back to the bit, an
+export and prefixes in plain transformers, causality, generation with a cache. A config that ends a
+segment where no model of its family can end is refused at the start too.
 
 """
 
