@@ -7,8 +7,7 @@ rank makes a group with each rank that it talks with, once, and its links share 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Sequence
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -48,16 +47,18 @@ class HostGroup:
 
 
 class Groups:
-    """The groups of this rank that belong to one owner, an engine say, and end with it.
+    """The groups of this rank for one owner, an engine say. They end with the world of ranks, as
+    torch's do: another rank may need a connection longer than this one.
 
     All ranks make it in the same order; none waits for another there.
     """
 
-    _numbers: ClassVar[WeakKeyDictionary[Any, Iterator[int]]] = WeakKeyDictionary()  # of a world
+    _made: ClassVar[WeakKeyDictionary[Any, list[Groups]]] = WeakKeyDictionary()  # in each world
 
     def __init__(self) -> None:
-        world = dist.group.WORLD
-        self._name = f"ds_local/{next(self._numbers.setdefault(world, count()))}"
+        before = self._made.setdefault(dist.group.WORLD, [])
+        self._name = f"ds_local/{len(before)}"
+        before.append(self)
         self._groups: dict[tuple[int, ...], HostGroup] = {}
 
     def of(self, ranks: Sequence[int]) -> HostGroup:

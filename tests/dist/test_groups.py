@@ -49,6 +49,26 @@ def test_neighbours_meet_in_two_turns():
     assert in_turn([(0, 1), (1, 1), (1, 0)]) == [(0, 1)]
 
 
+def kept():
+    import gc
+
+    from torch import distributed as dist
+
+    from ds_local.links.groups import Groups
+
+    known = len(Groups._made)
+    Groups().of(range(2))
+    first = len(Groups._made), [len(groups) for groups in Groups._made[dist.group.WORLD]]
+    dist.barrier()
+    dist.destroy_process_group()
+    gc.collect()
+    return known, first, len(Groups._made)
+
+
+def test_groups_end_with_the_world_and_not_with_their_owner():
+    assert run_ranks(kept, 2) == [(0, (1, [1]), 0)] * 2
+
+
 # --- how many -----------------------------------------------------------------------------------
 
 
