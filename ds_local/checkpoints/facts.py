@@ -207,16 +207,15 @@ def changes_in_words(changes: Mapping[str, tuple[Any, Any]]) -> str:
 
 def _layout(facts: Mapping[str, Any]) -> dict[str, Any]:
     section, optimizer = facts[SECTION], facts["optimizer"] or {}
-    schemes = [section, *(section["phases"] or ())]
+    schemes, dealt = [section, *(section["phases"] or ())], facts.get("segment_stages")
     by_segment = section["lr_multipliers"] or section["warmup_stagger"]
     by_segment = by_segment or any(scheme.get("delay_discount") for scheme in schemes)
-    dealt = facts.get("segment_stages")
     return {
         "stages": facts["num_stages"],
         "replicas": facts["num_replicas"],
         "segments": len(facts["segment_parts"]) - 1,
         "cut": facts["segment_parts"],
-        "placement": "in order" if not dealt or dealt == _in_order(facts) else dealt,
+        "placement": "in order" if dealt in (None, _in_order(facts)) else dealt,
         "heads at segments": facts["head_segments"],
         **{f"head.{key}": value for key, value in head_options(facts).items()},
         "learning rates": "by segment" if by_segment else "of one kind",

@@ -11,6 +11,7 @@ from ds_local.checkpoints.facts import (
     changes_in_words,
     layout_changes,
     read_facts,
+    segments_of_stages,
     write_facts,
 )
 from ds_local.errors import CheckpointError
@@ -63,6 +64,7 @@ def test_a_value_of_another_kind_is_refused(checkpoint, key, value):
         {"segment_parts": [0, 2, 1]},
         {"segment_parts": [1, 2]},
         {"head_segments": [0]},
+        {"segment_stages": [1]},
         {"model": {"n_embd": 8}},
         {"scheduler": "WarmupLR"},
         {"files": {"../../x": [1, "0"]}},
@@ -153,3 +155,13 @@ def test_layouts_differ_in_words():
     assert changes == {"stages": (2, 1), "precision": ("bf16", "fp32")}
     assert changes_in_words(changes) == "stages 2, now 1, precision bf16, now fp32"
     assert layout_changes(ours, ours) == {}
+
+
+def test_which_stage_has_which_segments():
+    four = {"segment_parts": [0, 2, 3, 4, 6], "num_stages": 2}
+    assert segments_of_stages({**four, "segment_stages": None}) == [[0, 1], [2, 3]]
+    assert segments_of_stages({**four, "segment_stages": [0, 1, 1, 0]}) == [[0, 3], [1, 2]]
+    ours = {**facts(7), "files": {}, **four}
+    dealt = {**ours, "segment_stages": [0, 1, 1, 0]}
+    assert layout_changes(dealt, ours) == {"placement": ([0, 1, 1, 0], "in order")}
+    assert layout_changes({**ours, "segment_stages": [0, 0, 1, 1]}, ours) == {}

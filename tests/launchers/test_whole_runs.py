@@ -171,53 +171,39 @@ def test_two_stages_of_two_replicas_train_resume_and_export(tmp_path):
     assert loss == pytest.approx(losses(tmp_path / "run")["validation", 8, 1], abs=1e-4)
 
 
-# --- another layout -------------------------------------------------------------------------------
+# --- another layout, asynchronous saves -----------------------------------------------------------
 
 
-def test_a_run_goes_on_with_other_stages_as_if_it_had_stayed(tmp_path):
+def test_a_run_that_moves_and_saves_beside_training_ends_as_one_that_does_neither(tmp_path):
     """2 stages, then 4, then 1: `--resume` is all that it takes."""
-    inputs = write_inputs(tmp_path, local_parallel={"mode": "local"})
-    moves, stays = ({**inputs, "--output": str(tmp_path / name)} for name in ("moves", "stays"))
-    for steps, stages, more in ((2, 2, ()), (4, 4, ("--resume",)), (6, 1, ("--resume",))):
-        layout = {"--max-steps": str(steps), "--segments-per-stage": str(4 // stages)}
-        result = launch({**moves, **layout}, *more, ranks=stages)
-        assert result.returncode == 0, result.stdout
-        if more:
-            assert "another layout: stages " in result.stdout
-            assert f", now {stages}" in result.stdout
-    result = launch({**stays, "--max-steps": "6", "--segments-per-stage": "2"})
-    assert result.returncode == 0, result.stdout
-    last = [
-        {at: loss for at, loss in losses(tmp_path / name).items() if at[1] > 4 or at[0] == "train"}
-        for name in ("moves", "stays")
-    ]
-    assert last[0] == last[1]
-    facts = json.loads((tmp_path / "moves" / "run.json").read_text())
-    assert [start["step"] for start in facts["starts"]] == [0, 2, 4]
-    assert facts["layout"]["stages"] == 1
-
-
-# --- asynchronous saves ---------------------------------------------------------------------------
-
-
-def test_a_run_that_saves_beside_training_leaves_what_one_that_waits_does(tmp_path):
     inputs = write_inputs(tmp_path, local_parallel={"mode": "local"})
     config = json.loads(Path(inputs["--deepspeed_config"]).read_text())
     config["local_parallel"]["async_save"] = True
     (tmp_path / "beside.json").write_text(json.dumps(config))
-    beside = {**inputs, "--deepspeed_config": str(tmp_path / "beside.json")}
-    found = []
-    for name, given, starts in (("waits", inputs, [6]), ("beside", beside, [5, 6])):
-        run = {**given, "--output": str(tmp_path / name), "--save-every": "2", "--keep-last": "1"}
-        for steps in starts:
-            result = launch({**run, "--max-steps": str(steps)}, "--keep-best", "--resume")
-            assert result.returncode == 0, result.stdout
-        kept = sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
-        of_training = {at: x for at, x in losses(tmp_path / name).items() if at[0] == "train"}
-        found.append((kept, of_training))
-    assert found[0] == found[1]
-    assert "global_step6" in found[0][0]
-    assert "global_step2" not in found[0][0]
+    keep = {"--save-every": "2", "--keep-last": "1"}
+    moves = {**inputs, "--deepspeed_config": str(tmp_path / "beside.json"), **keep}
+    for steps, stages in ((3, 2), (4, 4), (6, 1)):
+        layout = {"--max-steps": str(steps), "--segments-per-stage": str(4 // stages)}
+        run = {**moves, **layout, "--output": str(tmp_path / "moves")}
+        result = launch(run, "--resume", "--keep-best", ranks=stages)
+        assert result.returncode == 0, result.stdout
+        before = {2: "", 4: "; another layout: stages 2, now 4, ", 1: "stages 4, now 1, "}[stages]
+        assert before in result.stdout
+    stays = {**inputs, **keep, "--max-steps": "6", "--segments-per-stage": "2"}
+    result = launch({**stays, "--output": str(tmp_path / "stays")}, "--keep-best")
+    assert result.returncode == 0, result.stdout
+    folders = [tmp_path / "moves", tmp_path / "stays"]
+    trained = [
+        {at: loss for at, loss in losses(folder).items() if at[0] == "train"} for folder in folders
+    ]
+    kept = [sorted(p.name for p in (folder / "checkpoints").iterdir()) for folder in folders]
+    assert trained[0] == trained[1]
+    assert kept[0] == kept[1]
+    assert "global_step6" in kept[0]
+    assert "global_step4" not in kept[0]
+    facts = json.loads((tmp_path / "moves" / "run.json").read_text())
+    assert [start["step"] for start in facts["starts"]] == [0, 3, 4]
+    assert facts["layout"]["stages"] == 1
 
 
 # --- a run that diverges --------------------------------------------------------------------------
