@@ -89,6 +89,37 @@ BAD = {
         "'n_layers'",
         "'n_layer'",
     ),
+    "a segment that ends where no model of the family can": (
+        lambda: ds_local.causal_lm(
+            {
+                "model_type": "olmo_hybrid",
+                "num_hidden_layers": 4,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 2,
+                "linear_key_head_dim": 16,
+                "linear_value_head_dim": 16,
+                "vocab_size": 64,
+                "pad_token_id": None,
+            },
+            config=jobs.ds_config(
+                {"mode": "local", "segments_per_stage": 2, "parts": [0, 2, 6]}, gas=1
+            ),
+        ),
+        "segment 0 ends after block 1",
+        "parts",
+    ),
+    "model that cannot be cut": (
+        lambda: ds_local.causal_lm(
+            {"model_type": "gpt_neox_japanese", "num_hidden_layers": 2, "vocab_size": 64},
+            config=jobs.ds_config({}),
+        ),
+        "a gpt_neox_japanese cannot be trained in parts",
+        "depends on how many there are",
+    ),
     "model too large for any memory": (
         lambda: ds_local.causal_lm(
             {**jobs.MODELS["gpt2"], "n_embd": 2**22, "n_head": 4}, config=jobs.ds_config({})
