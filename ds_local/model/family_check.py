@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from ds_local.errors import UnsupportedModel
 from ds_local.model import anatomy
 from ds_local.model.blocks import Block, Context, Embedding, Readout
+from ds_local.model.config_file import last_line
 from ds_local.model.routers import routers_of, without_logits
 from ds_local.model.seeds import seeded
 from ds_local.model.small_models import NoPrefix, prefix, shrunk
@@ -32,7 +33,11 @@ def check_family(config: PretrainedConfig) -> None:
         UnsupportedModel: saying what differs.
     """
     with seeded(0, "family check"):
-        reason = fault_of(shrunk(config, try_out))
+        small = shrunk(config, try_out)
+        try:
+            reason = fault_of(small)
+        except Exception as error:  # of the library's code: a layer that does not run by itself
+            raise UnsupportedModel(f"its layers fail one by one: {last_line(error)}") from error
     if reason is not None:
         raise UnsupportedModel(reason)
 

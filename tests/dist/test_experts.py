@@ -121,12 +121,13 @@ def reference(mode):
     }
 
 
-@pytest.mark.parametrize("mode", ["local", "backprop"])
-def test_segments_have_the_router_loss_of_their_own_blocks(mode):
+@pytest.mark.parametrize(("mode", "split"), [("local", 0), ("backprop", 0), ("backprop", 1)])
+def test_segments_have_the_router_loss_of_their_own_blocks(mode, split):
     expected = reference(mode)
     per_stages = {}
     for stages in (1, 2):
         section = {"mode": mode, "segments_per_stage": 2 // stages, "parts": [0, 3, 6]}
+        section["split_backward"] = split
         results = run_ranks(train, stages, section, stages)
         per_stages[stages] = results[0]["reports"]
         for result in results:

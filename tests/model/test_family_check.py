@@ -76,17 +76,19 @@ def test_a_model_that_sees_the_future_is_refused(monkeypatch):
         check_family(CONFIG_MAPPING["llama"](num_hidden_layers=2))
 
 
+def test_layers_that_fail_are_refused_and_the_error_is_kept(monkeypatch):
+    monkeypatch.setattr(family_check, "layers_of", lambda whole: 1 / 0)
+    with pytest.raises(UnsupportedModel, match="fail one by one: division by zero") as error:
+        check_family(CONFIG_MAPPING["llama"](num_hidden_layers=2))
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+
+
 def test_the_check_is_made_once_for_models_that_shrink_to_the_same(monkeypatch):
-    made = []
-    monkeypatch.setattr(family_check, "layers_of", lambda whole: made.append(whole) or 1 / 0)
-    for layers in (2, 5):
-        with pytest.raises(ZeroDivisionError):
-            check_family(CONFIG_MAPPING["llama"](num_hidden_layers=layers))
-    monkeypatch.undo()
     check_family(CONFIG_MAPPING["llama"](num_hidden_layers=2))
     monkeypatch.setattr(family_check, "layers_of", lambda whole: 1 / 0)
     check_family(CONFIG_MAPPING["llama"](num_hidden_layers=5))
-    assert len(made) == 2
+    with pytest.raises(UnsupportedModel):
+        check_family(CONFIG_MAPPING["llama"](num_hidden_layers=5, attention_bias=True))
 
 
 def test_every_variant_passes_at_its_own_sizes():
