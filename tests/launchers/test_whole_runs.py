@@ -187,7 +187,7 @@ def test_a_run_that_moves_and_saves_beside_training_ends_as_one_that_does_neithe
         run = {**moves, **layout, "--output": str(tmp_path / "moves")}
         result = launch(run, "--resume", "--keep-best", ranks=stages)
         assert result.returncode == 0, result.stdout
-        before = {2: "", 4: "; another layout: stages 2, now 4, ", 1: "stages 4, now 1, "}[stages]
+        before = {2: "", 4: "; another layout: stages 2, now 4; ", 1: "stages 4, now 1; "}[stages]
         assert before in result.stdout
     stays = {**inputs, **keep, "--max-steps": "6", "--segments-per-stage": "2"}
     result = launch({**stays, "--output": str(tmp_path / "stays")}, "--keep-best")
