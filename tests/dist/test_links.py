@@ -158,7 +158,7 @@ def traffic(section, steps=2, **extra):
 HEADER, LABELS, FIGURES = (
     32,
     2 * 16 * 4,
-    2 * 14 * 8,
+    2 * 15 * 8,
 )  # bytes; a micro-batch is 2 x 16 tokens of 32 features
 HIDDEN = {
     "none": 2 * 16 * 32 * 4,
