@@ -57,7 +57,7 @@ def _tried(config_json: str) -> tuple[Any, Tensor, Tensor]:
     config = anatomy.config_of(config_json)
     with seeded(0, "small model"), torch.no_grad():
         whole = random_model(config)
-        ids = torch.randint(1, config.vocab_size - 1, (_SEQUENCES, _TOKENS))
+        ids = torch.randint(0, config.vocab_size, (_SEQUENCES, _TOKENS))
         return whole, ids, _logits(whole, ids)
 
 
@@ -80,7 +80,7 @@ def _fault_of(config_json: str) -> str | None:
         if (fault := _router_fault(whole, config, ids, router_loss)) is not None:
             return fault
         changed = ids.clone()
-        changed[:, _TOKENS // 2] = (changed[:, _TOKENS // 2] + 1) % (config.vocab_size - 1)
+        changed[:, _TOKENS // 2] = (changed[:, _TOKENS // 2] + 1) % config.vocab_size
         after = _logits(whole, changed)
         if not _close(after[:, : _TOKENS // 2], expected[:, : _TOKENS // 2]):
             return "its logits depend on later tokens"

@@ -76,6 +76,11 @@ def test_a_model_that_sees_the_future_is_refused(monkeypatch):
         check_family(CONFIG_MAPPING["llama"](num_hidden_layers=2))
 
 
+@pytest.mark.parametrize("vocabulary", [1, 2])
+def test_the_smallest_vocabularies_pass(vocabulary):
+    check_family(CONFIG_MAPPING["gpt2"](n_layer=1, vocab_size=vocabulary))
+
+
 def test_layers_that_fail_are_refused_and_the_error_is_kept(monkeypatch):
     monkeypatch.setattr(family_check, "layers_of", lambda whole: 1 / 0)
     with pytest.raises(UnsupportedModel, match="fail one by one: division by zero") as error:
