@@ -86,7 +86,7 @@ def _key_at_fault(config: PretrainedConfig) -> str | None:
 def _run_one_block(config: PretrainedConfig) -> None:
     """Without storage: shapes that do not fit are found here."""
     model, family = skeleton(config), family_of(config)
-    hidden_BTD = torch.empty(1, 2, config.hidden_size)
+    hidden_BTD = torch.empty(1, min(2, num_positions(config)), config.hidden_size)
     call = frame_of(config).calls_of(hidden_BTD, {})[0]
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda tensor: tensor.to("meta"), (call.args, call.kwargs)

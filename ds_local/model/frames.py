@@ -39,7 +39,7 @@ class Trace(NamedTuple):
 
     before: list[str]
     after: list[str]
-    hidden: tuple[int, ...]  # shape of what the last block of [1, 3] tokens takes
+    hidden: tuple[int, ...]  # shape of what the last block takes for a few tokens
 
 
 class _Reached(Exception):
@@ -178,7 +178,8 @@ class Frame:
         for name in self._outer.keys() - holders:
             self._outer[name].register_forward_pre_hook(enter(name))
             self._outer[name].register_forward_hook(lambda *_: running.pop() and None)
-        calls = self._run(-1, {"input_ids": torch.zeros(1, 3, dtype=torch.long)})
+        length = min(3, getattr(self.model.config, "max_position_embeddings", None) or 3)
+        calls = self._run(-1, {"input_ids": torch.zeros(1, length, dtype=torch.long)})
         if len(calls) != len(self._stubs):
             raise UnsupportedModel("its blocks do not run once each, in order")
         if any(0 < done < len(calls) for _, done in seen):

@@ -81,6 +81,11 @@ def test_the_smallest_vocabularies_pass(vocabulary):
     check_family(CONFIG_MAPPING["gpt2"](n_layer=1, vocab_size=vocabulary))
 
 
+@pytest.mark.parametrize("positions", [1, 2, 8])
+def test_the_shortest_models_pass(positions):
+    check_family(CONFIG_MAPPING["gpt2"](n_layer=1, n_positions=positions))
+
+
 def test_layers_that_fail_are_refused_and_the_error_is_kept(monkeypatch):
     monkeypatch.setattr(family_check, "layers_of", lambda whole: 1 / 0)
     with pytest.raises(UnsupportedModel, match="fail one by one: division by zero") as error:
