@@ -219,7 +219,8 @@ def num_blocks(config: PretrainedConfig) -> int:
 
 def num_positions(config: PretrainedConfig) -> int:
     """Longest sequence the model takes."""
-    return getattr(config, "max_position_embeddings", None) or UNLIMITED
+    limit = getattr(config, "max_position_embeddings", None) or UNLIMITED
+    return limit if limit > 0 else UNLIMITED
 
 
 def learned_positions(config: PretrainedConfig) -> int | None:

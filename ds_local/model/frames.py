@@ -178,7 +178,8 @@ class Frame:
         for name in self._outer.keys() - holders:
             self._outer[name].register_forward_pre_hook(enter(name))
             self._outer[name].register_forward_hook(lambda *_: running.pop() and None)
-        length = min(3, getattr(self.model.config, "max_position_embeddings", None) or 3)
+        limit = getattr(self.model.config, "max_position_embeddings", None) or 3
+        length = min(3, limit) if limit > 0 else 3  # some write -1 for no limit
         calls = self._run(-1, {"input_ids": torch.zeros(1, length, dtype=torch.long)})
         if len(calls) != len(self._stubs):
             raise UnsupportedModel("its blocks do not run once each, in order")
