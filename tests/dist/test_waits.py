@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from ranks import run_ranks
+from ranks import free_port, run_ranks
 
 LIMIT = {"timeout_seconds": 4.0}
 PATIENCE = 90.0  # of a test, not of the package
@@ -177,8 +177,10 @@ def test_a_step_asks_nobody_and_starts_no_thread():
     assert run_ranks(words_in_steps, 2) == [(0, 0)] * 2
 
 
-def ported():
-    """As a script that starts the processes itself."""
+def ported(port):
+    """As a script that starts the processes itself, at a port where no store is about to close."""
+    import os
+
     import deepspeed
     import jobs
     import torch.distributed as dist
@@ -187,6 +189,7 @@ def ported():
     from ds_local.links import notices
 
     end_processes()
+    os.environ["MASTER_PORT"] = str(port)
     deepspeed.init_distributed()
     engine = jobs.build({"mode": "local", "link": {"timeout_seconds": 33.0}}, 2)
     engine.train_batch(jobs.batches(engine))
@@ -196,4 +199,4 @@ def ported():
 
 
 def test_a_script_may_start_the_processes_itself():
-    assert run_ranks(ported, 2) == [(33.0, 2, True)] * 2
+    assert run_ranks(ported, 2, free_port()) == [(33.0, 2, True)] * 2
