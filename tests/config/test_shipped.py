@@ -19,8 +19,8 @@ def test_shipped_ones_are_found_where_the_user_has_none(tmp_path, monkeypatch):
             assert shipped.find(given).samefile(CONFIGS / name)
     Path("gpt2-nano.json").write_text('{"model_type": "gpt2", "n_embd": 24, "n_head": 2}')
     assert shipped.find("gpt2-nano.json") == Path("gpt2-nano.json")
-    assert read_config("gpt2-nano.json", ["gpt2"])[0].n_embd == 24
-    assert read_config("configs/gpt2-nano.json", ["gpt2"])[0].n_embd == 128
+    assert read_config("gpt2-nano.json")[0].n_embd == 24
+    assert read_config("configs/gpt2-nano.json")[0].n_embd == 128
 
 
 @pytest.mark.parametrize(
@@ -36,4 +36,4 @@ def test_other_names_stay_as_they_are(name, tmp_path, monkeypatch):
 
 def test_an_unknown_model_is_told_the_names():
     with pytest.raises(UnsupportedModel, match=r"one of gpt2-large\.json, .*gpt2-nano\.json, "):
-        read_config("gpt3.json", ["gpt2"])
+        read_config("gpt3.json")
