@@ -19,11 +19,11 @@ from typing import Any
 
 from ds_local.cli.arguments import output_file
 from ds_local.config import strict_json
+from ds_local.config.deepspeed import adamw, cosine
 from ds_local.config.files import load_config
 from ds_local.links.trees import Tree
 from ds_local.measure.ranks import Pool
 from ds_local.outputs import write_file
-from ds_local.study.recipes import adamw, cosine
 
 
 def parse_arguments() -> argparse.Namespace:

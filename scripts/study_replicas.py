@@ -22,9 +22,10 @@ from typing import Any
 from ds_local.cli.arguments import output_file
 from ds_local.config import strict_json
 from ds_local.config.catalog import SCHEMES
+from ds_local.config.deepspeed import adamw, cosine
 from ds_local.measure.ranks import Pool
 from ds_local.outputs import write_file
-from ds_local.study.recipes import adamw, cosine, gpt2
+from ds_local.study.recipes import gpt2
 
 PACE_STEPS = 60  # to see how long a step takes
 SUBNETS = {"sync": "subnets"}

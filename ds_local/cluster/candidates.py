@@ -180,9 +180,8 @@ class Price:
 
     @property
     def cost(self) -> float:
-        """Seconds of a step, counted as often as its tokens are needed; as if that were once where
-        nobody has measured it."""
-        return self.step_seconds * (self.learning.tokens or 1.0)
+        """Seconds of a step, counted as often as its tokens are needed."""
+        return self.step_seconds * self.learning.times
 
     @property
     def rank(self) -> tuple[bool, float, float]:

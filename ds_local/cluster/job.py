@@ -8,6 +8,7 @@ from typing import Any
 
 from ds_local.cluster.candidates import HEADS, Candidate, Cluster, Price
 from ds_local.cluster.row_samples import section_for
+from ds_local.config.deepspeed import adamw, cosine
 
 CONFIG, START = "ds_config.json", "start.sh"
 _LEARNING_RATE = 3e-4  # of a model of some hundred million weights; the planner knows nothing of it
@@ -34,25 +35,10 @@ def config_of(candidate: Candidate, fp32: bool, steps: int | None) -> dict[str, 
         "bf16": {"enabled": not fp32},
         "zero_optimization": {"stage": 1},
         "pipeline": {"activation_checkpoint_interval": int(candidate.recompute)},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": _LEARNING_RATE,
-                "betas": [0.9, 0.95],
-                "weight_decay": 0.1,
-                "torch_adam": True,
-            },
-        },
+        "optimizer": adamw(_LEARNING_RATE),
     }
     if steps is not None:
-        config["scheduler"] = {
-            "type": "WarmupCosineLR",
-            "params": {
-                "total_num_steps": steps,
-                "warmup_num_steps": max(1, steps // 100),
-                "cos_min_ratio": 0.1,
-            },
-        }
+        config["scheduler"] = cosine(steps, max(1, steps // 100))
     return config | {"local_parallel": section}
 
 
@@ -60,7 +46,7 @@ def steps_for(price: Price, tokens: float | None) -> int | None:
     """Steps of a run that is to end where backpropagation does after so many tokens."""
     if tokens is None:
         return None
-    return math.ceil(tokens * (price.learning.tokens or 1.0) / price.tokens)
+    return math.ceil(tokens * price.learning.times / price.tokens)
 
 
 def start_of(price: Price, cluster: Cluster, model: str, folder: str, steps: int | None) -> str:

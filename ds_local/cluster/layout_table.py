@@ -11,7 +11,8 @@ from ds_local.cluster.planner import Plan
 
 def line(price: Price, tokens: float | None) -> str:
     needed = price.learning.tokens
-    hours = f"{tokens * (needed or 1) / price.tokens_per_second / 3600:>9,.1f}  " if tokens else ""
+    seconds = (tokens or 0) * price.learning.times / price.tokens_per_second
+    hours = f"{seconds / 3600:>9,.1f}  " if tokens else ""
     return (
         f"{price.tokens_per_second:>12,.0f}  {price.idle_share:>5.0%}  {price.memory / GIB:>7.1f}  "
         f"{price.bytes_per_edge / 1e9:>7.2f}  {f'{needed:.2f}' if needed else '?':>6}  {hours}"

@@ -142,3 +142,28 @@ def batch_sizes(config: Mapping[str, Any], num_replicas: int) -> tuple[int, int]
             "them, or leave train_batch_size out"
         )
     return micro, accumulation
+
+
+def adamw(learning_rate: float) -> dict[str, Any]:
+    """The "optimizer" of pretraining: of every study, and of what the planner writes."""
+    return {
+        "type": "AdamW",
+        "params": {
+            "lr": learning_rate,
+            "betas": [0.9, 0.95],
+            "weight_decay": 0.1,
+            "torch_adam": True,
+        },
+    }
+
+
+def cosine(steps: int, warm_up: int) -> dict[str, Any]:
+    """A "scheduler": warm-up, then a cosine down to a tenth."""
+    return {
+        "type": "WarmupCosineLR",
+        "params": {
+            "total_num_steps": steps,
+            "warmup_num_steps": warm_up,
+            "cos_min_ratio": 0.1,
+        },
+    }

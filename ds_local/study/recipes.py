@@ -50,31 +50,6 @@ def gpt2(layers: int, width: int, heads: int, vocabulary: int, positions: int) -
     }
 
 
-def adamw(learning_rate: float) -> dict[str, Any]:
-    """The "optimizer" of every study."""
-    return {
-        "type": "AdamW",
-        "params": {
-            "lr": learning_rate,
-            "betas": [0.9, 0.95],
-            "weight_decay": 0.1,
-            "torch_adam": True,
-        },
-    }
-
-
-def cosine(steps: int, warm_up: int) -> dict[str, Any]:
-    """A "scheduler": warm-up, then a cosine down to a tenth."""
-    return {
-        "type": "WarmupCosineLR",
-        "params": {
-            "total_num_steps": steps,
-            "warmup_num_steps": warm_up,
-            "cos_min_ratio": 0.1,
-        },
-    }
-
-
 def _on_cpu(heads: int, vocabulary: int, positions: int) -> dict[str, Any]:
     return gpt2(8, 64, heads, vocabulary, positions)
 

@@ -6,9 +6,10 @@ import re
 from typing import Any, NamedTuple
 
 from ds_local.config.catalog import BACKPROP
+from ds_local.config.deepspeed import adamw, cosine
 from ds_local.errors import ConfigError
 from ds_local.study.methods import DECAY, METHODS, WSD, section_of, switch_step
-from ds_local.study.recipes import PRESETS, adamw, cosine
+from ds_local.study.recipes import PRESETS
 
 CHECKPOINTS = 20  # of a run, so that every tail begins at one
 
