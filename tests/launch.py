@@ -138,9 +138,12 @@ def close_fork_server() -> None:
         folder.cleanup()
 
 
-def start(name: str, *arguments: str, ranks: int = 1, cwd: Path = ROOT) -> Run:
-    """Processes that run scripts/`name`, or a script with an absolute path."""
-    return fork_server().start(name, arguments, ranks, cwd=cwd)
+def start(
+    name: str, *arguments: str, ranks: int = 1, cwd: Path = ROOT, unloads: bool = False
+) -> Run:
+    """Processes that run scripts/`name`, or a script with an absolute path. With `unloads` they
+    take apart what was imported, as those of real launchers do in any case."""
+    return fork_server().start(name, arguments, ranks, cwd=cwd, unloads=unloads)
 
 
 def finished(run: Run, timeout: float) -> subprocess.CompletedProcess:

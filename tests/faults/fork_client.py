@@ -263,12 +263,15 @@ class Server:
     def start(
         self, script: str, argv: Sequence[str], ranks: int = 1, env: Mapping[str, str] | None = None,
         hooks: Mapping[int, Sequence[tuple[str, Mapping[str, Any]]]] | None = None, cwd: Path = ROOT,
+        unloads: bool = True,
     ) -> Run:  # fmt: skip
         """Start scripts/`script`, or a script with an absolute path, on so many ranks.
 
         Args:
             cwd: their working directory.
             hooks: rank -> functions of hooks.py and their arguments, called before the script.
+            unloads: a rank that has done its work takes apart what was imported, as Python does;
+                without, it ends 0.4 s of a core earlier.
         """
         self._wait_until_ready()
         self._count += 1
@@ -278,7 +281,7 @@ class Server:
         together = {"MASTER_PORT": str(free_port())} if ranks > 1 else {}
         job = {
             "folder": str(folder), "script": script, "argv": list(argv), "ranks": ranks, "env": together | dict(env or {}), "cwd": str(cwd),
-            "hooks": {str(rank): list(calls) for rank, calls in (hooks or {}).items()},
+            "hooks": {str(rank): list(calls) for rank, calls in (hooks or {}).items()}, "unloads": unloads,
         }  # fmt: skip
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(job) + "\n")

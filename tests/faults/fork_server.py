@@ -4,20 +4,22 @@ a second.
     python tests/faults/fork_server.py        (started by `fork_client.Server`, which speaks to it)
 
 A job is a line of JSON on standard input: {"folder", "script", "argv", "ranks", "env", "cwd",
-"hooks"}.
+"hooks", "unloads"}.
 For each job a process is forked that stands for the launcher; it forks the ranks and notes their
 ends:
 
     server -> launcher (leads a process group) -> rank 0, rank 1, ...
 
 A rank runs the script as `python SCRIPT ARGV` would, as `__main__`, with the environment that a
-launcher sets, and ends as any Python process does. In the job's folder lie pids.json, rank-N.txt
+launcher sets, and ends as any Python process does; without "unloads" it leaves out one part of that,
+see `end`. In the job's folder lie pids.json, rank-N.txt
 (what it said) and rank-N.status (exit code; negative: the signal that ended it). Nothing here may
 start a thread before a fork.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -27,8 +29,9 @@ import pkgutil
 import runpy
 import signal
 import sys
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE.parents[1] / "scripts"
@@ -128,7 +131,28 @@ def run_rank(job: dict[str, Any], rank: int, folder: Path) -> None:
     for name, arguments in job["hooks"].get(str(rank), []):
         sys.path.insert(1, str(HERE))
         getattr(importlib.import_module("hooks"), name)(**arguments)
-    runpy.run_path(str(script), run_name="__main__")
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as ended:
+        if ended.code or job["unloads"]:
+            raise
+    if not job["unloads"]:
+        end()
+
+
+def end() -> NoReturn:
+    """The end of a Python process whose script has come to its own: threads that are waited for, what
+    was registered for the end, destructors of what the script has made.
+
+    Modules are not taken apart: that writes to every page that is shared with the server, which
+    takes longer than most runs here.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    gc.collect()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

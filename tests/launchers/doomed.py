@@ -36,7 +36,8 @@ def start(tmp_path, fate, doom, stages=3, step=5, section=None, ranks=None) -> R
     script.write_text(
         SCRIPT.format(tests=tests, section=section, stages=stages, doom=doom, step=step, fate=fate)
     )
-    return launch.start(str(script), ranks=ranks or stages)
+    # what is left of a lost neighbour must not hold up the end either
+    return launch.start(str(script), ranks=ranks or stages, unloads=True)
 
 
 def finish(run: Run, timeout: float = 200, ranks: list[int] | None = None) -> list[str]:
