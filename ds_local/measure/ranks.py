@@ -45,6 +45,8 @@ def _serve(
     stacks: Path,
 ) -> None:
     multiprocessing.current_process().daemon = False  # so that a DataLoader may have workers
+    # which start as they do under a launcher, not each with imports of its own
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank))
     faulthandler.register(_SAY_WHERE, file=stacks.open("w"))
     if prepare is not None:
