@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -41,6 +42,13 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in slow]
     # the longest files first (stable, so each stays whole): none is left over for one worker alone
     items.sort(key=lambda item: GROUPS.index(_group(item)))
+
+
+def pytest_collection_finish():
+    # imports and tests stay to the end: a collection, which many a test asks for, need not look
+    # through them, nor does a fork copy their pages
+    gc.collect()
+    gc.freeze()
 
 
 def _group(item) -> str:
