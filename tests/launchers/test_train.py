@@ -152,21 +152,46 @@ def test_the_monitor_gets_tags_per_stage(run, inputs):
 
 
 @pytest.mark.timeout(1300)
-def test_two_launchers_one_after_the_other_give_identical_losses(run, inputs, tmp_path):
-    """Begun under one, resumed under the other; the run beside them had neither."""
+def test_two_launchers_one_after_the_other_give_identical_losses_and_sigterm_saves(
+    run, inputs, tmp_path
+):
+    """Begun under one, resumed under the other; the run beside them had neither.
+
+    SIGTERM goes to the launcher's process group, as a terminal or a scheduler does; the launcher
+    alone would not pass it on.
+    """
+    folder = tmp_path / "run"
     settings = {
         **inputs,
-        "--output": str(tmp_path / "run"),
+        "--output": str(folder),
         "--eval-every": "4",
         "--save-every": "4",
         "--sample-tokens": "3",
     }
-    first = launch({**settings, "--max-steps": "4"}, launcher="deepspeed", timeout=600)
+    first = launch({**settings, "--max-steps": "4"}, launcher="torchrun", timeout=600)
     assert first.returncode == 0, first.stdout
-    second = launch({**settings, "--max-steps": "8"}, "--resume", launcher="torchrun", timeout=600)
-    assert second.returncode == 0, second.stdout
-    assert losses(tmp_path / "run") == losses(run[0])
-    seconds = [row["seconds"] for row in metrics(tmp_path / "run") if row["split"] == "train"]
+    process = subprocess.Popen(
+        command({**settings, "--max-steps": "100000"}, "--resume"),
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: metrics(folder)[-1]["step"] > 8, 400)
+        os.killpg(process.pid, signal.SIGTERM)
+        output = process.communicate(timeout=90)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    check_saved_and_resumed(inputs, folder, output)
+    found = losses(folder)
+    assert {key: loss for key, loss in found.items() if key[1] <= 8} == losses(run[0])
+    train = [row for row in metrics(folder) if row["split"] == "train" and row["step"] <= 8]
+    seconds = [row["seconds"] for row in train]
+    assert len(seconds) == 16
     assert seconds == sorted(seconds)
 
 
@@ -244,29 +269,6 @@ def test_summarize_shows_the_table_again(run):
     result = script("summarize.py", str(run[0]))
     assert result.returncode == 0
     assert "segment  stage  validation loss" in result.stdout
-
-
-def test_sigterm_to_a_job_saves_and_leaves_in_time(inputs, tmp_path):
-    """To the launcher's process group, as a terminal or a scheduler does; the launcher alone would
-    not pass it on."""
-    folder = tmp_path / "run"
-    process = subprocess.Popen(
-        command({**inputs, "--output": str(folder), "--max-steps": "100000"}),
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        wait_for(lambda: has_trained(folder), 200)
-        os.killpg(process.pid, signal.SIGTERM)
-        output = process.communicate(timeout=90)[0]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    check_saved_and_resumed(inputs, folder, output)
 
 
 def test_sigterm_to_one_rank_saves_and_leaves_in_time(inputs, tmp_path):
