@@ -1,6 +1,8 @@
 """Forwards that run ahead against one process that keeps the weights by version, and the same bits
 on any number of ranks, whatever comes between steps."""
 
+from functools import cache
+
 import jobs
 import pytest
 import torch
@@ -80,7 +82,8 @@ def reference_run(parts, gas, steps, tables, leads, replicas=1):
 @pytest.mark.parametrize("gas", [1, 2, 4, 8])
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_backpropagation_equals_one_process_with_weights_by_version(stages, gas):
-    steps = 20
+    # the first micro-batch is 3 steps old at most; many steps where it is
+    steps = 20 if (stages, gas) == (4, 1) else 8
     results = run_ranks(jobs.train, stages, AHEAD, stages, steps, gas=gas)
     leads = [stages - 1 - s for s in range(stages)]
     tables = [table_of("backprop", stages)] * gas
@@ -403,14 +406,16 @@ def test_learning_rates_are_lower_where_the_delay_is_longer():
 # --- precisions, recomputed activations, compiled layers ------------------------------------------
 
 
+@cache
+def reports_of(replicas, precision=None):
+    settings = PRECISIONS[precision] if precision else {}
+    return run_ranks(jobs.train, 2 * replicas, AHEAD, 2, 20, **settings)[0]["reports"]
+
+
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_follows_fp32(precision, replicas):
-    settings = PRECISIONS[precision]
-    plain, other = (
-        run_ranks(jobs.train, 2 * replicas, AHEAD, 2, 20, **extra)[0]["reports"]
-        for extra in ({}, settings)
-    )
+    plain, other = reports_of(replicas), reports_of(replicas, precision)
     for segment in plain[0]:
         if plain[0][segment] is not None:
             fall = plain[0][segment] - plain[-1][segment]
