@@ -128,7 +128,9 @@ for _scheme in ("local", "chunked 2"):
                 ),
             }
 METHODS |= {
+    "deep supervision": of("deep supervision"),
     "deep supervision, dropped by half": of("deep supervision", dropped_by=0.5),
+    "deep supervision, WSD": of("deep supervision", schedule=WSD),
     "deep supervision, dropped by half, WSD": of("deep supervision", dropped_by=0.5, schedule=WSD),
 }
 AHEAD, PREDICTED = "backprop, run ahead", "backprop, run ahead, predicted"
