@@ -37,6 +37,7 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from ds_local.cli.train import train
+    from ds_local.config.catalog import dropped_losses
     from ds_local.engine.causal_lm import causal_lm
     from ds_local.engine.engine import LocalPipelineEngine
     from ds_local.engine.initialize import initialize
@@ -58,6 +59,7 @@ __all__ = [
     "Validation",
     "DsLocalError",
     "ConfigError",
+    "dropped_losses",
     "make_routes",
     "make_schedule",
     "simulate",
@@ -75,6 +77,7 @@ _HOME = {
     "Validation": "training.callbacks",
     "DsLocalError": "errors",
     "ConfigError": "errors",
+    "dropped_losses": "config.catalog",
     "make_routes": "schedules.routes",
     "make_schedule": "schedules.list_scheduler",
     "simulate": "schedules.simulator",

@@ -35,6 +35,9 @@ One name each, in every chart, table and command: the mode, its window, its opti
 goes into ds_config.json as "local_parallel"; what it does is in [concepts](concepts.md). Names that
 are longer, as in the [study](quality.md), begin with one of these and say what is added: a tail in
 backpropagation, the heads, the steps. A share of a mix is written out for 8 micro-batches a step.
+Deep supervision "dropped by half" loses its auxiliary losses one by one, the lowest first, in the
+first half of the steps: its phases depend on how many there are, `ds_local.dropped_losses` makes
+them.
 
 | name | section | what it does |
 |---|---|---|
@@ -117,7 +120,8 @@ def measured_learning() -> str:
     rows = []
     for row in json.loads((DOCS / "quality.json").read_text()):
         method, model = METHODS[row["method"]], PRESETS[row["preset"]].model
-        if row["step_factor"] != 1.0 or method.tail or method.schedule != COSINE:
+        ends_otherwise = method.tail or method.dropped_by or method.schedule != COSINE
+        if row["step_factor"] != 1.0 or ends_otherwise:
             continue
         measured = learning.Measured(
             names[id(method.scheme)],

@@ -29,6 +29,8 @@ def build(
     family: str = "gpt2",
     gas: int = 4,
     model: Any = None,
+    token_counts: Any = None,
+    recompute: int = 0,
     **extra: Any,
 ) -> Any:
     """An engine on this rank."""
@@ -36,7 +38,11 @@ def build(
 
     config = ds_config(section, gas, **extra)
     module = ds_local.causal_lm(
-        {**MODELS[family], **(model or {})}, num_stages=stages, config=config
+        {**MODELS[family], **(model or {})},
+        num_stages=stages,
+        config=config,
+        activation_checkpoint_interval=recompute,
+        token_counts=token_counts,
     )
     return ds_local.initialize(model=module, config=config)[0]
 

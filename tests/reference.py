@@ -89,6 +89,7 @@ class Reference:
         clip: float = 1.0,
         seed: int = SEED,
         head: HeadConfig | None = None,
+        counts: torch.Tensor | None = None,
     ) -> None:
         config = families.load_model_config(MODELS[family])
         depth = families.num_blocks(config)
@@ -101,7 +102,7 @@ class Reference:
         self.num_segments = len(parts) - 1
         self.segments = [layers[a:b] for a, b in pairwise(parts)]
         self.heads = [
-            blocks.make_head(config, s, seed, head or HeadConfig(), parts)
+            blocks.make_head(config, s, seed, head or HeadConfig(), parts, counts)
             for s in range(self.num_segments - 1)
         ]
         self.parameters = [
@@ -118,10 +119,17 @@ class Reference:
         hidden, losses = ids, {}
         for s, segment in enumerate(self.segments):
             last = s == self.num_segments - 1
-            for layer in segment[: -1 if last else None]:
+            shallow = hidden
+            for number, layer in enumerate(segment[: -1 if last else None]):
                 hidden = layer(hidden)
+                if s == number == 0:
+                    shallow = hidden  # the embedding
             if s in wanted:
-                losses[s] = segment[-1].loss(hidden, ids) if last else self.heads[s](hidden, ids)
+                losses[s] = (
+                    segment[-1].loss(hidden, ids)
+                    if last
+                    else self.heads[s](hidden, ids, shallow.detach())
+                )
         return losses
 
     def step(

@@ -231,9 +231,16 @@ def test_heads_on_a_tiny_model(tmp_path, monkeypatch, capsys):
         file,
     )
     assert code == 0, said.err
-    parameters = {row["head"]: row["parameters"] for row in json.loads(file.read_text())}
+    rows = {row["head"]: row for row in json.loads(file.read_text())}
+    parameters = {head: row["parameters"] for head, row in rows.items()}
     assert parameters["full"] == 300 * 64 + 2 * 64  # readout and norm
     assert parameters["shared readout"] == 2 * 64
+    assert parameters["1/8 of the vocabulary"] == (38 + 1) * 64 + 2 * 64
+    assert parameters["1/8 of the tokens, companion"] == parameters["full"] + 64 * 64
+    assert (rows["full"]["of_full_time"], rows["full"]["of_full_flops"]) == (1, 1)
+    assert rows["1/8 of the vocabulary"]["of_full_flops"] == pytest.approx(39 / 300)
+    foresees = rows["1/8 of the tokens, companion"]["of_full_flops"]
+    assert foresees == pytest.approx(1 / 8 + 64 / 300)
     assert "| shared readout |" in said.out
 
 

@@ -232,9 +232,9 @@ class SavedState:
         if own and set(own) <= set(there):
             return list(own)
         head = self._facts[SECTION]["head"]
-        copied = ["readout."] * (head["readout"] == "shared")
-        copied += ["blocks."] * (head["blocks_from"] == "next_tracked")
-        prefixes = tuple(f"{head_name(cut)}.{prefix}" for prefix in copied)
+        others = ["frequent."] + ["readout."] * (head["readout"] == "shared")
+        others += ["blocks."] * (head["blocks_from"] == "next_tracked")
+        prefixes = tuple(f"{head_name(cut)}.{prefix}" for prefix in others)
         return [name for name in there if not name.startswith(prefixes)]
 
     def _cut_out(self, file: str) -> Iterator[Held]:

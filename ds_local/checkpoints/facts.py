@@ -182,12 +182,21 @@ def whose(folder: Path) -> str | None:
 
 # --- what the optimizer's state depends on ------------------------------------------------------
 
-_HEAD_OPTIONS = ("blocks", "blocks_from", "readout", "rank", "adapter", "temperature")
+_HEAD_OPTIONS = (
+    "blocks",
+    "blocks_from",
+    "readout",
+    "rank",
+    "adapter",
+    "temperature",
+    "vocabulary",
+)
 
 
 def head_options(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What the tensors of an auxiliary head depend on."""
-    return {key: facts[SECTION]["head"][key] for key in _HEAD_OPTIONS}
+    head = facts[SECTION]["head"]
+    return {key: head[key] for key in _HEAD_OPTIONS} | {"companion": bool(head["companion"])}
 
 
 def layout_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

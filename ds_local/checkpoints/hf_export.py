@@ -88,7 +88,7 @@ def _write(checkpoint: Checkpoint, segment: int, folder: Path, heads: bool) -> N
     if heads and segment == checkpoint.last_segment:
         named = (
             (s, name, tensor)
-            for s in checkpoint.exits[:-1]
+            for s in checkpoint.heads
             for name, tensor in checkpoint.head(s).items()
         )
         tensors = {f"segment_{s}.{name}": tensor.contiguous() for s, name, tensor in named}

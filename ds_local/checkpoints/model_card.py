@@ -111,6 +111,9 @@ def _losses(
         "| exit after segment | step | validation loss (nats per token) | perplexity |",
         "| --- | --- | --- | --- |",
     ]
+    if classes := checkpoint.get("local_parallel", {}).get("head", {}).get("vocabulary"):
+        told = f"Exits before the last tell {classes:,} tokens apart and have one class for all "
+        table += ["", f"{told}others: their losses are lower for that."]
     return [*header, *table]
 
 

@@ -37,7 +37,7 @@ METRICS = {
         _ALL,
         "nats a token",
         "mean over micro-batches and replicas, of training before the update; null: none, or not "
-        "finite",
+        "finite. With `head.vocabulary` over the classes of the head, in all but the last segment",
     ),
     "has_loss": Field((TRAIN,), "", "false where the routes give the segment no loss"),
     "router_loss": Field(

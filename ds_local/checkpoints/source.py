@@ -20,6 +20,7 @@ from ds_local.checkpoints.folder import (
 )
 from ds_local.checkpoints.hf_layers import State, check_layer, to_hf
 from ds_local.checkpoints.sums import check_file
+from ds_local.config.strict import SECTION
 from ds_local.errors import ExportError, first_line
 from ds_local.model import families
 from ds_local.model.small_models import prefix
@@ -102,11 +103,20 @@ class Checkpoint:
         return len(self.parts) - 2
 
     @property
+    def heads(self) -> list[int]:
+        """Segments with an auxiliary head."""
+        return [s for s in range(self.last_segment) if HEAD_FILE.format(s) in self._files]
+
+    @property
     def exits(self) -> list[int]:
-        """Segments that can be exported: those with a head, and the last."""
-        return [s for s in range(self.last_segment) if HEAD_FILE.format(s) in self._files] + [
-            self.last_segment
-        ]
+        """Segments that can be exported: those with a head for the whole vocabulary, and the
+        last."""
+        return [*([] if self._vocabulary else self.heads), self.last_segment]
+
+    @property
+    def _vocabulary(self) -> int | None:
+        """Tokens with a class of their own in auxiliary heads; None: all."""
+        return self.facts[SECTION]["head"]["vocabulary"]
 
     @property
     def run(self) -> Path:
@@ -131,7 +141,7 @@ class Checkpoint:
             raise ExportError(
                 f"segment {segment} does not exist; the run has segments 0 to {self.last_segment}"
             )
-        if segment not in self.exits:
+        if segment not in self.heads:
             raise ExportError(
                 f"segment {segment} has no head in {self.folder}: its loss trains no segment in "
                 f"this run; there are exits after the segments {', '.join(map(str, self.exits))}"
@@ -147,6 +157,12 @@ class Checkpoint:
                 self.config, {n: self.layer(n) for n in range(families.num_blocks(self.config) + 2)}
             )
         head = self.head(segment)
+        if self._vocabulary:
+            raise ExportError(
+                f"the head of segment {segment} tells {self._vocabulary} tokens apart and has one "
+                "class for all others (head.vocabulary), so it is no language model; export the "
+                "full model"
+            )
         depth = self.parts[segment + 1]
         config, layers = _prefix_with(
             self.config, depth, head, str(self.folder / HEAD_FILE.format(segment))
@@ -186,8 +202,8 @@ def _prefix_with(
         if name.startswith("blocks."):
             _, index, rest = name.split(".", 2)
             layers.setdefault(depth + int(index), {})[rest] = tensor
-    folded = ("blocks.", "down.weight", "log_temperature", "readout.weight")
-    readout = {name: tensor for name, tensor in head.items() if not name.startswith(folded)}
+    others = ("blocks.", "down.weight", "log_temperature", "readout.weight", "companion.")
+    readout = {name: tensor for name, tensor in head.items() if not name.startswith(others)}
     if "readout.weight" in head:
         weight = head["readout.weight"].float()  # [V, D], or [V, rank]
         if "down.weight" in head:

@@ -20,6 +20,7 @@ from ds_local.cluster.candidates import (
     split_backward_of,
 )
 from ds_local.cluster.row_samples import sample_of, streams_leaving_a_node, timer_for
+from ds_local.config.sections import HeadConfig
 from ds_local.model.flops import UnitCosts
 from ds_local.schedules.simulator import Costs
 
@@ -32,6 +33,7 @@ class CandidateCost:
     Args:
         cuts: first block of each stage, and the depth.
         unit: seconds of one sequence.
+        head: of each stage but the last whose loss trains.
     """
 
     def __init__(
@@ -42,9 +44,10 @@ class CandidateCost:
         cuts: Sequence[int],
         unit: UnitCosts,
         zero_stage: int,
+        head: HeadConfig = HEADS["full"],
     ) -> None:
         self.candidate, self.model, self.cluster = candidate, model, cluster
-        self.zero_stage = zero_stage
+        self.zero_stage, self.head = zero_stage, head
         self.blocks = [b - a for a, b in pairwise(cuts)]
         scale = candidate.micro_batch
         self.pass_seconds = [scale * unit.block * count / 3 for count in self.blocks]
@@ -97,7 +100,7 @@ class CandidateCost:
 
     def _head_params(self, stage: int) -> tuple[float, float]:
         """(trained, read-only) parameters of the stage's auxiliary head."""
-        model, candidate = self.model, self.candidate
+        model, candidate, head = self.model, self.candidate, self.head
         if (
             stage == candidate.stages - 1
             or not self.losses[stage]
@@ -105,13 +108,20 @@ class CandidateCost:
             or model.config is None
         ):
             return 0, 0
-        head = HEADS[candidate.heads]
-        adapter = model.hidden**2 if head.adapter else 0
+        trained = model.hidden**2 * (head.adapter + bool(head.companion))
+        copied, classes = 0, head.classes(model.config.vocab_size)
+        blocks = head.blocks_of(stage, sum(self.blocks[stage + 1 :])) * model.block_params
+        if head.blocks_from == "next_tracked":
+            copied += blocks
+        else:
+            trained += blocks
         if head.readout == "shared":
-            return adapter, model.readout_params
-        if head.rank:
-            return head.rank * (model.hidden + model.config.vocab_size), 0
-        return model.readout_params + adapter, 0
+            copied += model.readout_params
+        elif head.rank:
+            trained += head.rank * (model.hidden + classes)
+        else:
+            trained += model.hidden * classes
+        return trained, copied
 
     def _trained(self, stage: int) -> float:
         return self._params(stage) + self._head_params(stage)[0]
@@ -188,9 +198,9 @@ class CandidateCost:
             state = (self._params(stage) + trained) * (fixed + sharded) + copied * model.itemsize
             state += self.sample.copies[stage] * self._params(stage) * model.itemsize
             boundary = tokens * model.hidden * model.itemsize
-            per_live = (
-                self.blocks[stage] * (boundary if candidate.recompute else one_block) + boundary
-            )
+            blocks = self.blocks[stage] * (boundary if candidate.recompute else one_block)
+            foreseen = boundary if trained and self.head.companion else 0
+            per_live = blocks + boundary + foreseen
             logits = 0 if model.config is None else LOGIT_ROWS * model.config.vocab_size * 8
             # recomputed: one block at a time, and all blocks of a micro-batch whose weight
             # gradients are deferred

@@ -26,6 +26,7 @@ from ds_local.cluster.learning import BACKPROPS, Learning, learning_of
 from ds_local.cluster.row_samples import section_for
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
+from ds_local.config.sections import HeadConfig
 from ds_local.config.strict import SECTION
 from ds_local.model.flops import UnitCosts, choose_parts, unit_flops
 
@@ -36,6 +37,7 @@ class Pricing:
     Args:
         sequences: of a step, over the whole cluster.
         tokens_only: take a token to be worth the same in every scheme.
+        heads: the kinds that candidates name.
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class Pricing:
         sequences: int,
         zero_stage: int = 1,
         tokens_only: bool = True,
+        heads: Mapping[str, HeadConfig] = HEADS,
     ) -> None:
         self.model, self.cluster, self.sequences = model, cluster, sequences
         self.zero_stage, self.tokens_only = zero_stage, tokens_only
+        self._heads = {"": HeadConfig(), **heads}  # rows without any are priced with a full one
         self._cuts: dict[tuple[str, int, str], list[int]] = {}
         self._flops: dict[tuple[str, int], UnitCosts] = {}
 
@@ -66,7 +70,7 @@ class Pricing:
     def _learning(self, candidate: Candidate) -> Learning:
         if self.tokens_only:
             return BACKPROPS
-        options = HEADS[candidate.heads or "full"].model_dump(exclude_defaults=True)
+        options = self._heads[candidate.heads].model_dump(exclude_defaults=True)
         return learning_of(candidate.row, options, candidate.stages, self.model.ratio)
 
     def simulate(self, price: Price) -> Price:
@@ -96,7 +100,8 @@ class Pricing:
     def _cost(self, candidate: Candidate) -> CandidateCost:
         unit = self.unit(candidate.heads, candidate.stages)
         cuts = self.cuts(candidate)
-        return CandidateCost(candidate, self.model, self.cluster, cuts, unit, self.zero_stage)
+        head = self._heads[candidate.heads]
+        return CandidateCost(candidate, self.model, self.cluster, cuts, unit, self.zero_stage, head)
 
     def unit(self, heads: str, segments: int) -> UnitCosts:
         """Seconds of one sequence."""
@@ -105,9 +110,7 @@ class Pricing:
             return model.costs._replace(heads=(model.costs.heads[:1] or [0.0]) * (segments - 1))
         key = heads, segments
         if key not in self._flops:
-            self._flops[key] = unit_flops(
-                model.config, HEADS[heads or "full"], segments, model.seq_len
-            )
+            self._flops[key] = unit_flops(model.config, self._heads[heads], segments, model.seq_len)
         flops = self._flops[key]
         second = self.cluster.tflops * 1e12 / model.seq_len
         return UnitCosts(
@@ -128,7 +131,7 @@ class Pricing:
             checked = local_parallel(
                 {
                     SECTION: section_for(candidate.row, 1)
-                    | {"head": HEADS[candidate.heads or "full"].model_dump()}
+                    | {"head": self._heads[candidate.heads].model_dump()}
                 }
             )
             parts = choose_parts(
@@ -143,8 +146,8 @@ class Pricing:
 
 
 def expected_memory(hf_config: Any, config: Mapping[str, Any], stages: int, replicas: int) -> float:
-    """Bytes on the fullest device of a run with this DeepSpeed config; its scheme and heads taken
-    for the nearest known."""
+    """Bytes on the fullest device of a run with this DeepSpeed config; its scheme is taken for the
+    nearest known."""
     section = local_parallel(config)
     micro_batch, micro_batches = batch_sizes(config, replicas)
     scheme = section.scheme_at(0)
@@ -161,13 +164,7 @@ def expected_memory(hf_config: Any, config: Mapping[str, Any], stages: int, repl
         if stages == 1
         else max(reversed(rows), key=split_backward_of, default="local")
     )  # of equals the last
-    heads = (
-        ""
-        if not has_heads(row)
-        else "shared, 1/4 of tokens"
-        if section.head.readout == "shared"
-        else "full"
-    )
+    heads = "its own" if has_heads(row) else ""
     itemsize = 2 if config.get("bf16", config.get("bfloat16", {})).get("enabled") else 4
     recompute = bool(config.get("pipeline", {}).get("activation_checkpoint_interval"))
     candidate = Candidate(
@@ -182,5 +179,6 @@ def expected_memory(hf_config: Any, config: Mapping[str, Any], stages: int, repl
         unlimited,
         micro_batch * micro_batches * replicas,
         zero_stage,
+        heads={"its own": section.head},
     )
     return pricing.price(candidate).memory

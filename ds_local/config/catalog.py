@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
+
+from ds_local.errors import ConfigError
 
 Section = dict[str, Any]  # keys of "local_parallel"
 
@@ -151,6 +154,42 @@ def fewest_micro_batches(section: Mapping[str, Any]) -> int:
     """Of a step in which a mix has the shares that it asks for."""
     shares = [entry["share"] for entry in section.get("mix", ()) if "share" in entry]
     return round(1 / min(shares)) if shares else 1
+
+
+def head_of(head: Mapping[str, Any], vocab_size: int) -> Section:
+    """A "head" section in which "vocabulary" may be a share: as a number of a model's tokens."""
+    share = head.get("vocabulary")
+    size = {"vocabulary": max(1, round(share * vocab_size))} if isinstance(share, float) else {}
+    return {**head, **size}
+
+
+def dropped_losses(num_segments: int, steps: int, by: float = 0.5) -> list[Section]:
+    """The "phases" of deep supervision whose auxiliary losses are dropped one by one, the lowest
+    first, until plain backpropagation is left.
+
+    Of K segments loss l, counted from 1, trains all segments below it until l / K of the first `by`
+    of the steps is over: at the default l / 2K of the run, as Al-Rfou et al. 2019 (arXiv
+    1808.04444) drop theirs.
+
+    Args:
+        steps: of the whole run.
+        by: the share of them after which the last loss alone would be left.
+
+    Raises:
+        ConfigError: when there are too few steps to drop the losses one by one.
+    """
+    ends = [round(steps * by * loss / num_segments) for loss in range(1, num_segments)]
+    if not 0 < by <= 1 or any(b <= a for a, b in pairwise([0, *ends])):
+        raise ConfigError(
+            f"{steps} steps of which {by:g} see auxiliary losses are too few to drop "
+            f"{num_segments - 1} of them one by one; take more steps, by up to 1, or fewer segments"
+        )
+    kept = ([0.0] * gone + [1.0] * (num_segments - gone) for gone in range(num_segments))
+    phases = zip(ends, kept, strict=False)
+    return [
+        *({"mode": "deep_supervision", "weights": w, "until_step": end} for end, w in phases),
+        BACKPROP,
+    ]
 
 
 _IN_WORDS = {

@@ -126,6 +126,15 @@ class HeadConfig(Strict):
     """Learn a factor on the logits."""
     token_fraction: float = Field(default=1.0, gt=0, le=1)
     """Share of the positions of a micro-batch whose loss is computed in training."""
+    vocabulary: PositiveInt | None = None
+    """Classes of the readout: so many tokens, those that come most often in the training data, and
+    one class for all the others. `scripts/train.py` counts them in its data, `causal_lm` takes
+    `token_counts`. The loss is over these classes and not comparable with one over all tokens.
+    Default: all tokens."""
+    companion: NonNegativeFloat = 0.0
+    """Weight of a second loss, over all positions and without a vocabulary: 1 minus the cosine
+    between a linear map of the head's normed hidden state and what the segment takes in at the next
+    token. In training alone; the loss that is reported is without it."""
     every: PositiveInt = 1
     """Auxiliary losses are computed for one in so many micro-batches, and count that much more."""
     kernel: Literal["torch", "checkpointed", "compiled", "liger", "cce"] = "torch"
@@ -145,6 +154,24 @@ class HeadConfig(Strict):
                 "a bottleneck of that rank is an adapter too; leave rank out, or adapter"
             )
         return self
+
+    @model_validator(mode="after")
+    def _classes_of_its_own(self) -> HeadConfig:
+        if self.vocabulary is not None and self.readout == "shared":
+            raise ValueError(
+                f"a shared readout has all tokens, and vocabulary is {self.vocabulary}; leave "
+                "vocabulary out, or use a private readout"
+            )
+        if self.vocabulary is not None and self.init == "model":
+            raise ValueError(
+                f"the model's readout has all tokens, and vocabulary is {self.vocabulary}; leave "
+                "vocabulary out, or init"
+            )
+        return self
+
+    def classes(self, vocab_size: int) -> int:
+        """Columns of the readout, of a model with so many tokens."""
+        return vocab_size if self.vocabulary is None else self.vocabulary + 1
 
     def blocks_of(self, segment: int, blocks_above: int) -> int:
         """Private blocks in the head of `segment`."""

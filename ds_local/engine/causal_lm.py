@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 from deepspeed.pipe import LayerSpec
 from deepspeed.utils import log_dist
+from torch import Tensor
 
+from ds_local.checkpoints.agreement import gather
 from ds_local.config.deepspeed import batch_sizes, check_number
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.strict import SECTION
+from ds_local.data.token_counts import token_counts_of
 from ds_local.engine.batches import TokenBatches
 from ds_local.engine.deepspeed_checks import checked
 from ds_local.engine.module import LocalPipelineModule
@@ -21,6 +25,7 @@ from ds_local.errors import ConfigError, UnsupportedModel
 from ds_local.model import blocks, families, heads
 from ds_local.model.exported_heads import load_head
 from ds_local.model.flops import choose_parts
+from ds_local.model.frequent import checked_counts
 from ds_local.model.pretrained import Weights, find_weights, load_layer
 from ds_local.model.routers import routers_of
 from ds_local.model.small_models import prefix
@@ -84,6 +89,41 @@ def _sequence_length(hf_config: Any, seq_len: int | None) -> int:
     return seq_len
 
 
+def _counts(
+    hf_config: Any, section: LocalParallelConfig, num_segments: int, given: Any
+) -> Tensor | None:
+    """How often each token comes, if heads have the frequent part of the vocabulary alone."""
+    size = section.head.vocabulary
+    if size is None or not head_segments(section, num_segments):
+        return None
+    if size >= hf_config.vocab_size:
+        raise ConfigError(
+            f"{SECTION}.head.vocabulary is {size}, and the model's vocabulary has no more than "
+            f"{hf_config.vocab_size} tokens; lower it, or leave it out"
+        )
+    if given is None:
+        raise ConfigError(
+            f"{SECTION}.head.vocabulary is {size}, the tokens that come most often, and nothing "
+            "says which these are; pass causal_lm token_counts=..., a folder of "
+            "scripts/prepare_data.py or a number for each token id, or leave it out"
+        )
+    folder = isinstance(given, str | Path)
+    return checked_counts(token_counts_of(given) if folder else given, hf_config.vocab_size)
+
+
+def _check_agreed(counts_V: Tensor | None) -> None:
+    """Columns of a readout mean the same tokens on all replicas. A collective call where there are
+    counts."""
+    if counts_V is None:
+        return
+    told = gather(hashlib.sha256(counts_V.numpy().tobytes()).hexdigest())
+    others = [rank for rank, other in enumerate(told) if other != told[0]]
+    if others:
+        raise ConfigError(
+            f"token_counts on rank {others[0]} are not those on rank 0; give all ranks the same"
+        )
+
+
 def causal_lm(
     model: Any,
     num_stages: int | None = None,
@@ -93,6 +133,7 @@ def causal_lm(
     topology: Any = None,
     weights: str | Path | None = None,
     from_scratch: bool = False,
+    token_counts: Any = None,
 ) -> LocalPipelineModule:
     """A Hugging Face causal language model, ready to train: embedding, blocks, readout, and an
     auxiliary head per segment.
@@ -105,6 +146,8 @@ def causal_lm(
         from_scratch: start from fresh weights whatever there is.
         num_stages, config, activation_checkpoint_interval, topology: as for `LocalPipelineModule`.
         seq_len: tokens in a sequence, for balancing the segments; default the model's longest.
+        token_counts: how often each token comes in the training data, for `head.vocabulary`: a
+            folder of scripts/prepare_data.py, or a number for each token id, the same on all ranks.
 
     Raises:
         UnsupportedModel: for a model that cannot be cut into layers; docs/models.md lists those
@@ -128,6 +171,7 @@ def causal_lm(
         hf_config, section, num_segments, num_micro_batches, length
     )
     _check_exits(hf_config, section, parts)
+    counts_V = _counts(hf_config, section, num_segments, token_counts)
     depth = range(families.num_blocks(hf_config))
     layers = [
         LayerSpec(blocks.Embedding, hf_config, seed),
@@ -140,13 +184,16 @@ def causal_lm(
         loss_fn=heads.lm_loss,
         config=config,
         parts=parts,
-        head=lambda segment: blocks.make_head(hf_config, segment, seed, section.head, parts),
+        head=lambda segment: blocks.make_head(
+            hf_config, segment, seed, section.head, parts, counts_V
+        ),
         activation_checkpoint_interval=activation_checkpoint_interval,
         topology=topology,
     )
     module.hf_config, module.routers = hf_config, routers_of(hf_config)
     module.token_batches = TokenBatches(hf_config.vocab_size, families.learned_positions(hf_config))
     module.copies = planned_copies(section, num_segments, head_segments(section, num_segments))
+    _check_agreed(counts_V)
     if pretrained is not None:
         log_dist(f"starting from the weights in {pretrained.folder}", ranks=[0])
         for number, layer in zip(module.layer_numbers, module.forward_funcs, strict=True):

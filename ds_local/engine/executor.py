@@ -48,7 +48,9 @@ class Segments(Protocol):
 
     num_segments: int
     local_segments: Sequence[int]
-    router_loss: Tensor | None  # of the segment that ran last
+    # of the segment that ran last
+    router_loss: Tensor | None
+    shallow: Tensor | None
 
     def router_factor(self, routes: Routes, segment: int, which: int) -> float: ...
 
@@ -58,7 +60,7 @@ class Segments(Protocol):
 
     def run_segment(self, segment: int, inputs: Any) -> Any: ...
 
-    def loss_of(self, segment: int, hidden: Any, labels: Any) -> Tensor: ...
+    def loss_of(self, segment: int, hidden: Any, labels: Any, shallow: Any = None) -> Tensor: ...
 
     def name_of_output(self, segment: int) -> str: ...
 
@@ -81,6 +83,7 @@ class _Live:
     passes_left: int = 0
     used: Used | None = None  # weights that are not there any more, see `stash.Stash`
     router_loss: Tensor | None = None  # of the segment's experts
+    shallow: Tensor | None = None  # what the segment took in, if its head's companion foresees it
 
 
 class Executor:
@@ -292,6 +295,8 @@ class Executor:
         weights = self.stash.weights(segment, live.used)
         with dropout, weights, torch.set_grad_enabled(bool(passes)):
             self._run(segment, live, inputs)
+        if segment in self._routes(micro_batch).weights:
+            live.shallow = self.segments.shallow
         slots = live.outputs.slots
         seen = finite.state_in(slots, [slot for slot in slots if slot.requires_grad])
         self._watch_of(ahead).see(finite.OUTPUT, segment, seen, micro_batch)
@@ -428,7 +433,8 @@ class Executor:
         hidden = self._for_head(segment, live.outputs.with_slots(slots))
         labels = self._for_head(segment, live.labels).value()
         with self._seeded("head", segment, micro_batch, self.step):
-            loss = self.segments.loss_of(segment, hidden.value(), labels)
+            loss = self.segments.loss_of(segment, hidden.value(), labels, live.shallow)
+        live.shallow = None
         if segment + 1 == self.segments.num_segments:
             _note_changes(hidden.slots, live.outputs.slots)
         scale = self._routes(micro_batch).loss_weights[segment] * live.weight

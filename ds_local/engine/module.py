@@ -12,27 +12,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ds_local.cluster.surroundings import complete_environment
 from ds_local.config.strict import SECTION
 from ds_local.engine.batches import TokenBatches, split_batch
 from ds_local.engine.deepspeed_checks import checked
+from ds_local.engine.layer_runs import run_layers
 from ds_local.engine.module_checks import check_arguments, check_batches, check_layers, stages_of
 from ds_local.engine.module_files import ModuleFiles
 from ds_local.engine.process_group import start_processes
 from ds_local.errors import ConfigError
 from ds_local.links.failures import meeting
 from ds_local.links.store_guard import store_guard
-from ds_local.links.trees import map_tensors
 from ds_local.model import blocks, heads
 from ds_local.model.cut import balance
 from ds_local.model.routers import Routers, share_of, without_logits
 from ds_local.model.split_linear import make_splittable
+from ds_local.model.state import hidden_of
 from ds_local.replicas.head_copies import Copy
 from ds_local.schedules.routes import Routes
 from ds_local.schedules.run_plan import head_segments, stages_of_segments
@@ -88,6 +87,7 @@ class LocalPipelineModule(ModuleFiles):
         self.token_batches: TokenBatches | None = None
         self.routers: Routers | None = None
         self.router_loss: Tensor | None = None  # of the segment that ran last
+        self.shallow: Tensor | None = None  # of the same: what its head's companion foresees
         self.copies: list[Copy] = []
         self.on_load: list[Callable[[], None]] = []  # called when weights have been loaded
         self._given_parts = self.section.parts or parts
@@ -195,30 +195,40 @@ class LocalPipelineModule(ModuleFiles):
 
     def run_segment(self, segment: int, inputs: Any) -> Any:
         """The segment's layers; of the last segment all but a readout that computes its own
-        loss. The loss of their routers, if they have some, is then in `router_loss`."""
+        loss. The loss of their routers, if they have some, is then in `router_loss`, and what a
+        companion foresees in `shallow`."""
         layers = self.layers_of(segment)
         if self._computes_own_loss(segment):
             layers = layers[:-1]
-        interval = self.activation_checkpoint_interval or max(1, len(layers))
-        for start in range(0, len(layers), interval):
-            part = layers[start : start + interval]
-            if self.activation_checkpoint_interval and torch.is_grad_enabled():
-                inputs = checkpoint(_apply_to_copy, part, inputs, use_reentrant=False)
-            else:
-                inputs = _apply(part, inputs)
-        outputs, self.router_loss = without_logits(inputs, self.routers)
+        self.shallow = None
+        if self.training and self._foresees(segment):
+            if segment == 0:  # the embedding, which is not computed again
+                inputs, layers = layers[0](inputs), layers[1:]
+            self.shallow = hidden_of(inputs).detach().clone()
+        outputs = run_layers(layers, inputs, self.activation_checkpoint_interval)
+        outputs, self.router_loss = without_logits(outputs, self.routers)
         return outputs
 
-    def loss_of(self, segment: int, hidden: Any, labels: Any) -> Tensor:
+    def loss_of(
+        self, segment: int, hidden: Any, labels: Any, shallow: Tensor | None = None
+    ) -> Tensor:
         """The segment's loss (scalar): its auxiliary head's, or the model's own for the last
-        segment."""
+        segment. To train it takes what `run_segment` left in `shallow`."""
         if self.token_batches:
             labels = labels.long()
         if segment < self.num_segments - 1:
-            return self.heads[str(segment)](hidden, labels)
+            beside = () if shallow is None else (shallow,)
+            return self.heads[str(segment)](hidden, labels, *beside)
         if self._computes_own_loss(segment):
             return self.forward_funcs[-1].loss(hidden, labels)
         return hidden if self.loss_fn is None else self.loss_fn(hidden, labels)
+
+    def _foresees(self, segment: int) -> bool:
+        """Has the segment's head a companion?"""
+        if str(segment) not in self.heads:
+            return False
+        head = self.heads[str(segment)]
+        return isinstance(head, heads.AuxiliaryHead) and head.companion is not None
 
     def _computes_own_loss(self, segment: int) -> bool:
         """Does the last layer compute the model's loss itself, so that the logits need not be
@@ -285,14 +295,3 @@ class LocalPipelineModule(ModuleFiles):
         yield from self.layer_parameters(segment)
         if str(segment) in self.heads:
             yield from (p for p in self.heads[str(segment)].parameters() if p.requires_grad)
-
-
-def _apply(layers: Sequence[Callable[[Any], Any]], inputs: Any) -> Any:
-    for layer in layers:
-        inputs = layer(inputs)
-    return inputs
-
-
-def _apply_to_copy(layers: Sequence[Callable[[Any], Any]], inputs: Any) -> Any:
-    """For a layer that changes its input in place: recomputing must start from what it was."""
-    return _apply(layers, map_tensors(inputs, Tensor.clone))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_local.config import shipped
+from ds_local.config.catalog import head_of
 from ds_local.config.files import local_parallel
 from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
@@ -30,7 +31,7 @@ from ds_local.measure.device import SEED, Device, Layers
 from ds_local.measure.gpu_checks import rows_of_study, rows_of_tests
 from ds_local.measure.gpu_engine import engine_rows
 from ds_local.measure.gpu_predictions import predictions
-from ds_local.measure.heads import PARTS, VARIANTS
+from ds_local.measure.heads import PARTS, VARIANTS, loss_of
 from ds_local.model import blocks, families
 from ds_local.model.flops import choose_parts
 
@@ -272,10 +273,12 @@ class _Bench:
         variants = VARIANTS | {f"full, kernel {kernel}": {"kernel": kernel} for kernel in kernels}
         for name, given in variants.items():
             self.device.forget_peak()
-            section = HeadConfig(**{"kernel": self.args.kernel, **given})
+            section = HeadConfig(
+                **{"kernel": self.args.kernel, **head_of(given, config.vocab_size)}
+            )
             head = self.device.ready(blocks.make_head(config, 0, SEED, section, PARTS))
             learning = [p for p in head.parameters() if p.requires_grad]
-            run = partial(_gradients, head, reached, ids, [reached, *learning])
+            run = partial(_gradients, partial(loss_of, head), reached, ids, [reached, *learning])
             seconds = self.device.seconds(run)
             yield {
                 "what": "head",

@@ -1,5 +1,5 @@
 """What a head of an early segment costs: one forward and backward of each variant, beside one block
-of the model."""
+of the model and beside a full head."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_local.config.catalog import head_of
 from ds_local.config.sections import HeadConfig
 from ds_local.measure.live import LiveTensors
 from ds_local.model import blocks, families
+from ds_local.model.flops import unit_flops
 
 SEED = 1234
 PARTS = [0, 2, 4, 6]  # an embedding, a block | two blocks | a block, a readout
 
-# name -> the "head" section
+# name -> the "head" section; "vocabulary" is a share
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "full, checkpointed chunks": {"kernel": "checkpointed"},
@@ -33,6 +35,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1/8 of the tokens": {"token_fraction": 0.125},
     "1/16 of the tokens": {"token_fraction": 0.0625},
     "rank 128": {"rank": 128},
+    "1/8 of the vocabulary": {"vocabulary": 1 / 8},
+    "1/8 of the vocabulary, 1/4 of the tokens": {"vocabulary": 1 / 8, "token_fraction": 0.25},
+    "1/8 of the vocabulary, rank 128": {"vocabulary": 1 / 8, "rank": 128},
+    "1/8 of the tokens, companion": {"token_fraction": 0.125, "companion": 1.0},
+    "shared readout, 1/8 of the tokens, companion": {
+        "readout": "shared",
+        "token_fraction": 0.125,
+        "companion": 1.0,
+    },
     "rank 128, 1/8 of the tokens": {"rank": 128, "token_fraction": 0.125},
     "shared readout, 1/8 of the tokens": {"readout": "shared", "token_fraction": 0.125},
     "shared readout, adapter, 1/8 of the tokens": {
@@ -87,9 +98,14 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     torch.manual_seed(SEED)
     hidden = torch.randn(1, args.tokens, args.width)
     labels = torch.randint(args.vocabulary, (1, args.tokens))
-    made: dict[str, Callable[[], nn.Module]] = {
-        name: partial(blocks.make_head, config, 0, SEED, HeadConfig(**given), PARTS)
+    sections = {
+        name: HeadConfig(**head_of(given, args.vocabulary))
         for name, given in VARIANTS.items()
+        if given.get("rank", 0) < args.width
+    }
+    made: dict[str, Callable[[], nn.Module]] = {
+        name: partial(blocks.make_head, config, 0, SEED, section, PARTS)
+        for name, section in sections.items()
     }
     made = {
         "naive, all logits at once": lambda: _Naive(
@@ -102,11 +118,15 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     facts: dict[str, dict[str, Any]] = {}
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
+
+    def flops_of(section: HeadConfig) -> float:
+        return unit_flops(config, section, len(PARTS) - 1, args.tokens).heads[0]
+
     for repeat in range(args.repeats):
         block_seconds.append(_timed(lambda x: block(x).sum(), hidden)[0])
         for name, make in made.items():
             head = make().train()  # made anew, so that only one is in memory
-            taken, live = _timed(partial(_loss, head, labels), hidden)
+            taken, live = _timed(partial(loss_of, head, labels=labels), hidden)
             seconds[name].append(taken)
             facts[name] = {
                 "live_bytes": live.peak,
@@ -120,6 +140,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         {
             "head": name,
             "section": VARIANTS.get(name),
+            "of_full_time": median(a / b for a, b in zip(times, seconds["full"], strict=True)),
+            "of_full_flops": flops_of(sections.get(name, HeadConfig())) / flops_of(HeadConfig()),
             "seconds": median(times),
             "seconds_lowest": min(times),
             "seconds_highest": max(times),
@@ -134,8 +156,10 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def _loss(head: nn.Module, labels: Tensor, hidden: Tensor) -> Tensor:
-    return head(hidden, labels)
+def loss_of(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The head's loss; what its companion foresees is the hidden state itself."""
+    foresees = getattr(head, "companion", None) is not None
+    return head(hidden, labels, hidden.detach()) if foresees else head(hidden, labels)
 
 
 def _timed(loss_of: Callable[[Tensor], Tensor], hidden: Tensor) -> tuple[float, LiveTensors]:

@@ -188,13 +188,16 @@ def head_tables(rows: Sequence[Row]) -> list[str]:
             rows,
             {
                 "head": lambda r: r["head"],
-                "forward + backward, processor ms": lambda r: number(1000 * r["seconds"], ".0f"),
-                "lowest-highest": lambda r: (
-                    f"{1000 * r['seconds_lowest']:.0f}-{1000 * r['seconds_highest']:.0f}"
+                "forward + backward, processor ms (lowest-highest)": lambda r: (
+                    f"{1000 * r['seconds']:.0f} "
+                    f"({1000 * r['seconds_lowest']:.0f}-{1000 * r['seconds_highest']:.0f})"
                 ),
                 "in blocks": lambda r: number(r["seconds"] / r["block_seconds"], ".2f"),
-                "saved for backward, MiB": lambda r: _mebibytes(r["live_bytes"]),
-                "growth of the process, MiB": lambda r: _mebibytes(r["rss_growth_bytes"]),
+                "of a full head's time": lambda r: number(r["of_full_time"], ".3f"),
+                "of its floating-point operations": lambda r: number(r["of_full_flops"], ".3f"),
+                "saved for backward; growth of the process, MiB": lambda r: (
+                    f"{_mebibytes(r['live_bytes'])}; {_mebibytes(r['rss_growth_bytes'])}"
+                ),
                 "trainable parameters, M": lambda r: number(r["parameters"] / 1e6, ".1f"),
             },
         )

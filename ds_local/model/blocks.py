@@ -16,6 +16,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +30,9 @@ from ds_local.model.anatomy import (
     num_blocks,
     skeleton,
 )
+from ds_local.model.companion import Companion
 from ds_local.model.frames import Call
+from ds_local.model.frequent import FrequentPart
 from ds_local.model.heads import AuxiliaryHead, count_targets, readout_loss
 from ds_local.model.logits import LogitRule
 from ds_local.model.routers import listen, routers_of, with_logits
@@ -195,12 +198,19 @@ def final_norm(config: PretrainedConfig, *key: int | str) -> nn.Module:
 
 
 def make_head(
-    config: PretrainedConfig, segment: int, seed: int, head: HeadConfig, parts: Sequence[int]
+    config: PretrainedConfig,
+    segment: int,
+    seed: int,
+    head: HeadConfig,
+    parts: Sequence[int],
+    counts_V: Tensor | None = None,
 ) -> AuxiliaryHead:
     """The auxiliary head of a segment: the family's own blocks and norm, and a linear readout.
 
     Args:
         parts: layer boundaries of the segments; layer 0 is the embedding.
+        counts_V: how often each token comes, for a head with the frequent part of the vocabulary;
+            default all alike, so that the lowest ids are taken.
     """
     family = family_of(config)
     first = parts[segment + 1] - 1  # block that follows the segment
@@ -222,7 +232,7 @@ def make_head(
     else:
         with seeded(seed, "head readout", segment):
             width, bias = head.rank or config.hidden_size, _has_bias(config)
-            readout = nn.Linear(width, config.vocab_size, bias=bias)
+            readout = nn.Linear(width, head.classes(config.vocab_size), bias=bias)
             skeleton(config)._init_weights(readout)
             if head.rank:
                 down = nn.Linear(config.hidden_size, head.rank, bias=False)
@@ -230,6 +240,15 @@ def make_head(
     if head.adapter:
         down = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         nn.init.eye_(down.weight)
+    frequent = companion = None
+    if head.vocabulary is not None:
+        counts_V = torch.zeros(config.vocab_size) if counts_V is None else counts_V
+        frequent = FrequentPart(counts_V, head.vocabulary)
+    if head.companion:
+        with seeded(seed, "head companion", segment):
+            foresee = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+            skeleton(config)._init_weights(foresee)
+        companion = Companion(foresee, head.companion)
     return AuxiliaryHead(
         norm,
         readout,
@@ -240,6 +259,8 @@ def make_head(
         head.kernel,
         LogitRule.of(config),
         routers_of(config),
+        frequent,
+        companion,
     )
 
 

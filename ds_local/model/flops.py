@@ -35,23 +35,22 @@ class UnitCosts(NamedTuple):
 def unit_flops(config: Any, head: HeadConfig, num_segments: int, seq_len: int) -> UnitCosts:
     """From the shapes of the model."""
     block, readout = blocks.forward_flops(config, seq_len)
-    heads = [
-        _head_flops(config, head, segment, block, readout) for segment in range(num_segments - 1)
-    ]
+    heads = [_head_flops(config, head, segment, block) for segment in range(num_segments - 1)]
     return UnitCosts(3 * block, 3 * readout, heads)
 
 
-def _head_flops(config: Any, head: HeadConfig, segment: int, block: float, readout: float) -> float:
+def _head_flops(config: Any, head: HeadConfig, segment: int, block: float) -> float:
     private = (
         head.blocks_of(segment, families.num_blocks(config))
         * block
         * (2 if head.blocks_from == "next_tracked" else 3)
     )
-    if head.rank:
-        readout = 2.0 * head.rank * (config.hidden_size + config.vocab_size)
+    width, classes = config.hidden_size, head.classes(config.vocab_size)
+    readout = 2.0 * (head.rank * (width + classes) if head.rank else width * classes)
     read = readout * (2 if head.readout == "shared" else 3)
-    adapter = 3 * 2.0 * config.hidden_size**2 if head.adapter else 0.0
-    return private + head.token_fraction * (read + adapter)
+    square = 3 * 2.0 * width**2  # of a matrix that learns
+    sampled = head.token_fraction * (read + square * head.adapter)
+    return private + sampled + square * bool(head.companion)
 
 
 def unit_times(profile: str | Path) -> UnitCosts:

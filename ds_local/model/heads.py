@@ -2,8 +2,9 @@
 
 A head is: private blocks (or none) -> norm -> bottleneck or adapter (or none) -> readout ->
 next-token cross-entropy. What makes it cheap is set in the config's "head" section: a sample of
-the positions instead of all, a readout that is a read-only copy of the last stage's, a bottleneck.
-Logits of a whole micro-batch never exist where they would be large.
+the positions instead of all, a readout that is a read-only copy of the last stage's, a bottleneck,
+the frequent part of the vocabulary. Logits of a whole micro-batch never exist where they would be
+large.
 
 Shapes: B sequences, T tokens, N positions, D hidden, V vocabulary.
 """
@@ -185,8 +186,8 @@ class AuxiliaryHead(nn.Module):
 
     Args:
         norm: [.., D] -> [.., D].
-        readout: D (or the bottleneck's width) -> V, linear. Weights without gradients are
-            somebody's copy.
+        readout: D (or the bottleneck's width) -> V, or the classes of `frequent`, linear. Weights
+            without gradients are somebody's copy.
         blocks: private blocks before the norm, [B, T, D] -> [B, T, D].
         down: a bottleneck, D -> rank, or an adapter, D -> D.
         temperature: learn a factor on the logits.
@@ -196,6 +197,8 @@ class AuxiliaryHead(nn.Module):
         kernel: see `linear_cross_entropy`.
         rule: what becomes of the readout's product.
         routers: of the private blocks; their loss is a part of the head's in training.
+        frequent: token ids -> classes, see `frequent.py`.
+        companion: a second loss in training, see `companion.py`.
     """
 
     def __init__(
@@ -209,6 +212,8 @@ class AuxiliaryHead(nn.Module):
         kernel: str = "torch",
         rule: LogitRule = PLAIN,
         routers: Routers | None = None,
+        frequent: nn.Module | None = None,
+        companion: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.routers = routers
@@ -220,14 +225,16 @@ class AuxiliaryHead(nn.Module):
         self.log_temperature = nn.Parameter(torch.zeros(1)) if temperature else None
         self.token_fraction = token_fraction
         self.kernel = kernel
+        self.frequent, self.companion = frequent, companion
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """`torch.compile` the private blocks; the loss has kernels of its own."""
         for block in self.blocks:
             block.compile(*args, **kwargs)
 
-    def forward(self, state: State, labels_BT: Tensor) -> Tensor:
-        """The scalar loss of `lm_loss`, or in training an unbiased estimate of it."""
+    def forward(self, state: State, labels_BT: Tensor, shallow_BTD: Tensor | None = None) -> Tensor:
+        """The scalar loss of `lm_loss`, or in training an unbiased estimate of it. The companion,
+        which needs the segment's input `shallow_BTD`, adds to its gradient and not to its value."""
         hidden_BTD, router_loss = self._after_blocks(state)
         hidden_ND, targets_N, factor = (
             hidden_BTD[:, :-1].flatten(0, 1),
@@ -240,10 +247,14 @@ class AuxiliaryHead(nn.Module):
             # drawn on the CPU: the same positions on any device
             chosen = to_device(torch.randperm(total)[:count], targets_N.device)
             hidden_ND, targets_N, factor = hidden_ND[chosen], targets_N[chosen], total / count
+        classes_N = targets_N if self.frequent is None else self.frequent(targets_N)
         loss = readout_loss(
-            self._before_readout(hidden_ND), self.readout, targets_N, self.kernel, self.rule
+            self._before_readout(hidden_ND), self.readout, classes_N, self.kernel, self.rule
         )
         loss = loss * factor / count_targets(labels_BT).clamp(min=1)
+        if self.training and self.companion is not None and shallow_BTD is not None:
+            beside = self.companion(self.norm(hidden_BTD), shallow_BTD, labels_BT)
+            loss = loss + (beside - beside.detach())
         if router_loss is None or self.routers is None or not self.training:
             return loss
         return loss + self.routers.coefficient * router_loss
@@ -262,5 +273,5 @@ class AuxiliaryHead(nn.Module):
         return hidden if self.log_temperature is None else hidden * self.log_temperature.exp()
 
     def logits(self, state: State) -> Tensor:
-        """Next-token logits, shape [B, T, V]."""
+        """Next-token logits, shape [B, T, V] or with the classes of `frequent`."""
         return self.rule(self.readout(self._before_readout(self._after_blocks(state)[0])))

@@ -42,9 +42,12 @@ def shared(run: Run, folder: Path) -> tuple[Path, str] | None:
     """(run folder, tag) of the checkpoint to begin with.
 
     Under a cosine that is the finished run without a tail, where the tail begins. WSD runs of any
-    length are the same until one of them decays, finished or not.
+    length are the same until one of them decays, finished or not; but where losses are dropped by a
+    share of the steps, lengths differ from the beginning.
     """
     method, trunk = METHODS[run.method], run.trunk or run
+    if method.dropped_by:
+        return None
     if method.schedule == COSINE:
         place, tag = folder / trunk.name, f"global_step{run.switch(method.tail)}"
         there = method.tail and (place / "run" / "checkpoints" / tag).exists()

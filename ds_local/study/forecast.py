@@ -42,8 +42,9 @@ def _forecast(
 ) -> tuple[dict[int, float], list[float]]:
     """(c/F -> time of a run whose steps have `count` micro-batches, auxiliary share of each stage
     in the first step)."""
-    layout = {"num_stages": num_segments, "split_backward": split_backward}
-    given = {**section_of(method, 1, count, _STEPS), **layout}
+    # one segment on each stage
+    layout = {"num_stages": num_segments, "segments_per_stage": 1, "split_backward": split_backward}
+    given = {**section_of(method, num_segments, count, _STEPS, config.vocab_size), **layout}
     sections = [
         local_parallel({"local_parallel": {**given, "link": {"transfer": transfer}}})
         for transfer in (0.0, 1.0)

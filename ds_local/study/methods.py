@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ds_local.config.catalog import BACKPROP, SCHEMES
+from ds_local.config.catalog import BACKPROP, SCHEMES, dropped_losses, head_of
 from ds_local.config.catalog import section_of as scheme_of
 
 COSINE, WSD = "cosine", "WSD"  # warm-up, stable, decay: a line to nothing over the last part
@@ -25,6 +25,13 @@ class Method(NamedTuple):
     schedule: str = COSINE  # of the learning rate
     # what the segments above the first chunk begin the tail with, instead of what they have learnt
     renew: str = ""
+    # the share of the steps in which auxiliary losses are dropped one by one, the lowest first
+    dropped_by: float = 0.0
+
+    @property
+    def has_exits(self) -> bool:
+        """Do auxiliary heads learn to the end, and the whole vocabulary?"""
+        return not (self.tail or self.dropped_by or self.head.get("vocabulary"))
 
 
 def of(scheme: str, tail: float = 0.0, **more: Any) -> Method:
@@ -104,6 +111,28 @@ METHODS |= {
     "chunked 2, 1/4 of the tokens": of("chunked 2", head=QUARTER),
     "chunked 2, rank 16": of("chunked 2", head={"rank": 16}),
 }
+NEW_HEADS: dict[str, dict[str, Any]] = {
+    "1/8 of the vocabulary": {"vocabulary": 1 / 8},
+    "1/8 of the tokens, companion": {**EIGHTH, "companion": 1.0},
+}
+for _scheme in ("local", "chunked 2"):
+    for _schedule, _end in ((COSINE, ""), (WSD, ", WSD")):
+        METHODS[f"{_scheme}, 1/8 of the tokens{_end}"] = of(
+            _scheme, head=EIGHTH, schedule=_schedule
+        )
+        for _name, _head in NEW_HEADS.items():
+            METHODS |= {
+                f"{_scheme}, {_name}{_end}": of(_scheme, head=_head, schedule=_schedule),
+                f"{_scheme}, {_name}, tail 40 %{_end}": of(
+                    _scheme, 0.4, head=_head, schedule=_schedule
+                ),
+            }
+METHODS |= {
+    "deep supervision": of("deep supervision"),
+    "deep supervision, dropped by half": of("deep supervision", dropped_by=0.5),
+    "deep supervision, WSD": of("deep supervision", schedule=WSD),
+    "deep supervision, dropped by half, WSD": of("deep supervision", dropped_by=0.5, schedule=WSD),
+}
 AHEAD, PREDICTED = "backprop, run ahead", "backprop, run ahead, predicted"
 CHUNKS_AHEAD = "chunked 2, run ahead"
 METHODS |= {
@@ -137,15 +166,17 @@ def switch_step(steps: int, tail: float) -> int:
 
 
 def section_of(
-    method: Method, num_segments: int, num_micro_batches: int, steps: int
+    method: Method, num_segments: int, num_micro_batches: int, steps: int, vocab_size: int
 ) -> dict[str, Any]:
     """The "local_parallel" section of a method, for one process that holds all segments."""
     scheme, end = (scheme_of(one, num_micro_batches) for one in (method.scheme, method.end))
     if method.tail:
         scheme = {"phases": [{**scheme, "until_step": switch_step(steps, method.tail)}, end]}
+    if method.dropped_by:
+        scheme = {"phases": dropped_losses(num_segments, steps, method.dropped_by)}
     return {
         **scheme,
         "num_stages": 1,
         "segments_per_stage": num_segments,
-        "head": dict(method.head),
+        "head": head_of(method.head, vocab_size),
     }

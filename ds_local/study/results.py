@@ -91,7 +91,7 @@ def depth_pays(
     pairs = [
         (loss, yardsticks[run["seed"]][longer])
         for run in results
-        if run["step_factor"] == longer and not METHODS[run["method"]].tail
+        if run["step_factor"] == longer and METHODS[run["method"]].has_exits
         for segment, loss in run.get("exits", {}).items()
         if int(segment) < run["segments"] - 1 and longer in yardsticks.get(run["seed"], {})
     ]

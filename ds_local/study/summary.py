@@ -99,7 +99,7 @@ def _row(
         "gaps_percent": [percent(one) for one in gaps],
         "schedule": method.schedule,
         "depth_pays": None,
-        "exits": {} if method.tail else first.get("exits", {}),
+        "exits": first.get("exits", {}) if method.has_exits else {},
         "aux_flops_share": round(forecast.aux_share, 4),
         "predicted_time_ratio": ratios_of(forecast.time).get("M=8, c/F=0"),
         "device": first["machine"]["device"],

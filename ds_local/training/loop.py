@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import Any
 
 from torch import distributed as dist
 
@@ -117,7 +118,8 @@ def _train(
         cluster.check_start(own, neighbours, limit, builds=builds_of(config))
 
     weights = None if args.from_scratch or args.resume else find_weights(args.model)
-    model = causal_lm(hf_config, stages, config, data.seq_len, weights=weights)
+    how: dict[str, Any] = {"weights": weights, "token_counts": data.folder}
+    model = causal_lm(hf_config, stages, config, data.seq_len, **how)
     engine = initialize(model=model, config=config)[0]
     if args.resume:
         with engine.meeting("the loading of a checkpoint"):

@@ -95,6 +95,7 @@ def _measure_segment(
     if isinstance(hidden, Tensor) and hidden.is_floating_point():
         hidden = hidden.detach().requires_grad_()
     outputs = module.run_segment(segment, hidden)
+    shallow = module.shallow
     gradient = torch.ones_like(outputs)
     wanted = [hidden] if isinstance(hidden, Tensor) and hidden.requires_grad else []
 
@@ -125,7 +126,7 @@ def _measure_segment(
         detached = outputs.detach().requires_grad_()
 
         def head() -> None:
-            loss = module.loss_of(segment, detached, labels)
+            loss = module.loss_of(segment, detached, labels, shallow)
             torch.autograd.grad(
                 loss, [detached, *module.head_parameters(segment)], allow_unused=True
             )

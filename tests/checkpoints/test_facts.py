@@ -106,7 +106,7 @@ def test_every_flipped_bit_of_the_section_is_found_or_harmless(checkpoint):
         assert files == wanted_files or files.keys() == wanted_files.keys() or files != wanted_files
 
 
-@pytest.mark.parametrize("option", ["temperature", "kernel", "every"])
+@pytest.mark.parametrize("option", ["temperature", "kernel", "every", "vocabulary", "companion"])
 def test_an_option_that_is_newer_than_the_checkpoint_has_its_default(checkpoint, option):
     wanted = read_facts(checkpoint)["local_parallel"]["head"][option]
     path = Path(checkpoint, FACTS)
@@ -155,6 +155,19 @@ def test_layouts_differ_in_words():
     assert changes == {"stages": (2, 1), "precision": ("bf16", "fp32")}
     assert changes_in_words(changes) == "stages 2, now 1, precision bf16, now fp32"
     assert layout_changes(ours, ours) == {}
+
+
+def test_heads_differ_by_what_their_tensors_depend_on():
+    ours = {**facts(7), "files": {}}
+    section = ours["local_parallel"]
+
+    def changes(**head):
+        theirs = {**ours, "local_parallel": {**section, "head": {**section["head"], **head}}}
+        return layout_changes(theirs, ours)
+
+    assert changes(vocabulary=8) == {"head.vocabulary": (8, None)}
+    assert changes(companion=0.5) == {"head.companion": (True, False)}
+    assert changes(token_fraction=0.5) == {}
 
 
 def test_which_stage_has_which_segments():

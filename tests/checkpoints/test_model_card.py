@@ -39,6 +39,13 @@ def test_the_last_validation_of_every_exit_that_the_checkpoint_has_seen():
     assert "## Data" not in card
 
 
+def test_losses_over_a_part_of_the_vocabulary_are_told():
+    told = "Exits before the last tell 8 tokens apart"
+    assert told not in model_card(CHECKPOINT, {}, METRICS, 1, 4, 1)
+    some = {**CHECKPOINT, "local_parallel": {"head": {"vocabulary": 8}}}
+    assert told in model_card(some, {}, METRICS, 1, 4, 1)
+
+
 def test_an_early_exit_says_which_blocks_it_has():
     card = model_card(CHECKPOINT, {}, [], 0, num_blocks=3, num_parameters=1)
     assert "It is the first 2 blocks (up to segment 0 of 2) of a larger model" in card

@@ -18,19 +18,24 @@ from ds_local.model import blocks, families
 PARTS = [0, 3, 6]  # two segments of a model of four blocks
 
 
+HEAD = {"rank": 4, "temperature": True}
+
+
 @pytest.fixture
-def run(tmp_path):
-    """A run folder with one checkpoint."""
+def run(tmp_path, request):
+    """A run folder with one checkpoint; heads as a test asks for them."""
+    options = getattr(request, "param", HEAD)
     config = families.load_model_config(GPT2)
     writing = Writing(tmp_path / "checkpoints", "global_step3")
     writing.target.mkdir()
     for number, layer in enumerate(layers_of(config)):
         torch.save(layer.state_dict(), writing.target / f"layer_{number:02d}-model_states.pt")
-    head = blocks.make_head(config, 0, 3, HeadConfig(rank=4, temperature=True), PARTS)
+    head = blocks.make_head(config, 0, 3, HeadConfig(**options), PARTS)
     state = head.state_dict()
-    state["log_temperature"].fill_(0.5)
+    if "log_temperature" in state:
+        state["log_temperature"].fill_(0.5)
     torch.save(state, writing.target / HEAD_FILE.format(0))
-    section = LocalParallelConfig().model_dump(mode="json")
+    section = LocalParallelConfig(head=HeadConfig(**options)).model_dump(mode="json")
     writing.commit(
         {
             "step": 3,
@@ -83,6 +88,24 @@ def test_a_prefix_has_its_heads_norm_and_folded_readout(run):
     torch.testing.assert_close(state["lm_head.weight"], folded)
     assert torch.equal(state["transformer.ln_f.weight"], head["norm.weight"])
     assert "transformer.h.2.ln_1.weight" not in state
+
+
+@pytest.mark.parametrize("run", [{"companion": 1.0}], indirect=True)
+def test_a_prefix_leaves_the_companion_behind(run):
+    source = Checkpoint(run)
+    assert source.head(0)["companion.foresee.weight"].shape == (32, 32)
+    _, state = source.model(0)
+    assert torch.equal(state["lm_head.weight"], source.head(0)["readout.weight"])
+
+
+@pytest.mark.parametrize("run", [{"vocabulary": 8}], indirect=True)
+def test_a_head_for_a_part_of_the_vocabulary_is_no_exit(run):
+    source = Checkpoint(run)
+    assert (source.exits, source.heads) == ([1], [0])
+    assert source.head(0)["readout.weight"].shape == (9, 32)
+    assert source.model(1)[0].num_hidden_layers == 4
+    with pytest.raises(ExportError, match=r"tells 8 tokens apart.*export the full model"):
+        source.model(0)
 
 
 def test_a_damaged_layer_is_named(run):

@@ -1,11 +1,15 @@
 """The bound and the memory of one candidate, worked out by hand."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 from test_pricing import even
 
 from ds_local.cluster.candidate_cost import CandidateCost
 from ds_local.cluster.candidates import Candidate, Cluster
 from ds_local.cluster.pricing import Pricing
+from ds_local.config.sections import HeadConfig
 from ds_local.model.flops import UnitCosts
 
 
@@ -81,3 +85,27 @@ def test_parts_of_a_step_are_those_of_the_price():
     assert price.parts["recomputing activations"] == 4.0
     assert price.parts["stages that cannot be cut evenly"] == pytest.approx(0.0)
     assert (price.tokens, price.bytes_per_edge, price.bytes_reduced) == (80, 4 * 360, 400.0)
+
+
+@pytest.mark.parametrize(
+    ("head", "trained"),
+    [
+        ({}, 8 * 64),
+        ({"vocabulary": 7}, 8 * 8),
+        ({"vocabulary": 7, "rank": 2}, 2 * (8 + 8)),
+        ({"companion": 0.5, "token_fraction": 0.125}, 8 * 64 + 8 * 8),
+        ({"readout": "shared", "companion": 0.5}, 8 * 8),
+        ({"readout": "shared", "adapter": True}, 8 * 8),
+        ({"vocabulary": 7, "blocks": 1}, 8 * 8 + 100),
+        ({"vocabulary": 7, "blocks": 1, "blocks_from": "next_tracked"}, 8 * 8),
+    ],
+    ids=str,
+)
+def test_what_a_head_trains_by_hand(head, trained):
+    """Width 8, 64 tokens, 100 parameters a block; half of the fp32 gradients go each way."""
+    model = replace(even(2), config=SimpleNamespace(vocab_size=64), readout_params=8 * 64)
+    cluster, candidate = Cluster(1, 4, 1, 80, 1, 1), Candidate(2, 2, "local", "its own", 1, 4)
+    cost = CandidateCost(
+        candidate, model, cluster, [0, 1, 2], UnitCosts(3.0, 0.0, [0.0]), 0, HeadConfig(**head)
+    )
+    assert cost.reduced == [(100 + trained) * 4 / 2, (100 + 8 * 64) * 4 / 2]

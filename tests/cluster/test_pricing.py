@@ -128,3 +128,20 @@ def test_gradients_that_are_only_handed_through_are_extra_work_split_or_not():
             0.25,
             0,
         ]
+
+
+def test_memory_goes_by_the_heads_of_the_config():
+    from ds_local.model.families import load_model_config
+
+    model = load_model_config({"model_type": "gpt2"})
+
+    def memory(**head):
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 4,
+            "local_parallel": {"mode": "local", "head": head},
+        }
+        return expected_memory(model, config, 4, 1)
+
+    assert memory() > memory(vocabulary=8191) > memory(vocabulary=8191, rank=16)
+    assert memory(readout="shared", companion=0.5) > memory(readout="shared")

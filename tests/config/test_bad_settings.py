@@ -63,6 +63,10 @@ SECTION = {
     "share of nothing": ({"head": {"token_fraction": 0}}, "head.token_fraction", "greater than 0"),
     "share above one": ({"head": {"token_fraction": 1.5}}, "head.token_fraction", "1"),
     "share as text": ({"head": {"token_fraction": "half"}}, "head.token_fraction", "a number"),
+    "no token of its own": ({"head": {"vocabulary": 0}}, "head.vocabulary", "greater than 0"),
+    "part of a vocabulary": ({"head": {"vocabulary": 0.5}}, "head.vocabulary", "an integer"),
+    "companion against": ({"head": {"companion": -1}}, "head.companion", "-1"),
+    "companion beyond": ({"head": {"companion": INF}}, "head.companion", "finite"),
     "tracking for ever": ({"head": {"tracking": 1}}, "head.tracking", "less than 1"),
     "blocks negative": ({"head": {"blocks": [-1]}}, "head.blocks.0", "-1"),
     "temperature a number": (

@@ -73,3 +73,8 @@ def test_a_bottleneck_does_not_go_with_a_readout_of_full_width(head, words):
 def test_a_rank_that_is_nowhere_is_refused():
     with pytest.raises(ConfigError, match="rank 6 is not one of 2 stages x 3 replicas"):
         LayoutConfig().neighbours(6, 2, 3)
+
+
+def test_a_readout_has_a_column_for_each_token_or_for_some_and_the_rest():
+    assert HeadConfig().classes(64) == 64
+    assert HeadConfig(vocabulary=8).classes(64) == 9

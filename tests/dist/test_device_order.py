@@ -132,6 +132,14 @@ OWN = ["deepspeed_seam.step_optimizer", "updates.take_step"]  # DeepSpeed's own 
 
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sampled head": ({**LOCAL, "head": {"token_fraction": 0.5}}, {}),
+    "frequent part of the vocabulary": (
+        {**LOCAL, "head": {"vocabulary": 8}},
+        {"token_counts": [1] * 64},
+    ),
+    "sampled head with a companion": (
+        {**LOCAL, "head": {"token_fraction": 0.5, "companion": 0.5}},
+        {},
+    ),
     "copied weights, resumed": ({"mode": "local", "head": COPIED}, {"folder": "", "steps": 9}),
     "backprop": ({**LOCAL, "mode": "backprop"}, {}),
     "overlapping": ({"mode": "overlapping"}, {}),

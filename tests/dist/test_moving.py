@@ -57,6 +57,9 @@ SECTIONS = {
             "readout": "shared", "blocks": 1, "blocks_from": "next_tracked", "refresh_every": 2,
         },
     },
+    "cheap heads": {
+        "mode": "local", "head": {"vocabulary": 8, "token_fraction": 0.5, "companion": 0.5},
+    },
     "ahead": {"mode": "backprop", "run_ahead": "auto"},
 }  # fmt: skip
 
@@ -73,11 +76,18 @@ def test_every_precision_and_zero_stage_moves(tmp_path, kind):
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_scheme_moves(tmp_path, section):
     steps = 7 if section == "copies" else 2
-    layouts = [Layout(2, per_stage=2), Layout(4)]
-    results = moved(tmp_path / "moves", SECTIONS[section], *layouts, steps=steps)
+    layouts, counts = [Layout(2, per_stage=2), Layout(4)], {"token_counts": list(range(64))}
+    results = moved(tmp_path / "moves", SECTIONS[section], *layouts, steps=steps, **counts)
     check_same(
-        results, stayed(tmp_path / "stays", SECTIONS[section], layouts[0], steps * 2)
-    )  # fmt: skip
+        results, stayed(tmp_path / "stays", SECTIONS[section], layouts[0], steps * 2, **counts)
+    )
+
+
+def test_cheap_heads_move_in_bf16_and_zero_1(tmp_path):
+    layouts = [Layout(2, per_stage=2, kind="bf16 ZeRO-1"), Layout(4, kind="bf16 ZeRO-1")]
+    section, counts = SECTIONS["cheap heads"], {"token_counts": list(range(64))}
+    results = moved(tmp_path / "moves", section, *layouts, steps=2, **counts)
+    check_same(results, stayed(tmp_path / "stays", section, layouts[0], 4, **counts))
 
 
 def test_replicas_change_with_the_same_sequences(tmp_path):

@@ -75,8 +75,8 @@ def inject(engine, plan, value=float("nan")):
             hidden = SpoilGradient.apply(hidden)
         return hidden
 
-    def loss(segment, hidden, labels):
-        return loss_of(segment, hidden, labels) * (value if goes_bad("loss", segment) else 1.0)
+    def loss(segment, *given):
+        return loss_of(segment, *given) * (value if goes_bad("loss", segment) else 1.0)
 
     module.run_segment, module.loss_of = run, loss
 

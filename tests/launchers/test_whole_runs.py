@@ -2,6 +2,7 @@
 replicas that train apart, and one that diverges."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from reference import MODELS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_local.checkpoints import hf_export as hf
+from ds_local.checkpoints.folder import HEAD_FILE
 from ds_local.data.tokenizers import check_same_tokenizer
 from ds_local.errors import DataError
 from ds_local.model import families
@@ -169,6 +171,32 @@ def test_two_stages_of_two_replicas_train_resume_and_export(tmp_path):
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss.item()
     assert loss == pytest.approx(losses(tmp_path / "run")["validation", 8, 1], abs=1e-4)
+
+
+def test_heads_count_the_tokens_of_the_runs_data(tmp_path):
+    """And foresee the next one's shallow state; profiled, resumed, exported without these heads."""
+    head = {"vocabulary": 40, "token_fraction": 0.5, "companion": 0.5}
+    inputs = write_inputs(tmp_path, local_parallel={"mode": "local", "num_stages": 2, "head": head})
+    folder = tmp_path / "run"
+    run = {**inputs, "--output": str(folder)}
+    for steps, how in ((4, "--profile"), (8, "--resume")):
+        result = launch({**run, "--max-steps": str(steps)}, how)
+        assert result.returncode == 0, result.stdout
+    told = losses(folder)["validation", 8, 0]
+    assert 0 < told < math.log(41) + 0.1  # over 41 classes, without the companion's
+    state = folder / "checkpoints" / "global_step8" / HEAD_FILE.format(0)
+    class_of = torch.load(state, weights_only=True)["frequent.class_of"]
+    ids = datasets.load_from_disk(inputs["--data"])["train"].with_format("numpy")[:]["input_ids"]
+    counts = torch.bincount(torch.from_numpy(ids.astype("int64")).flatten(), minlength=320)
+    kept = (class_of < 40).nonzero().flatten()
+    assert len(kept) == 40
+    assert counts[kept].min() >= counts[class_of == 40].max()
+    result = script("export_hf.py", str(folder), "--output", str(tmp_path / "model"), "--heads")
+    assert result.returncode == 0, result.stdout
+    exit_0 = ("--output", str(tmp_path / "exit"), "--segment", "0")
+    result = script("export_hf.py", str(folder), *exit_0)
+    assert result.returncode != 0
+    assert "tells 40 tokens apart and has one class for all others" in result.stdout
 
 
 # --- another layout, asynchronous saves -----------------------------------------------------------

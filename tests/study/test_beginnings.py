@@ -57,6 +57,16 @@ def test_runs_of_different_lengths_begin_alike_until_one_decays(tmp_path):
     assert shared(alone, tmp_path) is None
 
 
+def test_where_losses_are_dropped_lengths_have_no_beginning_in_common(tmp_path):
+    run = run_of("deep supervision, dropped by half, WSD")
+    place = tmp_path / run._replace(step_factor=0.5).name
+    (place / "run" / "checkpoints" / "global_step100").mkdir(parents=True)
+    (place / "run" / "checkpoints" / "global_step100" / "ds_local.json").write_text("{}")
+    scheduler = {"params": {"total_num_steps": 1500}}
+    (place / "ds_config.json").write_text(json.dumps({"scheduler": scheduler}))
+    assert shared(run, tmp_path) is None
+
+
 @pytest.mark.parametrize("how", ["fresh", "copied"])
 def test_only_the_first_chunk_has_learnt(tmp_path, how):
     """A model of four blocks of which the first two are the first chunk."""
