@@ -348,6 +348,19 @@ class Executor:
         outputs, labels = (self._for_head(segment, t) for t in (live.outputs, live.labels))
         return outputs.value(), labels.value()
 
+    def serve(self, segment: int, micro_batch: int) -> None:
+        """A forward as in training, for the segments above alone."""
+        if segment:
+            self.recv_activation(segment, micro_batch)
+        else:
+            self.load_micro_batch(segment, micro_batch)
+        live = self.live[segment, self.step, micro_batch]
+        with self._seeded("dropout", segment, micro_batch, self.step):
+            self._run(segment, live, live.inputs)
+        if segment + 1 < self.segments.num_segments:
+            self.send_activation(segment, micro_batch)
+        self.live.pop((segment, self.step, micro_batch), None)  # sending may have let go of it
+
     # --- backward -------------------------------------------------------------------------------
 
     def recv_grad(self, segment: int, micro_batch: int, loss: int) -> None:

@@ -1,0 +1,629 @@
+"""Links that outlive the processes at their ends: between parts of a pipeline that are jobs of
+their own.
+
+The receiver listens and leaves its address in a file; the sender connects, and connects again when
+it has lost the receiver. What was sent stays with the sender until the receiver says that it will
+never need it again, so a receiver that was started anew can have it once more. A message has a
+place in the stream, (step, kind, number), validation before training; both ends count by places, so
+nothing comes twice and nothing is left out.
+
+Threads do all of this. The main thread hands messages over and takes them, and waits with a limit.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_local.errors import TransportError
+from ds_local.links.buffers import Buffer, Form, Message, Tag, described, specs_of
+from ds_local.links.frames import read_frame, send_frame
+from ds_local.links.logs import LOG, say
+from ds_local.links.staging import Staging
+from ds_local.links.waiting import OUTSIDE, waiting
+from ds_local.outputs import write_whole
+
+END = 2**62  # "nothing before this step is needed": nothing at all
+_TICK_SECONDS = 0.1  # between two tries to connect
+_LOOK_SECONDS = 1.0  # between two looks at the receiver's address
+_CONNECT_SECONDS = 10.0
+_MOMENT = 2.0  # an absence that is over by then is not told
+
+
+class Place(NamedTuple):
+    """Of a message in the stream of a link."""
+
+    step: int
+    trains: int  # 0: of the validation before the step
+    number: int
+
+
+def place_of(tag: Tag) -> Place:
+    """Messages of a validation have negative numbers."""
+    if tag.micro_batch < 0:
+        return Place(tag.step, 0, -1 - tag.micro_batch)
+    return Place(tag.step, 1, tag.micro_batch)
+
+
+def start_of(step: int) -> Place:
+    """The first place of a step; every place before it belongs to an earlier one."""
+    return Place(step, 0, -1)
+
+
+@dataclass(frozen=True)
+class Line:
+    """What both ends of a lasting link are given.
+
+    Args:
+        name: what the link carries, for messages.
+        folder: where the receiver leaves its address; both ends see it.
+        peer: the other end, for messages.
+        facts: of the run; both ends must have the same.
+        depth: messages that the receiver has not taken before the sender waits.
+        timeout_seconds: longest wait for a peer that is connected.
+        reconnect_seconds: longest wait for one that is not.
+        warn_seconds: a wait beyond this is told.
+    """
+
+    name: str
+    folder: Path
+    peer: str
+    facts: str
+    depth: int
+    timeout_seconds: float
+    reconnect_seconds: float
+    warn_seconds: float
+
+    @property
+    def card(self) -> Path:
+        """The file with the receiver's address."""
+        return self.folder / f"{self.name.replace(' ', '-')}.json"
+
+
+class _End:
+    """What both ends share: the state that threads change, and waiting for a change of it."""
+
+    def __init__(self, line: Line, device: torch.device) -> None:
+        self.line = line
+        self.name, self.waited, self.num_bytes = line.name, 0.0, 0
+        self.ask_to_stop: Callable[[], None] = lambda: None  # called when the peer asks for it
+        self._staging = Staging(device)
+        self._changed = threading.Condition()
+        self._connection: socket.socket | None = None  # once both ends know where the stream is
+        self._away_since: float | None = time.perf_counter()  # None: the peer is there
+        self._missed = False  # its absence has been told
+        self._refused = ""  # why this link can never work
+        self._closed = False
+
+    # --- waiting, in the main thread --------------------------------------------------------------
+
+    def _until(self, done: Callable[[], bool], purpose: str) -> None:
+        """Wait, with the condition held, until `done`.
+
+        Raises:
+            TransportError: naming the peer, after `reconnect_seconds` without it, or when it has
+                been there for `timeout_seconds` more than that and it is still not done.
+        """
+        started = told = time.perf_counter()
+        line = self.line
+        try:
+            with waiting(OUTSIDE, f"{line.peer} {purpose}"):
+                while not done():
+                    now, away = time.perf_counter(), self._away_since
+                    if self._refused:
+                        raise TransportError(self._refused)
+                    if away is not None and now - max(away, started) > line.reconnect_seconds:
+                        raise TransportError(
+                            f"waited for {line.peer} {purpose}, but it has been away for "
+                            f"{now - away:.0f} s; start it again, or raise "
+                            "local_parallel.link.reconnect_seconds"
+                        )
+                    if now - started > line.timeout_seconds + line.reconnect_seconds:
+                        raise TransportError(
+                            f"waited for {line.peer} {purpose}, but nothing came within "
+                            f"{now - started:.0f} s"
+                        )
+                    if away is not None and now - max(away, started) > _MOMENT and not self._missed:
+                        self._missed = True
+                        say(f"{line.peer} is away; waiting for it, {line.reconnect_seconds:g} s")
+                    if now - told > line.warn_seconds:
+                        told = now
+                        say(f"has waited {now - started:.0f} s for {line.peer} {purpose}")
+                    self._changed.wait(_TICK_SECONDS * 5)
+        finally:
+            self.waited += time.perf_counter() - started
+
+    # --- coming and going, in threads -------------------------------------------------------------
+
+    def _came(self, connection: socket.socket) -> None:
+        with self._changed:
+            away, self._away_since = self._away_since, None
+            self._connection = connection
+            self._changed.notify_all()
+        seconds = 0.0 if away is None else time.perf_counter() - away
+        LOG.info("%s: %s is there (after %.1f s)", self.name, self.line.peer, seconds)
+        if self._missed:
+            self._missed = False
+            say(f"{self.line.peer} is back after {seconds:.0f} s")
+
+    def _lost(self, connection: socket.socket, why: BaseException | str) -> None:
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        connection.close()
+        with self._changed:
+            if self._connection is connection:
+                self._connection = None
+                self._away_since = time.perf_counter()
+                if not self._closed:
+                    LOG.info("%s: %s is gone: %s", self.name, self.line.peer, why)
+                self._changed.notify_all()
+
+    def _tell(self, **said: Any) -> None:
+        """To the peer, if it is there; what it must know it is told again when it comes back. With
+        the condition held, so that words do not mix."""
+        if self._connection is not None:
+            with suppress(OSError):  # the thread that reads finds out
+                send_frame(self._connection, said)
+
+    def close(self) -> None:
+        """Leave the link. The peer sees that this end is gone."""
+        with self._changed:
+            self._closed = True
+            connection = self._connection
+            self._changed.notify_all()
+        if connection is not None:
+            self._lost(connection, "closed")
+
+    def fail(self, reason: str) -> None:
+        """Whatever ends this process ends nobody else: the peer waits for the next one."""
+        self.close()
+
+    def release(self) -> None:
+        """Buffers are given back as they are needed no more."""
+
+    def flush(self) -> None:
+        """`drain` waits for the peer; a process that fails does not."""
+
+
+@dataclass
+class _Held:
+    """A message that the receiver may still need."""
+
+    place: Place
+    tag: Tag
+    buffer: Tensor
+    layout: list[Any]
+    copied: Any  # an event to wait for before the buffer is read, or None
+
+
+class LastingSender(_End):
+    """The sending end of a lasting link."""
+
+    def __init__(self, line: Line, device: torch.device) -> None:
+        super().__init__(line, device)
+        self.needed = 0  # the first step of which the receiver may still need something
+        self.wanted: int | None = None  # the step that it wants to begin with, once it has said so
+        self.message_bytes = 0  # of the newest message
+        self._first: int | None = None  # the first step that this end has
+        self._held: deque[_Held] = deque()
+        self._next = 0  # of those, the first that has not gone over this connection
+        self._untaken: set[Place] = set()
+        self._forms: dict[tuple[Any, ...], Form] = {}
+        self._after: Place | None = None  # the peer has everything up to here
+        threading.Thread(target=self._feed, daemon=True, name=f"to {line.peer}").start()
+
+    # --- the main thread --------------------------------------------------------------------------
+
+    def wants(self) -> int:
+        """The first step that the receiver wants. Waits for it to come.
+
+        Raises:
+            TransportError: when it does not, or runs another configuration.
+        """
+        with self._changed:
+            self._until(lambda: self.wanted is not None, "to say where it goes on")
+            assert self.wanted is not None, "waited for"
+            return self.wanted
+
+    def begin_at(self, step: int) -> None:
+        """This end has all messages from this step on, once they are computed."""
+        with self._changed:
+            self._first = step
+            self._changed.notify_all()
+
+    def send(self, tag: Tag, tensors: Message) -> None:
+        """Hand the tensors over; they are copied. Waits while the receiver has not taken `depth`
+        messages.
+
+        Raises:
+            TransportError: when the peer does not come back, or does not keep up.
+        """
+        place = place_of(tag)
+        specs = specs_of(tensors, self._staging.device)
+        form = self._forms.setdefault(tuple(specs), Form(specs, False))
+        self.message_bytes = form.num_bytes
+        with self._changed:
+            self._until(
+                lambda: self._has(place) or len(self._untaken) < self.line.depth,
+                f"to take a message ({tag} is next)",
+            )
+            if self._has(place):
+                return
+        buffer = Buffer(form.staged, self._staging.buffer(form.num_bytes))
+        copied = self._staging.to_host(buffer.tensors, tensors)
+        with self._changed:
+            self._held.append(_Held(place, tag, buffer.data, described(specs), copied))
+            self._untaken.add(place)
+            self.num_bytes += form.num_bytes
+            self._changed.notify_all()
+
+    def _has(self, place: Place) -> bool:
+        """Has the receiver got it from a process that was here before?"""
+        return self.needed > place.step or (self._after is not None and place <= self._after)
+
+    def drain(self) -> None:
+        """Wait until the receiver has ended well: until then it may be started again and need what
+        is held here."""
+        with self._changed:
+            self._until(lambda: self.needed >= END, "to end its part of the run")
+        self.close()
+
+    # --- the thread that feeds --------------------------------------------------------------------
+
+    def _feed(self) -> None:
+        known: str | None = None
+        while not self._closed:
+            text = self._card()
+            connection = None if text is None or text == known else self._connect(text)
+            if connection is None:
+                # an address that has failed may work again: the way there was cut
+                known = None
+                time.sleep(_TICK_SECONDS)
+                continue
+            try:
+                self._greet(connection, str(text))
+                reader = threading.Thread(target=self._hear, args=(connection,), daemon=True)
+                reader.start()
+                self._serve(connection, str(text))
+            except (OSError, KeyError, TypeError) as error:
+                self._lost(connection, error)
+
+    def _card(self) -> str | None:
+        try:
+            return self.line.card.read_text()
+        except OSError:
+            return None
+
+    def _connect(self, text: str) -> socket.socket | None:
+        try:
+            card = json.loads(text)
+            if card.get("ended") == self.line.facts:
+                self._has_ended()
+                return None
+            address = (str(card["host"]), int(card["port"]))
+            connection = socket.create_connection(address, _CONNECT_SECONDS)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        _mind(connection, self.line.reconnect_seconds)
+        return connection
+
+    def _has_ended(self) -> None:
+        with self._changed:
+            self.needed, self.wanted, self._away_since = END, END, None
+            self._drop()
+            self._changed.notify_all()
+
+    def _greet(self, connection: socket.socket, text: str) -> None:
+        """Find out what the receiver has and wants, and tell it where the stream begins."""
+        line = self.line
+        connection.settimeout(_LOOK_SECONDS)
+        secret = json.loads(text)["secret"]
+        send_frame(connection, {"secret": secret, "link": line.name, "facts": line.facts})
+        said = self._patiently(connection, text)
+        if "refused" in said:
+            with self._changed:
+                self._refused = str(said["refused"])
+                self._changed.notify_all()
+            raise ConnectionError(self._refused)
+        after = None if said["after"] is None else Place(*said["after"])
+        with self._changed:
+            self.needed = max(self.needed, int(said["needed"]))
+            self._drop()
+            self.wanted, self._after = int(said["wants"]), after
+            self._changed.notify_all()
+            while self._first is None and not self._closed:
+                self._changed.wait(_LOOK_SECONDS)
+                if self._card() != text:
+                    raise ConnectionError("it has another address")
+            first = max(self._first or 0, self.needed if self.needed < END else 0)
+            begins = max(self.wanted, first)
+            from_here = start_of(begins) if after is None else after
+            while self._held and after is None and self._held[0].place < from_here:
+                self._held.popleft()
+            waits = {Place(*place) for place in said["waiting"]}
+            self._next = sum(held.place <= from_here for held in self._held)
+            self._untaken = waits | {held.place for held in self._held if held.place > from_here}
+        send_frame(connection, {"begins": begins})
+        connection.settimeout(None)
+        self._came(connection)
+
+    def _patiently(self, connection: socket.socket, text: str) -> dict[str, Any]:
+        """The receiver answers once it knows what it wants, which may take its own neighbours."""
+        while not self._closed:
+            try:
+                first = connection.recv(1, socket.MSG_PEEK)
+            except TimeoutError:
+                if self._card() != text:
+                    raise ConnectionError("it has another address") from None
+                continue
+            if not first:
+                break
+            connection.settimeout(_CONNECT_SECONDS)
+            return read_frame(connection)[0]
+        raise ConnectionError("the other end has closed")
+
+    def _serve(self, connection: socket.socket, text: str) -> None:
+        """Send what is held, as it comes, until the connection is lost."""
+        looked = time.perf_counter()
+        while True:
+            with self._changed:
+                while self._next >= len(self._held) and self._connection is connection:
+                    self._changed.wait(_LOOK_SECONDS)
+                    if time.perf_counter() - looked > _LOOK_SECONDS:
+                        break
+                if self._connection is not connection:
+                    return
+                held = self._held[self._next] if self._next < len(self._held) else None
+                self._next += held is not None
+            if time.perf_counter() - looked > _LOOK_SECONDS:
+                looked = time.perf_counter()
+                if self.needed < END and self._card() != text:
+                    raise ConnectionError("it has another address")
+            if held is not None:
+                if held.copied is not None:
+                    held.copied.synchronize()
+                said = {"tag": held.tag, "layout": held.layout}
+                send_frame(connection, said, held.buffer)
+
+    def _hear(self, connection: socket.socket) -> None:
+        """What the receiver says."""
+        try:
+            while True:
+                said, _ = read_frame(connection)
+                with self._changed:
+                    if "taken" in said:
+                        self._untaken.discard(Place(*said["taken"]))
+                    if "needed" in said:
+                        self.needed = max(self.needed, int(said["needed"]))
+                        self._drop()
+                    self._changed.notify_all()
+                if "stop" in said:
+                    self.ask_to_stop()
+        except (OSError, TypeError) as error:
+            self._lost(connection, error)
+
+    def _drop(self) -> None:
+        """Let go of what is needed no more."""
+        while self._held and self._held[0].place.step < self.needed:
+            self._untaken.discard(self._held.popleft().place)
+            self._next = max(0, self._next - 1)
+
+
+class LastingReceiver(_End):
+    """The receiving end of a lasting link."""
+
+    steps_ahead = 0
+
+    def __init__(self, line: Line, device: torch.device, host: str) -> None:
+        super().__init__(line, device)
+        self._needed = 0
+        self._wants: int | None = None
+        self._begins: int | None = None
+        self._after: Place | None = None  # everything up to here has come
+        self._come: dict[Place, tuple[Tag, Form, Tensor]] = {}  # and has not been taken
+        self._stop_asked = False
+        self._forms: dict[str, Form] = {}
+        self._secret = secrets.token_hex(16)
+        self._listener = socket.create_server((host, 0))
+        card = {
+            "host": host,
+            "port": self._listener.getsockname()[1],
+            "secret": self._secret,
+            "process": os.getpid(),
+            "machine": socket.gethostname(),
+        }
+        line.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(line.card, json.dumps(card, indent=1) + "\n")
+        line.card.chmod(0o600)
+        threading.Thread(target=self._accept, daemon=True, name=f"from {line.peer}").start()
+
+    # --- the main thread --------------------------------------------------------------------------
+
+    def begin_at(self, step: int) -> int:
+        """Say which step this end wants to begin with; returns the first it can have, a later one
+        where earlier messages are gone.
+
+        Raises:
+            TransportError: when the sender does not come, or runs another configuration.
+        """
+        with self._changed:
+            self._wants = step
+            self._changed.notify_all()
+            self._until(lambda: self._begins is not None, "to say where its messages begin")
+            assert self._begins is not None, "waited for"
+            return self._begins
+
+    def receive(self, tag: Tag) -> tuple[Tag, Message]:
+        """The message for `tag`; its tensors belong to the caller.
+
+        Raises:
+            TransportError: when the peer does not come back, or sends something else.
+        """
+        place = place_of(tag)
+        with self._changed:
+            self._until(
+                lambda: place in self._come or self._cannot_come(place), f"to send {tag}"
+            )
+            if place not in self._come:
+                others = ", ".join(str(found) for found, *_ in self._come.values())
+                raise TransportError(
+                    f"the {self.name} from {self.line.peer} brought {others}, expected {tag}; do "
+                    "all parts run the same configuration?"
+                )
+            found, form, data = self._come.pop(place)
+            self._tell(taken=place)
+        self.num_bytes += form.num_bytes
+        buffer = Buffer(form.staged, data)
+        on_host = {s.name: buffer.tensors[s.name] for s in form.specs if s.on_host}
+        moved = {s.name: buffer.tensors[s.name] for s in form.specs if not s.on_host}
+        message = {**on_host, **self._staging.to_device(moved)}
+        # `data`: each with a version of its own, or changing one in place would count for all
+        return found, {s.name: message[s.name].data for s in form.specs}
+
+    def _cannot_come(self, place: Place) -> bool:
+        """The sender waits for us to take something else."""
+        return len(self._come) >= self.line.depth
+
+    def done_before(self, step: int) -> None:
+        """Nothing before this step will ever be needed again, here or above."""
+        with self._changed:
+            if step > self._needed:
+                self._needed = step
+                self._tell(needed=step)
+
+    def end(self, finished: bool) -> None:
+        """This part has ended well, with all steps of the run or because it was asked to stop."""
+        self.done_before(END)
+        if finished:  # a sender that was away hears it from the file
+            card = {"ended": self.line.facts}
+            write_whole(self.line.card, json.dumps(card) + "\n")
+        self.close()
+
+    def stop(self) -> None:
+        """Ask the parts below to let the run end."""
+        with self._changed:
+            self._stop_asked = True
+            self._tell(stop=True)
+
+    # --- threads ----------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            _mind(connection, self.line.reconnect_seconds)
+            threading.Thread(target=self._listen, args=(connection,), daemon=True).start()
+
+    def _listen(self, connection: socket.socket) -> None:
+        try:
+            if self._answer(connection):
+                while True:
+                    self._take_in(*read_frame(connection, self._staging.buffer))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            self._lost(connection, error)
+
+    def _answer(self, connection: socket.socket) -> bool:
+        """Agree with the sender on where the stream goes on."""
+        connection.settimeout(_CONNECT_SECONDS)
+        hello, _ = read_frame(connection)
+        if not hmac.compare_digest(str(hello["secret"]), self._secret):
+            connection.close()
+            return False
+        if hello["link"] != self.name or hello["facts"] != self.line.facts:
+            refused = (
+                f"{self.line.peer} and this part of the pipeline were not started with the same "
+                "model, data and configuration; start both with the same"
+            )
+            send_frame(connection, {"refused": refused})
+            with self._changed:
+                self._refused = refused
+                self._changed.notify_all()
+            connection.close()
+            return False
+        with self._changed:
+            while self._wants is None and not self._closed:
+                self._changed.wait()
+            former = self._connection
+        if former is not None:
+            self._lost(former, "it came anew")
+        with self._changed:  # what the former connection still brings comes again, and is left out
+            said = {
+                "after": self._after,
+                "wants": self._wanted_step,
+                "waiting": list(self._come),
+                "needed": self._needed,
+            }
+            send_frame(connection, said)
+        begins = int(read_frame(connection)[0]["begins"])
+        connection.settimeout(None)
+        with self._changed:
+            if self._after is None:
+                self._begins = begins
+                self._after = start_of(begins)
+            elif begins > self._wanted_step:
+                self._refused = (
+                    f"{self.line.peer} came back at step {begins}, but step {self._after.step} is "
+                    "not whole here; this part begins again"
+                )
+            self._changed.notify_all()
+        self._came(connection)
+        with self._changed:
+            if self._stop_asked:
+                self._tell(stop=True)
+        return True
+
+    @property
+    def _wanted_step(self) -> int:
+        """The first step of which something is still to come."""
+        known = self._wants or 0
+        return max(known if self._after is None else self._after.step, self._needed)
+
+    def _take_in(self, said: dict[str, Any], data: Tensor | None) -> None:
+        tag = Tag(*said["tag"])
+        key = json.dumps(said["layout"])
+        form = self._forms.get(key)
+        if form is None:
+            form = self._forms[key] = Form.parse(said["layout"], False)
+        place = place_of(tag)
+        if data is None:
+            raise ConnectionError("a message without bytes")
+        with self._changed:
+            if self._after is not None and place > self._after:
+                self._come[place] = tag, form, data
+                self._after = place
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        super().close()
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._listener.close()
+
+
+def _mind(connection: socket.socket, seconds: float) -> None:
+    """No delay for small words; a peer whose machine is gone is found out within so many seconds,
+    and a cable that is back sooner has lost nothing."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    limit = max(1, int(seconds))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, limit // 4))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, limit // 8))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * limit)

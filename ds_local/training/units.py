@@ -1,0 +1,151 @@
+"""A run whose units of stages are jobs of their own: what each is, and how it comes back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_local.config.deepspeed import batch_sizes
+from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.strict import SECTION
+from ds_local.data.dataset import validation_batches
+from ds_local.errors import ConfigError, RunError
+from ds_local.schedules.run_plan import RunPlan
+from ds_local.schedules.units import KEY, Unit, unit_of
+
+if TYPE_CHECKING:
+    from ds_local.training.steps import Loop
+
+_WHOLE = {  # options that look at the whole model
+    "stop_after_worse": "--stop-after-worse",
+    "keep_best": "--keep-best",
+    "sample_tokens": "--sample-tokens",
+    "profile": "--profile",
+    "dry_run": "--dry-run",
+}
+
+
+def check_unit(args: Namespace, section: LocalParallelConfig) -> None:
+    """The options of a unit and the config's go together.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    reconnects = section.link.reconnect_seconds
+    if args.unit is None and reconnects:
+        raise ConfigError(
+            f"{KEY} is {reconnects:g}, so every unit of stages is a job of its own: give this one "
+            "its number with --unit, or leave reconnect_seconds out"
+        )
+    if args.unit is None:
+        return
+    if not reconnects:
+        raise ConfigError(
+            f"--unit {args.unit} is a job of its own, whose neighbours must know how long to wait "
+            f"when it dies; set {KEY}, such as 600"
+        )
+    for name, option in _WHOLE.items():
+        if getattr(args, name):
+            raise ConfigError(
+                f"{option} needs the whole model in one job, but --unit {args.unit} is given; "
+                "leave one out"
+            )
+
+
+def start_of_unit(
+    args: Namespace, config: dict[str, Any], section: LocalParallelConfig, processes: int
+) -> tuple[Unit, dict[str, Any]]:
+    """The unit that this job is, and the config of its engine.
+
+    Args:
+        processes: of this job.
+
+    Raises:
+        ConfigError: when the options do not make a unit.
+    """
+    stages = args.num_stages or section.num_stages
+    if not stages:
+        raise ConfigError(
+            f"--unit {args.unit} is one of several jobs, so the number of stages cannot be counted "
+            f"from its processes; give --num-stages, or {SECTION}.num_stages"
+        )
+    size, number = batch_sizes(config, 1)
+    plan = RunPlan.of(section, stages, number)
+    unit = unit_of(section, plan, args.unit, processes)
+    own = {key: value for key, value in config.items() if key != "train_batch_size"}
+    own |= {"train_micro_batch_size_per_gpu": size, "gradient_accumulation_steps": number}
+    return replace(unit, meets_in=str(Path(args.output).absolute())), own
+
+
+def with_facts(unit: Unit, facts: Mapping[str, Any], args: Namespace) -> Unit:
+    """What all units must have the same, as one word."""
+    said = {
+        "config": facts["config"],
+        "model": facts["model"],
+        "data": facts["data"]["fingerprint"],
+        "lengths": [args.max_steps, args.eval_every, args.eval_sequences, args.eval_ema],
+    }
+    text = json.dumps(said, sort_keys=True, default=str)
+    return replace(unit, facts=hashlib.sha256(text.encode()).hexdigest())
+
+
+def check_flapping(recorded: Mapping[str, Any] | None, limit: int) -> None:
+    """A unit that is started again and again is refused, so that somebody looks.
+
+    Args:
+        recorded: its run.json, if there is one.
+        limit: starts in an hour; 0: any number.
+
+    Raises:
+        RunError: when there were as many already.
+    """
+    hour_ago = datetime.now(timezone.utc) - timedelta(hours=1)
+    starts = (recorded or {}).get("starts") or []
+    recent = [one["time"] for one in starts if datetime.fromisoformat(one["time"]) > hour_ago]
+    if limit and len(recent) >= limit:
+        raise RunError(
+            f"this unit was started {len(recent)} times within the last hour, first at "
+            f"{recent[0]}; see its log for what ends it, then raise --most-starts-per-hour"
+        )
+
+
+def catch_up(loop: Loop, first: int, batches: Iterator[Any] | None) -> None:
+    """Give the units above what they still lack of steps that this unit has done, or tell which
+    steps it has lost.
+
+    Args:
+        first: the step whose messages come first.
+        batches: from that step on, where data is read.
+    """
+    engine, own = loop.engine, loop.step
+    if first > own:
+        loop.folder_of_run.say(
+            f"{engine.module.unit} lost {first - own} steps: {own + 1:,} to {first:,}"
+        )
+        engine.skip_to(first)
+    for step in range(first, own):
+        if loop.is_due(step):
+            serve_validation(loop, step)
+        engine.serve_batch(step, batches)
+    if first < own:
+        loop.folder_of_run.say(
+            f"{engine.module.unit} served steps {first + 1:,} to {own:,} again, which it has in "
+            "its weights"
+        )
+
+
+def serve_validation(loop: Loop, step: int) -> None:
+    """The forwards of a validation, for the units above alone."""
+    engine, args = loop.engine, loop.args
+    batches = validation_batches(loop.data, loop.shape, args.eval_sequences)
+    done, engine.global_steps = engine.global_steps, step
+    try:
+        engine.eval_batch(iter(batches), num_micro_batches=len(batches))
+    finally:
+        engine.global_steps = done
