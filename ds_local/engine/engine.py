@@ -273,7 +273,10 @@ class LocalPipelineEngine(StageUpdates):
         if data_iter is not None:
             self.set_dataiterator(iterator_of(data_iter))
         self.module.train()
-        with self._failures_reported(f"step {step + 1}, of which it has the update"), torch.no_grad():
+        with (
+            self._failures_reported(f"step {step + 1}, of which it has the update"),
+            torch.no_grad(),
+        ):
             schedule = self.plan.schedule_at(step)
             self.executor.begin(step, schedule, self._batches())
             for micro_batch in range(schedule.num_micro_batches):

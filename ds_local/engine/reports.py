@@ -18,8 +18,8 @@ from torch import distributed as dist
 
 from ds_local.engine.finite import KINDS
 from ds_local.links.groups import Groups
-from ds_local.links.mailbox import Mailbox
 from ds_local.links.lasting import LastingSender
+from ds_local.links.mailbox import Mailbox
 from ds_local.links.pair import Sender
 from ds_local.links.transport import End
 from ds_local.replicas.sync import Together

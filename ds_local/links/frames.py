@@ -14,7 +14,9 @@ _LENGTHS = struct.Struct("<IQ")  # of the text, of the bytes
 _MOST_TEXT = 1 << 20
 
 
-def send_frame(connection: socket.socket, said: Mapping[str, Any], data: Tensor | None = None) -> None:
+def send_frame(
+    connection: socket.socket, said: Mapping[str, Any], data: Tensor | None = None
+) -> None:
     """Raises OSError when the other end is gone."""
     text = json.dumps(said).encode()
     size = 0 if data is None else data.numel()

@@ -475,9 +475,7 @@ class LastingReceiver(_End):
         """
         place = place_of(tag)
         with self._changed:
-            self._until(
-                lambda: place in self._come or self._cannot_come(place), f"to send {tag}"
-            )
+            self._until(lambda: place in self._come or self._cannot_come(place), f"to send {tag}")
             if place not in self._come:
                 others = ", ".join(str(found) for found, *_ in self._come.values())
                 raise TransportError(

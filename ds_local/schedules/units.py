@@ -7,7 +7,9 @@ above only wait. So each unit can be a job of its own, started again by itself
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.strict import SECTION
@@ -15,6 +17,7 @@ from ds_local.errors import ConfigError
 from ds_local.schedules.run_plan import RunPlan, stages_of_segments
 
 KEY = f"{SECTION}.link.reconnect_seconds"
+_FOLDER = re.compile(r"unit-(\d+)(?:-replica-(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,17 @@ class Unit:
         return f"unit-{self.number}{beside}"
 
 
+def unit_folders(run: str | Path, replica: int = 0) -> dict[int, Path]:
+    """Number of a unit -> its run folder, of those that are in the folder of a whole run."""
+    found = ((path, _FOLDER.fullmatch(path.name)) for path in Path(run).glob("unit-*"))
+    folders = {
+        int(name[1]): path
+        for path, name in found
+        if name and int(name[2] or 0) == replica and path.is_dir()
+    }
+    return dict(sorted(folders.items()))
+
+
 def units_of(plan: RunPlan) -> list[range]:
     """The stages of each unit, in depth order: two stages are of the same one where a gradient
     crosses between them in any step of the run.
@@ -66,8 +80,7 @@ def units_of(plan: RunPlan) -> list[range]:
         crossed.add(stages[link.lower])
     starts = [stage for stage in range(plan.num_stages) if stage == 0 or stage - 1 not in crossed]
     units = [
-        range(start, end)
-        for start, end in zip(starts, [*starts[1:], plan.num_stages], strict=True)
+        range(start, end) for start, end in zip(starts, [*starts[1:], plan.num_stages], strict=True)
     ]
     if len(units) < 2:
         raise ConfigError(

@@ -85,9 +85,7 @@ def train(
     if args.unit is not None:
         output = str(Path(args.output, f"unit-{args.unit}"))
     with (
-        opened(
-            output, is_first, _say_first if is_first else _say_nothing, not args.dry_run
-        ) as run,
+        opened(output, is_first, _say_first if is_first else _say_nothing, not args.dry_run) as run,
         meeting("the run"),
     ):
         return _train(args, run, signals, callbacks)
