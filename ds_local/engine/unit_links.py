@@ -12,7 +12,7 @@ from ds_local.checkpoints.agreement import gather
 from ds_local.cluster.surroundings import own_address
 from ds_local.config.sections import LinkConfig
 from ds_local.links.lasting import END, LastingReceiver, LastingSender, Line
-from ds_local.links.notices import Notices
+from ds_local.links.notices import Absence, Notices
 from ds_local.schedules.units import Unit
 
 
@@ -38,6 +38,7 @@ class UnitLinks:
         self._topic = ""
         self._notices: Notices | None = None
         self._done = 0
+        self._asked_to_stop = False
 
     def make_end(self, name: str, source: int, target: int) -> LastingSender | LastingReceiver:
         """Between two stages of which one is of this unit."""
@@ -111,8 +112,13 @@ class UnitLinks:
         self._notices.ask(0, self._topic, step=step)
 
     def stop(self) -> None:
-        """Ask the first unit to let the run end after a step."""
-        if self.receiver is not None:
+        """Ask the first unit to let the run end after a step; not where a rank of this unit is gone,
+        for then its launcher only ends the others of this unit."""
+        if self.receiver is None or self._asked_to_stop:
+            return
+        answers = {} if self._notices is None else self._notices.ask_all("state")
+        if Absence.GONE not in answers.values():
+            self._asked_to_stop = True
             self.receiver.stop()
 
     def end(self, finished: bool) -> None:

@@ -154,7 +154,7 @@ def _train(
         clean(run.checkpoints)
     start_log(run.path / "logs", model.stage, engine.global_rank)
     if signals is not None:
-        signals.stop_with(engine.request_stop)
+        signals.stop_with(engine.request_stop, may_die_alone=unit is not None)
     loop = Loop(args, run, engine, data, shape, callbacks)
     try:
         with engine.meeting("what is done between steps"):
