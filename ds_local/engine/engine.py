@@ -12,6 +12,7 @@ accumulation steps never applies.
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -107,6 +108,7 @@ class LocalPipelineEngine(StageUpdates):
         self.units = None if unit is None else UnitLinks(unit, self.section.link, self.device)
         if self.units is not None:
             self.units.inform(self._notices, self._number)
+            self.units.ask_to_stop = self.request_stop
         self.connections = self._connect()
         self.groups = self.connections.groups
         self.activation_links, self.gradient_links = self._make_links()
@@ -164,7 +166,7 @@ class LocalPipelineEngine(StageUpdates):
         if self._notices is not None:
             warn_seconds, chores = self.section.link.warn_seconds, [self._stopping.arrange]
             if self.module.unit is not None:
-                chores.append(lambda: self.units and self.units.arrange())
+                chores.append(self._tell_units)
             self.watchdog = Watchdog(self._notices, self.failures.name, warn_seconds, chores)
             weakref.finalize(self, self.watchdog.stop).atexit = False
 
@@ -393,9 +395,7 @@ class LocalPipelineEngine(StageUpdates):
 
     def _see_whether_to_stop(self, schedule: Schedule) -> None:
         """On the first stage: a request to stop goes with the first step of which all messages, or
-        the last ones, are still to be sent. Other units hand it on to the one below."""
-        if self.units is not None and self._stopping.requested:
-            self.units.stop()
+        the last ones, are still to be sent. Other units have handed it on to the one below."""
         if not self.reads_data or self.executor.stop_after is not None:
             return
         step, last = self.global_steps, self.executor.last_of_stretch
@@ -470,6 +470,15 @@ class LocalPipelineEngine(StageUpdates):
         `should_stop`, after a `train_batch`, an `eval_batch` or a `save_checkpoint`.
         """
         self._stopping.requested = True
+        if self.units is not None:  # from a thread: this may be a signal handler
+            threading.Thread(target=self.units.stop, daemon=True).start()
+
+    def _tell_units(self) -> None:
+        """What the ranks of a unit tell each other, and the units below, beside the steps."""
+        if self.units is not None:
+            self.units.arrange()
+            if self._stopping.requested:
+                self.units.stop()
 
     def _agree_to_stop(self) -> None:
         """Where all meet anyway a request needs no further step. A collective call. Units meet

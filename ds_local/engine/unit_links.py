@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ds_local.checkpoints.agreement import gather
 from ds_local.cluster.surroundings import own_address
 from ds_local.config.sections import LinkConfig
 from ds_local.links.lasting import END, LastingReceiver, LastingSender, Line
+from ds_local.links.logs import LOG
 from ds_local.links.notices import Absence, Notices
 from ds_local.schedules.units import Unit
 
@@ -39,6 +40,7 @@ class UnitLinks:
         self._notices: Notices | None = None
         self._done = 0
         self._asked_to_stop = False
+        self.ask_to_stop: Callable[[], None] = lambda: None  # called when a unit above wants it
 
     def make_end(self, name: str, source: int, target: int) -> LastingSender | LastingReceiver:
         """Between two stages of which one is of this unit."""
@@ -57,9 +59,14 @@ class UnitLinks:
         )
         if sends:
             self.sender = LastingSender(line, self._device)
+            self.sender.ask_to_stop = self._asked_from_above
             return self.sender
         self.receiver = LastingReceiver(line, self._device, own_address())
         return self.receiver
+
+    def _asked_from_above(self) -> None:
+        LOG.info("the unit above asks to let the run end")
+        self.ask_to_stop()
 
     def inform(self, notices: Notices | None, number: int) -> None:
         """Ranks of this unit tell each other, beside the steps, what is needed no more."""
@@ -112,8 +119,8 @@ class UnitLinks:
         self._notices.ask(0, self._topic, step=step)
 
     def stop(self) -> None:
-        """Ask the first unit to let the run end after a step; not where a rank of this unit is gone,
-        for then its launcher only ends the others of this unit."""
+        """Ask the first unit to let the run end after a step. Not where a rank of this one is gone:
+        then its launcher only ends the others of this unit."""
         if self.receiver is None or self._asked_to_stop:
             return
         answers = {} if self._notices is None else self._notices.ask_all("state")
