@@ -47,11 +47,10 @@ class Unit:
         beside = f" of replica {self.replica}" if self.num_replicas > 1 else ""
         return f"unit {number}{beside}"
 
-    @property
-    def folder(self) -> str:
-        """The name of its run folder, in that of the whole run."""
-        beside = f"-replica-{self.replica}" if self.num_replicas > 1 else ""
-        return f"unit-{self.number}{beside}"
+
+def folder_of(number: int, replica: int, num_replicas: int) -> str:
+    """The name of a unit's run folder, in that of the whole run."""
+    return f"unit-{number}" + (f"-replica-{replica}" if num_replicas > 1 else "")
 
 
 def units_of(plan: RunPlan) -> list[range]:
@@ -123,6 +122,11 @@ def unit_of(
         raise ConfigError(
             f"--unit {number} does not exist: this scheme on {plan.num_stages} stages has "
             f"{len(units)} units, from 0 to {len(units) - 1}"
+        )
+    if num_replicas > 1 and any(len(stages) > 1 for stages in units):
+        raise ConfigError(
+            f"with {num_replicas} replicas every unit must be one stage, but here gradients cross "
+            "between some; use local losses, or one replica"
         )
     if not replica < num_replicas:
         raise ConfigError(f"--replica {replica} of {num_replicas} does not exist; count from 0")
