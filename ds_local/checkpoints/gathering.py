@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ class Found(NamedTuple):
 
     step: int
     places: list[Path]  # of the checkpoints, in the order of units
-    runs: list[Path]  # of the units, likewise
+    runs: list[Path]  # folders of the units, likewise
 
 
 def gather_units(run: str | Path, output: str | Path | None = None) -> Path:
@@ -100,8 +100,8 @@ def find_common(run: Path) -> Found:
         CheckpointError: naming a unit that has none of a step that others have.
     """
     folders = unit_folders(run)
-    known = {number: _facts_of_run(folder) for number, folder in folders.items()}
-    facts = next((one for _, one in sorted(known.items()) if one), None)
+    known = [_facts_of_run(folder) for several in folders.values() for folder in several]
+    facts = next(filter(None, known), None)
     if facts is None:
         raise CheckpointError(f"no unit in {run} has a run.json yet; let them take a first step")
     numbers = range(_count_of_units(facts))
@@ -111,25 +111,31 @@ def find_common(run: Path) -> Found:
             f"{run} has no folder unit-{missing[0]}, and the pipeline has {len(numbers)} units; "
             "start that unit with the same --output, or bring its folder here"
         )
-    steps = {number: _steps_in(folders[number] / "checkpoints") for number in numbers}
+    steps = {number: _steps_in(folders[number]) for number in numbers}
     common = set.intersection(*(set(found) for found in steps.values()))
     if not common:
         raise CheckpointError(_nothing_common(run, steps, facts))
     step = max(common)
-    places = [locate(folders[n] / "checkpoints", steps[n][step]) for n in numbers]
-    return Found(step, places, [folders[number] for number in numbers])
+    runs = [steps[number][step] for number in numbers]
+    places = [locate(one / "checkpoints", f"global_step{step}") for one in runs]
+    return Found(step, places, runs)
 
 
 # --- what there is --------------------------------------------------------------------------------
 
 
-def _steps_in(checkpoints: Path) -> dict[int, str]:
-    """Step -> tag of the checkpoints that the loop of a unit made."""
-    found = ((tag, _OF_THE_LOOP.fullmatch(tag)) for tag in complete_tags(checkpoints))
-    return {int(match[1]): tag for tag, match in found if match}
+def _steps_in(folders: Sequence[Path]) -> dict[int, Path]:
+    """Step -> the folder, among those of a unit's replicas, with a checkpoint that the loop made.
+    Replicas have the same weights."""
+    return {
+        int(match[1]): folder
+        for folder in reversed(folders)
+        for match in map(_OF_THE_LOOP.fullmatch, complete_tags(folder / "checkpoints"))
+        if match
+    }
 
 
-def _nothing_common(run: Path, steps: Mapping[int, Mapping[int, str]], facts: Any) -> str:
+def _nothing_common(run: Path, steps: Mapping[int, Mapping[int, Path]], facts: Any) -> str:
     counts = Counter(step for found in steps.values() for step in found)
     if not counts:
         return f"no unit in {run} has a checkpoint yet; let them come to their first save"

@@ -224,6 +224,16 @@ def _add_unit(parser: Parser) -> None:
         "command starts it, and again after it died",
     )
     unit.add_argument(
+        "--replicas", type=whole(1), default=1, metavar="R", help="copies of the pipeline"
+    )
+    unit.add_argument(
+        "--replica",
+        type=whole(),
+        default=0,
+        metavar="N",
+        help="this job is in the N-th copy, from 0; its run is in OUTPUT/unit-N-replica-N",
+    )
+    unit.add_argument(
         "--most-starts-per-hour",
         type=whole(),
         default=20,

@@ -25,6 +25,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.pipe.schedule import ReduceGrads
 from torch import Tensor
 
+from ds_local.checkpoints.folder import complete_tags
 from ds_local.engine import instructions, loading, saving
 from ds_local.engine.async_saves import AsyncSaves
 from ds_local.engine.connections import Connections
@@ -47,8 +48,10 @@ from ds_local.links import notices
 from ds_local.links.device import peak_memory
 from ds_local.links.failures import Failures, meeting
 from ds_local.links.groups import second_world
+from ds_local.links.lasting import StepVoid
 from ds_local.links.pair import Receiver, Sender
 from ds_local.links.watchdog import Watchdog
+from ds_local.outputs import remove
 from ds_local.replicas.group import replica_group
 from ds_local.replicas.head_copies import Copies, refresh_delay
 from ds_local.replicas.sync import Together
@@ -137,7 +140,7 @@ class LocalPipelineEngine(StageUpdates):
             self.module,
             self.section,
             self.device,
-            self.replica_id,
+            self.replica_id if self.module.unit is None else self.module.unit.replica,
             self.activation_links,
             self.gradient_links,
             self.reports.figures,
@@ -252,7 +255,10 @@ class LocalPipelineEngine(StageUpdates):
             schedule = self._schedule_of_step()
             self._see_whether_to_stop(schedule.whole)
             self.copies.take(self.global_steps)
-            self._run(schedule, self._batches())
+            try:
+                self._run(schedule, self._batches())
+            except StepVoid:
+                self._leave_out(schedule)
             self.executor.finish()
             self.replicas.after_step()
             self.copies.send(self.global_steps)
@@ -263,7 +269,29 @@ class LocalPipelineEngine(StageUpdates):
             self.events.check()
             if self.units is not None:
                 self.units.done(self.global_steps)
+                if self.units.group is not None:
+                    self.units.group.admit(self.global_steps, self._hand_over)
         return self.own_loss
+
+    def _leave_out(self, schedule: StageSchedule) -> None:
+        """This replica has nothing of the step; it takes the mean of the others."""
+        assert self.units is not None, "links of units alone leave something out"
+        self.executor.leave_out()
+        self.units.send_void(self.global_steps, trains=True)
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        for instruction in list(schedule)[-1]:
+            self.run_instruction(instruction)
+
+    def _hand_over(self) -> list[str]:
+        """The state of this replica, for one that comes back."""
+        assert self.units is not None, "of units alone"
+        folder, tag = self.units.handover, f"global_step{self.global_steps}"
+        self.save_checkpoint(str(folder), tag, save_latest=False)
+        self.wait_for_save()
+        for old in set(complete_tags(folder)) - {tag}:
+            remove(folder / old)
+        return [str(folder), tag]
 
     def serve_batch(self, step: int, data_iter: Any = None) -> None:
         """The forwards of a step that this unit has in its weights already, for the units above.
@@ -281,9 +309,14 @@ class LocalPipelineEngine(StageUpdates):
         ):
             schedule = self.plan.schedule_at(step)
             self.executor.begin(step, schedule, self._batches())
-            for micro_batch in range(schedule.num_micro_batches):
-                for segment in self.module.local_segments:
-                    self.executor.serve(segment, micro_batch)
+            try:
+                for micro_batch in range(schedule.num_micro_batches):
+                    for segment in self.module.local_segments:
+                        self.executor.serve(segment, micro_batch)
+            except StepVoid:
+                self.executor.leave_out()
+                if self.units is not None:
+                    self.units.send_void(step, trains=True)
             self.executor.finish()
             if self.units is not None:
                 self.units.done(step + 1)
@@ -615,15 +648,22 @@ class LocalPipelineEngine(StageUpdates):
             with torch.no_grad(), self._failures_reported(what), self.replicas.whole():
                 self.executor.step = self.global_steps
                 asked_before, self.executor.last_step = self.executor.last_step, False
-                sums, logits = evaluate(
-                    self.executor,
-                    self.module,
-                    self._batches(),
-                    count,
-                    compute_loss,
-                    return_logits,
-                    stop=lambda: self._stopping.pending and not asked_before,
-                )
+                try:
+                    sums, logits = evaluate(
+                        self.executor,
+                        self.module,
+                        self._batches(),
+                        count,
+                        compute_loss,
+                        return_logits,
+                        stop=lambda: self._stopping.pending and not asked_before,
+                    )
+                except StepVoid:
+                    self.executor.leave_out()
+                    sums = torch.zeros(2, self.num_segments, dtype=torch.float64)
+                    logits = None
+                    if self.units is not None:
+                        self.units.send_void(self.global_steps, trains=False)
                 self.executor.last_step |= asked_before
                 dist.all_reduce(sums)
                 self.reports.flush()

@@ -187,6 +187,13 @@ class Executor:
         for forgotten in (self.live, self._watches, self._read, self._next_step):
             forgotten.clear()
 
+    def leave_out(self) -> None:
+        """Forget what there is of this step: the rest of it will not come."""
+        self.losses, self.counted, self.router_losses = {}, {}, {}
+        self.watch = finite.Watch()
+        for forgotten in (self.live, self._deferred, self._read):
+            forgotten.clear()
+
     # --- forward --------------------------------------------------------------------------------
 
     def load_micro_batch(self, segment: int, micro_batch: int, ahead: int = 0) -> None:

@@ -14,6 +14,7 @@ from ds_local.config.sections import LinkConfig
 from ds_local.links.lasting import END, LastingReceiver, LastingSender, Line
 from ds_local.links.logs import LOG
 from ds_local.links.notices import Absence, Notices
+from ds_local.replicas.elastic import ElasticGroup, Place
 from ds_local.schedules.units import Unit
 
 
@@ -36,11 +37,23 @@ class UnitLinks:
         self.sender: LastingSender | None = None
         self.receiver: LastingReceiver | None = None
         self._above = 0  # ranks of this unit have told that nothing before this step is needed
+        self.group = self._meet_replicas() if unit.num_replicas > 1 else None
         self._topic = ""
         self._notices: Notices | None = None
         self._done = 0
         self._asked_to_stop = False
         self.ask_to_stop: Callable[[], None] = lambda: None  # called when a unit above wants it
+
+    def _meet_replicas(self) -> ElasticGroup:
+        unit = self.unit
+        place = Place(
+            f"unit {unit.number}",
+            Path(unit.meets_in, "links", f"unit-{unit.number}"),
+            unit.facts,
+            self._section.timeout_seconds,
+            self._section.reconnect_seconds,
+        )
+        return ElasticGroup(unit.replica, unit.num_replicas, place, own_address())
 
     def make_end(self, name: str, source: int, target: int) -> LastingSender | LastingReceiver:
         """Between two stages of which one is of this unit."""
@@ -56,6 +69,7 @@ class UnitLinks:
             section.timeout_seconds,
             section.reconnect_seconds,
             section.warn_seconds,
+            self.unit.num_replicas > 1,
         )
         if sends:
             self.sender = LastingSender(line, self._device)
@@ -138,5 +152,18 @@ class UnitLinks:
         if self.sender is not None:
             self.sender.drain()
         gather(None)
+        if self.group is not None:
+            self.group.end(finished, self._done)
         if self.receiver is not None:
             self.receiver.end(finished)
+
+    def send_void(self, step: int, trains: bool) -> None:
+        """Tell the unit above that the rest of a step, or of the validation before it, will not
+        come."""
+        if self.sender is not None:
+            self.sender.send_void(step, int(trains))
+
+    @property
+    def handover(self) -> Path:
+        """Where the replica that leads leaves its state for one that comes back."""
+        return Path(self.unit.meets_in, "links", f"unit-{self.unit.number}", "state")

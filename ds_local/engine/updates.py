@@ -21,7 +21,9 @@ from ds_local.engine.executor import Executor
 from ds_local.engine.finite import WEIGHTS, Events
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.reports import Reports
+from ds_local.engine.unit_links import UnitLinks
 from ds_local.links.device import to_device
+from ds_local.replicas.elastic import ElasticGroup
 from ds_local.replicas.head_copies import Copies
 from ds_local.replicas.sync import Together
 from ds_local.schedules.run_plan import RunPlan
@@ -42,6 +44,7 @@ class StageUpdates(PipelineEngineSeam):
     num_segments: int
     segment_losses: Any  # by segment
     saves: AsyncSaves | None  # None: a save returns when its files are whole
+    units: UnitLinks | None  # None: this job is the whole pipeline
     moved: str = ""  # what the newest `load_checkpoint` brought from another layout, in words
     _one_by_one: bool  # segments can be updated one by one: fp32 without ZeRO
     _grad_norms: dict[int, Any]
@@ -91,6 +94,8 @@ class StageUpdates(PipelineEngineSeam):
     def reduce_gradients(self) -> None:
         """Average gradients and losses over the replicas of this stage, unless they train apart."""
         self.executor.stash.before_update()
+        if self.units is not None and self.units.group is not None:
+            self._average_with_those_here(self.units.group)
         watch, norms = self.executor.watch, self._norms()
         for segment, norm in norms.items():
             watch.see(WEIGHTS, segment, [norm])
@@ -112,6 +117,40 @@ class StageUpdates(PipelineEngineSeam):
             self._average_losses()
         if averages and self._one_by_one and self.gradient_clipping():
             self._grad_norms = self._norms()  # in time for the one read of the step
+
+    def _average_with_those_here(self, group: ElasticGroup) -> None:
+        """Means of gradients and losses over the replicas that have some in this step, each a job
+        of its own. Whoever asks for the end of the run is heard by all."""
+        executor = self.executor
+        parameters = [p for weights in self._weights.values() for p in weights]
+        own = self.module.local_segments
+        sizes = [p.numel() for p in parameters]
+        size = sum(sizes) + len(parameters) + 2 * len(own) + 1
+        numbers = None
+        if executor.losses:
+            there = [p.grad is not None for p in parameters]
+            filled = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            counted = [executor.counted.get(segment, (0.0, 1)) for segment in own]
+            weights = [weight / count for weight, count in counted]
+            losses = [executor.losses.get(s, torch.zeros(())) for s in own]
+            stops = float(executor.stop_after is not None and executor.stop_after <= executor.step)
+            told = [float(one) for one in there] + weights + [stops]
+            scaled = torch.stack([loss.float().cpu() for loss in losses]) * torch.tensor(weights)
+            parts = [*(g.flatten().float().cpu() for g in filled), scaled, torch.tensor(told)]
+            numbers = torch.cat(parts)
+        mean = group.average(executor.step, numbers, size)
+        *gradients, losses_, told_ = mean.numbers.split([*sizes, len(own), size - sum(sizes) - len(own)])
+        there_, weights_ = told_[: len(parameters)], told_[len(parameters) : -1]
+        for parameter, gradient, present in zip(parameters, gradients, there_.tolist(), strict=True):
+            if present:
+                parameter.grad = gradient.view_as(parameter).to(parameter)
+        self.segment_losses = {
+            segment: (loss / weight).to(self.device)
+            for segment, loss, weight in zip(own, losses_, weights_, strict=True)
+            if weight
+        }
+        if told_[-1]:
+            executor.stop_after = executor.step
 
     def _norms(self) -> dict[int, torch.Tensor]:
         """Of the gradient of each segment that has one."""

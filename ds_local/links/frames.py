@@ -14,15 +14,13 @@ _LENGTHS = struct.Struct("<IQ")  # of the text, of the bytes
 _MOST_TEXT = 1 << 20
 
 
-def send_frame(
-    connection: socket.socket, said: Mapping[str, Any], data: Tensor | None = None
-) -> None:
+def send_frame(connection: socket.socket, said: Mapping[str, Any], data: Tensor | None = None) -> None:
     """Raises OSError when the other end is gone."""
     text = json.dumps(said).encode()
-    size = 0 if data is None else data.numel()
+    size = 0 if data is None else data.nbytes
     connection.sendall(_LENGTHS.pack(len(text), size) + text)
     if data is not None:
-        connection.sendall(memoryview(data.numpy()))
+        connection.sendall(memoryview(data.numpy()).cast("B"))
 
 
 def read_frame(
@@ -62,3 +60,16 @@ def _fill(connection: socket.socket, view: memoryview) -> None:
         if not count:
             raise ConnectionError("the other end has closed")
         view = view[count:]
+
+
+def mind(connection: socket.socket, seconds: float) -> None:
+    """No delay for small words; a peer whose machine is gone is found out within so many seconds,
+    and a cable that is back sooner has lost nothing."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    limit = max(1, int(seconds))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, limit // 4))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, limit // 8))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * limit)

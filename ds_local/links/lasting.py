@@ -31,17 +31,25 @@ from torch import Tensor
 
 from ds_local.errors import TransportError
 from ds_local.links.buffers import Buffer, Form, Message, Tag, described, specs_of
-from ds_local.links.frames import read_frame, send_frame
+from ds_local.links.frames import mind, read_frame, send_frame
 from ds_local.links.logs import LOG, say
 from ds_local.links.staging import Staging
 from ds_local.links.waiting import OUTSIDE, waiting
 from ds_local.outputs import write_whole
+
+class StepVoid(Exception):
+    """A validation or a step whose messages will not come: a unit below is away, and the other
+    replicas go on without this one."""
+
 
 END = 2**62  # "nothing before this step is needed": nothing at all
 _TICK_SECONDS = 0.1  # between two tries to connect
 _LOOK_SECONDS = 1.0  # between two looks at the receiver's address
 _CONNECT_SECONDS = 10.0
 _MOMENT = 2.0  # an absence that is over by then is not told
+_GRACE_SECONDS = 1.0  # for a peer to come back before a step is given up for it
+_START_SECONDS = 20.0  # the same for one that has not been there yet
+_LAST = 2**31  # a number after those of all messages of a step or validation
 
 
 class Place(NamedTuple):
@@ -77,6 +85,8 @@ class Line:
         timeout_seconds: longest wait for a peer that is connected.
         reconnect_seconds: longest wait for one that is not.
         warn_seconds: a wait beyond this is told.
+        lossy: other replicas do the same work, so that nobody waits for a peer that is away: what
+            it misses is void.
     """
 
     name: str
@@ -87,6 +97,7 @@ class Line:
     timeout_seconds: float
     reconnect_seconds: float
     warn_seconds: float
+    lossy: bool = False
 
     @property
     def card(self) -> Path:
@@ -105,6 +116,7 @@ class _End:
         self._changed = threading.Condition()
         self._connection: socket.socket | None = None  # once both ends know where the stream is
         self._away_since: float | None = time.perf_counter()  # None: the peer is there
+        self._known = False  # it has been there
         self._missed = False  # its absence has been told
         self._refused = ""  # why this link can never work
         self._closed = False
@@ -147,11 +159,17 @@ class _End:
         finally:
             self.waited += time.perf_counter() - started
 
+    def _given_up(self) -> bool:
+        """Is it better to go on without the peer?"""
+        away = self._away_since
+        grace = _GRACE_SECONDS if self._known else _START_SECONDS
+        return self.line.lossy and away is not None and time.perf_counter() - away > grace
+
     # --- coming and going, in threads -------------------------------------------------------------
 
     def _came(self, connection: socket.socket) -> None:
         with self._changed:
-            away, self._away_since = self._away_since, None
+            away, self._away_since, self._known = self._away_since, None, True
             self._connection = connection
             self._changed.notify_all()
         seconds = 0.0 if away is None else time.perf_counter() - away
@@ -204,10 +222,9 @@ class _Held:
     """A message that the receiver may still need."""
 
     place: Place
-    tag: Tag
-    buffer: Tensor
-    layout: list[Any]
-    copied: Any  # an event to wait for before the buffer is read, or None
+    said: dict[str, Any]
+    buffer: Tensor | None = None  # None: everything up to the place is void
+    copied: Any = None  # an event to wait for before the buffer is read, or None
 
 
 class LastingSender(_End):
@@ -228,15 +245,16 @@ class LastingSender(_End):
 
     # --- the main thread --------------------------------------------------------------------------
 
-    def wants(self) -> int:
-        """The first step that the receiver wants. Waits for it to come.
+    def wants(self) -> int | None:
+        """The first step that the receiver wants. Waits for it to come; None: nobody waits for it.
 
         Raises:
             TransportError: when it does not, or runs another configuration.
         """
         with self._changed:
-            self._until(lambda: self.wanted is not None, "to say where it goes on")
-            assert self.wanted is not None, "waited for"
+            self._until(
+                lambda: self.wanted is not None or self._given_up(), "to say where it goes on"
+            )
             return self.wanted
 
     def begin_at(self, step: int) -> None:
@@ -258,7 +276,9 @@ class LastingSender(_End):
         self.message_bytes = form.num_bytes
         with self._changed:
             self._until(
-                lambda: self._has(place) or len(self._untaken) < self.line.depth,
+                lambda: self._has(place)
+                or len(self._untaken) < self.line.depth
+                or self._misses(place),
                 f"to take a message ({tag} is next)",
             )
             if self._has(place):
@@ -266,10 +286,29 @@ class LastingSender(_End):
         buffer = Buffer(form.staged, self._staging.buffer(form.num_bytes))
         copied = self._staging.to_host(buffer.tensors, tensors)
         with self._changed:
-            self._held.append(_Held(place, tag, buffer.data, described(specs), copied))
+            said = {"tag": tag, "layout": described(specs)}
+            self._held.append(_Held(place, said, buffer.data, copied))
             self._untaken.add(place)
             self.num_bytes += form.num_bytes
             self._changed.notify_all()
+
+    def send_void(self, step: int, trains: int) -> None:
+        """Say that the rest of a step, or of the validation before it, will not come."""
+        place = Place(step, trains, _LAST)
+        with self._changed:
+            if not self._misses(place) and not self._has(place):
+                self._held.append(_Held(place, {"void": place}))
+                self._changed.notify_all()
+
+    def _misses(self, place: Place) -> bool:
+        """Nobody waits for a peer that is away: it begins with a later step."""
+        if not self._given_up() or self._first is None:
+            return False
+        while self._held and self._held[0].place.step < place.step:
+            self._untaken.discard(self._held.popleft().place)
+            self._next = max(0, self._next - 1)
+            self._first = place.step
+        return True
 
     def _has(self, place: Place) -> bool:
         """Has the receiver got it from a process that was here before?"""
@@ -318,7 +357,7 @@ class LastingSender(_End):
             connection = socket.create_connection(address, _CONNECT_SECONDS)
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        _mind(connection, self.line.reconnect_seconds)
+        mind(connection, self.line.reconnect_seconds)
         return connection
 
     def _has_ended(self) -> None:
@@ -356,7 +395,8 @@ class LastingSender(_End):
                 self._held.popleft()
             waits = {Place(*place) for place in said["waiting"]}
             self._next = sum(held.place <= from_here for held in self._held)
-            self._untaken = waits | {held.place for held in self._held if held.place > from_here}
+            news = {h.place for h in self._held if h.place > from_here and h.buffer is not None}
+            self._untaken = waits | news
         send_frame(connection, {"begins": begins})
         connection.settimeout(None)
         self._came(connection)
@@ -396,8 +436,7 @@ class LastingSender(_End):
             if held is not None:
                 if held.copied is not None:
                     held.copied.synchronize()
-                said = {"tag": held.tag, "layout": held.layout}
-                send_frame(connection, said, held.buffer)
+                send_frame(connection, held.said, held.buffer)
 
     def _hear(self, connection: socket.socket) -> None:
         """What the receiver says."""
@@ -435,6 +474,7 @@ class LastingReceiver(_End):
         self._begins: int | None = None
         self._after: Place | None = None  # everything up to here has come
         self._come: dict[Place, tuple[Tag, Form, Tensor]] = {}  # and has not been taken
+        self._void: Place | None = None  # nothing up to here will come that has not
         self._stop_asked = False
         self._forms: dict[str, Form] = {}
         self._secret = secrets.token_hex(16)
@@ -463,8 +503,12 @@ class LastingReceiver(_End):
         with self._changed:
             self._wants = step
             self._changed.notify_all()
-            self._until(lambda: self._begins is not None, "to say where its messages begin")
-            assert self._begins is not None, "waited for"
+            self._until(
+                lambda: self._begins is not None or self._given_up(),
+                "to say where its messages begin",
+            )
+            if self._begins is None:  # nobody waits for it
+                self._begins, self._after = step, start_of(step)
             return self._begins
 
     def receive(self, tag: Tag) -> tuple[Tag, Message]:
@@ -472,10 +516,21 @@ class LastingReceiver(_End):
 
         Raises:
             TransportError: when the peer does not come back, or sends something else.
+            StepVoid: when it will not come, and nobody waits for it.
         """
         place = place_of(tag)
         with self._changed:
-            self._until(lambda: place in self._come or self._cannot_come(place), f"to send {tag}")
+            self._until(
+                lambda: place in self._come
+                or self._is_void(place)
+                or self._given_up()
+                or len(self._come) >= self.line.depth,  # it waits for us to take something else
+                f"to send {tag}",
+            )
+            if place not in self._come and not self._is_void(place) and self._given_up():
+                self._give_up(Place(place.step, place.trains, _LAST))
+            if place not in self._come and self._is_void(place):
+                raise StepVoid(str(tag))
             if place not in self._come:
                 others = ", ".join(str(found) for found, *_ in self._come.values())
                 raise TransportError(
@@ -492,9 +547,14 @@ class LastingReceiver(_End):
         # `data`: each with a version of its own, or changing one in place would count for all
         return found, {s.name: message[s.name].data for s in form.specs}
 
-    def _cannot_come(self, place: Place) -> bool:
-        """The sender waits for us to take something else."""
-        return len(self._come) >= self.line.depth
+    def _is_void(self, place: Place) -> bool:
+        return self._void is not None and place <= self._void
+
+    def _give_up(self, place: Place) -> None:
+        """Everything up to here is void but for what has come."""
+        self._void = max(place, self._void or place)
+        self._after = max(place, self._after or place)
+        self._changed.notify_all()
 
     def done_before(self, step: int) -> None:
         """Nothing before this step will ever be needed again, here or above."""
@@ -525,7 +585,7 @@ class LastingReceiver(_End):
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            _mind(connection, self.line.reconnect_seconds)
+            mind(connection, self.line.reconnect_seconds)
             threading.Thread(target=self._listen, args=(connection,), daemon=True).start()
 
     def _listen(self, connection: socket.socket) -> None:
@@ -574,6 +634,10 @@ class LastingReceiver(_End):
             if self._after is None:
                 self._begins = begins
                 self._after = start_of(begins)
+                if self.line.lossy:
+                    self._give_up(self._after)
+            elif begins > self._wanted_step and self.line.lossy:
+                self._give_up(start_of(begins))
             elif begins > self._wanted_step:
                 self._refused = (
                     f"{self.line.peer} came back at step {begins}, but step {self._after.step} is "
@@ -593,6 +657,10 @@ class LastingReceiver(_End):
         return max(known if self._after is None else self._after.step, self._needed)
 
     def _take_in(self, said: dict[str, Any], data: Tensor | None) -> None:
+        if "void" in said:
+            with self._changed:
+                self._give_up(Place(*said["void"]))
+            return
         tag = Tag(*said["tag"])
         key = json.dumps(said["layout"])
         form = self._forms.get(key)
@@ -612,16 +680,3 @@ class LastingReceiver(_End):
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._listener.close()
-
-
-def _mind(connection: socket.socket, seconds: float) -> None:
-    """No delay for small words; a peer whose machine is gone is found out within so many seconds,
-    and a cable that is back sooner has lost nothing."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    limit = max(1, int(seconds))
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, limit // 4))
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, limit // 8))
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * limit)

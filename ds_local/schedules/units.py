@@ -50,22 +50,22 @@ class Unit:
         beside = f" of replica {self.replica}" if self.num_replicas > 1 else ""
         return f"unit {number}{beside}"
 
-    @property
-    def folder(self) -> str:
-        """The name of its run folder, in that of the whole run."""
-        beside = f"-replica-{self.replica}" if self.num_replicas > 1 else ""
-        return f"unit-{self.number}{beside}"
+
+def folder_of(number: int, replica: int, num_replicas: int) -> str:
+    """The name of a unit's run folder, in that of the whole run."""
+    return f"unit-{number}" + (f"-replica-{replica}" if num_replicas > 1 else "")
 
 
-def unit_folders(run: str | Path, replica: int = 0) -> dict[int, Path]:
-    """Number of a unit -> its run folder, of those that are in the folder of a whole run."""
-    found = ((path, _FOLDER.fullmatch(path.name)) for path in Path(run).glob("unit-*"))
-    folders = {
-        int(name[1]): path
-        for path, name in found
-        if name and int(name[2] or 0) == replica and path.is_dir()
+def unit_folders(run: str | Path) -> dict[int, list[Path]]:
+    """Number of a unit -> its run folders, one of each replica, in the folder of a whole run."""
+    found: dict[int, dict[int, Path]] = {}
+    for path in Path(run).glob("unit-*"):
+        name = _FOLDER.fullmatch(path.name)
+        if name and path.is_dir():
+            found.setdefault(int(name[1]), {})[int(name[2] or 0)] = path
+    return {
+        number: [found[number][one] for one in sorted(found[number])] for number in sorted(found)
     }
-    return dict(sorted(folders.items()))
 
 
 def units_of(plan: RunPlan) -> list[range]:
@@ -136,6 +136,11 @@ def unit_of(
         raise ConfigError(
             f"--unit {number} does not exist: this scheme on {plan.num_stages} stages has "
             f"{len(units)} units, from 0 to {len(units) - 1}"
+        )
+    if num_replicas > 1 and any(len(stages) > 1 for stages in units):
+        raise ConfigError(
+            f"with {num_replicas} replicas every unit must be one stage, but here gradients cross "
+            "between some; use local losses, or one replica"
         )
     if not replica < num_replicas:
         raise ConfigError(f"--replica {replica} of {num_replicas} does not exist; count from 0")

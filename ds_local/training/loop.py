@@ -40,7 +40,7 @@ from ds_local.training.run_folder import RunFolder, opened, tokenizer_test
 from ds_local.training.signals import Signals
 from ds_local.training.steps import Loop
 from ds_local.training.trial import try_out
-from ds_local.training.units import check_flapping, start_of_unit, with_facts
+from ds_local.training.units import check_flapping, name_of_folder, start_of_unit, with_facts
 
 # arguments that decide when stages meet: they must be the same on every rank
 _MEETINGS = (
@@ -83,7 +83,7 @@ def train(
     is_first = os.environ.get("RANK", "0") == "0"
     output = args.output
     if args.unit is not None:
-        output = str(Path(args.output, f"unit-{args.unit}"))
+        output = str(Path(args.output, name_of_folder(args)))
     with (
         opened(output, is_first, _say_first if is_first else _say_nothing, not args.dry_run) as run,
         meeting("the run"),

@@ -27,7 +27,7 @@ from ds_local.training.pace import Pace
 from ds_local.training.progress import Progress
 from ds_local.training.run_folder import RunFolder
 from ds_local.training.samples import sample
-from ds_local.training.units import catch_up
+from ds_local.training.units import catch_up, join_replicas
 
 
 class Loop:
@@ -113,6 +113,7 @@ class Loop:
         engine, args = self.engine, self.args
         batches, first = None, self.step
         if engine.units is not None:
+            join_replicas(self)
             first = engine.units.join(self.step)
             self._validated = -1  # units above may lack what this one has seen
         if engine.reads_data:
@@ -204,7 +205,7 @@ class Loop:
             self.validation = Validation(
                 self.step, losses, loss, not worse, worse, held, probed, sampled
             )
-            if engine.units is None or self.step not in self._written:
+            if engine.units is None or (losses and self.step not in self._written):
                 self._tell("on_validation", self.validation)
             self._written.add(self.step)
             self._see_whether_to_stop()

@@ -17,7 +17,7 @@ from ds_local.config.strict import SECTION
 from ds_local.data.dataset import validation_batches
 from ds_local.errors import ConfigError, RunError
 from ds_local.schedules.run_plan import RunPlan
-from ds_local.schedules.units import KEY, Unit, unit_of
+from ds_local.schedules.units import KEY, Unit, folder_of, unit_of
 
 if TYPE_CHECKING:
     from ds_local.training.steps import Loop
@@ -75,12 +75,34 @@ def start_of_unit(
             f"--unit {args.unit} is one of several jobs, so the number of stages cannot be counted "
             f"from its processes; give --num-stages, or {SECTION}.num_stages"
         )
-    size, number = batch_sizes(config, 1)
+    size, number = batch_sizes(config, args.replicas)
     plan = RunPlan.of(section, stages, number)
-    unit = unit_of(section, plan, args.unit, processes)
+    unit = unit_of(section, plan, args.unit, processes, args.replica, args.replicas)
+    check_precision(config, unit)
     own = {key: value for key, value in config.items() if key != "train_batch_size"}
     own |= {"train_micro_batch_size_per_gpu": size, "gradient_accumulation_steps": number}
     return replace(unit, meets_in=str(Path(args.output).absolute())), own
+
+
+def check_precision(config: Mapping[str, Any], unit: Unit) -> None:
+    """Replicas that are jobs average the gradients of plain optimizers alone.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    bf16 = config.get("bf16", {}).get("enabled", False)
+    zero = config.get("zero_optimization", {}).get("stage", 0)
+    if unit.num_replicas > 1 and (bf16 or zero):
+        key = "bf16" if bf16 else "zero_optimization"
+        raise ConfigError(
+            f"{KEY} with --replicas {unit.num_replicas} averages gradients in fp32 without ZeRO, "
+            f"but {key} is on; turn it off, or use one replica"
+        )
+
+
+def name_of_folder(args: Namespace) -> str:
+    """Of a unit's run, in that of the whole."""
+    return folder_of(args.unit, args.replica, args.replicas)
 
 
 def with_facts(unit: Unit, facts: Mapping[str, Any], args: Namespace) -> Unit:
@@ -89,6 +111,7 @@ def with_facts(unit: Unit, facts: Mapping[str, Any], args: Namespace) -> Unit:
         "config": facts["config"],
         "model": facts["model"],
         "data": facts["data"]["fingerprint"],
+        "replicas": args.replicas,
         "lengths": [args.max_steps, args.eval_every, args.eval_sequences, args.eval_ema],
     }
     text = json.dumps(said, sort_keys=True, default=str)
@@ -124,7 +147,7 @@ def catch_up(loop: Loop, first: int, batches: Iterator[Any] | None) -> None:
         batches: from that step on, where data is read.
     """
     engine, own = loop.engine, loop.step
-    if first > own:
+    if first > own and engine.module.unit.num_replicas == 1:
         loop.folder_of_run.say(
             f"{engine.module.unit} lost {first - own} steps: {own + 1:,} to {first:,}"
         )
@@ -138,6 +161,22 @@ def catch_up(loop: Loop, first: int, batches: Iterator[Any] | None) -> None:
             f"{engine.module.unit} served steps {first + 1:,} to {own:,} again, which it has in "
             "its weights"
         )
+
+
+def join_replicas(loop: Loop) -> None:
+    """Become one of the replicas of this unit, with their weights where they have done more."""
+    engine = loop.engine
+    group, unit = engine.units and engine.units.group, engine.module.unit
+    if group is None or unit is None:
+        return
+    step, state = group.join(loop.step)
+    if state is not None:
+        folder, tag = state
+        if folder.startswith("replica "):
+            name = folder_of(unit.number, int(folder.split()[1]), unit.num_replicas)
+            folder = str(Path(unit.meets_in, name, "checkpoints"))
+        engine.load_checkpoint(folder, tag)
+        loop.folder_of_run.say(f"{unit} takes the weights of the other replicas after step {step}")
 
 
 def serve_validation(loop: Loop, step: int) -> None:
