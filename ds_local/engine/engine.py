@@ -255,10 +255,7 @@ class LocalPipelineEngine(StageUpdates):
             schedule = self._schedule_of_step()
             self._see_whether_to_stop(schedule.whole)
             self.copies.take(self.global_steps)
-            try:
-                self._run(schedule, self._batches())
-            except StepVoid:
-                self._leave_out(schedule)
+            self._run_or_leave_out(schedule)
             self.executor.finish()
             self.replicas.after_step()
             self.copies.send(self.global_steps)
@@ -269,19 +266,30 @@ class LocalPipelineEngine(StageUpdates):
             self.events.check()
             if self.units is not None:
                 self.units.done(self.global_steps)
-                if self.units.group is not None:
-                    self.units.group.admit(self.global_steps, self._hand_over)
+                self._admit()
         return self.own_loss
 
-    def _leave_out(self, schedule: StageSchedule) -> None:
-        """This replica has nothing of the step; it takes the mean of the others."""
-        assert self.units is not None, "links of units alone leave something out"
-        self.executor.leave_out()
-        self.units.send_void(self.global_steps, trains=True)
-        for parameter in self.module.parameters():
-            parameter.grad = None
+    def _admit(self) -> None:
+        """A replica that has come back goes on from here with the others."""
+        if self.units is not None and self.units.group is not None:
+            self.units.group.admit(self.global_steps, self._hand_over)
+
+    def _run_or_leave_out(self, schedule: StageSchedule) -> None:
+        """A step. Where its messages do not come but other replicas have theirs, this one takes
+        their mean; where none has, all try again."""
+        while True:
+            try:
+                return self._run(schedule, self._batches())
+            except StepVoid as void:
+                self.executor.leave_out()
+                for parameter in self.module.parameters():
+                    parameter.grad = None
+                if self.asks_others(void.final):
+                    break
+                self._admit()
         for instruction in list(schedule)[-1]:
             self.run_instruction(instruction)
+        return None
 
     def _hand_over(self) -> list[str]:
         """The state of this replica, for one that comes back."""
@@ -316,7 +324,7 @@ class LocalPipelineEngine(StageUpdates):
             except StepVoid:
                 self.executor.leave_out()
                 if self.units is not None:
-                    self.units.send_void(step, trains=True)
+                    self.units.leave_out(step, trains=True)
             self.executor.finish()
             if self.units is not None:
                 self.units.done(step + 1)
@@ -663,7 +671,7 @@ class LocalPipelineEngine(StageUpdates):
                     sums = torch.zeros(2, self.num_segments, dtype=torch.float64)
                     logits = None
                     if self.units is not None:
-                        self.units.send_void(self.global_steps, trains=False)
+                        self.units.leave_out(self.global_steps, trains=False)
                 self.executor.last_step |= asked_before
                 dist.all_reduce(sums)
                 self.reports.flush()

@@ -157,9 +157,11 @@ class UnitLinks:
         if self.receiver is not None:
             self.receiver.end(finished)
 
-    def send_void(self, step: int, trains: bool) -> None:
-        """Tell the unit above that the rest of a step, or of the validation before it, will not
-        come."""
+    def leave_out(self, step: int, trains: bool) -> None:
+        """A step, or the validation before it, is done without the messages from below; tell the
+        unit above that nothing of it will come."""
+        if self.receiver is not None:
+            self.receiver.leave_out(step, int(trains))
         if self.sender is not None:
             self.sender.send_void(step, int(trains))
 

@@ -37,11 +37,6 @@ from ds_local.links.staging import Staging
 from ds_local.links.waiting import OUTSIDE, waiting
 from ds_local.outputs import write_whole
 
-class StepVoid(Exception):
-    """A validation or a step whose messages will not come: a unit below is away, and the other
-    replicas go on without this one."""
-
-
 END = 2**62  # "nothing before this step is needed": nothing at all
 _TICK_SECONDS = 0.1  # between two tries to connect
 _LOOK_SECONDS = 1.0  # between two looks at the receiver's address
@@ -58,6 +53,15 @@ class Place(NamedTuple):
     step: int
     trains: int  # 0: of the validation before the step
     number: int
+
+
+class StepVoid(Exception):
+    """A validation or a step that lacks messages: they will never come, or the unit below is away
+    and other replicas may have theirs."""
+
+    def __init__(self, place: Place, final: bool) -> None:
+        super().__init__(f"no message for {place}")
+        self.place, self.final = place, final
 
 
 def place_of(tag: Tag) -> Place:
@@ -159,6 +163,15 @@ class _End:
         finally:
             self.waited += time.perf_counter() - started
 
+    def _check_absence(self) -> None:
+        """Raises TransportError when the peer has been away for too long."""
+        away, limit = self._away_since, self.line.reconnect_seconds
+        if away is not None and time.perf_counter() - away > limit:
+            raise TransportError(
+                f"{self.line.peer} has been away for {limit:.0f} s; start it again, or raise "
+                "local_parallel.link.reconnect_seconds"
+            )
+
     def _given_up(self) -> bool:
         """Is it better to go on without the peer?"""
         away = self._away_since
@@ -235,6 +248,7 @@ class LastingSender(_End):
         self.needed = 0  # the first step of which the receiver may still need something
         self.wanted: int | None = None  # the step that it wants to begin with, once it has said so
         self.message_bytes = 0  # of the newest message
+        self.others_go_on = False  # other replicas have messages of the same steps for their peers
         self._first: int | None = None  # the first step that this end has
         self._held: deque[_Held] = deque()
         self._next = 0  # of those, the first that has not gone over this connection
@@ -302,7 +316,7 @@ class LastingSender(_End):
 
     def _misses(self, place: Place) -> bool:
         """Nobody waits for a peer that is away: it begins with a later step."""
-        if not self._given_up() or self._first is None:
+        if not self.others_go_on or not self._given_up() or self._first is None:
             return False
         while self._held and self._held[0].place.step < place.step:
             self._untaken.discard(self._held.popleft().place)
@@ -527,10 +541,10 @@ class LastingReceiver(_End):
                 or len(self._come) >= self.line.depth,  # it waits for us to take something else
                 f"to send {tag}",
             )
-            if place not in self._come and not self._is_void(place) and self._given_up():
-                self._give_up(Place(place.step, place.trains, _LAST))
-            if place not in self._come and self._is_void(place):
-                raise StepVoid(str(tag))
+            final = self._is_void(place)
+            if place not in self._come and (final or self._given_up()):
+                self._check_absence()
+                raise StepVoid(place, final)
             if place not in self._come:
                 others = ", ".join(str(found) for found, *_ in self._come.values())
                 raise TransportError(
@@ -546,6 +560,18 @@ class LastingReceiver(_End):
         message = {**on_host, **self._staging.to_device(moved)}
         # `data`: each with a version of its own, or changing one in place would count for all
         return found, {s.name: message[s.name].data for s in form.specs}
+
+    def leave_out(self, step: int, trains: int) -> None:
+        """A step, or the validation before it, is done without its messages."""
+        with self._changed:
+            self._give_up(Place(step, trains, _LAST))
+
+    def take_anew(self, step: int) -> None:
+        """What has come of a step is to come once more."""
+        with self._changed:
+            self._come = {place: one for place, one in self._come.items() if place.step < step}
+            if self._connection is None:
+                self._after = start_of(step)
 
     def _is_void(self, place: Place) -> bool:
         return self._void is not None and place <= self._void
@@ -674,6 +700,8 @@ class LastingReceiver(_End):
                 self._come[place] = tag, form, data
                 self._after = place
                 self._changed.notify_all()
+            elif place not in self._come:  # left out, or taken from a former connection
+                self._tell(taken=place)
 
     def close(self) -> None:
         super().close()

@@ -78,6 +78,9 @@ class Mean:
     present: int
 
 
+_AGAIN = Mean(-1, torch.zeros(0), 0)
+
+
 class ElasticGroup:
     """This replica's part.
 
@@ -98,7 +101,7 @@ class ElasticGroup:
         self._connections: dict[int, socket.socket] = {}  # to members; a follower has one
         self._joiners: dict[int, tuple[socket.socket, int]] = {}
         self._frames: queue.Queue[tuple[int, socket.socket, Any, Tensor | None]] = queue.Queue()
-        self._early: dict[int, tuple[int, Tensor | None]] = {}  # contributions, by replica
+        self._early: dict[int, tuple[int, bool, Tensor | None]] = {}  # contributions, by replica
         self._secret = secrets.token_hex(16)
         self._lock = threading.RLock()
         place.folder.mkdir(parents=True, exist_ok=True)
@@ -252,12 +255,18 @@ class ElasticGroup:
 
     # --- a step -----------------------------------------------------------------------------------
 
-    def average(self, step: int, numbers: Tensor | None, size: int) -> Mean:
+    def average(
+        self, step: int, numbers: Tensor | None, size: int, final: bool = True
+    ) -> Mean | None:
         """The mean over the members that have something. All of them call it.
 
         Args:
             step: from 0.
             numbers: [size] float32, None where this replica has nothing in this step.
+            final: nor will it ever have.
+
+        Returns:
+            None: nobody has anything yet, but somebody may; try again.
 
         Raises:
             TransportError: when a member that lives does not come, or the others went on without
@@ -266,30 +275,35 @@ class ElasticGroup:
         started = time.perf_counter()
         with waiting(OUTSIDE, f"the other replicas of {self.place.name} to average step {step + 1}"):
             try:
-                mean = None
-                while mean is None:
+                found = None
+                while found is None:
                     if self.members[0] == self.replica:
-                        mean = self._lead(step, numbers, size, started)
+                        found = self._lead(step, numbers, size, final, started)
                     else:
-                        mean = self._follow(step, numbers, started)
+                        found = self._follow(step, numbers, final, started)
             finally:
                 self.waited += time.perf_counter() - started
-        self._last = mean
+        if found.step < 0:
+            return None
+        mean = self._last = found
         self.num_bytes += 4 * size
         return mean
 
-    def _lead(self, step: int, numbers: Tensor | None, size: int, started: float) -> Mean:
+    def _lead(
+        self, step: int, numbers: Tensor | None, size: int, final: bool, started: float
+    ) -> Mean:
         self._role = _LEADS
         found: dict[int, Tensor | None] = {self.replica: numbers}
+        finals = {self.replica: final}
         probed: dict[int, float] = {}
         while missing := [r for r in self.members if r not in found]:
             for replica in missing:
                 early = self._early.get(replica)
                 if early is None or replica not in self._connections:
                     continue
-                at, data = early
+                at, ends, data = early
                 if at == step:
-                    found[replica] = data
+                    found[replica], finals[replica] = data, ends
                     del self._early[replica]
                 elif at > step:  # it has the mean of this step from a leader that died
                     self._send(replica, {"need": step})
@@ -311,6 +325,11 @@ class ElasticGroup:
                     f"{step + 1}, but nothing came within {self._limit:.0f} s"
                 )
         given = [found[r] for r in sorted(found) if found[r] is not None]
+        if not given and not all(finals[r] for r in found):
+            for replica in self.members:
+                if replica != self.replica:
+                    self._send(replica, {"again": step})
+            return _AGAIN
         total = torch.zeros(size) if not given else given[0].clone()  # type: ignore[union-attr]
         for more in given[1:]:
             total += more
@@ -336,7 +355,7 @@ class ElasticGroup:
         if "mean" in said and said["mean"] == step and data is not None:
             return Mean(step, data, int(said["present"]))
         if "step" in said:
-            self._early[replica] = int(said["step"]), data
+            self._early[replica] = int(said["step"]), bool(said["final"]), data
             with self._lock:
                 if replica not in self.members:
                     self._new_epoch([*self.members, replica])
@@ -355,7 +374,9 @@ class ElasticGroup:
             with self._lock:
                 self._new_epoch([r for r in self.members if r != replica])
 
-    def _follow(self, step: int, numbers: Tensor | None, started: float) -> Mean | None:
+    def _follow(
+        self, step: int, numbers: Tensor | None, final: bool, started: float
+    ) -> Mean | None:
         self._role = _FOLLOWS
         leader = self.members[0]
         connection = self._connections.get(leader) or self._reach_leader(leader, step)
@@ -366,7 +387,7 @@ class ElasticGroup:
                 )
             return None
         try:
-            send_frame(connection, {"step": step, "present": int(numbers is not None)}, numbers)
+            send_frame(connection, {"step": step, "final": final}, numbers)
         except OSError:
             self._drop(leader, connection)
             return None
@@ -385,6 +406,8 @@ class ElasticGroup:
             if said is None:
                 self._drop(leader, connection)
                 return None
+            if "again" in said and said["again"] == step:
+                return _AGAIN
             if "need" in said and self._last is not None and self._last.step == said["need"]:
                 self._send_mean(leader, self._last)
             if "mean" in said and said["mean"] == step and data is not None:

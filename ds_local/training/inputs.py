@@ -124,7 +124,9 @@ def layout_of(
     return {
         "layout": {
             "stages": engine.module.pipeline_stages,
-            "replicas": engine.dp_world_size,
+            "replicas": engine.module.unit.num_replicas
+            if engine.module.unit
+            else engine.dp_world_size,
             "segments": engine.num_segments,
             "segment_parts": engine.module.segment_parts,
             **parameters_of(engine),
