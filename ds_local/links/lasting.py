@@ -393,7 +393,9 @@ class LastingSender(_End):
                 self._changed.notify_all()
             raise ConnectionError(self._refused)
         after = None if said["after"] is None else Place(*said["after"])
+        waits = {Place(*place) for place in said["waiting"]}
         with self._changed:
+            self._untaken |= waits
             self.needed = max(self.needed, int(said["needed"]))
             self._drop()
             self.wanted, self._after = int(said["wants"]), after
@@ -407,7 +409,6 @@ class LastingSender(_End):
             from_here = start_of(begins) if after is None else after
             while self._held and after is None and self._held[0].place < from_here:
                 self._held.popleft()
-            waits = {Place(*place) for place in said["waiting"]}
             self._next = sum(held.place <= from_here for held in self._held)
             news = {h.place for h in self._held if h.place > from_here and h.buffer is not None}
             self._untaken = waits | news
