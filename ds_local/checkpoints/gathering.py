@@ -7,7 +7,6 @@ or copied where that cannot be, and compared with the sums that the units took.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -20,8 +19,7 @@ from typing import Any, NamedTuple
 
 from ds_local.checkpoints.facts import FACTS, read_facts, write_facts
 from ds_local.checkpoints.folder import Writing, complete_tags, latest_tag, locate
-from ds_local.checkpoints.metrics_file import MetricsFile
-from ds_local.config import strict_json
+from ds_local.checkpoints.gathered_books import GATHERED, facts_of_run, write_books
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
 from ds_local.config.strict import SECTION
@@ -30,7 +28,6 @@ from ds_local.outputs import leftovers, reason, remove, scratch_name, write_whol
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.units import unit_folders, units_of
 
-GATHERED = "gathered"  # key of a run.json that no job has written
 _OF_THE_LOOP = re.compile(r"global_step(\d+)")
 _SCRATCH = "whole"
 _OF_A_UNIT = ("unit", "files", "seal", SECTION)  # keys of ds_local.json
@@ -100,7 +97,7 @@ def find_common(run: Path) -> Found:
         CheckpointError: naming a unit that has none of a step that others have.
     """
     folders = unit_folders(run)
-    known = [_facts_of_run(folder) for several in folders.values() for folder in several]
+    known = [facts_of_run(folder) for several in folders.values() for folder in several]
     facts = next(filter(None, known), None)
     if facts is None:
         raise CheckpointError(f"no unit in {run} has a run.json yet; let them take a first step")
@@ -156,15 +153,6 @@ def _nothing_common(run: Path, steps: Mapping[int, Mapping[int, Path]], facts: A
     )
 
 
-def _facts_of_run(folder: Path) -> dict[str, Any]:
-    """run.json of a folder, {} where there is none that can be read."""
-    with suppress(OSError, ValueError):
-        facts = json.loads((folder / "run.json").read_text())
-        if isinstance(facts, dict):
-            return facts
-    return {}
-
-
 def _count_of_units(facts: Mapping[str, Any]) -> int:
     section = local_parallel(facts["config"])
     _, micro_batches = batch_sizes(facts["config"], 1)
@@ -173,7 +161,7 @@ def _count_of_units(facts: Mapping[str, Any]) -> int:
 
 def _gathered_step(run: Path) -> int | None:
     """The step of the newest gathered checkpoint of a run folder in which no job has a run."""
-    if GATHERED not in _facts_of_run(run):
+    if GATHERED not in facts_of_run(run):
         return None
     checkpoints = run / "checkpoints"
     with suppress(CheckpointError):
@@ -183,7 +171,7 @@ def _gathered_step(run: Path) -> int | None:
 
 def _check_free(output: Path) -> None:
     there = (output / "run.json").exists() or complete_tags(output / "checkpoints")
-    if there and GATHERED not in _facts_of_run(output):
+    if there and GATHERED not in facts_of_run(output):
         raise RunError(
             f"{output} holds the run of one job, so it is left alone; choose another --output"
         )
@@ -221,7 +209,7 @@ def _written(found: Found, output: Path) -> Path:
     try:
         writing.target.mkdir(parents=True, exist_ok=True)
         _take_files(found, writing.target, _copy)
-        _write_books(found, output)
+        write_books(found.step, found.runs, output)
         writing.commit(facts, True, facts["files"])
     except FileNotFoundError:
         writing.abandon()
@@ -242,7 +230,7 @@ def _light(found: Found, scratch: Path) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     _take_files(found, target, lambda source, place: place.symlink_to(source.absolute()))
-    _write_books(found, scratch)
+    write_books(found.step, found.runs, scratch)
     write_whole(target / FACTS, write_facts(facts))
     write_whole(scratch / "checkpoints" / "latest", tag)
     return target
@@ -310,55 +298,3 @@ def _facts_of_whole(found: Found) -> dict[str, Any]:
 
 def _scheme(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in facts[SECTION].items() if key != "link"}
-
-
-# --- the books ------------------------------------------------------------------------------------
-
-
-def _write_books(found: Found, output: Path) -> None:
-    """run.json, metrics.jsonl and the tokenizer, as one job keeps them."""
-    output.mkdir(parents=True, exist_ok=True)
-    facts = _run_of_whole(found)
-    write_whole(output / "run.json", strict_json.dumps(facts, indent=1, default=str) + "\n")
-    rows = [row for run in found.runs for row in MetricsFile(run / "metrics.jsonl").read()]
-    rows = [row for row in rows if row["step"] <= found.step]
-    rows.sort(key=lambda row: (row["step"], row["split"] != "train", row["segment"]))
-    text = "".join(strict_json.dumps(row) + "\n" for row in rows)
-    write_whole(output / "metrics.jsonl", text)
-    source, copy = found.runs[0] / "checkpoints" / "tokenizer", output / "checkpoints" / "tokenizer"
-    if source.is_dir() and not copy.is_dir():
-        scratch = copy.with_name(scratch_name(copy.name))
-        shutil.copytree(source, scratch)
-        scratch.rename(copy)
-
-
-def _run_of_whole(found: Found) -> dict[str, Any]:
-    """run.json: that of the first unit, with what each unit says of its stages."""
-    units = [_facts_of_run(run) for run in found.runs]
-    if not all(units):
-        damaged = found.runs[units.index({})] / "run.json"
-        raise CheckpointError(f"{damaged} is missing or damaged; start that unit again")
-    first = units[0]
-    layout = dict(first["layout"])
-    for key in ("parameters", "head_parameters"):
-        layout[key] = [count for unit in units for count in unit["layout"].get(key, [])]
-    layout["hosts"] = {
-        stage: hosts for unit in units for stage, hosts in unit["layout"].get("hosts", {}).items()
-    }
-    config = json.loads(json.dumps(first["config"]))
-    link = config[SECTION].pop("link", {})
-    link.pop("reconnect_seconds", None)
-    config[SECTION] |= {"link": link} if link else {}
-    starts = [
-        {**start, "unit": number}
-        for number, unit in enumerate(units)
-        for start in unit.get("starts", [])
-    ]
-    return {
-        **first,
-        "arguments": {**first["arguments"], "unit": None},
-        "config": config,
-        "layout": layout,
-        "starts": sorted(starts, key=lambda start: str(start.get("time"))),
-        GATHERED: {"step": found.step, "checkpoints": [str(place) for place in found.places]},
-    }

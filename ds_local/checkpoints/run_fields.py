@@ -115,8 +115,8 @@ RUN = {
     "starts": "every start: `step`, `time`, `host`, `pid`, `checkpoint`, `weights`, `changed` "
     "(kinds that `--allow-change` let pass), and arguments, config, data, versions, machine of "
     "then; `unit`, where units were gathered",
-    "gathered": "`step` and `checkpoints` that `ds-local gather` made this of; a job that goes on "
-    "from it does not have it",
+    "gathered": "`step` and `runs` of units that `ds-local gather` made this of; gone once a job "
+    "goes on from it",
 }
 
 

@@ -14,13 +14,15 @@ _LENGTHS = struct.Struct("<IQ")  # of the text, of the bytes
 _MOST_TEXT = 1 << 20
 
 
-def send_frame(connection: socket.socket, said: Mapping[str, Any], data: Tensor | None = None) -> None:
+def send_frame(
+    connection: socket.socket, said: Mapping[str, Any], data: Tensor | None = None
+) -> None:
     """Raises OSError when the other end is gone."""
     text = json.dumps(said).encode()
     size = 0 if data is None else data.nbytes
     connection.sendall(_LENGTHS.pack(len(text), size) + text)
-    if data is not None:
-        connection.sendall(memoryview(data.numpy()).cast("B"))
+    if data is not None and size:
+        connection.sendall(_bytes_of(data))
 
 
 def read_frame(
@@ -50,8 +52,13 @@ def read_frame(
     data = None
     if size and room is not None:
         data = room(size)
-        _fill(connection, memoryview(data.numpy()))
+        _fill(connection, _bytes_of(data))
     return said, data
+
+
+def _bytes_of(data: Tensor) -> memoryview:
+    array: Any = data.numpy()
+    return memoryview(array).cast("B")
 
 
 def _fill(connection: socket.socket, view: memoryview) -> None:

@@ -77,7 +77,8 @@ def units_of(plan: RunPlan) -> list[range]:
     """
     stages, crossed = stages_of_segments(plan.section, plan.num_stages), set()
     for link in plan.gradient_links:
-        crossed.add(stages[link.lower])
+        if stages[link.lower] != stages[link.lower + 1]:
+            crossed.add(stages[link.lower])
     starts = [stage for stage in range(plan.num_stages) if stage == 0 or stage - 1 not in crossed]
     units = [
         range(start, end) for start, end in zip(starts, [*starts[1:], plan.num_stages], strict=True)

@@ -9,18 +9,33 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.strict import SECTION
-from ds_local.data.dataset import validation_batches
+from ds_local.data.dataset import BatchShape, TokenData, validation_batches
+from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.errors import ConfigError, RunError
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.units import KEY, Unit, folder_of, unit_of
+from ds_local.training.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from ds_local.training.steps import Loop
+
+class Loop(Protocol):
+    """What is needed of the loop over steps."""
+
+    args: Namespace
+    engine: LocalPipelineEngine
+    data: TokenData
+    shape: BatchShape
+    folder_of_run: RunFolder
+
+    @property
+    def step(self) -> int: ...
+
+    def is_due(self, step: int) -> bool: ...
+
 
 _WHOLE = {  # options that look at the whole model
     "stop_after_worse": "--stop-after-worse",
@@ -147,7 +162,8 @@ def catch_up(loop: Loop, first: int, batches: Iterator[Any] | None) -> None:
         batches: from that step on, where data is read.
     """
     engine, own = loop.engine, loop.step
-    if first > own and engine.module.unit.num_replicas == 1:
+    unit = engine.module.unit
+    if first > own and unit is not None and unit.num_replicas == 1:
         loop.folder_of_run.say(
             f"{engine.module.unit} lost {first - own} steps: {own + 1:,} to {first:,}"
         )
@@ -166,7 +182,8 @@ def catch_up(loop: Loop, first: int, batches: Iterator[Any] | None) -> None:
 def join_replicas(loop: Loop) -> None:
     """Become one of the replicas of this unit, with their weights where they have done more."""
     engine = loop.engine
-    group, unit = engine.units and engine.units.group, engine.module.unit
+    group = None if engine.units is None else engine.units.group
+    unit = engine.module.unit
     if group is None or unit is None:
         return
     step, state = group.join(loop.step)
