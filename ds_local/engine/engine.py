@@ -42,6 +42,7 @@ from ds_local.engine.stash import Stash
 from ds_local.engine.stopping import Stopping
 from ds_local.engine.unit_links import UnitLinks
 from ds_local.engine.unit_steps import UnitSteps
+from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError, ConfigError
 from ds_local.links import notices
 from ds_local.links.device import peak_memory
@@ -625,5 +626,5 @@ class LocalPipelineEngine(UnitSteps):
             instruction: _by_executor(method)
             for instruction, method in instructions.METHODS.items()
         },
-        ReduceGrads: UnitSteps.reduce_gradients,
+        ReduceGrads: StageUpdates.reduce_gradients,
     }

@@ -122,13 +122,8 @@ def _train(
     if tag is not None:
         test = tokenizer_test(check_same_tokenizer, data.tokenizer_folder)
         run.check_same(tag, facts, args.allow_change, test)
-    if world_size > 1 and "MASTER_ADDR" in os.environ:
-        here = (world_size, 1) if unit else (stages, replicas)
-        neighbours = section.layout.neighbours(int(os.environ["RANK"]), *here)
-        meetings = {key: value for key, value in vars(args).items() if key in _MEETINGS}
-        own = cluster.own_facts([config, families.config_dict(hf_config), meetings], args.data)
-        limit = section.layout.start_timeout_seconds
-        cluster.check_start(own, neighbours, limit, builds=builds_of(config))
+    here = (world_size, 1) if unit else (stages, replicas)
+    _check_start(args, section, [config, families.config_dict(hf_config)], here)
 
     weights = None if args.from_scratch or args.resume else find_weights(args.model)
     model = causal_lm(hf_config, stages, config, data.seq_len, weights=weights, unit=unit)
@@ -165,6 +160,23 @@ def _train(
     finally:
         loop.close()
     return loop.validation
+
+
+def _check_start(
+    args: Namespace, section: LocalParallelConfig, settings: list[Any], here: tuple[int, int]
+) -> None:
+    """All ranks are there and agree on what they were given.
+
+    Args:
+        here: stages and replicas of this job.
+    """
+    if here == (1, 1) or "MASTER_ADDR" not in os.environ:
+        return
+    neighbours = section.layout.neighbours(int(os.environ["RANK"]), *here)
+    meetings = {key: value for key, value in vars(args).items() if key in _MEETINGS}
+    own = cluster.own_facts([*settings, meetings], args.data)
+    limit = section.layout.start_timeout_seconds
+    cluster.check_start(own, neighbours, limit, builds=builds_of(settings[0]))
 
 
 def _say_first(sentence: str) -> None:
