@@ -176,8 +176,6 @@ class StageUpdates(PipelineEngineSeam):
         assert units is not None and units.group is not None, "others leave nothing out"
         self._others_mean = units.group.average(step, None, self._size_of_mean, final)
         if self._others_mean is None:
-            if units.receiver is not None:
-                units.receiver.take_anew(step)
             time.sleep(_AGAIN_SECONDS)
             return False
         units.leave_out(step, trains=True)

@@ -392,27 +392,24 @@ class LastingSender(_End):
                 self._refused = str(said["refused"])
                 self._changed.notify_all()
             raise ConnectionError(self._refused)
-        after = None if said["after"] is None else Place(*said["after"])
-        waits = {Place(*place) for place in said["waiting"]}
         with self._changed:
-            self._untaken |= waits
-            self.needed = max(self.needed, int(said["needed"]))
-            self._drop()
-            self.wanted, self._after = int(said["wants"]), after
+            self.wanted = int(said["wants"])
             self._changed.notify_all()
             while self._first is None and not self._closed:
                 self._changed.wait(_LOOK_SECONDS)
                 if self._card() != text:
                     raise ConnectionError("it has another address")
             first = max(self._first or 0, self.needed if self.needed < END else 0)
-            begins = max(self.wanted, first)
-            from_here = start_of(begins) if after is None else after
-            while self._held and after is None and self._held[0].place < from_here:
-                self._held.popleft()
-            self._next = sum(held.place <= from_here for held in self._held)
-            news = {h.place for h in self._held if h.place > from_here and h.buffer is not None}
+        send_frame(connection, {"first": first})
+        said, _ = read_frame(connection)
+        with self._changed:
+            self.needed = max(self.needed, int(said["needed"]))
+            self._drop()
+            self._after = after = Place(*said["after"])
+            waits = {Place(*place) for place in said["waiting"]}
+            self._next = sum(held.place <= after for held in self._held)
+            news = {h.place for h in self._held if h.place > after and h.buffer is not None}
             self._untaken = waits | news
-        send_frame(connection, {"begins": begins})
         connection.settimeout(None)
         self._came(connection)
 
@@ -545,6 +542,8 @@ class LastingReceiver(_End):
             final = self._is_void(place)
             if place not in self._come and (final or self._given_up()):
                 self._check_absence()
+                if not final:  # whoever comes back is to send all of it
+                    self._after = Place(place.step, place.trains, -1)
                 raise StepVoid(place, final)
             if place not in self._come:
                 others = ", ".join(str(found) for found, *_ in self._come.values())
@@ -565,14 +564,11 @@ class LastingReceiver(_End):
     def leave_out(self, step: int, trains: int) -> None:
         """A step, or the validation before it, is done without its messages."""
         with self._changed:
-            self._give_up(Place(step, trains, _LAST))
-
-    def take_anew(self, step: int) -> None:
-        """What has come of a step is to come once more."""
-        with self._changed:
-            self._come = {place: one for place, one in self._come.items() if place.step < step}
-            if self._connection is None:
-                self._after = start_of(step)
+            end = Place(step, trains, _LAST)
+            self._give_up(end)
+            for place in [one for one in self._come if one <= end]:  # it has just come back
+                del self._come[place]
+                self._tell(taken=place)
 
     def _is_void(self, place: Place) -> bool:
         return self._void is not None and place <= self._void
@@ -647,35 +643,32 @@ class LastingReceiver(_End):
             former = self._connection
         if former is not None:
             self._lost(former, "it came anew")
-        with self._changed:  # what the former connection still brings comes again, and is left out
-            said = {
-                "after": self._after,
-                "wants": self._wanted_step,
-                "waiting": list(self._come),
-                "needed": self._needed,
-            }
+        send_frame(connection, {"wants": self._wanted_step})
+        connection.settimeout(None)  # it may have to agree with its own neighbours first
+        first = int(read_frame(connection)[0]["first"])
+        with self._changed:  # from here to its end both ends know the same
+            self._meet(first)
+            self._came(connection)
+            said = {"after": self._after, "waiting": list(self._come), "needed": self._needed}
             send_frame(connection, said)
-        begins = int(read_frame(connection)[0]["begins"])
-        connection.settimeout(None)
-        with self._changed:
-            if self._after is None:
-                self._begins = begins
-                self._after = start_of(begins)
-                if self.line.lossy:
-                    self._give_up(self._after)
-            elif begins > self._wanted_step and self.line.lossy:
-                self._give_up(start_of(begins))
-            elif begins > self._wanted_step:
-                self._refused = (
-                    f"{self.line.peer} came back at step {begins}, but step {self._after.step} is "
-                    "not whole here; this part begins again"
-                )
-            self._changed.notify_all()
-        self._came(connection)
-        with self._changed:
             if self._stop_asked:
                 self._tell(stop=True)
         return True
+
+    def _meet(self, first: int) -> None:
+        """The sender has all messages from this step on."""
+        begins = max(self._wanted_step, first)
+        if self._after is None:
+            self._begins, self._after = begins, start_of(begins)
+            if self.line.lossy:
+                self._give_up(self._after)
+        elif begins > self._wanted_step and self.line.lossy:
+            self._give_up(start_of(begins))
+        elif begins > self._wanted_step:
+            self._refused = (
+                f"{self.line.peer} came back at step {begins}, but step {self._after.step} is "
+                "not whole here; this part begins again"
+            )
 
     @property
     def _wanted_step(self) -> int:

@@ -10,6 +10,7 @@ import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import distributed as dist
 
@@ -21,6 +22,7 @@ from ds_local.cluster.surroundings import builds_of, complete_environment
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.degrees import num_stages_and_replicas
 from ds_local.config.files import local_parallel
+from ds_local.config.schema import LocalParallelConfig
 from ds_local.data.dataset import BatchShape
 from ds_local.data.tokenizers import check_same_tokenizer
 from ds_local.engine.causal_lm import causal_lm
