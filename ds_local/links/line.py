@@ -124,6 +124,8 @@ class LineEnd:
                     now, away = time.perf_counter(), self._away_since
                     if self._refused:
                         raise TransportError(self._refused)
+                    if self._closed:
+                        raise TransportError(f"the {self.name} is closed")
                     if away is not None and now - max(away, started) > line.reconnect_seconds:
                         raise TransportError(
                             f"waited for {line.peer} {purpose}, but it has been away for "

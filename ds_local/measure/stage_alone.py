@@ -12,7 +12,7 @@ import random
 import sys
 import time
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any, NamedTuple
 
 from ds_local.measure.fleet import Fleet, Job, train_words
@@ -286,24 +286,3 @@ def _killed_ranks(
                     due += gap
                     time.sleep(1.0)
         return {"train_seconds": fleet.seconds - first, "kills": number}
-
-
-def summary(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """The table: a header and a line for each layout."""
-    table = [
-        ["stages x replicas", "kills", "others ended", "outage s", "lost steps", "lost", "all"]
-    ]
-    for row in rows:
-        base = row.get("restart_all")
-        table.append(
-            [
-                row["layout"],
-                str(len(row["kills"])),
-                str(row.get("other_ends")),
-                f"{mean(k['outage_seconds'] for k in row['kills']):.1f}",
-                str(row["lost_steps"]),
-                f"{row['lost_stage_seconds']:.1f}",
-                "-" if base is None else f"{base['lost_stage_seconds']:.1f}",
-            ]
-        )
-    return table

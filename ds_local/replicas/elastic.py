@@ -25,7 +25,8 @@ from ds_local.errors import TransportError
 from ds_local.links.frames import read_frame, send_frame
 from ds_local.links.logs import say
 from ds_local.links.waiting import OUTSIDE, waiting
-from ds_local.replicas.members import FOLLOWS, LEADS, NEW, TICK_SECONDS, Members
+from ds_local.replicas.joining import Joining
+from ds_local.replicas.members import FOLLOWS, LEADS, NEW, TICK_SECONDS
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Mean:
 _AGAIN = Mean(-1, torch.zeros(0), 0)
 
 
-class ElasticGroup(Members):
+class ElasticGroup(Joining):
     """The mean over the replicas that are there."""
 
     waited, num_bytes = 0.0, 0
