@@ -134,6 +134,30 @@ def test_slurm(tmp_path):
     assert "start this with sbatch" in started(tmp_path, "slurm.sbatch")
 
 
+def test_units(tmp_path):
+    from torch.distributed.run import parse_args
+
+    words = started(tmp_path, "unit.sh", UNIT="2", DEVICES="2")
+    parsed = parse_args(words[1:])
+    assert (words[0], parsed.standalone, parsed.nproc_per_node) == ("torchrun", True, "2")
+    assert parsed.max_restarts == 1000
+    arguments = job_of(parsed.training_script_args)
+    assert (arguments.unit, arguments.resume) == (2, True)
+    words = started(tmp_path, "unit.sh", UNIT="3", NODES="2", MASTER_ADDR="10.0.0.1", RESTARTS="0")
+    parsed = parse_args(words[1:])
+    assert (parsed.nnodes, parsed.rdzv_endpoint) == ("2", "10.0.0.1:29503")
+    assert job_of(parsed.training_script_args).unit == 3
+    assert "which unit is this, counted from 0?" in started(tmp_path, "unit.sh")
+
+
+def test_units_of_a_service():
+    lines = (SCRIPTS / "ds-local-unit@.service").read_text().splitlines()
+    keys = dict(line.split("=", 1) for line in lines if "=" in line and line[0] not in "# ")
+    assert keys["ExecStart"].split()[-1] == "scripts/launch/unit.sh"
+    assert "UNIT=%i" in keys["Environment"].split()
+    assert (keys["Restart"], keys["StartLimitIntervalSec"]) == ("on-failure", "3600")
+
+
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*")), ids=lambda path: path.name)
 def test_scripts_are_short(script):
     assert len(script.read_text().splitlines()) <= 20

@@ -47,6 +47,7 @@ class _Facts(BaseModel):
 
     format: Annotated[int, Field(ge=1, le=FORMAT)]
     step: NonNegativeInt
+    unit: NonNegativeInt | None = None  # of the pipeline, if it is of one alone
     num_stages: PositiveInt
     num_replicas: PositiveInt
     segment_parts: list[NonNegativeInt]

@@ -176,12 +176,28 @@ class Writing:
         for path in leftovers(self.folder):
             remove(path)
 
-    def commit(self, facts: Mapping[str, Any], save_latest: bool) -> None:
-        """Seal what all ranks have written and give it its name."""
+    def commit(
+        self,
+        facts: Mapping[str, Any],
+        save_latest: bool,
+        expected: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Seal what all ranks have written and give it its name.
+
+        Args:
+            expected: sums that the files have, where they are known; CheckpointError is raised for
+                a file that has others.
+        """
         try:
             sums = checksums(self.target)
         except CheckpointError as error:
             raise SaveError(str(error)) from error
+        for name, known in (expected or {}).items():
+            if list(sums.get(name, ())) != list(known):
+                raise CheckpointError(
+                    f"{name} of {self.tag} is damaged: it changed since it was written; use "
+                    "another checkpoint"
+                )
         together(lambda: self._commit({**facts, "files": sums}, save_latest))
 
     def _commit(self, facts: Mapping[str, Any], save_latest: bool) -> None:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from ds_local.checkpoints.gathering import whole_run
 from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.checkpoints.model_card import model_card
 from ds_local.checkpoints.source import Checkpoint
@@ -39,7 +40,8 @@ def export(
     """Write a checkpoint as a Hugging Face folder.
 
     Args:
-        source: a run folder (its latest checkpoint) or a checkpoint folder.
+        source: a run folder (its latest checkpoint, or the newest that all its units have) or a
+            checkpoint folder.
         output: the folder to write; it appears complete or not at all, and replaces an earlier
             export that nobody changed.
         segment: write the prefix of blocks up to this segment with its auxiliary head instead of
@@ -54,9 +56,10 @@ def export(
     Raises:
         ExportError, CheckpointError: naming the file or tensor that is wrong.
     """
-    checkpoint = Checkpoint(source, ema)
-    with new_folder(output, KIND, ExportError, exact=True, about=checkpoint.origin) as new:
-        _write(checkpoint, checkpoint.last_segment if segment is None else segment, new, heads)
+    with whole_run(source) as whole:
+        checkpoint = Checkpoint(whole, ema)
+        with new_folder(output, KIND, ExportError, exact=True, about=checkpoint.origin) as new:
+            _write(checkpoint, checkpoint.last_segment if segment is None else segment, new, heads)
     return Path(output)
 
 
@@ -65,10 +68,11 @@ def export_all(
 ) -> dict[int, Path]:
     """Write the model of every exit as `output/segment_I`; the last is the full model. Arguments
     and errors as for `export`."""
-    checkpoint = Checkpoint(source, ema)
-    with new_folder(output, KIND, ExportError, exact=True, about=checkpoint.origin) as new:
-        for segment in checkpoint.exits:
-            _write(checkpoint, segment, new / f"segment_{segment}", heads)
+    with whole_run(source) as whole:
+        checkpoint = Checkpoint(whole, ema)
+        with new_folder(output, KIND, ExportError, exact=True, about=checkpoint.origin) as new:
+            for segment in checkpoint.exits:
+                _write(checkpoint, segment, new / f"segment_{segment}", heads)
     return {segment: Path(output, f"segment_{segment}") for segment in checkpoint.exits}
 
 

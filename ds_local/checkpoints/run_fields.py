@@ -114,7 +114,9 @@ RUN = {
     "versions": "of ds_local, torch, deepspeed, transformers, datasets, python",
     "starts": "every start: `step`, `time`, `host`, `pid`, `checkpoint`, `weights`, `changed` "
     "(kinds that `--allow-change` let pass), and arguments, config, data, versions, machine of "
-    "then",
+    "then; `unit`, where units were gathered",
+    "gathered": "`step` and `runs` of units that `ds-local gather` made this of; gone once a job "
+    "goes on from it",
 }
 
 

@@ -57,6 +57,11 @@ class Checkpoint:
     def __init__(self, source: str | Path, ema: bool = False) -> None:
         self.folder, self._ema = find_checkpoint(source), ema
         self.facts = read_facts(self.folder)
+        if self.facts["unit"] is not None:
+            raise ExportError(
+                f"{self.folder} is of unit {self.facts['unit']} alone; give the run folder of the "
+                f"whole pipeline, {self.run.parent}"
+            )
         try:
             self.parts: list[int] = list(self.facts["segment_parts"])
             fields = dict(self.facts["model"] or {})

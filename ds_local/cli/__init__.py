@@ -17,6 +17,7 @@ VERBS = {
     "simulate": ("simulate", "what a schedule will do, before running it"),
     "plan": ("plan", "which layout of a cluster is fastest"),
     "check": ("check", "are all machines ready for a job?"),
+    "gather": ("gather", "checkpoints of units -> one of the whole pipeline"),
     "export": ("export", "a run -> a Hugging Face folder"),
     "evaluate": ("evaluate", "loss of a model and of each of its exits"),
     "generate": ("generate", "continue a text"),

@@ -84,6 +84,7 @@ def _parser() -> Parser:
     _add_length(parser)
     _add_saving(parser)
     _add_scheme(parser)
+    _add_unit(parser)
     _add_deepspeed(parser)
     return parser
 
@@ -209,6 +210,36 @@ def _add_scheme(parser: Parser) -> None:
         "--backprop-from", type=whole(1), help="plain backpropagation from this step on"
     )
     scheme.add_argument("--seed", type=whole(), help="of weights, dropout and data order")
+
+
+def _add_unit(parser: Parser) -> None:
+    unit = parser.add_argument_group(
+        "stages that may die alone (link.reconnect_seconds): a job for each unit of stages"
+    )
+    unit.add_argument(
+        "--unit",
+        type=whole(),
+        metavar="N",
+        help="this job is the N-th unit, from 0; its run is in OUTPUT/unit-N. Use --resume: one "
+        "command starts it, and again after it died",
+    )
+    unit.add_argument(
+        "--replicas", type=whole(1), default=1, metavar="R", help="copies of the pipeline"
+    )
+    unit.add_argument(
+        "--replica",
+        type=whole(),
+        default=0,
+        metavar="N",
+        help="this job is in the N-th copy, from 0; its run is in OUTPUT/unit-N-replica-N",
+    )
+    unit.add_argument(
+        "--most-starts-per-hour",
+        type=whole(),
+        default=20,
+        metavar="N",
+        help="a unit that was started so often within an hour is refused; 0: any number",
+    )
 
 
 def _add_deepspeed(parser: Parser) -> None:

@@ -35,6 +35,10 @@ class LinkConfig(Strict):
     timeout_seconds: Seconds = 300.0
     """Longest wait for a neighbour. Must exceed the longest pause of any stage (compilation, a slow
     disk)."""
+    reconnect_seconds: Annotated[NonNegativeFloat, Field(le=1e7)] = 0.0
+    """Above 0 every unit, stages between which gradients cross, is a job of its own
+    (`train.py --unit`) that may die and be started again alone: its neighbours wait so long for it.
+    0: all stages are one job."""
     past_host: bool = False
     """Tensors on a device go to the next stage's device over NCCL, instead of through host memory
     over gloo. For stages that NVLink or InfiniBand connects; every rank needs a GPU to itself."""

@@ -32,6 +32,7 @@ from ds_local.model.small_models import prefix
 from ds_local.replicas.cuts import check_cut
 from ds_local.replicas.head_copies import planned_copies
 from ds_local.schedules.run_plan import head_segments
+from ds_local.schedules.units import Unit
 
 
 def _check_widths(hf_config: Any, section: LocalParallelConfig, num_stages: int) -> None:
@@ -134,6 +135,7 @@ def causal_lm(
     weights: str | Path | None = None,
     from_scratch: bool = False,
     token_counts: Any = None,
+    unit: Unit | None = None,
 ) -> LocalPipelineModule:
     """A Hugging Face causal language model, ready to train: embedding, blocks, readout, and an
     auxiliary head per segment.
@@ -144,7 +146,8 @@ def causal_lm(
         weights: folder of safetensors to start from; default `model`, where that is a folder or
             name that has some.
         from_scratch: start from fresh weights whatever there is.
-        num_stages, config, activation_checkpoint_interval, topology: as for `LocalPipelineModule`.
+        num_stages, config, activation_checkpoint_interval, topology, unit: as for
+            `LocalPipelineModule`.
         seq_len: tokens in a sequence, for balancing the segments; default the model's longest.
         token_counts: how often each token comes in the training data, for `head.vocabulary`: a
             folder of scripts/prepare_data.py, or a number for each token id, the same on all ranks.
@@ -160,8 +163,9 @@ def causal_lm(
     if weights is None and not from_scratch and isinstance(model, str | Path):
         weights = find_weights(model)
     pretrained = None if weights is None or from_scratch else Weights(weights, hf_config)
-    stages, seed = stages_of(section, num_stages, topology), section.seed
-    replicas, num_segments = world_size() // stages, stages * section.segments_per_stage
+    stages = unit.num_stages if unit else stages_of(section, num_stages, topology)
+    seed, num_segments = section.seed, stages * section.segments_per_stage
+    replicas = 1 if unit else world_size() // stages
     _check_depth(hf_config, section, stages)
     _check_widths(hf_config, section, stages)
     check_cut(hf_config, section.replicas, replicas, pretrained is not None)
@@ -189,6 +193,7 @@ def causal_lm(
         ),
         activation_checkpoint_interval=activation_checkpoint_interval,
         topology=topology,
+        unit=unit,
     )
     module.hf_config, module.routers = hf_config, routers_of(hf_config)
     module.token_batches = TokenBatches(hf_config.vocab_size, families.learned_positions(hf_config))

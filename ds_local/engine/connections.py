@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -19,9 +19,12 @@ class Connections:
     Args:
         stage_of: segment -> stage.
         stage, replica: of this rank.
-        ranks: for each replica the global rank of each stage.
+        ranks: for each replica the global rank of each stage of this job.
+        here: these stages; default all.
         device: that the tensors of messages are on.
         section: "local_parallel.link".
+        outside: makes an end of a link to a stage of another job, given the link's name and both
+            stages.
     """
 
     def __init__(
@@ -32,14 +35,19 @@ class Connections:
         ranks: Sequence[Sequence[int]],
         device: torch.device,
         section: LinkConfig,
+        here: range | None = None,
+        outside: Callable[[str, int, int], End] | None = None,
     ) -> None:
         self.groups = Groups()
         self.ends: dict[str, End | None] = {}  # name of each link of the model -> this rank's end
-        self._stage_of, self._stage, self._ranks = stage_of, stage, ranks
-        self._device, self._section = device, section
+        stages = range(len(ranks[0])) if here is None else here
+        self._stage_of, self._stage = stage_of, stage
+        self._ranks = [dict(zip(stages, chain, strict=True)) for chain in ranks]
+        self._device, self._section, self._outside = device, section, outside
         for edge in in_turn(list(pairwise(stage_of))):
-            if stage in edge:
-                self.groups.pair(ranks[replica][sum(edge) - stage])
+            other = sum(edge) - stage
+            if stage in edge and other in stages:
+                self.groups.pair(self._ranks[replica][other])
 
     @property
     def own(self) -> list[End]:
@@ -55,11 +63,14 @@ class Connections:
 
     def make_end(self, name: str, source: int, target: int, depth: int) -> End | None:
         """The same for a link between any two segments."""
+        ends = self._stage_of[source], self._stage_of[target]
+        if self._outside is not None and not self._ranks[0].keys() >= set(ends):
+            self.ends[name] = self._outside(name, *ends) if self._stage in ends else None
+            return self.ends[name]
         self.ends[name] = make_end(
             name,
             self._stage,
-            self._stage_of[source],
-            self._stage_of[target],
+            *ends,
             self._ranks,
             depth,
             self._section.timeout_seconds,

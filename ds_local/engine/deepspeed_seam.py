@@ -76,7 +76,12 @@ NAMES: dict[Any, tuple[str, ...]] = {
     ),
     MonitorMaster: ("csv_monitor", "enabled"),
     csvMonitor: ("filenames", "log_dir"),
-    DeepSpeedEngine: ("_ADAM_HALF_KEYS", "_MUON_HALF_KEYS"),
+    DeepSpeedEngine: (
+        "_ADAM_HALF_KEYS",
+        "_MUON_HALF_KEYS",
+        "_load_checkpoint",
+        "checkpoint_mp_rank",
+    ),
     BF16_Optimizer: ("mpu", "bf16_groups", "fp32_groups_flat_partition", "_hp_mapping"),
     DeepSpeedZeroOptimizer: (
         "mpu",
@@ -222,6 +227,19 @@ class PipelineEngineSeam(PipelineEngine):
     def stage_of(self, rank: int) -> int:
         """Stage of a global rank."""
         return self.grid._topo.get_coord(rank).pipe
+
+    def name_files_by(self, stage: int) -> None:
+        """The files of checkpoints have this number, which is that of the stage in the whole
+        pipeline."""
+        self.checkpoint_mp_rank = self._stage_of_files = stage
+
+    def _load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed takes a file for its place among those that are there."""
+        self.checkpoint_mp_rank = self.stage_id
+        try:
+            return super()._load_checkpoint(*args, **kwargs)
+        finally:
+            self.checkpoint_mp_rank = self._stage_of_files
 
     def use_safe_checkpoints(self) -> None:
         """Read checkpoint files without running what is in them."""

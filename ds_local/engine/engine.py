@@ -12,6 +12,7 @@ accumulation steps never applies.
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -39,12 +40,15 @@ from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import Reports, Traffic
 from ds_local.engine.stash import Stash
 from ds_local.engine.stopping import Stopping
+from ds_local.engine.unit_links import UnitLinks
+from ds_local.engine.unit_steps import UnitSteps
 from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError, ConfigError
 from ds_local.links import notices
 from ds_local.links.device import peak_memory
 from ds_local.links.failures import Failures, meeting
 from ds_local.links.groups import second_world
+from ds_local.links.line import StepVoid
 from ds_local.links.pair import Receiver, Sender
 from ds_local.links.watchdog import Watchdog
 from ds_local.replicas.group import replica_group
@@ -59,7 +63,7 @@ def _by_executor(method: str) -> Callable[..., None]:
     return lambda engine, **at: getattr(engine.executor, method)(**at)
 
 
-class LocalPipelineEngine(StageUpdates):
+class LocalPipelineEngine(UnitSteps):
     """Trains a `LocalPipelineModule`. Use `initialize.initialize` to make one.
 
     `train_batch` returns this stage's own loss (the mean over the step's micro-batches, and over
@@ -85,12 +89,13 @@ class LocalPipelineEngine(StageUpdates):
         alone = self.section.replicas.sync != "gradients" and self.is_data_parallel
         self.events = Events(
             self.section.on_nonfinite.skip,
-            self.stage_id,
+            self.module.stage,
             self.replica_id if alone else None,
             speaks=alone or self.replica_id == 0,
         )
         self.events.tell = self._tell_event
         self.use_safe_checkpoints()
+        self.name_files_by(self.module.stage)
         self.saves = AsyncSaves(second_world()) if self.section.async_save else None
         if hasattr(self.optimizer, "refresh_fp32_params"):
             # the optimizer steps from fp32 copies; those of a checkpoint come later, with its state
@@ -98,9 +103,14 @@ class LocalPipelineEngine(StageUpdates):
         self.keep_norms_local()
         always_check_overflow(self.optimizer)
         self._scale_by_segment()
-        self.plan = RunPlan.of(self.section, self.num_stages, self.micro_batches)
+        self.plan = RunPlan.of(self.section, self.module.pipeline_stages, self.micro_batches)
         self._schedules: dict[Any, StageSchedule] = {}
         self._last_step: int | None = None
+        unit = self.module.unit
+        self.units = None if unit is None else UnitLinks(unit, self.section.link, self.device)
+        if self.units is not None:
+            self.units.inform(self._notices, self._number)
+            self.units.ask_to_stop = self.request_stop
         self.connections = self._connect()
         self.groups = self.connections.groups
         self.activation_links, self.gradient_links = self._make_links()
@@ -113,21 +123,23 @@ class LocalPipelineEngine(StageUpdates):
 
     def _make_reports_and_executor(self) -> None:
         own = self.module.local_segments if self.replica_id == 0 else []
+        here = self.module.segments_of(self.module.stages_here)
         self.reports = Reports(
             self.module.stage_of,
             self.steps_per_print(),
-            self.rank_of(self.module.stage_of[-1], 0),
+            self.rank_of(self.module.stage_of[here[-1]] - self.module.stages_here.start, 0),
             own,
             list(self.connections.ends),
             self.groups,
             self.section.link.timeout_seconds,
             self.plan.steps_ahead,
+            here,
         )
         self.executor = Executor(
             self.module,
             self.section,
             self.device,
-            self.replica_id,
+            self.replica_id if self.module.unit is None else self.module.unit.replica,
             self.activation_links,
             self.gradient_links,
             self.reports.figures,
@@ -139,9 +151,10 @@ class LocalPipelineEngine(StageUpdates):
     def _look_after_each_other(self) -> None:
         """What the ranks of this engine tell each other beside the steps."""
         self._notices = notices.current()
-        number = 1 if self._notices is None else next(self._notices.numbers)
+        number = self._number = 1 if self._notices is None else next(self._notices.numbers)
         stages = map(self.stage_of, range(dist.get_world_size()))
-        names = [f"stage {stage} (rank {rank})" for rank, stage in enumerate(stages)]
+        first = self.module.stages_here.start
+        names = [f"stage {first + stage} (rank {rank})" for rank, stage in enumerate(stages)]
         self.failures = Failures(self._notices, number, names.__getitem__)
         first_ranks = [self.rank_of(0, replica) for replica in range(self.dp_world_size)]
         self._stopping = Stopping(self._notices, number, first_ranks)
@@ -154,6 +167,8 @@ class LocalPipelineEngine(StageUpdates):
         self.watchdog: Watchdog | None = None
         if self._notices is not None:
             warn_seconds, chores = self.section.link.warn_seconds, [self._stopping.arrange]
+            if self.module.unit is not None:
+                chores.append(self._tell_units)
             self.watchdog = Watchdog(self._notices, self.failures.name, warn_seconds, chores)
             weakref.finalize(self, self.watchdog.stop).atexit = False
 
@@ -165,11 +180,13 @@ class LocalPipelineEngine(StageUpdates):
         stages, replicas = range(self.num_stages), range(self.dp_world_size)
         return Connections(
             self.module.stage_of,
-            self.stage_id,
+            self.module.stage,
             self.replica_id,
             [[self.rank_of(stage, replica) for stage in stages] for replica in replicas],
             self.device,
             self.section.link,
+            self.module.stages_here,
+            None if self.units is None else self.units.make_end,
         )
 
     def _make_links(self) -> tuple[dict[int, Any], dict[Link, Any]]:
@@ -237,7 +254,7 @@ class LocalPipelineEngine(StageUpdates):
             schedule = self._schedule_of_step()
             self._see_whether_to_stop(schedule.whole)
             self.copies.take(self.global_steps)
-            self._run(schedule, self._batches())
+            self._run_or_leave_out(schedule)
             self.executor.finish()
             self.replicas.after_step()
             self.copies.send(self.global_steps)
@@ -246,6 +263,9 @@ class LocalPipelineEngine(StageUpdates):
             own = self.module.local_segments
             self.reports.close_step({segment: self._figures(segment) | traffic for segment in own})
             self.events.check()
+            if self.units is not None:
+                self.units.done(self.global_steps)
+                self._admit()
         return self.own_loss
 
     def _figures(self, segment: int) -> dict[str, Any]:
@@ -289,7 +309,7 @@ class LocalPipelineEngine(StageUpdates):
         """
         self.module.train()
         losses, self.executor.keep_output = self.segment_losses, keep
-        whole = StageSchedule(schedule, self.stage_id, with_step=False)
+        whole = StageSchedule(schedule, self.module.stage, with_step=False)
         try:
             with self._failures_reported("a probe"):
                 self._run(whole, iter([micro_batch]))
@@ -311,7 +331,7 @@ class LocalPipelineEngine(StageUpdates):
         key = self.plan.key_at(step), is_first
         if key not in self._schedules:
             whole = self.plan.schedule_at(step).at(is_first)
-            self._schedules[key] = StageSchedule(whole, self.stage_id)
+            self._schedules[key] = StageSchedule(whole, self.module.stage)
         return self._schedules[key]
 
     def _change_plan(self) -> None:
@@ -320,7 +340,7 @@ class LocalPipelineEngine(StageUpdates):
                 "set_train_batch_size() was called while forwards run ahead; call it where a phase "
                 "or the run ends, or leave local_parallel.run_ahead out"
             )
-        self.plan = RunPlan.of(self.section, self.num_stages, self.micro_batches)
+        self.plan = RunPlan.of(self.section, self.module.pipeline_stages, self.micro_batches)
         self._schedules.clear()
 
     def _last_planned(self, step: int) -> int | None:
@@ -342,8 +362,8 @@ class LocalPipelineEngine(StageUpdates):
 
     def _see_whether_to_stop(self, schedule: Schedule) -> None:
         """On the first stage: a request to stop goes with the first step of which all messages, or
-        the last ones, are still to be sent."""
-        if not self.is_first_stage() or self.executor.stop_after is not None:
+        the last ones, are still to be sent. Other units have handed it on to the one below."""
+        if not self.reads_data or self.executor.stop_after is not None:
             return
         step, last = self.global_steps, self.executor.last_of_stretch
         if schedule.leads and not schedule.is_first:
@@ -417,10 +437,14 @@ class LocalPipelineEngine(StageUpdates):
         `should_stop`, after a `train_batch`, an `eval_batch` or a `save_checkpoint`.
         """
         self._stopping.requested = True
+        if self.units is not None:  # from a thread: this may be a signal handler
+            threading.Thread(target=self.units.stop, daemon=True).start()
 
     def _agree_to_stop(self) -> None:
-        """Where all meet anyway a request needs no further step. A collective call."""
-        asked = torch.tensor(float(self.should_stop or self._stopping.pending), device=self.device)
+        """Where all meet anyway a request needs no further step. A collective call. Units meet
+        nowhere, so there it goes with the messages of a step."""
+        pending = self.units is None and self._stopping.pending
+        asked = torch.tensor(float(self.should_stop or pending), device=self.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         self.executor.last_step = bool(asked)
 
@@ -551,15 +575,22 @@ class LocalPipelineEngine(StageUpdates):
             with torch.no_grad(), self._failures_reported(what), self.replicas.whole():
                 self.executor.step = self.global_steps
                 asked_before, self.executor.last_step = self.executor.last_step, False
-                sums, logits = evaluate(
-                    self.executor,
-                    self.module,
-                    self._batches(),
-                    count,
-                    compute_loss,
-                    return_logits,
-                    stop=lambda: self._stopping.pending and not asked_before,
-                )
+                try:
+                    sums, logits = evaluate(
+                        self.executor,
+                        self.module,
+                        self._batches(),
+                        count,
+                        compute_loss,
+                        return_logits,
+                        stop=lambda: self._stopping.pending and not asked_before,
+                    )
+                except StepVoid:
+                    self.executor.leave_out()
+                    sums = torch.zeros(2, self.num_segments, dtype=torch.float64)
+                    logits = None
+                    if self.units is not None:
+                        self.units.leave_out(self.global_steps, trains=False)
                 self.executor.last_step |= asked_before
                 dist.all_reduce(sums)
                 self.reports.flush()

@@ -190,6 +190,13 @@ class Executor:
         for forgotten in (self.live, self._watches, self._read, self._next_step):
             forgotten.clear()
 
+    def leave_out(self) -> None:
+        """Forget what there is of this step: the rest of it will not come."""
+        self.losses, self.counted, self.router_losses = {}, {}, {}
+        self.watch = finite.Watch()
+        for forgotten in (self.live, self._deferred, self._read):
+            forgotten.clear()
+
     # --- forward --------------------------------------------------------------------------------
 
     def load_micro_batch(self, segment: int, micro_batch: int, ahead: int = 0) -> None:
@@ -352,6 +359,19 @@ class Executor:
         self.live.pop((segment, self.step, micro_batch), None)  # sending may have let go of it
         outputs, labels = (self._for_head(segment, t) for t in (live.outputs, live.labels))
         return outputs.value(), labels.value()
+
+    def serve(self, segment: int, micro_batch: int) -> None:
+        """A forward as in training, for the segments above alone."""
+        if segment:
+            self.recv_activation(segment, micro_batch)
+        else:
+            self.load_micro_batch(segment, micro_batch)
+        live = self.live[segment, self.step, micro_batch]
+        with self._seeded("dropout", segment, micro_batch, self.step):
+            self._run(segment, live, live.inputs)
+        if segment + 1 < self.segments.num_segments:
+            self.send_activation(segment, micro_batch)
+        self.live.pop((segment, self.step, micro_batch), None)  # sending may have let go of it
 
     # --- backward -------------------------------------------------------------------------------
 

@@ -207,7 +207,7 @@ def check_state(engine: Holder, what: str, remedy: str) -> None:
     flags = numbers.isfinite().tolist()  # the one host read
     bad = [name for (name, _), fine in zip(sums, flags, strict=True) if not fine]
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (engine.stage_id, engine.global_rank, bad[:3], len(bad)))
+    dist.all_gather_object(found, (engine.module.stage, engine.global_rank, bad[:3], len(bad)))
     for stage, rank, names, count in found:
         if count:
             more = f" and {count - len(names)} more" if count > len(names) else ""

@@ -149,6 +149,12 @@ class Checks:
         return found
 
     def _check_layout(self) -> None:
+        theirs_of, own_of = (_part(facts) for facts in (self.facts, self.own_facts))
+        if theirs_of != own_of:
+            raise CheckpointError(
+                f"{self.place} is of {theirs_of}, this is {own_of}; a checkpoint of all units is "
+                "made by ds-local gather"
+            )
         layers, own_layers = (f["segment_parts"][-1] for f in (self.facts, self.own_facts))
         if layers != own_layers:
             raise CheckpointError(
@@ -234,7 +240,7 @@ class Checks:
         engine, optimizer = self.engine, self.engine.optimizer
         prefix = "bf16_" if engine.bfloat16_enabled() else ""
         replica = engine.replica_id
-        name = f"{prefix}zero_pp_rank_{replica}_mp_rank_{engine.stage_id:02d}_optim_states.pt"
+        name = f"{prefix}zero_pp_rank_{replica}_mp_rank_{engine.module.stage:02d}_optim_states.pt"
         shard = self.look(name)
         own = (
             optimizer.fp32_groups_flat_partition
@@ -268,3 +274,8 @@ def _heads(cuts: Sequence[int]) -> str:
 
 def _plural(several: Sequence[Any], one: str, more: str) -> str:
     return one if len(several) == 1 else more
+
+
+def _part(facts: Mapping[str, Any]) -> str:
+    """Of the pipeline, in words."""
+    return "the whole pipeline" if facts.get("unit") is None else f"unit {facts['unit']} alone"

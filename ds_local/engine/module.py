@@ -8,7 +8,7 @@ loss) is here; in which order stages do it is `schedule.py`, what travels betwee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,13 @@ from ds_local.config.strict import SECTION
 from ds_local.engine.batches import TokenBatches, split_batch
 from ds_local.engine.deepspeed_checks import checked
 from ds_local.engine.layer_runs import run_layers
-from ds_local.engine.module_checks import check_arguments, check_batches, check_layers, stages_of
+from ds_local.engine.module_checks import (
+    check_arguments,
+    check_batches,
+    check_layers,
+    stages_of,
+    world_size,
+)
 from ds_local.engine.module_files import ModuleFiles
 from ds_local.engine.process_group import start_processes
 from ds_local.errors import ConfigError
@@ -35,6 +41,7 @@ from ds_local.model.state import hidden_of
 from ds_local.replicas.head_copies import Copy
 from ds_local.schedules.routes import Routes
 from ds_local.schedules.run_plan import head_segments, stages_of_segments
+from ds_local.schedules.units import Unit
 
 MakeHead = Callable[[int], nn.Module]
 
@@ -58,6 +65,7 @@ class LocalPipelineModule(ModuleFiles):
         topology: as for `PipelineModule`; its axes must be pipe and data.
         dynamic_shape: as for `PipelineModule`, for scripts that pass it; here shapes may always
             change from message to message.
+        unit: the part of the pipeline that this job is; None: all of it.
 
     Raises:
         ConfigError: when the configuration contradicts itself, the model or the number of
@@ -75,12 +83,14 @@ class LocalPipelineModule(ModuleFiles):
         activation_checkpoint_interval: int = 0,
         topology: Any = None,
         dynamic_shape: bool = False,
+        unit: Unit | None = None,
     ) -> None:
         layers = list(layers)
         ds_config, self.section = checked(config or {})
-        stages = stages_of(self.section, num_stages, topology)
+        stages = unit.num_stages if unit else stages_of(self.section, num_stages, topology)
         check_arguments(loss_fn, head, activation_checkpoint_interval)
-        check_batches(ds_config, self.section, stages)
+        check_batches(ds_config, self.section, stages, 1 if unit else world_size() // stages)
+        self.unit, self.pipeline_stages = unit, stages
         self.hf_config: Any = (
             None  # of a Hugging Face model; set by `causal_lm`, as are its batches and copies
         )
@@ -101,7 +111,7 @@ class LocalPipelineModule(ModuleFiles):
         complete_environment()
         limits = self.section.layout.start_timeout_seconds, self.section.link.timeout_seconds
         start_processes(limits[0], max(limits))  # reading a model takes some ranks longer
-        if topology is None and self.section.layout.stages == "within_node":
+        if unit is None and topology is None and self.section.layout.stages == "within_node":
             topology = ProcessTopology(
                 axes=["data", "pipe"], dims=[dist.get_world_size() // stages, stages]
             )
@@ -109,7 +119,7 @@ class LocalPipelineModule(ModuleFiles):
         with meeting(what), store_guard(what, max(limits)):
             super().__init__(
                 layers=layers,
-                num_stages=stages,
+                num_stages=len(unit.stages) if unit else stages,
                 topology=topology,
                 loss_fn=loss_fn,
                 partition_method="parameters",
@@ -123,16 +133,22 @@ class LocalPipelineModule(ModuleFiles):
 
     def runs(self) -> list[range]:
         per_stage = self.section.segments_per_stage
-        self.num_segments = self.num_stages * per_stage
+        self.num_segments = self.pipeline_stages * per_stage
         if self._given_parts is not None:
             self.segment_parts = list(self._given_parts)
         else:
             self.segment_parts = balance(
                 [count + 1 for count in self.count_layer_parameters()], [0.0] * self.num_segments
             )
-        self.stage_of = stages_of_segments(self.section, self.num_stages)
-        self.local_segments = [s for s, at in enumerate(self.stage_of) if at == self.stage_id]
+        self.stage_of = stages_of_segments(self.section, self.pipeline_stages)
+        first = self.unit.stages.start if self.unit else 0
+        self.stages_here = range(first, first + self.num_stages)
+        self.stage = first + self.stage_id
+        self.local_segments = self.segments_of([self.stage])
         return [self._layers_in(segment) for segment in self.local_segments]
+
+    def segments_of(self, stages: Container[int]) -> list[int]:
+        return [segment for segment, stage in enumerate(self.stage_of) if stage in stages]
 
     def _layers_in(self, segment: int) -> range:
         """Their numbers in the whole model."""

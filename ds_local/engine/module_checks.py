@@ -28,11 +28,14 @@ def check_arguments(loss_fn: Any, head: Any, activation_checkpoint_interval: Any
 
 
 def check_batches(
-    ds_config: Mapping[str, Any], section: LocalParallelConfig, num_stages: int
+    ds_config: Mapping[str, Any],
+    section: LocalParallelConfig,
+    num_stages: int,
+    num_replicas: int,
 ) -> None:
     """The steps' schedules can be made, where the config says how large a step is."""
     if {"train_batch_size", "train_micro_batch_size_per_gpu"} & ds_config.keys():
-        _, num_micro_batches = batch_sizes(ds_config, world_size() // num_stages)
+        _, num_micro_batches = batch_sizes(ds_config, num_replicas)
         _ = RunPlan.of(section, num_stages, num_micro_batches).schedules
 
 

@@ -18,6 +18,7 @@ from torch import distributed as dist
 
 from ds_local.engine.finite import KINDS
 from ds_local.links.groups import Groups
+from ds_local.links.lasting import LastingSender
 from ds_local.links.mailbox import Mailbox
 from ds_local.links.pair import Sender
 from ds_local.links.transport import End
@@ -108,7 +109,9 @@ class Traffic:
         waits = [0.0 if end is None else end.waited for end in self._ends]
         totals = {
             "waited": sum(waits) + replicas.waited,
-            "sent_bytes": sum(end.num_bytes for end in self._ends if isinstance(end, Sender)),
+            "sent_bytes": sum(
+                end.num_bytes for end in self._ends if isinstance(end, Sender | LastingSender)
+            ),
         }
         if replicas.num_bytes is not None:
             totals["exchanged_bytes"] = replicas.num_bytes
@@ -130,6 +133,7 @@ class Reports:
         links: names of all links; "slowest_link" is a number of one of them.
         groups: of the engine.
         timeout_seconds: longest wait for reports that are on their way.
+        segments: whose figures come together here; default all.
         steps_ahead: that forwards may run ahead. Figures of so many steps travel beside the newest:
             no forward is left to carry them in the last steps before a phase ends.
     """
@@ -144,12 +148,14 @@ class Reports:
         groups: Groups,
         timeout_seconds: float = 300.0,
         steps_ahead: int = 0,
+        segments: Sequence[int] | None = None,
     ) -> None:
         self._slots, num_segments = 1 + steps_ahead, len(stage_of)
         # [segment, step modulo slots, column]
         self.figures = torch.zeros((num_segments, self._slots, _COLUMNS), dtype=torch.float64)
         self.listeners: list[Listener] = []  # called on rank 0
         self._stage_of = stage_of
+        self._here = list(range(num_segments)) if segments is None else list(segments)
         self._every = every
         self._local_segments = local_segments
         self._links = links
@@ -162,12 +168,12 @@ class Reports:
         self._mailbox = None
         if self._reads or self._writes:
             group = groups.pair(source if self._reads else 0) if source else None
-            self._mailbox = Mailbox(group, 0, (num_segments, _COLUMNS), timeout_seconds)
+            self._mailbox = Mailbox(group, 0, (len(self._here), _COLUMNS), timeout_seconds)
 
     def note(self) -> None:
         """New figures of other segments have come."""
         if self._writes:
-            self._note(range(len(self.figures)))
+            self._note(self._here)
 
     def _note(self, segments: Iterable[int]) -> None:
         steps = self.figures[..., FIGURES.index("step")].tolist()
@@ -199,9 +205,9 @@ class Reports:
     def _mail(self) -> None:
         for step in sorted(self._noted):
             rows = self._noted[step]
-            if len(rows) == len(self.figures):
+            if rows.keys() >= set(self._here):
                 if self._every and step % self._every == 0 and self._mailbox is not None:
-                    self._mailbox.write(torch.stack([rows[s] for s in range(len(rows))]))
+                    self._mailbox.write(torch.stack([rows[segment] for segment in self._here]))
                 self._last_mailed = step
         self._noted = {step: rows for step, rows in self._noted.items() if step > self._last_mailed}
 
@@ -222,8 +228,8 @@ class Reports:
             self._emit(self._mailbox.read(at_least=max(mailed for _, mailed in gathered)))
             for step, rows in sorted(steps.items()):
                 due = step == newest or (self._every and step % self._every == 0)
-                if due and len(rows) == len(self.figures):
-                    figures = [rows[segment] for segment in range(len(self.figures))]
+                if due and len(rows) == len(self._here):
+                    figures = [rows[segment] for segment in self._here]
                     self._emit([torch.tensor(figures, dtype=torch.float64)])
 
     def _emit(self, reports: list[Tensor]) -> None:
@@ -234,7 +240,7 @@ class Reports:
             self._last_emitted = step
             rows = [
                 self._report(segment, from_row(row), before)
-                for segment, row in enumerate(figures.tolist())
+                for segment, row in zip(self._here, figures.tolist(), strict=True)
             ]
             for listener in self.listeners:
                 listener(rows)

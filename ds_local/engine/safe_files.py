@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +53,9 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
             torch.save(state_dict, file, _use_new_zipfile_serialization=self.zipfile_serialization)
 
     def load(self, path: str, map_location: Any = None) -> Any:
+        return _with_count(self._load(path, map_location), Path(path))
+
+    def _load(self, path: str, map_location: Any) -> Any:
         if self.maps:
             return self.look(path)
         try:
@@ -66,6 +70,14 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
             return _read(path, "cpu", mmap=mapped)
         except Exception as error:  # a damaged file can fail in many ways
             raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def _with_count(state: Any, path: Path) -> Any:
+    """DeepSpeed compares the count of stages in a file with the files that are there. In gathered
+    files it is that of their unit; ds_local.json says which files belong to a checkpoint."""
+    if isinstance(state, dict) and "mp_world_size" in state:
+        state["mp_world_size"] = len(list(path.parent.glob("mp_rank_*_model_states.pt")))
+    return state
 
 
 def _read(source: Any, map_location: Any = None, **how: Any) -> Any:

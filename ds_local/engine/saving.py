@@ -195,7 +195,8 @@ def facts_of(engine: StageUpdates) -> dict[str, Any]:
     by_config = None if engine.client_optimizer else engine.optimizer_name()
     return {
         "step": engine.global_steps,
-        "num_stages": engine.num_stages,
+        **({} if module.unit is None else {"unit": module.unit.number}),
+        "num_stages": module.pipeline_stages,
         "num_replicas": engine.dp_world_size,
         "segment_parts": module.segment_parts,
         "segment_stages": list(module.stage_of),

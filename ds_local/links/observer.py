@@ -18,13 +18,13 @@ _COLLECTIVES = str(Path("torch", "distributed"))
 class Wait(NamedTuple):
     """A wait for another rank."""
 
-    rank: int  # that is waited for, or EVERYBODY
+    rank: int  # that is waited for, EVERYBODY or OUTSIDE
     purpose: str
     seconds: float
 
     def sentence(self, who: str, name: Callable[[int], str]) -> str:
-        whom = "all" if self.rank == EVERYBODY else name(self.rank)
-        return f"{who} has waited {self.seconds:.0f} s for {whom} {self.purpose}"
+        whom = "all " if self.rank == EVERYBODY else f"{name(self.rank)} " if self.rank >= 0 else ""
+        return f"{who} has waited {self.seconds:.0f} s for {whom}{self.purpose}"
 
 
 class Observer:

@@ -8,7 +8,7 @@ Everything that waits has a limit and names whom it waited for.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from ds_local.errors import TransportError
 from ds_local.links.buffers import Message, Tag
 from ds_local.links.ends import RINGS, Peer
 from ds_local.links.groups import Groups
+from ds_local.links.lasting import LastingReceiver, LastingSender
 from ds_local.links.pair import Receiver, Sender
 from ds_local.links.staging import Direct, Staging
 
@@ -55,7 +56,7 @@ def _copy_of(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-End = MemoryLink | Sender | Receiver
+End = MemoryLink | Sender | Receiver | LastingSender | LastingReceiver
 
 
 def make_end(
@@ -63,7 +64,7 @@ def make_end(
     stage: int,
     source: int,
     target: int,
-    ranks: Sequence[Sequence[int]],
+    ranks: Sequence[Sequence[int] | Mapping[int, int]],
     depth: int,
     timeout_seconds: float,
     device: torch.device,

@@ -25,6 +25,7 @@ _OF_THE_PROGRAM = ("CUDA error", "Cuda failure", "enforce fail")  # said by thes
 _LATE = ("imed out", "imeout")
 
 EVERYBODY = -1  # stands for a rank
+OUTSIDE = -2  # stands for another job; the purpose names it
 
 
 class Waiting(NamedTuple):

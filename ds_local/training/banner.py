@@ -38,7 +38,9 @@ def parameters_of(engine: LocalPipelineEngine) -> dict[str, list[int]]:
     collective call."""
     heads = sum(p.numel() for p in engine.module.heads.parameters())
     whole = sum(p.numel() for p in engine.module.parameters())
-    found = {stage: (own - of, of) for stage, own, of in gather((engine.stage_id, whole, heads))}
+    found = {
+        stage: (own - of, of) for stage, own, of in gather((engine.module.stage, whole, heads))
+    }
     model, auxiliary = zip(*(found[stage] for stage in sorted(found)), strict=True)
     return {"parameters": list(model), "head_parameters": list(auxiliary)}
 

@@ -27,7 +27,14 @@ _FREE = (
     "ema",
 )
 
-_FREE_OF_LINKS = ("depth", "warn_seconds", "transfer", "timeout_seconds", "past_host")
+_FREE_OF_LINKS = (
+    "depth",
+    "warn_seconds",
+    "transfer",
+    "timeout_seconds",
+    "reconnect_seconds",
+    "past_host",
+)
 
 _COMPARED = (
     SECTION,

@@ -25,6 +25,7 @@ from ds_local.model.pretrained import find_weights
 from ds_local.schedules.replay import grid_of
 from ds_local.schedules.schedule import Schedule
 from ds_local.training.banner import Length, PhaseForecast, parameters_of
+from ds_local.training.units import check_unit
 
 VOCABULARY_PADDING = (
     128  # a model's vocabulary may be rounded up by less than this, as is usual for speed
@@ -39,6 +40,7 @@ def read_inputs(args: Namespace) -> tuple[dict[str, Any], TokenData, Any]:
         UnsupportedModel: when it cannot keep documents apart and the data asks for that.
     """
     config, section = checked(read_settings(args))
+    check_unit(args, section)
     if args.eval_ema and section.ema is None:
         raise ConfigError(
             "--eval-ema validates running averages of the weights, which the config does not ask "
@@ -121,8 +123,10 @@ def layout_of(
     schedules = engine.plan.schedules
     return {
         "layout": {
-            "stages": engine.num_stages,
-            "replicas": engine.dp_world_size,
+            "stages": engine.module.pipeline_stages,
+            "replicas": engine.module.unit.num_replicas
+            if engine.module.unit
+            else engine.dp_world_size,
             "segments": engine.num_segments,
             "segment_parts": engine.module.segment_parts,
             **parameters_of(engine),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import distributed as dist
@@ -21,9 +22,11 @@ from ds_local.cluster.surroundings import builds_of, complete_environment
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.degrees import num_stages_and_replicas
 from ds_local.config.files import local_parallel
+from ds_local.config.schema import LocalParallelConfig
 from ds_local.data.dataset import BatchShape
 from ds_local.data.tokenizers import check_same_tokenizer
 from ds_local.engine.causal_lm import causal_lm
+from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.initialize import initialize
 from ds_local.engine.loading import load_what_fits
 from ds_local.links import notices
@@ -40,6 +43,7 @@ from ds_local.training.run_folder import RunFolder, opened, tokenizer_test
 from ds_local.training.signals import Signals
 from ds_local.training.steps import Loop
 from ds_local.training.trial import try_out
+from ds_local.training.units import check_flapping, name_of_folder, start_of_unit, with_facts
 
 # arguments that decide when stages meet: they must be the same on every rank
 _MEETINGS = (
@@ -80,10 +84,11 @@ def train(
     check_callbacks(callbacks)
     complete_environment()
     is_first = os.environ.get("RANK", "0") == "0"
+    output = args.output
+    if args.unit is not None:
+        output = str(Path(args.output, name_of_folder(args)))
     with (
-        opened(
-            args.output, is_first, _say_first if is_first else _say_nothing, not args.dry_run
-        ) as run,
+        opened(output, is_first, _say_first if is_first else _say_nothing, not args.dry_run) as run,
         meeting("the run"),
     ):
         return _train(args, run, signals, callbacks)
@@ -99,26 +104,32 @@ def _train(
     config, data, hf_config = read_inputs(args)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     section = local_parallel(config)
-    stages, replicas = num_stages_and_replicas(section, world_size)
-    micro_batch_size, num_micro_batches = batch_sizes(config, replicas)
+    unit = None
+    if args.unit is not None:
+        unit, config = start_of_unit(args, config, section, world_size)
+    stages, replicas = (
+        (unit.num_stages, unit.num_replicas)
+        if unit
+        else num_stages_and_replicas(section, world_size)
+    )
+    micro_batch_size, num_micro_batches = batch_sizes(config, 1 if unit else replicas)
     plan = RunPlan.of(section, stages, num_micro_batches)
     _ = plan.schedules  # refuses what does not fit
     per_step = micro_batch_size * num_micro_batches * replicas
     length = length_of(args, data, per_step)
     args.max_steps = asked["max_steps"] = length.steps
     facts = facts_of_start(args, asked, config, hf_config, data, replicas)
+    if unit is not None:
+        unit = with_facts(unit, facts, args)
+        check_flapping(run.recorded(), args.most_starts_per_hour)
     if tag is not None:
         test = tokenizer_test(check_same_tokenizer, data.tokenizer_folder)
         run.check_same(tag, facts, args.allow_change, test)
-    if world_size > 1 and "MASTER_ADDR" in os.environ:
-        neighbours = section.layout.neighbours(int(os.environ["RANK"]), stages, replicas)
-        meetings = {key: value for key, value in vars(args).items() if key in _MEETINGS}
-        own = cluster.own_facts([config, families.config_dict(hf_config), meetings], args.data)
-        limit = section.layout.start_timeout_seconds
-        cluster.check_start(own, neighbours, limit, builds=builds_of(config))
+    here = (world_size, 1) if unit else (stages, replicas)
+    _check_start(args, section, [config, families.config_dict(hf_config)], here)
 
     weights = None if args.from_scratch or args.resume else find_weights(args.model)
-    how: dict[str, Any] = {"weights": weights, "token_counts": data.folder}
+    how: dict[str, Any] = {"weights": weights, "token_counts": data.folder, "unit": unit}
     model = causal_lm(hf_config, stages, config, data.seq_len, **how)
     engine = initialize(model=model, config=config)[0]
     if args.resume:
@@ -126,9 +137,10 @@ def _train(
             found = agreed_tag(run.checkpoints, newest_tag)
             moved = load_what_fits(engine, str(run.checkpoints), found, args.allow_change)
         run.say(f"resuming at step {engine.global_steps}{moved and '; ' + moved}")
-    shape = BatchShape(micro_batch_size, num_micro_batches, replicas, engine.replica_id)
+    replica = unit.replica if unit else engine.replica_id
+    shape = BatchShape(micro_batch_size, num_micro_batches, replicas, replica)
     with engine.meeting("the start of the run"):
-        hosts = stage_hosts(engine.stage_id)
+        hosts = stage_hosts(model.stage)
         step = engine.global_steps
         phases = forecast(plan, hf_config, model.segment_parts, data.seq_len)
         facts |= layout_of(engine, data, hosts, phases)
@@ -139,10 +151,14 @@ def _train(
             return None
         together(lambda: run.start(facts, step, tag, data.tokenizer_folder))
         clean(run.checkpoints)
-    start_log(run.path / "logs", engine.stage_id, engine.global_rank)
+    start_log(run.path / "logs", model.stage, engine.global_rank)
     if signals is not None:
-        signals.stop_with(engine.request_stop)
-    loop = Loop(args, run, engine, data, shape, callbacks)
+        signals.stop_with(engine.request_stop, may_die_alone=unit is not None)
+    return _run(Loop(args, run, engine, data, shape, callbacks), engine)
+
+
+def _run(loop: Loop, engine: LocalPipelineEngine) -> Validation | None:
+    """Returns the last validation, if there was one."""
     try:
         with engine.meeting("what is done between steps"):
             loop.run()
@@ -152,6 +168,23 @@ def _train(
     finally:
         loop.close()
     return loop.validation
+
+
+def _check_start(
+    args: Namespace, section: LocalParallelConfig, settings: list[Any], here: tuple[int, int]
+) -> None:
+    """All ranks are there and agree on what they were given.
+
+    Args:
+        here: stages and replicas of this job.
+    """
+    if here == (1, 1) or "MASTER_ADDR" not in os.environ:
+        return
+    neighbours = section.layout.neighbours(int(os.environ["RANK"]), *here)
+    meetings = {key: value for key, value in vars(args).items() if key in _MEETINGS}
+    own = cluster.own_facts([*settings, meetings], args.data)
+    limit = section.layout.start_timeout_seconds
+    cluster.check_start(own, neighbours, limit, builds=builds_of(settings[0]))
 
 
 def _say_first(sentence: str) -> None:

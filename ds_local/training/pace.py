@@ -55,7 +55,7 @@ class Pace:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         return cls(
             tokens,
-            engine.num_stages * engine.dp_world_size,
+            engine.module.pipeline_stages * engine.dp_world_size,
             cache(lambda step: useful_operations(engine, step, tokens, seq_len)),
             peak_of(name),
         )

@@ -160,7 +160,7 @@ def _measure_link(
 def most_held(engine: LocalPipelineEngine) -> dict[int, int]:
     """Stage -> the most bytes that one of its ranks has held. A collective call."""
     found: dict[int, int] = {}
-    for stage, held in gather((engine.stage_id, peak_memory(engine.device))):
+    for stage, held in gather((engine.module.stage, peak_memory(engine.device))):
         found[stage] = max(found.get(stage, 0), held)
     return found
 

@@ -23,6 +23,7 @@ from ds_local.config import strict_json
 from ds_local.config.changes import CHANGES
 from ds_local.errors import CheckpointError, DataError, RunError
 from ds_local.outputs import reason, scratch_name, write_whole
+from ds_local.schedules.units import unit_folders
 from ds_local.training.differences import UNKNOWN, by_kind, differences, in_words, of_checkpoint
 from ds_local.training.run_lock import RunLock
 
@@ -70,6 +71,11 @@ class RunFolder:
             tag = newest_tag(self.checkpoints)
             if tag is not None:
                 return tag
+            if unit_folders(self.path):
+                raise RunError(
+                    f"{self.path} holds runs of units but no checkpoint of the whole pipeline; "
+                    f"make one with ds-local gather {self.path}, or start units with --unit"
+                )
         elif complete_tags(self.checkpoints) or (self.checkpoints / "latest").exists():
             raise RunError(
                 f"{self.path} already holds a run; add --resume to continue it, or choose another "

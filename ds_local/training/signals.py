@@ -44,7 +44,7 @@ class Signals:
 
     def __init__(self) -> None:
         self._stop: Callable[[], None] | None = None
-        self._asked = False
+        self._may_die_alone = self._asked = False
         self._interrupted: float | None = None
         self._launchers = launchers()
         self._before: dict[int, Any] = {}
@@ -86,9 +86,14 @@ class Signals:
                 signal.signal(number, handler)
             self._before = {}
 
-    def stop_with(self, stop: Callable[[], None]) -> None:
-        """From now on there is something to save; `stop` asks for it, from another thread."""
-        self._stop = stop
+    def stop_with(self, stop: Callable[[], None], may_die_alone: bool = False) -> None:
+        """From now on there is something to save; `stop` asks for it, from another thread.
+
+        Args:
+            may_die_alone: without its launcher this process ends at once, as if it had died with
+                it: the others wait until somebody starts it again.
+        """
+        self._stop, self._may_die_alone = stop, may_die_alone
 
     # --- in the thread --------------------------------------------------------------------------
 
@@ -111,7 +116,10 @@ class Signals:
                 _mind_the_console()
                 for launcher in self._launchers:
                     if not _runs(launcher):
-                        self._ask(f"the launcher (process {launcher.pid}) is gone", 1)
+                        gone = f"the launcher (process {launcher.pid}) is gone"
+                        if self._may_die_alone:
+                            leave_at_once(f"{gone}: left at once, to be started again", 1)
+                        self._ask(gone, 1)
 
     def _heard(self, number: int) -> None:
         now, name = time.monotonic(), signal.Signals(number).name

@@ -27,6 +27,7 @@ from ds_local.training.pace import Pace
 from ds_local.training.progress import Progress
 from ds_local.training.run_folder import RunFolder
 from ds_local.training.samples import sample
+from ds_local.training.units import catch_up, join_replicas
 
 
 class Loop:
@@ -49,6 +50,7 @@ class Loop:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.args, self.folder, self.engine, self.data = args, run.path, engine, data
+        self.folder_of_run = run
         self.shape, self.max_steps = shape, args.max_steps
         self.is_first = engine.global_rank == 0
         self.ending = ""  # why the run ends, once it does
@@ -74,6 +76,7 @@ class Loop:
             own = [self.books, self.progress, *own]
         self.callbacks = [*own, *callbacks]
         rows = metrics.read() if self.is_first else []
+        self._written = {r["step"] for r in rows if r["split"] == "validation"}
         engine.reports.listeners.append(lambda reports: self._tell("on_report", reports))
         engine.events.say = _say
         self._under_way = ""  # tag of a save that has not been concluded
@@ -108,15 +111,22 @@ class Loop:
 
     def run(self) -> None:
         engine, args = self.engine, self.args
-        batches = None
-        if engine.is_first_stage():
-            batches = training_batches(self.data, engine.section.seed, self.step, self.shape)
+        batches, first = None, self.step
+        if engine.units is not None:
+            join_replicas(self)
+            first = engine.units.join(self.step)
+            self._validated = -1  # units above may lack what this one has seen
+        if engine.reads_data:
+            batches = training_batches(self.data, engine.section.seed, first, self.shape)
         if args.profile:
             engine.recorder = Recorder(engine.device)
         engine.ends_after(self.max_steps)
         saved = self.step if args.resume else -1
+        if engine.units is not None:
+            catch_up(self, first, batches)
         self._see_whether_to_stop()
-        if args.eval_every and not self.step and self._validated != self.step:
+        begins = not self.step if engine.units is None else self.is_due(self.step)
+        if args.eval_every and begins and self._validated != self.step:
             self.validate()
         while self.step < self.max_steps and not self._is_over:
             engine.train_batch(batches)
@@ -135,6 +145,10 @@ class Loop:
             self.validate()
         self._finish(batches)
 
+    def is_due(self, step: int) -> bool:
+        """Is there a validation after so many steps, if that is not the end?"""
+        return bool(self.args.eval_every) and step % self.args.eval_every == 0
+
     @property
     def _is_over(self) -> bool:
         return bool(self.ending) or self.engine.should_stop
@@ -144,6 +158,8 @@ class Loop:
         self._concluded()
         self.end("stopped as asked" if stopped else "finished")
         self.close()
+        if self.engine.units is not None:
+            self.engine.units.end(not stopped)
         if self.args.profile and not stopped:
             profiling.write(self.engine, None if batches is None else next(batches), self.folder)
         self._tell("on_end")
@@ -182,13 +198,16 @@ class Loop:
             held = profiling.most_held(engine)
             probed = diagnostics.probe(engine, batches[0]) if engine.section.diagnostics else {}
             # what is decided by it is decided by rank 0's number, to the bit
-            loss = gather(losses.get(engine.num_segments - 1, math.nan))[0]
+            last = max(losses, default=0) if engine.units else engine.num_segments - 1
+            loss = gather(losses.get(last, math.nan))[0]
             self.standing = self.standing.after(loss)
             self._validated, worse = self.step, self.standing.worse
             self.validation = Validation(
                 self.step, losses, loss, not worse, worse, held, probed, sampled
             )
-            self._tell("on_validation", self.validation)
+            if engine.units is None or (losses and self.step not in self._written):
+                self._tell("on_validation", self.validation)
+            self._written.add(self.step)
             self._see_whether_to_stop()
 
     def _see_whether_to_stop(self) -> None:

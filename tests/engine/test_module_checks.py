@@ -49,11 +49,11 @@ def test_the_launcher_says_how_many_processes_there_are(monkeypatch):
 
 
 def test_a_step_of_the_config_fits_the_scheme():
-    check_batches({}, section(), 2)
+    check_batches({}, section(), 2, 1)
     sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}
-    check_batches(sizes, section(), 1)
+    check_batches(sizes, section(), 1, 1)
     mix = local_parallel({"local_parallel": {"mix": [{"micro_batches": 3}, {}]}})
-    refused(lambda: check_batches(sizes, mix, 1), "mix names 3 micro-batches")
+    refused(lambda: check_batches(sizes, mix, 1, 1), "mix names 3 micro-batches")
 
 
 def layers(count=4):

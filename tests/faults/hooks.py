@@ -269,15 +269,15 @@ def _count_torch(operations: _Operations) -> None:
 # --- hanging --------------------------------------------------------------------------------------
 
 
-def stop_in(where: str, nth: int = 1) -> None:
-    """SIGSTOP of this rank at the n-th call of something.
+def stop_in(where: str, nth: int = 1, number: int = signal.SIGSTOP) -> None:
+    """SIGSTOP, or another signal, of this rank at the n-th call of something.
 
     Args:
         where: "start": at once; "group": at the start of the process group; else a method of the
             engine.
     """
     if where == "start":
-        os.kill(os.getpid(), signal.SIGSTOP)
+        os.kill(os.getpid(), number)
         return
     calls = 0
 
@@ -285,7 +285,7 @@ def stop_in(where: str, nth: int = 1) -> None:
         nonlocal calls
         calls += 1
         if calls == nth:
-            os.kill(os.getpid(), signal.SIGSTOP)
+            os.kill(os.getpid(), number)
         return call(*args, **kwargs)
 
     if where == "group":

@@ -24,7 +24,7 @@ def stop():
     asked.set()
 with signals.Signals() as heard:
     if {begun}:
-        heard.stop_with(stop)
+        heard.stop_with(stop, may_die_alone={alone})
     print("READY", flush=True)
     lock = threading.Lock(); lock.acquire()
     {then}
@@ -34,8 +34,8 @@ WAITS = "lock.acquire()"  # for ever, as in C code
 LEAVES = "import time; asked.wait(); time.sleep(0.5); print('SAVED', flush=True)"
 
 
-def start(then=LEAVES, begun=True, same=60.0, command=(sys.executable,), **how):
-    code = SCRIPT.format(root=str(ROOT), then=then, begun=begun, same=same)
+def start(then=LEAVES, begun=True, same=60.0, command=(sys.executable,), alone=False, **how):
+    code = SCRIPT.format(root=str(ROOT), then=then, begun=begun, same=same, alone=alone)
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | how
     process = subprocess.Popen([*command, "-c", code], **how)
     assert process.stdout.readline() == "READY\n"
@@ -124,6 +124,18 @@ def test_a_launcher_that_is_killed_asks_for_a_stop(tmp_path):
     process = start(command=(sys.executable, str(launcher), sys.executable))
     process.kill()
     assert process.stdout.read() == "STOP\nSAVED\n"
+    process.wait()
+
+
+def test_what_may_die_alone_dies_with_its_launcher(tmp_path):
+    launcher = tmp_path / "torchrun"
+    launcher.write_text("import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()")
+    process = start(command=(sys.executable, str(launcher), sys.executable), alone=True)
+    process.kill()
+    said = process.stdout.read().strip()
+    assert (
+        said == f"the launcher (process {process.pid}) is gone: left at once, to be started again"
+    )
     process.wait()
 
 

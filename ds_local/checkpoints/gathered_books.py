@@ -1,0 +1,87 @@
+"""The books of a run that was gathered from those of its units: run.json, metrics.jsonl, and the
+tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ds_local.checkpoints.metrics_file import MetricsFile
+from ds_local.config import strict_json
+from ds_local.config.strict import SECTION
+from ds_local.errors import CheckpointError
+from ds_local.outputs import scratch_name, write_whole
+
+GATHERED = "gathered"  # key of a run.json that no job has written
+
+
+def facts_of_run(folder: Path) -> dict[str, Any]:
+    """run.json of a folder, {} where there is none that can be read."""
+    with suppress(OSError, ValueError):
+        facts = json.loads((folder / "run.json").read_text())
+        if isinstance(facts, dict):
+            return facts
+    return {}
+
+
+def write_books(step: int, runs: Sequence[Path], output: Path) -> None:
+    """run.json, metrics.jsonl and the tokenizer, as one job keeps them.
+
+    Args:
+        step: of the checkpoint; what came later is left out.
+        runs: folders of the units, in their order.
+        output: run folder to write to.
+
+    Raises:
+        CheckpointError: when a unit's run.json cannot be read.
+        OSError: when the disk does not take them.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    facts = _run_of_whole(step, runs)
+    write_whole(output / "run.json", strict_json.dumps(facts, indent=1, default=str) + "\n")
+    rows = [row for run in runs for row in MetricsFile(run / "metrics.jsonl").read()]
+    rows = [row for row in rows if row["step"] <= step]
+    rows.sort(key=lambda row: (row["step"], row["split"] != "train", row["segment"]))
+    text = "".join(strict_json.dumps(row) + "\n" for row in rows)
+    write_whole(output / "metrics.jsonl", text)
+    source, copy = runs[0] / "checkpoints" / "tokenizer", output / "checkpoints" / "tokenizer"
+    if source.is_dir() and not copy.is_dir():
+        scratch = copy.with_name(scratch_name(copy.name))
+        shutil.copytree(source, scratch)
+        scratch.rename(copy)
+
+
+def _run_of_whole(step: int, runs: Sequence[Path]) -> dict[str, Any]:
+    """run.json: that of the first unit, with what each unit says of its stages."""
+    units = [facts_of_run(run) for run in runs]
+    if not all(units):
+        damaged = runs[units.index({})] / "run.json"
+        raise CheckpointError(f"{damaged} is missing or damaged; start that unit again")
+    first = units[0]
+    layout = dict(first["layout"])
+    for key in ("parameters", "head_parameters"):
+        layout[key] = [count for unit in units for count in unit["layout"].get(key, [])]
+    layout["hosts"] = {
+        stage: hosts for unit in units for stage, hosts in unit["layout"].get("hosts", {}).items()
+    }
+    config = json.loads(json.dumps(first["config"]))
+    link = config[SECTION].pop("link", {})
+    link.pop("reconnect_seconds", None)
+    config[SECTION] |= {"link": link} if link else {}
+    starts = [
+        {**start, "unit": number}
+        for number, unit in enumerate(units)
+        for start in unit.get("starts", [])
+    ]
+    return {
+        **first,
+        "arguments": {**first["arguments"], "unit": None},
+        "config": config,
+        "layout": layout,
+        "starts": sorted(starts, key=lambda start: str(start.get("time"))),
+        GATHERED: {"step": step, "runs": [str(run) for run in runs]},
+    }

@@ -1,0 +1,108 @@
+"""What a step is for a unit of the pipeline that is a job of its own: one whose messages may not
+come, and one that is served again for the units above."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ds_local.checkpoints.folder import complete_tags
+from ds_local.engine.instructions import StageSchedule
+from ds_local.engine.loaders import iterator_of
+from ds_local.engine.stopping import Stopping
+from ds_local.engine.updates import StageUpdates
+from ds_local.links.line import StepVoid
+from ds_local.outputs import remove
+
+
+class UnitSteps(StageUpdates):
+    """Steps of units. A part of `LocalPipelineEngine`."""
+
+    _stopping: Stopping
+    # methods of the engine
+    _run: Any
+    _batches: Any
+    _failures_reported: Any
+    run_instruction: Any
+    wait_for_save: Any
+
+    def _admit(self) -> None:
+        """A replica that has come back goes on from here with the others."""
+        if self.units is not None and self.units.group is not None:
+            self.units.group.admit(self.global_steps, self._hand_over)
+
+    def _run_or_leave_out(self, schedule: StageSchedule) -> None:
+        """A step. Where its messages do not come but other replicas have theirs, this one takes
+        their mean; where none has, all try again."""
+        while True:
+            try:
+                return self._run(schedule, self._batches())
+            except StepVoid as void:
+                self.executor.leave_out()
+                for parameter in self.module.parameters():
+                    parameter.grad = None
+                if self.asks_others(void.final):
+                    break
+                self._admit()
+        for instruction in list(schedule)[-1]:
+            self.run_instruction(instruction)
+        return None
+
+    def _hand_over(self) -> list[str]:
+        """The state of this replica, for one that comes back."""
+        assert self.units is not None, "of units alone"
+        folder, tag = self.units.handover, f"global_step{self.global_steps}"
+        self.save_checkpoint(str(folder), tag, save_latest=False)
+        self.wait_for_save()
+        for old in set(complete_tags(folder)) - {tag}:
+            remove(folder / old)
+        return [str(folder), tag]
+
+    def serve_batch(self, step: int, data_iter: Any = None) -> None:
+        """The forwards of a step that this unit has in its weights already, for the units above.
+
+        Args:
+            step: from 0.
+            data_iter: as for `train_batch`.
+        """
+        if data_iter is not None:
+            self.set_dataiterator(iterator_of(data_iter))
+        self.module.train()
+        with (
+            self._failures_reported(f"step {step + 1}, of which it has the update"),
+            torch.no_grad(),
+        ):
+            schedule = self.plan.schedule_at(step)
+            self.executor.begin(step, schedule, self._batches())
+            try:
+                for micro_batch in range(schedule.num_micro_batches):
+                    for segment in self.module.local_segments:
+                        self.executor.serve(segment, micro_batch)
+            except StepVoid:
+                self.executor.leave_out()
+                if self.units is not None:
+                    self.units.leave_out(step, trains=True)
+            self.executor.finish()
+            if self.units is not None:
+                self.units.done(step + 1)
+
+    def skip_to(self, step: int) -> None:
+        """Go on as if so many steps were done: those in between are lost to this stage."""
+        while self.global_steps < step:
+            self.global_steps += 1
+            self.global_samples += self.train_batch_size()
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step()
+
+    @property
+    def reads_data(self) -> bool:
+        """Has this rank the first segment?"""
+        return 0 in self.module.local_segments
+
+    def _tell_units(self) -> None:
+        """What the ranks of a unit tell each other, and the units below, beside the steps."""
+        if self.units is not None:
+            self.units.arrange()
+            if self._stopping.requested:
+                self.units.stop()
