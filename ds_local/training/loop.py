@@ -152,9 +152,12 @@ def _train(
     start_log(run.path / "logs", model.stage, engine.global_rank)
     if signals is not None:
         signals.stop_with(engine.request_stop, may_die_alone=unit is not None)
-    loop = Loop(args, run, engine, data, shape, callbacks)
+    return _looped(Loop(args, run, engine, data, shape, callbacks))
+
+
+def _looped(loop: Loop) -> Validation | None:
     try:
-        with engine.meeting("what is done between steps"):
+        with loop.engine.meeting("what is done between steps"):
             loop.run()
     except BaseException:
         loop.note_last_event()
