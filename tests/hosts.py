@@ -128,6 +128,10 @@ class TwoHosts:
         """Unplug the cable: nothing arrives any more, nobody is told."""
         _run("ip", "-n", self.namespaces[0], "link", "set", INTERFACE, "down")
 
+    def plug_in(self) -> None:
+        """Put the cable back."""
+        _run("ip", "-n", self.namespaces[0], "link", "set", INTERFACE, "up")
+
     def limit(self, megabits: float) -> None:
         """Both directions."""
         for namespace in self.namespaces:

@@ -18,6 +18,7 @@ ON_HOSTS = {
     "LOCAL_SIZE": "1",
 }
 LIMIT = 8
+PULLED_SECONDS = float(os.environ.get("DS_LOCAL_PULLED_SECONDS", "4"))
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,40 @@ def test_a_cut_link_ends_both_hosts_and_is_named(hosts, inputs, tmp_path):
         seen = ("does not answer: stopped, or out of reach", "activation link 0 -> 1")
         assert any(words in text for words in seen), (host, text[-3000:])
     assert not hosts.processes_left()
+
+
+def test_units_wait_for_a_cable_and_lose_nothing(hosts, inputs, tmp_path):
+    """A unit on each host; the cable is pulled while they train, and put back."""
+    run, config = tmp_path / "run", json.loads(Path(inputs["--deepspeed_config"]).read_text())
+    config["local_parallel"] |= {"num_stages": 2, "link": {"reconnect_seconds": 300}}
+    path = tmp_path / "units.json"
+    path.write_text(json.dumps(config))
+    options = {**inputs, "--deepspeed_config": str(path), "--output": str(run)}
+    flat = [part for pair in (options | {"--max-steps": "200"}).items() for part in pair]
+    more = environment() | ON_HOSTS | {"PYTHONPATH": str(ROOT)}
+    script = [str(BIN / "python"), str(ROOT / "scripts" / "train.py"), *flat, "--unit"]
+    processes = [hosts.start(host, [*script, str(host)], **more) for host in range(2)]
+
+    def steps():
+        rows = [run / f"unit-{unit}" / "metrics.jsonl" for unit in range(2)]
+        return [len(path.read_text().splitlines()) if path.exists() else 0 for path in rows]
+
+    deadline = time.monotonic() + 500
+    while min(steps()) < 6:
+        assert time.monotonic() < deadline, hosts.outputs()
+        assert all(process.poll() is None for process in processes), hosts.outputs()
+        time.sleep(0.05)
+    hosts.cut()
+    time.sleep(PULLED_SECONDS)
+    before = steps()
+    assert all(process.poll() is None for process in processes), hosts.outputs()
+    hosts.plug_in()
+    assert wait(processes, 300) == [0, 0], hosts.outputs()
+    one = launch({**inputs, "--output": str(tmp_path / "one"), "--max-steps": "200"}, timeout=600)
+    assert one.returncode == 0, one.stdout
+    own = [losses(run / f"unit-{unit}") for unit in range(2)]
+    assert own[0] | own[1] == losses(tmp_path / "one")
+    assert len(own[1]) > before[1], "a cable that was pulled held it"
 
 
 @pytest.mark.slow
