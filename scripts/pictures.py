@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "pictures"
 TABLES = ROOT / "docs" / "results" / "benchmarks.md"
 RELIABILITY = ROOT / "docs" / "results" / "reliability.json"  # by tests/faults/run.py
+RUN_AHEAD = ROOT / "docs" / "results" / "run-ahead.json"  # by scripts/study.py
 GPU = ROOT / "docs" / "results" / "gpu.json"  # by benchmark.py gpu
 CHOOSING = ROOT / "docs" / "results" / "choosing.json"  # by scripts/choosing.py
 # file of a scheme on the page of concepts -> its name in the table of schemes
@@ -240,6 +241,46 @@ def reliability() -> str:
     return draw_dots(title, list(campaigns), panels, colors=colors).file()
 
 
+LEAD, CHUNKS_LEAD = 3, 1  # of the first of four segments, in micro-batches
+_DELAYED = {  # method -> (name, color)
+    "backprop, run ahead": ("run ahead", SERIES[0]),
+    "backprop, run ahead, predicted": ("predicted weights", SERIES[1]),
+    "chunked 2, run ahead": ("chunks of two", SERIES[2]),
+}
+
+
+def run_ahead_quality() -> str:
+    """Gap to backpropagation of the same seed, in nats, by the delay of the first segment's
+    gradients in steps."""
+    rows = json.loads(RUN_AHEAD.read_text())
+    exact = {row["seed"]: row["loss"] for row in rows if row["method"] == "backprop"}
+    found: dict[str, dict[float, list[float]]] = {name: {} for name in _DELAYED}
+    for row in rows:
+        scheme, _, more = row["method"].partition(" micro-batches")[0].rpartition(", ")
+        name, count = (scheme, int(more)) if more.isdigit() else (row["method"], 4)
+        if name in found:
+            lead = CHUNKS_LEAD if name.startswith("chunked") else LEAD
+            gap = row["loss"] - exact[row["seed"]]
+            found[name].setdefault(lead / count, []).append(gap)
+    curves = [
+        Curve(
+            _DELAYED[name][0],
+            _DELAYED[name][1],
+            [(delay, sum(gaps) / len(gaps)) for delay, gaps in sorted(points.items())],
+            dots=True,
+            spread=[(min(gaps), max(gaps)) for _, gaps in sorted(points.items())],
+        )
+        for name, points in found.items()
+        if points
+    ]
+    return chart(
+        "What older gradients cost: from a delay of one step on the loss is ruined",
+        curves,
+        "delay of the first segment's gradients, in steps",
+        "gap to backpropagation, in nats",
+    ).file()
+
+
 def gpu() -> str:
     """Tokens a second of four devices, from the stages that one device was timed with."""
     names = ["local", "backprop, split 1", "backprop"]
@@ -279,6 +320,7 @@ def pictures() -> Iterator[tuple[Path, str]]:
     yield FOLDER / "links.svg", busy_by_links()
     yield FOLDER / "memory.svg", memory()
     yield FOLDER / "reliability.svg", reliability()
+    yield FOLDER / "run-ahead-quality.svg", run_ahead_quality()
     yield FOLDER / "gpu.svg", gpu()
     yield FOLDER / "first.svg", first_picture()
     for name, scheme in CONCEPTS.items():

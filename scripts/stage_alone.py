@@ -4,7 +4,8 @@
         --json docs/results/stage-alone.json
 
 Units that are jobs of their own, beside the same run undisturbed and, with --base-kills, beside one
-job of all stages that its launcher starts again as a whole. Rows are added to the file.
+job of all stages that its launcher starts again as a whole. Rows are added to the file; the page of
+all of them is written beside it. With --kills 0 the page alone is written.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 
 from ds_local.measure.stage_alone import Layout, study
+from ds_local.measure.stage_alone_page import page, picture
 
 
 def main() -> int:
@@ -41,6 +43,8 @@ def main() -> int:
     add("--json", type=Path, help="file to add the row to; default: the console")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no job is left
+    if not args.kills:
+        return write_page(args.json)
     layout = Layout(*map(int, args.layout.split("x")))
     with tempfile.TemporaryDirectory() as temporary:
         row = study(
@@ -64,7 +68,17 @@ def main() -> int:
         print(json.dumps(row, indent=1))
     else:
         rows = json.loads(args.json.read_text()) if args.json.exists() else []
-        args.json.write_text(json.dumps([*rows, row], indent=1) + "\n")
+        lines = ",\n".join(map(json.dumps, [*rows, row]))
+        args.json.write_text(f"[\n{lines}\n]\n")
+        write_page(args.json)
+    return 0
+
+
+def write_page(figures: Path) -> int:
+    """The page, and the picture of the first layout."""
+    rows = json.loads(figures.read_text())
+    figures.with_suffix(".md").write_text(page(rows))
+    (figures.parent / "../pictures/stage-alone.svg").write_text(picture(rows[0]))
     return 0
 
 

@@ -143,6 +143,7 @@ TESTED_IN = {
     "training/units": ("training/test_lone_units", "check_flapping"),
     "training/trial": ("launchers/test_run_options", "train.py"),
     "measure/fleet": ("measure/test_stage_alone", "Fleet"),
+    "measure/stage_alone_page": ("measure/test_stage_alone", "page"),
     "measure/device": ("measure/test_device_timing", "Device"),
     "measure/emulated": ("test_benchmark", "sweep"),
     "measure/gpu": ("test_benchmark", "gpu"),

@@ -6,6 +6,7 @@ import pytest
 
 from ds_local.measure.fleet import Fleet, Job, train_words
 from ds_local.measure.stage_alone import disturbed, equal_below, losses, lost_steps
+from ds_local.measure.stage_alone_page import page, picture
 
 # counts to the last step, from where an earlier start of it was, half as lossy as its number says
 COUNTS = """
@@ -83,3 +84,30 @@ def test_words_of_a_job():
         "--deepspeed_config",
         "ds.json",
     ]
+
+
+def test_the_page_has_a_line_for_each_layout():
+    row = {
+        "layout": "4 x 1",
+        "date": "2026-11-26",
+        "machine": "2 CPU cores",
+        "steps": 100,
+        "saves_every": 10,
+        "depth": 4,
+        "quiet_seconds": 50.0,
+        "train_seconds": 60.0,
+        "kills": [{"job": "unit-1", "step": 20, "at": 9.0, "outage_seconds": 5.5}],
+        "other_ends": 0,
+        "lost_steps": 3,
+        "lost_stage_seconds": 41.5,
+        "losses_compared": 10,
+        "losses_equal": 10,
+        "validation": {"unit-0": [2.0, 2.5]},
+        "curves": [[[0, 5.0], [100, 2.0]], [[0, 5.0], [100, 2.5]]],
+        "restart_all": {"kills": 2, "lost_stage_seconds": 90.25},
+    }
+    text = page([row, {**row, "layout": "3 x 2", "restart_all": None}])
+    assert "| 4 x 1 | 1 | 0 | 5.5, 5.5 | 3 | 41.5 | 90.2 (2 kills) |" in text
+    assert "| 3 x 2 | 1 | 0 | 5.5, 5.5 | 3 | 41.5 | - |" in text
+    assert "10 of 10 losses equal" in text
+    assert picture(row).startswith("<svg")
