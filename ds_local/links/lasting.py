@@ -140,7 +140,8 @@ class LastingSender(LineEnd):
         """Wait until the receiver has ended well: until then it may be started again and need what
         is held here."""
         with self._changed:
-            self._until(lambda: self.needed >= END, "to end its part of the run")
+            while (known := self.needed) < END:  # each step that it does is a sign of life
+                self._until(lambda: self.needed > known, "to end its part of the run")
         self.close()
 
     # --- the thread that feeds --------------------------------------------------------------------
