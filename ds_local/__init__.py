@@ -21,7 +21,8 @@ Reading order, one room after the other; a room imports only from rooms above it
 
 Words
     segment: the part trained by one row of the table; K of them · stage: pipeline rank, holds
-        `segments_per_stage` segments · unit: stages between which gradients cross, as one job ·
+        `segments_per_stage` segments · unit: stages between which gradients cross, perhaps a
+        job of its own ·
     replica: data-parallel copy of a stage · micro-batch · step: one optimizer step · tick: column
         of a schedule grid ·
     action: ours, becomes a DeepSpeed instruction · head: auxiliary head · readout: hidden ->

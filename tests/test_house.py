@@ -113,6 +113,9 @@ TESTED_IN = {
     "replicas/engine": ("dist/test_replicas", "subnets"),  # what engines must have, a protocol
     "replicas/group": ("dist/test_replicas", "subnets"),
     "replicas/periodic": ("dist/test_replicas", "periodic"),
+    "replicas/members": ("replicas/test_elastic", "MeetingPlace"),
+    "replicas/joining": ("replicas/test_elastic", "join"),
+    "links/line": ("links/test_lasting", "Place"),
     "replicas/sync": ("dist/test_replicas", "periodic"),
     "checkpoints/gathered_books": ("checkpoints/test_gathering", "gather_units"),
     "checkpoints/hf_export": ("dist/test_exports", "hf_export"),
@@ -139,6 +142,7 @@ TESTED_IN = {
     "training/steps": ("launchers/test_train", "train.py"),
     "training/units": ("training/test_lone_units", "check_flapping"),
     "training/trial": ("launchers/test_run_options", "train.py"),
+    "measure/fleet": ("measure/test_stage_alone", "Fleet"),
     "measure/device": ("measure/test_device_timing", "Device"),
     "measure/emulated": ("test_benchmark", "sweep"),
     "measure/gpu": ("test_benchmark", "gpu"),

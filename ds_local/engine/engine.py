@@ -48,7 +48,7 @@ from ds_local.links import notices
 from ds_local.links.device import peak_memory
 from ds_local.links.failures import Failures, meeting
 from ds_local.links.groups import second_world
-from ds_local.links.lasting import StepVoid
+from ds_local.links.line import StepVoid
 from ds_local.links.pair import Receiver, Sender
 from ds_local.links.watchdog import Watchdog
 from ds_local.replicas.group import replica_group

@@ -11,10 +11,12 @@ import torch
 from ds_local.checkpoints.agreement import gather
 from ds_local.cluster.surroundings import own_address
 from ds_local.config.sections import LinkConfig
-from ds_local.links.lasting import END, LastingReceiver, LastingSender, Line
+from ds_local.links.lasting import LastingReceiver, LastingSender
+from ds_local.links.line import END, Line
 from ds_local.links.logs import LOG
 from ds_local.links.notices import Absence, Notices
-from ds_local.replicas.elastic import ElasticGroup, Place
+from ds_local.replicas.elastic import ElasticGroup
+from ds_local.replicas.members import MeetingPlace
 from ds_local.schedules.units import Unit
 
 
@@ -46,7 +48,7 @@ class UnitLinks:
 
     def _meet_replicas(self) -> ElasticGroup:
         unit = self.unit
-        place = Place(
+        place = MeetingPlace(
             f"unit {unit.number}",
             Path(unit.meets_in, "links", f"unit-{unit.number}"),
             unit.facts,

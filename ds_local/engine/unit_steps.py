@@ -12,7 +12,7 @@ from ds_local.engine.instructions import StageSchedule
 from ds_local.engine.loaders import iterator_of
 from ds_local.engine.stopping import Stopping
 from ds_local.engine.updates import StageUpdates
-from ds_local.links.lasting import StepVoid
+from ds_local.links.line import StepVoid
 from ds_local.outputs import remove
 
 

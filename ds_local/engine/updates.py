@@ -146,9 +146,9 @@ class StageUpdates(PipelineEngineSeam):
             self.units.sender.others_go_on = mean.present > 1
         rest = self._size_of_mean - sum(sizes) - len(own)
         *gradients, losses_, told_ = mean.numbers.split([*sizes, len(own), rest])
-        weights_ = told_[len(parameters) : -1]
-        there = told_[: len(parameters)].tolist()
-        for parameter, gradient, present in zip(parameters, gradients, there, strict=True):
+        there_, weights_ = told_[: len(parameters)], told_[len(parameters) : -1]
+        found = zip(parameters, gradients, there_.tolist(), strict=True)
+        for parameter, gradient, present in found:
             if present:
                 parameter.grad = gradient.view_as(parameter).to(parameter)
         self.segment_losses = {
@@ -175,7 +175,7 @@ class StageUpdates(PipelineEngineSeam):
         """
         units, step = self.units, self.executor.step
         assert units is not None, "others leave nothing out"
-        assert units.group is not None, "others leave nothing out"
+        assert units.group is not None, "nor does a unit without replicas"
         self._others_mean = units.group.average(step, None, self._size_of_mean, final)
         if self._others_mean is None:
             time.sleep(_AGAIN_SECONDS)

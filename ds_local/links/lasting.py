@@ -20,11 +20,9 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,202 +30,12 @@ from torch import Tensor
 from ds_local.errors import TransportError
 from ds_local.links.buffers import Buffer, Form, Message, Tag, described, specs_of
 from ds_local.links.frames import mind, read_frame, send_frame
-from ds_local.links.logs import LOG, say
-from ds_local.links.staging import Staging
-from ds_local.links.waiting import OUTSIDE, waiting
+from ds_local.links.line import END, LAST, Line, LineEnd, Place, StepVoid, place_of, start_of
 from ds_local.outputs import write_whole
 
-END = 2**62  # "nothing before this step is needed": nothing at all
 _TICK_SECONDS = 0.1  # between two tries to connect
 _LOOK_SECONDS = 1.0  # between two looks at the receiver's address
 _CONNECT_SECONDS = 10.0
-_MOMENT = 2.0  # an absence that is over by then is not told
-_GRACE_SECONDS = 1.0  # for a peer to come back before a step is given up for it
-_START_SECONDS = 20.0  # the same for one that has not been there yet
-_LAST = 2**31  # a number after those of all messages of a step or validation
-
-
-class Place(NamedTuple):
-    """Of a message in the stream of a link."""
-
-    step: int
-    trains: int  # 0: of the validation before the step
-    number: int
-
-
-class StepVoid(Exception):
-    """A validation or a step that lacks messages: they will never come, or the unit below is away
-    and other replicas may have theirs."""
-
-    def __init__(self, place: Place, final: bool) -> None:
-        super().__init__(f"no message for {place}")
-        self.place, self.final = place, final
-
-
-def place_of(tag: Tag) -> Place:
-    """Messages of a validation have negative numbers."""
-    if tag.micro_batch < 0:
-        return Place(tag.step, 0, -1 - tag.micro_batch)
-    return Place(tag.step, 1, tag.micro_batch)
-
-
-def start_of(step: int) -> Place:
-    """The first place of a step; every place before it belongs to an earlier one."""
-    return Place(step, 0, -1)
-
-
-@dataclass(frozen=True)
-class Line:
-    """What both ends of a lasting link are given.
-
-    Args:
-        name: what the link carries, for messages.
-        folder: where the receiver leaves its address; both ends see it.
-        peer: the other end, for messages.
-        facts: of the run; both ends must have the same.
-        depth: messages that the receiver has not taken before the sender waits.
-        timeout_seconds: longest wait for a peer that is connected.
-        reconnect_seconds: longest wait for one that is not.
-        warn_seconds: a wait beyond this is told.
-        lossy: other replicas do the same work, so that nobody waits for a peer that is away: what
-            it misses is void.
-    """
-
-    name: str
-    folder: Path
-    peer: str
-    facts: str
-    depth: int
-    timeout_seconds: float
-    reconnect_seconds: float
-    warn_seconds: float
-    lossy: bool = False
-
-    @property
-    def card(self) -> Path:
-        """The file with the receiver's address."""
-        return self.folder / f"{self.name.replace(' ', '-')}.json"
-
-
-class _End:
-    """What both ends share: the state that threads change, and waiting for a change of it."""
-
-    def __init__(self, line: Line, device: torch.device) -> None:
-        self.line = line
-        self.name, self.waited, self.num_bytes = line.name, 0.0, 0
-        self.ask_to_stop: Callable[[], None] = lambda: None  # called when the peer asks for it
-        self._staging = Staging(device)
-        self._changed = threading.Condition()
-        self._connection: socket.socket | None = None  # once both ends know where the stream is
-        self._away_since: float | None = time.perf_counter()  # None: the peer is there
-        self._known = False  # it has been there
-        self._missed = False  # its absence has been told
-        self._refused = ""  # why this link can never work
-        self._closed = False
-
-    # --- waiting, in the main thread --------------------------------------------------------------
-
-    def _until(self, done: Callable[[], bool], purpose: str) -> None:
-        """Wait, with the condition held, until `done`.
-
-        Raises:
-            TransportError: naming the peer, after `reconnect_seconds` without it, or when it has
-                been there for `timeout_seconds` more than that and it is still not done.
-        """
-        started = told = time.perf_counter()
-        line = self.line
-        try:
-            with waiting(OUTSIDE, f"{line.peer} {purpose}"):
-                while not done():
-                    now, away = time.perf_counter(), self._away_since
-                    if self._refused:
-                        raise TransportError(self._refused)
-                    if away is not None and now - max(away, started) > line.reconnect_seconds:
-                        raise TransportError(
-                            f"waited for {line.peer} {purpose}, but it has been away for "
-                            f"{now - away:.0f} s; start it again, or raise "
-                            "local_parallel.link.reconnect_seconds"
-                        )
-                    if now - started > line.timeout_seconds + line.reconnect_seconds:
-                        raise TransportError(
-                            f"waited for {line.peer} {purpose}, but nothing came within "
-                            f"{now - started:.0f} s"
-                        )
-                    if away is not None and now - max(away, started) > _MOMENT and not self._missed:
-                        self._missed = True
-                        say(f"{line.peer} is away; waiting for it, {line.reconnect_seconds:g} s")
-                    if now - told > line.warn_seconds:
-                        told = now
-                        say(f"has waited {now - started:.0f} s for {line.peer} {purpose}")
-                    self._changed.wait(_TICK_SECONDS * 5)
-        finally:
-            self.waited += time.perf_counter() - started
-
-    def _check_absence(self) -> None:
-        """Raises TransportError when the peer has been away for too long."""
-        away, limit = self._away_since, self.line.reconnect_seconds
-        if away is not None and time.perf_counter() - away > limit:
-            raise TransportError(
-                f"{self.line.peer} has been away for {limit:.0f} s; start it again, or raise "
-                "local_parallel.link.reconnect_seconds"
-            )
-
-    def _given_up(self) -> bool:
-        """Is it better to go on without the peer?"""
-        away = self._away_since
-        grace = _GRACE_SECONDS if self._known else _START_SECONDS
-        return self.line.lossy and away is not None and time.perf_counter() - away > grace
-
-    # --- coming and going, in threads -------------------------------------------------------------
-
-    def _came(self, connection: socket.socket) -> None:
-        with self._changed:
-            away, self._away_since, self._known = self._away_since, None, True
-            self._connection = connection
-            self._changed.notify_all()
-        seconds = 0.0 if away is None else time.perf_counter() - away
-        LOG.info("%s: %s is there (after %.1f s)", self.name, self.line.peer, seconds)
-        if self._missed:
-            self._missed = False
-            say(f"{self.line.peer} is back after {seconds:.0f} s")
-
-    def _lost(self, connection: socket.socket, why: BaseException | str) -> None:
-        with suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)
-        connection.close()
-        with self._changed:
-            if self._connection is connection:
-                self._connection = None
-                self._away_since = time.perf_counter()
-                if not self._closed:
-                    LOG.info("%s: %s is gone: %s", self.name, self.line.peer, why)
-                self._changed.notify_all()
-
-    def _tell(self, **said: Any) -> None:
-        """To the peer, if it is there; what it must know it is told again when it comes back. With
-        the condition held, so that words do not mix."""
-        if self._connection is not None:
-            with suppress(OSError):  # the thread that reads finds out
-                send_frame(self._connection, said)
-
-    def close(self) -> None:
-        """Leave the link. The peer sees that this end is gone."""
-        with self._changed:
-            self._closed = True
-            connection = self._connection
-            self._changed.notify_all()
-        if connection is not None:
-            self._lost(connection, "closed")
-
-    def fail(self, reason: str) -> None:
-        """Whatever ends this process ends nobody else: the peer waits for the next one."""
-        self.close()
-
-    def release(self) -> None:
-        """Buffers are given back as they are needed no more."""
-
-    def flush(self) -> None:
-        """`drain` waits for the peer; a process that fails does not."""
 
 
 @dataclass
@@ -240,7 +48,7 @@ class _Held:
     copied: Any = None  # an event to wait for before the buffer is read, or None
 
 
-class LastingSender(_End):
+class LastingSender(LineEnd):
     """The sending end of a lasting link."""
 
     def __init__(self, line: Line, device: torch.device) -> None:
@@ -290,9 +98,9 @@ class LastingSender(_End):
         self.message_bytes = form.num_bytes
         with self._changed:
             self._until(
-                lambda: self._has(place)
-                or len(self._untaken) < self.line.depth
-                or self._misses(place),
+                lambda: (
+                    self._has(place) or len(self._untaken) < self.line.depth or self._misses(place)
+                ),
                 f"to take a message ({tag} is next)",
             )
             if self._has(place):
@@ -308,7 +116,7 @@ class LastingSender(_End):
 
     def send_void(self, step: int, trains: int) -> None:
         """Say that the rest of a step, or of the validation before it, will not come."""
-        place = Place(step, trains, _LAST)
+        place = Place(step, trains, LAST)
         with self._changed:
             if not self._misses(place) and not self._has(place):
                 self._held.append(_Held(place, {"void": place}))
@@ -474,7 +282,7 @@ class LastingSender(_End):
             self._next = max(0, self._next - 1)
 
 
-class LastingReceiver(_End):
+class LastingReceiver(LineEnd):
     """The receiving end of a lasting link."""
 
     steps_ahead = 0
@@ -533,10 +341,12 @@ class LastingReceiver(_End):
         place = place_of(tag)
         with self._changed:
             self._until(
-                lambda: place in self._come
-                or self._is_void(place)
-                or self._given_up()
-                or len(self._come) >= self.line.depth,  # it waits for us to take something else
+                lambda: (
+                    place in self._come
+                    or self._is_void(place)
+                    or self._given_up()
+                    or len(self._come) >= self.line.depth
+                ),  # it waits for us to take something else
                 f"to send {tag}",
             )
             final = self._is_void(place)
@@ -564,7 +374,7 @@ class LastingReceiver(_End):
     def leave_out(self, step: int, trains: int) -> None:
         """A step, or the validation before it, is done without its messages."""
         with self._changed:
-            end = Place(step, trains, _LAST)
+            end = Place(step, trains, LAST)
             self._give_up(end)
             for place in [one for one in self._come if one <= end]:  # it has just come back
                 del self._come[place]

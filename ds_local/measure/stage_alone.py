@@ -12,7 +12,7 @@ import random
 import sys
 import time
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any, NamedTuple
 
 from ds_local.measure.fleet import Fleet, Job, train_words
@@ -144,7 +144,8 @@ def disturbed(fleet: Fleet, steps: int, kills: int, seed: int, most: float) -> d
     Args:
         most: seconds, after which it is given up.
     """
-    draw, killed = random.Random(seed), []
+    draw = random.Random(seed)
+    killed: list[dict[str, Any]] = []
     gap = 0.9 * steps / (kills + 1)
     due = gap * draw.uniform(0.5, 1.5)
     with fleet:
@@ -159,12 +160,11 @@ def disturbed(fleet: Fleet, steps: int, kills: int, seed: int, most: float) -> d
                 if job.starts > now["starts"] and job.steps() > now["step"]:
                     now["outage_seconds"] = round(fleet.seconds - now["at"], 2)
                 continue
-            if len(killed) < kills and min(done.values()) >= due:
+            late = min(done.values()) > 0.95 * steps  # what dies now is not missed any more
+            if len(killed) < kills and min(done.values()) >= due and not late:
                 name = draw.choice(names)
                 if fleet.jobs[name].is_done:
                     continue
-                pids = {one: job.process.pid for one, job in fleet.jobs.items()}
-                ends = {one: len(job.ended) for one, job in fleet.jobs.items()}
                 killed.append(
                     {
                         "job": name,
@@ -174,13 +174,12 @@ def disturbed(fleet: Fleet, steps: int, kills: int, seed: int, most: float) -> d
                     }
                 )
                 fleet.kill(name)
-                killed[-1] |= {"pids": pids, "ends": ends}
                 due = min(done.values()) + gap * draw.uniform(0.5, 1.5)
         seconds = fleet.seconds - first
     ended = {name: len(job.ended) for name, job in fleet.jobs.items()}
     of_kills = {name: sum(k["job"] == name for k in killed) for name in fleet.jobs}
     for one in killed:
-        del one["pids"], one["ends"], one["starts"]
+        del one["starts"]
         one["at"] = round(one["at"], 1)
     return {
         "train_seconds": round(seconds, 1),
@@ -251,8 +250,7 @@ def study(
             for name in fleet.jobs
         }
         row["curves"] = [
-            sorted(losses(f.jobs[max(f.jobs)], "validation").items())
-            for f in (quiet_fleet, fleet)
+            sorted(losses(f.jobs[max(f.jobs)], "validation").items()) for f in (quiet_fleet, fleet)
         ]
     if base_kills:
         base = undisturbed(campaign.one_job("quiet-all", how["port"]))
@@ -288,24 +286,3 @@ def _killed_ranks(
                     due += gap
                     time.sleep(1.0)
         return {"train_seconds": fleet.seconds - first, "kills": number}
-
-
-def summary(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """The table: a header and a line for each layout."""
-    table = [
-        ["stages x replicas", "kills", "others ended", "outage s", "lost steps", "lost", "all"]
-    ]
-    for row in rows:
-        base = row.get("restart_all")
-        table.append(
-            [
-                row["layout"],
-                str(len(row["kills"])),
-                str(row.get("other_ends")),
-                f"{mean(k['outage_seconds'] for k in row['kills']):.1f}",
-                str(row["lost_steps"]),
-                f"{row['lost_stage_seconds']:.1f}",
-                "-" if base is None else f"{base['lost_stage_seconds']:.1f}",
-            ]
-        )
-    return table

@@ -26,6 +26,7 @@ from ds_local.config.schema import LocalParallelConfig
 from ds_local.data.dataset import BatchShape
 from ds_local.data.tokenizers import check_same_tokenizer
 from ds_local.engine.causal_lm import causal_lm
+from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.initialize import initialize
 from ds_local.engine.loading import load_what_fits
 from ds_local.links import notices
@@ -152,12 +153,13 @@ def _train(
     start_log(run.path / "logs", model.stage, engine.global_rank)
     if signals is not None:
         signals.stop_with(engine.request_stop, may_die_alone=unit is not None)
-    return _looped(Loop(args, run, engine, data, shape, callbacks))
+    return _run(Loop(args, run, engine, data, shape, callbacks), engine)
 
 
-def _looped(loop: Loop) -> Validation | None:
+def _run(loop: Loop, engine: LocalPipelineEngine) -> Validation | None:
+    """Returns the last validation, if there was one."""
     try:
-        with loop.engine.meeting("what is done between steps"):
+        with engine.meeting("what is done between steps"):
             loop.run()
     except BaseException:
         loop.note_last_event()

@@ -1,0 +1,254 @@
+"""Who of a stage's replicas is there: connections, who leads, and the epochs of the group."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import queue
+import secrets
+import socket
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_local.errors import TransportError
+from ds_local.links.frames import mind, read_frame, send_frame
+from ds_local.links.logs import LOG
+from ds_local.outputs import write_whole
+
+TICK_SECONDS = 0.2
+ANSWER_SECONDS = 5.0
+NEW, LEADS, FOLLOWS = "new", "leads", "follows"
+
+
+@dataclass(frozen=True)
+class MeetingPlace:
+    """Where the replicas of a stage meet.
+
+    Args:
+        name: of the stage, for messages.
+        folder: for addresses and epochs; all replicas see it.
+        facts: of the run; all must have the same.
+        timeout_seconds: longest wait for a member that lives.
+        reconnect_seconds: longest wait for one that cannot be reached, and for all to come.
+    """
+
+    name: str
+    folder: Path
+    facts: str
+    timeout_seconds: float
+    reconnect_seconds: float
+
+    def card(self, replica: int) -> Path:
+        return self.folder / f"replica-{replica}.json"
+
+    def read_card(self, replica: int) -> dict[str, Any]:
+        """Nothing where there is none."""
+        try:
+            return dict(json.loads(self.card(replica).read_text()))
+        except (OSError, ValueError):
+            return {}
+
+
+class Members:
+    """This replica among those of its stage.
+
+    Args:
+        replica: of this job.
+        num_replicas: that there are when nobody is missing.
+        place: where they meet.
+        host: address of this machine.
+    """
+
+    def __init__(self, replica: int, num_replicas: int, place: MeetingPlace, host: str) -> None:
+        self.replica, self.num_replicas, self.place = replica, num_replicas, place
+        self.members: list[int] = []  # the first one leads
+        self._role, self._epoch = NEW, 0
+        self._unreached = 0.0  # since when the leader cannot be reached
+        self._connections: dict[int, socket.socket] = {}  # to members; a follower has one
+        self._joiners: dict[int, tuple[socket.socket, int]] = {}
+        self._frames: queue.Queue[tuple[int, socket.socket, Any, Tensor | None]] = queue.Queue()
+        self._early: dict[int, tuple[int, bool, Tensor | None]] = {}  # contributions, by replica
+        self._secret = secrets.token_hex(16)
+        self._lock = threading.RLock()
+        place.folder.mkdir(parents=True, exist_ok=True)
+        self._listener = socket.create_server((host, 0))
+        card = {"host": host, "port": self._listener.getsockname()[1], "secret": self._secret}
+        write_whole(place.card(replica), json.dumps(card) + "\n")
+        place.card(replica).chmod(0o600)
+        threading.Thread(target=self._accept, daemon=True, name="replicas").start()
+
+    # --- who is there -----------------------------------------------------------------------------
+
+    @property
+    def _limit(self) -> float:
+        return self.place.timeout_seconds + self.place.reconnect_seconds
+
+    @property
+    def _reach(self) -> float:
+        return self.place.reconnect_seconds
+
+    def _connect(self, other: int, kind: str, step: int) -> socket.socket | None:
+        card = self.place.read_card(other)
+        if "port" not in card:
+            return None
+        try:
+            connection = socket.create_connection((card["host"], card["port"]), ANSWER_SECONDS)
+            mind(connection, self.place.reconnect_seconds)
+            hello = {"kind": kind, "replica": self.replica, "step": step}
+            send_frame(connection, hello | {"secret": card["secret"], "facts": self.place.facts})
+        except OSError:
+            return None
+        return connection
+
+    def _role_of(self, other: int) -> str | None:
+        """What it is, or "dead"; None where it cannot be reached."""
+        card = self.place.read_card(other)
+        if "port" not in card:
+            return "dead"
+        try:
+            with socket.create_connection((card["host"], card["port"]), ANSWER_SECONDS) as asked:
+                send_frame(
+                    asked,
+                    {
+                        "kind": "look",
+                        "replica": self.replica,
+                        "step": 0,
+                        "secret": card["secret"],
+                        "facts": self.place.facts,
+                    },
+                )
+                return str(read_frame(asked)[0].get("role"))
+        except (ConnectionRefusedError, ConnectionResetError):
+            return "dead"
+        except OSError:
+            return None
+
+    def _keep(self, replica: int, connection: socket.socket) -> None:
+        """A member's connection, and a thread that reads it."""
+        connection.settimeout(None)
+        with self._lock:
+            former = self._connections.get(replica)
+            self._connections[replica] = connection
+        if former is not None and former is not connection:
+            former.close()
+        threading.Thread(target=self._hear, args=(replica, connection), daemon=True).start()
+
+    def _hear(self, replica: int, connection: socket.socket) -> None:
+        try:
+            while True:
+                said, data = read_frame(connection, lambda n: torch.empty(n, dtype=torch.uint8))
+                numbers = None if data is None else data.view(torch.float32)
+                self._frames.put((replica, connection, said, numbers))
+        except (OSError, ValueError):
+            self._frames.put((replica, connection, None, None))
+
+    def _drop(self, replica: int, connection: socket.socket) -> None:
+        with self._lock:
+            if self._connections.get(replica) is connection:
+                del self._connections[replica]
+        with suppress(OSError):
+            connection.close()
+
+    def _send(self, replica: int, said: dict[str, Any], data: Tensor | None = None) -> None:
+        connection = self._connections.get(replica)
+        if connection is not None:
+            with suppress(OSError):  # the thread that reads finds out
+                send_frame(connection, said, data)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        try:
+            connection.settimeout(ANSWER_SECONDS)
+            mind(connection, self.place.reconnect_seconds)
+            hello, _ = read_frame(connection)
+            if not hmac.compare_digest(str(hello["secret"]), self._secret):
+                connection.close()
+                return
+            if hello["facts"] != self.place.facts:
+                refused = (
+                    f"the replicas of {self.place.name} were not started with the same model, data "
+                    "and configuration; start all with the same"
+                )
+                send_frame(connection, {"refused": refused})
+                connection.close()
+                return
+            self._welcome(connection, str(hello["kind"]), int(hello["replica"]), int(hello["step"]))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            LOG.debug("no answer to a replica: %r", error)
+            connection.close()
+
+    def _welcome(self, connection: socket.socket, kind: str, replica: int, step: int) -> None:
+        with self._lock:
+            if kind == "join" and self._role in (LEADS, NEW):
+                send_frame(connection, {"wait": self._role})
+                if self._role == LEADS or self.replica == 0:
+                    self._joiners[replica] = connection, step
+                    return
+            elif kind == "join":
+                send_frame(connection, {"leader": self.members[0]})
+            elif kind == "member" and self._role != NEW:
+                send_frame(connection, {"welcome": True})
+                self._keep(replica, connection)
+                return
+            else:
+                send_frame(connection, {"role": self._role})
+        connection.close()
+
+    def end(self, finished: bool, step: int) -> None:
+        """This replica has ended well, after so many steps."""
+        if finished:
+            card = {"ended": self.place.facts, "step": step}
+            write_whole(self.place.card(self.replica), json.dumps(card) + "\n")
+        self.close()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with self._lock:
+            joiners = [connection for connection, _ in self._joiners.values()]
+            for connection in [*self._connections.values(), *joiners]:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+                connection.close()
+            self._connections.clear()
+
+    # --- epochs -----------------------------------------------------------------------------------
+
+    def _last_epoch(self) -> int:
+        names = [path.stem for path in self.place.folder.glob("epoch-*.json")]
+        return max((int(name.removeprefix("epoch-")) for name in names), default=0)
+
+    def _new_epoch(self, members: list[int]) -> None:
+        """The members are others from now on, if nobody else has said so first."""
+        number = self._epoch + 1
+        text = json.dumps({"members": members, "by": self.replica}) + "\n"
+        path = self.place.folder / f"epoch-{number:06d}.json"
+        try:
+            with path.open("x") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            raise TransportError(
+                f"the other replicas of {self.place.name} took replica {self.replica} for dead and "
+                "went on; it begins again with their weights"
+            ) from None
+        self.members, self._epoch = members, number
+        for old in range(number - 20, number - 10):  # enough to see what happened
+            with suppress(OSError):
+                (self.place.folder / f"epoch-{old:06d}.json").unlink()
