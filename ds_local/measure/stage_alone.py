@@ -202,13 +202,19 @@ def losses(job: Job, split: str = "train") -> dict[int, float | None]:
     return {row["step"]: row["loss"] for row in job.rows() if row["split"] == split}
 
 
-def equal_below(quiet: Fleet, fleet: Fleet, killed: list[dict[str, Any]]) -> dict[str, Any]:
+def equal_below(
+    quiet: Fleet, fleet: Fleet, killed: list[dict[str, Any]], saves: int
+) -> dict[str, Any]:
     """Losses to the bit beside those of the quiet run: of the lowest unit everywhere, of each other
-    one up to the first step at which it or one below it died."""
+    one up to the last checkpoint before it or one below it died.
+
+    Args:
+        saves: steps between checkpoints.
+    """
     compared = equal = 0
     for name, job in fleet.jobs.items():
         unit = int(name.split("-")[1])
-        below = [k["step"] for k in killed if 0 < int(k["job"].split("-")[1]) <= unit]
+        below = [k["step"] - saves for k in killed if 0 < int(k["job"].split("-")[1]) <= unit]
         limit = min(below, default=10**9)
         own, theirs = losses(job), losses(quiet.jobs[name])
         same = [own[step] == theirs.get(step) for step in own if step < limit]
@@ -244,7 +250,7 @@ def study(
         outages = [k["outage_seconds"] for k in found["kills"] if "outage_seconds" in k]
         row["outage_seconds"] = {"median": median(outages), "most": max(outages)}
         if layout.replicas == 1:
-            row |= equal_below(quiet_fleet, fleet, found["kills"])
+            row |= equal_below(quiet_fleet, fleet, found["kills"], how["saves"])
         row["validation"] = {
             name: [losses(f.jobs[name], "validation").get(steps) for f in (quiet_fleet, fleet)]
             for name in fleet.jobs

@@ -57,10 +57,10 @@ def test_losses_below_the_first_death_are_compared(jobs):
         with fleet:
             while not fleet.look():
                 pass
-    killed = [{"job": "unit-1", "step": 21}]
+    killed = [{"job": "unit-1", "step": 31}]
     compared = STEPS + 20  # all of the lowest unit, of the next one those before its death
     for fleet, equal in ((quiet, compared), (other, 0)):
-        found = equal_below(quiet, fleet, killed)
+        found = equal_below(quiet, fleet, killed, saves=10)
         assert found == {"losses_compared": compared, "losses_equal": equal}
 
 
