@@ -24,6 +24,7 @@ from ds_local.charts.timelines import draw_bands
 from ds_local.config.catalog import SCHEMES, section_of
 from ds_local.config.files import local_parallel
 from ds_local.config.strict import SECTION
+from ds_local.measure.stage_alone_page import picture
 from ds_local.schedules.drawing import band_of, draw_routes
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Event, Schedule
@@ -35,6 +36,7 @@ FOLDER = ROOT / "docs" / "pictures"
 TABLES = ROOT / "docs" / "results" / "benchmarks.md"
 RELIABILITY = ROOT / "docs" / "results" / "reliability.json"  # by tests/faults/run.py
 RUN_AHEAD = ROOT / "docs" / "results" / "run-ahead.json"  # by scripts/study.py
+STAGE_ALONE = ROOT / "docs" / "results" / "stage-alone.json"  # by scripts/stage_alone.py
 GPU = ROOT / "docs" / "results" / "gpu.json"  # by benchmark.py gpu
 CHOOSING = ROOT / "docs" / "results" / "choosing.json"  # by scripts/choosing.py
 # file of a scheme on the page of concepts -> its name in the table of schemes
@@ -321,6 +323,7 @@ def pictures() -> Iterator[tuple[Path, str]]:
     yield FOLDER / "memory.svg", memory()
     yield FOLDER / "reliability.svg", reliability()
     yield FOLDER / "run-ahead-quality.svg", run_ahead_quality()
+    yield FOLDER / "stage-alone.svg", picture(json.loads(STAGE_ALONE.read_text())[0])
     yield FOLDER / "gpu.svg", gpu()
     yield FOLDER / "first.svg", first_picture()
     for name, scheme in CONCEPTS.items():

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from ds_local.measure.stage_alone import Layout, study
-from ds_local.measure.stage_alone_page import page, picture
+from ds_local.measure.stage_alone_page import page
 
 
 def main() -> int:
@@ -75,10 +75,9 @@ def main() -> int:
 
 
 def write_page(figures: Path) -> int:
-    """The page, and the picture of the first layout."""
+    """Beside its figures; scripts/pictures.py draws the first layout."""
     rows = json.loads(figures.read_text())
     figures.with_suffix(".md").write_text(page(rows))
-    (figures.parent / "../pictures/stage-alone.svg").write_text(picture(rows[0]))
     return 0
 
 
