@@ -10,7 +10,7 @@ from ds_local.charts.plots import Curve, Mark, chart
 from ds_local.charts.style import SERIES
 
 _HEADER = (
-    "stages x replicas",
+    "stages x replicas, depth of links",
     "kills",
     "other jobs that ended",
     "outage in s: median, most",
@@ -35,7 +35,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         outages = [kill["outage_seconds"] for kill in row["kills"] if "outage_seconds" in kill]
         base = row.get("restart_all")
         cells = (
-            row["layout"],
+            f"{row['layout']}, {row['depth']}",
             len(row["kills"]),
             row["other_ends"],
             f"{median(outages):.1f}, {max(outages):.1f}",

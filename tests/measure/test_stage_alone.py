@@ -107,7 +107,7 @@ def test_the_page_has_a_line_for_each_layout():
         "restart_all": {"kills": 2, "lost_stage_seconds": 90.25},
     }
     text = page([row, {**row, "layout": "3 x 2", "restart_all": None}])
-    assert "| 4 x 1 | 1 | 0 | 5.5, 5.5 | 3 | 41.5 | 90.2 (2 kills) |" in text
-    assert "| 3 x 2 | 1 | 0 | 5.5, 5.5 | 3 | 41.5 | - |" in text
+    assert "| 4 x 1, 4 | 1 | 0 | 5.5, 5.5 | 3 | 41.5 | 90.2 (2 kills) |" in text
+    assert "| 3 x 2, 4 | 1 | 0 | 5.5, 5.5 | 3 | 41.5 | - |" in text
     assert "10 of 10 losses equal" in text
     assert picture(row).startswith("<svg")
