@@ -95,6 +95,16 @@ class Fleet:
         self.jobs[name].process.send_signal(signal.SIGKILL)
 
 
+def lost_steps(fleet: Fleet) -> int:
+    """Steps whose updates units have lost, as they say."""
+    total = 0
+    for job in fleet.jobs.values():
+        for line in job.text().splitlines():
+            if " lost " in line and " steps: " in line:
+                total += int(line.split(" lost ")[1].split()[0].replace(",", ""))
+    return total
+
+
 def train_words(**options: Any) -> list[str]:
     """The command that trains, with these options of scripts/train.py."""
     words = [sys.executable, "-m", "ds_local", "train"]

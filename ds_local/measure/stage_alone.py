@@ -12,10 +12,10 @@ import random
 import sys
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, NamedTuple
 
-from ds_local.measure.fleet import Fleet, Job, train_words
+from ds_local.measure.fleet import Fleet, Job, lost_steps, train_words
 
 MODEL = {
     "model_type": "gpt2",
@@ -188,16 +188,6 @@ def disturbed(fleet: Fleet, steps: int, kills: int, seed: int, most: float) -> d
     }
 
 
-def lost_steps(fleet: Fleet) -> int:
-    """Steps whose updates units have lost, as they say."""
-    total = 0
-    for job in fleet.jobs.values():
-        for line in job.text().splitlines():
-            if " lost " in line and " steps: " in line:
-                total += int(line.split(" lost ")[1].split()[0].replace(",", ""))
-    return total
-
-
 def losses(job: Job, split: str = "train") -> dict[int, float | None]:
     return {row["step"]: row["loss"] for row in job.rows() if row["split"] == split}
 
@@ -220,6 +210,17 @@ def equal_below(
         same = [own[step] == theirs.get(step) for step in own if step < limit]
         compared, equal = compared + len(same), equal + sum(same)
     return {"losses_compared": compared, "losses_equal": equal}
+
+
+def stands_still(stages: int, killed: list[dict[str, Any]]) -> float:
+    """Stage-seconds a kill for which a copy of the pipeline learns nothing, from the dead stage on
+    upward. The others go on, so the length of the run does not show it."""
+    idle = [
+        kill["outage_seconds"] * (stages - int(kill["job"].split("-")[1]))
+        for kill in killed
+        if "outage_seconds" in kill
+    ]
+    return round(mean(idle), 2)
 
 
 def study(
@@ -249,6 +250,8 @@ def study(
         row["lost_stage_seconds"] = round((waited + lost * step_seconds) / max(1, kills), 2)
         outages = [k["outage_seconds"] for k in found["kills"] if "outage_seconds" in k]
         row["outage_seconds"] = {"median": median(outages), "most": max(outages)}
+        if layout.replicas > 1:
+            row["lost_stage_seconds"] = stands_still(layout.stages, found["kills"])
         if layout.replicas == 1:
             row |= equal_below(quiet_fleet, fleet, found["kills"], how["saves"])
         row["validation"] = {

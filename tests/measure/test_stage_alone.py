@@ -4,8 +4,13 @@ import sys
 
 import pytest
 
-from ds_local.measure.fleet import Fleet, Job, train_words
-from ds_local.measure.stage_alone import disturbed, equal_below, losses, lost_steps
+from ds_local.measure.fleet import Fleet, Job, lost_steps, train_words
+from ds_local.measure.stage_alone import (
+    disturbed,
+    equal_below,
+    losses,
+    stands_still,
+)
 from ds_local.measure.stage_alone_page import page, picture
 
 # counts to the last step, from where an earlier start of it was, half as lossy as its number says
@@ -62,6 +67,15 @@ def test_losses_below_the_first_death_are_compared(jobs):
     for fleet, equal in ((quiet, compared), (other, 0)):
         found = equal_below(quiet, fleet, killed, saves=10)
         assert found == {"losses_compared": compared, "losses_equal": equal}
+
+
+def test_a_copy_stands_still_from_the_dead_stage_on():
+    killed = [
+        {"job": "unit-0-replica-1", "outage_seconds": 10.0},  # three stages
+        {"job": "unit-2-replica-0", "outage_seconds": 6.0},  # one
+        {"job": "unit-1-replica-0"},  # not back by the end
+    ]
+    assert stands_still(3, killed) == (10 * 3 + 6 * 1) / 2
 
 
 def test_a_fleet_leaves_no_job_behind(jobs):
