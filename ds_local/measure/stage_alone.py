@@ -16,6 +16,7 @@ from statistics import mean, median
 from typing import Any, NamedTuple
 
 from ds_local.measure.fleet import Fleet, Job, lost_steps, train_words
+from ds_local.schedules.units import folder_of
 
 MODEL = {
     "model_type": "gpt2",
@@ -99,8 +100,7 @@ class Campaign:
         logs = self.folder / f"{name}-logs"
         logs.mkdir(parents=True, exist_ok=True)
         for unit, replica in itertools.product(*map(range, self.layout)):
-            beside = f"-replica-{replica}" if self.layout.replicas > 1 else ""
-            own = f"unit-{unit}{beside}"
+            own = folder_of(unit, replica, self.layout.replicas)
             words = train_words(
                 **self._options(output, 600),
                 unit=unit,

@@ -114,11 +114,7 @@ class ElasticGroup(Joining):
             for replica in missing:
                 if replica not in self._connections:
                     self._look_for(replica, probed)
-            if time.perf_counter() - started > self._limit:
-                raise TransportError(
-                    f"waited for replica {missing[0]} of {self.place.name} to average step "
-                    f"{step + 1}, but nothing came within {self._limit:.0f} s"
-                )
+            self._check_wait(missing[0], step, started)
         in_order = (found[replica] for replica in sorted(found))
         given = [numbers for numbers in in_order if numbers is not None]
         if not given and not all(finals[replica] for replica in found):
@@ -134,6 +130,14 @@ class ElasticGroup(Joining):
             if replica != self.replica:
                 self._send_mean(replica, mean)
         return mean
+
+    def _check_wait(self, replica: int, step: int, started: float) -> None:
+        """Raises TransportError when a member that lives has not come for too long."""
+        if time.perf_counter() - started > self._limit:
+            raise TransportError(
+                f"waited for replica {replica} of {self.place.name} to average step {step + 1}, "
+                f"but nothing came within {self._limit:.0f} s"
+            ) from None
 
     def _next_frame(self, step: int) -> Mean | None:
         """Take in what has come; a mean that another member has got already."""
@@ -191,11 +195,7 @@ class ElasticGroup(Joining):
             try:
                 _, at, said, data = self._frames.get(timeout=TICK_SECONDS * 5)
             except queue.Empty:
-                if time.perf_counter() - started > self._limit:
-                    raise TransportError(
-                        f"waited for replica {leader} of {self.place.name} to average step "
-                        f"{step + 1}, but nothing came within {self._limit:.0f} s"
-                    ) from None
+                self._check_wait(leader, step, started)
                 continue
             if at is not connection:
                 continue
