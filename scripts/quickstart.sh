@@ -15,12 +15,11 @@ if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -lt "$stage
 fi
 
 if [ ! -e "$run/checkpoints/global_step$steps/ds_local.json" ]; then
+    # a signal goes on to the ranks, which save and leave; the same command goes on from there
+    trap 'pkill -TERM -P "$!" || kill -TERM "$!"; wait "$!"; exit 143' TERM INT HUP
     deepspeed --num_gpus "$stages" scripts/train.py --model configs/gpt2-nano.json --data "$data" --output "$run" \
         --max-steps "$steps" --eval-every 100 --save-every 100 --resume --deepspeed --deepspeed_config ds_config.json &
-    job=$!
-    # a signal goes on to the ranks, which save and leave; the same command goes on from there
-    trap 'pkill -TERM -P "$job" || kill -TERM "$job"; wait "$job"; exit 143' TERM INT HUP
-    wait "$job"
+    wait "$!"
     trap - TERM INT HUP
 else
     python scripts/summarize.py "$run"

@@ -156,6 +156,15 @@ def test_a_command_that_is_told_to_end_is_not_started_again(tmp_path, status):
     assert (process.returncode, starts(tmp_path)) == (0, 1)
 
 
+def test_it_may_be_told_in_the_moment_of_a_start(tmp_path):
+    """The command's first act is to tell it, which may be before the shell goes on."""
+    tells = 'trap "exit 1" TERM; echo start >> "$STARTS"; kill -TERM $PPID; while :; do :; done'
+    for _ in range(10):
+        process = again(tmp_path, fails=0, limit=20, script=tells)
+        process.communicate(timeout=LONG)
+        assert (process.returncode, starts(tmp_path)) == (0, 1)
+
+
 # --- a job of Slurm's -----------------------------------------------------------------------------
 
 SRUN = """#!/bin/bash
