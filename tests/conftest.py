@@ -61,8 +61,10 @@ def _group(item) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _environment_stays():
-    """A process group of one process sets RANK and the like: the next test must not find them."""
+def _the_same_for_each():
+    """Random numbers, and an environment without what the test before has set: a process group of
+    one process sets RANK and the like."""
+    torch.manual_seed(0)
     before = dict(os.environ)
     yield
     if os.environ != before:

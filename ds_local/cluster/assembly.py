@@ -18,6 +18,7 @@ from ds_local.errors import ClusterError
 from ds_local.links.store_guard import limited
 
 CONNECT_SECONDS = 5.0  # for a plain connection to a neighbour
+LOOK_SECONDS = 0.02  # between two looks whether rank 0 is there
 
 
 class Assembly:
@@ -52,6 +53,8 @@ class Assembly:
                 f"{self.here}: port {port} is in use, perhaps by another job; pass --master_port "
                 "with a free one"
             )
+        if not serves:
+            _await_listener(address, port, self.deadline)
         limit = timedelta(seconds=self.limit_seconds)
         options: dict[str, Any] = {"wait_for_workers": False, "multi_tenant": True}
         try:
@@ -165,6 +168,19 @@ def _is_taken(port: int) -> bool:
         except OSError:
             return True
     return False
+
+
+def _await_listener(address: str, port: int, deadline: float) -> None:
+    """Until rank 0 listens: torch's store, refused once, sleeps for half a second and more."""
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((address, port), CONNECT_SECONDS).close()
+        except ConnectionRefusedError:
+            time.sleep(LOOK_SECONDS)
+        except OSError:  # the store says what is wrong
+            return
+        else:
+            return
 
 
 def absent(found: Mapping[int, Any], assembly: Assembly) -> str:

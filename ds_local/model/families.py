@@ -16,6 +16,7 @@ from ds_local.errors import ConfigError, UnsupportedModel
 from ds_local.model.anatomy import (
     UNLIMITED,
     config_dict,
+    config_json,
     family_of,
     frame_of,
     hf_names,
@@ -52,6 +53,16 @@ def load_model_config(source: str | Path | dict[str, Any] | PretrainedConfig) ->
     """
     config, where = read_config(source)
     config.dtype = None  # that of the saved weights; in training the DeepSpeed config decides
+    if (key := config_json(config)) not in _proved:
+        _prove(config, where)
+        _proved.add(key)
+    return config
+
+
+_proved: set[str] = set()  # configs that this process has tried out
+
+
+def _prove(config: PretrainedConfig, where: str) -> None:
     try:
         try:
             _run_one_block(config)
@@ -65,7 +76,6 @@ def load_model_config(source: str | Path | dict[str, Any] | PretrainedConfig) ->
     except UnsupportedModel as error:
         what = f"a {config.model_type} cannot be trained in parts: {error}"
         raise UnsupportedModel(f"{where}: {what}; docs/models.md lists what can") from error
-    return config
 
 
 def _key_at_fault(config: PretrainedConfig) -> str | None:
