@@ -308,8 +308,7 @@ class LastingReceiver(LineEnd):
             "machine": socket.gethostname(),
         }
         line.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(line.card, json.dumps(card, indent=1) + "\n")
-        line.card.chmod(0o600)
+        write_whole(line.card, json.dumps(card, indent=1) + "\n", secret=True)
         threading.Thread(target=self._accept, daemon=True, name=f"from {line.peer}").start()
 
     # --- the main thread --------------------------------------------------------------------------

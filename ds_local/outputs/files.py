@@ -76,14 +76,20 @@ def write_file(path: str | Path, text: str) -> None:
         scratch.write_text(text)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """As `write_file`, in a folder that is there; raises OSError as it comes."""
+def write_whole(path: Path, text: str, secret: bool = False) -> None:
+    """As `write_file`, in a folder that is there; raises OSError as it comes. A secret is at no
+    time for others to read."""
     scratch = path.with_name(scratch_name(path.name))
     try:
-        scratch.write_text(text)
+        with open(scratch, "w", opener=_for_the_owner if secret else None) as file:
+            file.write(text)
         _put(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _for_the_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _put(scratch: Path, place: Path) -> None:

@@ -80,8 +80,7 @@ class Members:
         place.folder.mkdir(parents=True, exist_ok=True)
         self._listener = socket.create_server((host, 0))
         card = {"host": host, "port": self._listener.getsockname()[1], "secret": self._secret}
-        write_whole(place.card(replica), json.dumps(card) + "\n")
-        place.card(replica).chmod(0o600)
+        write_whole(place.card(replica), json.dumps(card) + "\n", secret=True)
         threading.Thread(target=self._accept, daemon=True, name="replicas").start()
 
     # --- who is there -----------------------------------------------------------------------------

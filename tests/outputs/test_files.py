@@ -10,7 +10,7 @@ from sentences import one_sentence
 from written import tree
 
 from ds_local.errors import OutputError
-from ds_local.outputs import check_file, new_file, write_file, write_whole
+from ds_local.outputs import check_file, files, new_file, write_file, write_whole
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -26,6 +26,20 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert place.read_text() == "new"
     assert [path.name for path in place.parent.iterdir()] == ["a.json"]
     write_file("/dev/null", "x")
+
+
+def test_a_secret_is_at_no_time_for_others_to_read(tmp_path, monkeypatch):
+    place, modes, put = tmp_path / "card.json", [], files._put
+
+    def look(scratch, path):
+        modes.append(scratch.stat().st_mode & 0o777)
+        put(scratch, path)
+
+    monkeypatch.setattr(files, "_put", look)
+    write_whole(place, "old")
+    write_whole(place, "new", secret=True)
+    assert [modes[1], place.stat().st_mode & 0o777] == [0o600, 0o600]
+    assert modes[0] & 0o44
 
 
 @pytest.mark.parametrize(
