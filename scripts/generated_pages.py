@@ -12,17 +12,20 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 
 import api_pages
 import options_page
 
 from ds_local.checkpoints.run_fields import METRICS, RUN, SPLITS
 from ds_local.cluster import learning
+from ds_local.cluster.row_samples import delay_of
 from ds_local.config import strict_json
 from ds_local.config.catalog import SCHEMES, Section, section_of
 from ds_local.outputs import write_file
 from ds_local.study.methods import COSINE, METHODS
 from ds_local.study.recipes import PRESETS
+from ds_local.study.results import time_for_the_loss
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 README = DOCS.parent / "README.md"
@@ -119,7 +122,7 @@ def measured_learning() -> str:
     names = {id(scheme.section): name for name, scheme in SCHEMES.items()}
     rows = []
     for row in json.loads((DOCS / "quality.json").read_text()):
-        method, model = METHODS[row["method"]], PRESETS[row["preset"]].model
+        method = METHODS[row["method"]]
         ends_otherwise = method.tail or method.dropped_by or method.schedule != COSINE
         if row["step_factor"] != 1.0 or ends_otherwise:
             continue
@@ -127,12 +130,49 @@ def measured_learning() -> str:
             names[id(method.scheme)],
             dict(method.head),
             row["segments"],
-            model["vocab_size"] / model["n_embd"],
+            _ratio(row["preset"]),
             row["seeds"],
             row["tokens_to_equal_loss"],
         )
-        rows.append(strict_json.dumps(measured._asdict()))
-    return "[\n " + ",\n ".join(rows) + "\n]\n"
+        rows.append(measured)
+    rows += measured_ahead()
+    said = (
+        {key: value for key, value in row._asdict().items() if key != "delay" or value}
+        for row in rows
+    )
+    return "[\n " + ",\n ".join(map(strict_json.dumps, said)) + "\n]\n"
+
+
+def measured_ahead() -> list[learning.Measured]:
+    """Of forwards that run ahead: with how many steps a run ends where backpropagation does,
+    between whole runs of several lengths, the mean over the seeds."""
+    found: dict[tuple[str, int, int], dict[int, dict[float, float]]] = {}
+    exact = {}
+    for run in json.loads((DOCS / "results" / "run-ahead.json").read_text()):
+        method, preset = METHODS[run["method"]], PRESETS[run["preset"]]
+        if run["preset"] != "cpu" or method.tail:
+            continue
+        if method.scheme == SCHEMES["backprop"].section and run["step_factor"] == 1.0:
+            exact[run["seed"]] = run["loss"]
+        name = next(name for name, one in SCHEMES.items() if one.section == method.scheme)
+        key = name, run["segments"], method.micro_batches or preset.micro_batches
+        found.setdefault(key, {}).setdefault(run["seed"], {})[run["step_factor"]] = run["loss"]
+    rows = []
+    for (name, segments, micro_batches), seeds in found.items():
+        tokens = [time_for_the_loss(exact[seed], whole) for seed, whole in seeds.items()]
+        known = [one for one in tokens if one is not None]
+        if "run ahead" in name and known:
+            ratio, delay = _ratio("cpu"), delay_of(name, segments, micro_batches)
+            needed = round(mean(known), 4)
+            rows.append(
+                learning.Measured(name, {}, segments, ratio, len(known), needed, round(delay, 4))
+            )
+    return rows
+
+
+def _ratio(preset: str) -> float:
+    model = PRESETS[preset].model
+    return float(model["vocab_size"] / model["n_embd"])
 
 
 def pages() -> Iterator[tuple[Path, str]]:

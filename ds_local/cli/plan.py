@@ -17,8 +17,8 @@ from typing import Any
 
 from ds_local.cli.arguments import Parser, number, output_file, whole
 from ds_local.cluster.candidates import (
+    DEFAULT_ROWS,
     HEADS,
-    PRESENT_ROWS,
     ROWS,
     Cluster,
     Model,
@@ -65,8 +65,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--heads", nargs="+", choices=HEADS, default=list(HEADS), help="auxiliary heads to consider"
     )
-    text = "schemes to consider; default all but those that run ahead: older gradients teach less"
-    add("--rows", nargs="+", choices=ROWS, default=PRESENT_ROWS, help=text)
+    text = "schemes to consider; default all but those that run ahead without prediction"
+    add("--rows", nargs="+", choices=ROWS, default=DEFAULT_ROWS, help=text)
     add("--fp32", action="store_true", help="instead of bf16 with fp32 master weights")
     add(
         "--profile",

@@ -30,6 +30,7 @@ ROWS = {
         "backprop, split 1",
         "backprop, split 2",
         "backprop, run ahead",
+        "backprop, run ahead, predicted",
         "interlocking 2",
         "overlapping 2",
         "chunked 2",
@@ -48,8 +49,10 @@ HEADS = {
 }
 
 
-# without those whose gradients are older than the weights they change, which must be asked for
-PRESENT_ROWS = [row for row in ROWS if not ROWS[row].get("run_ahead")]
+# of those whose gradients are older than the weights they change, the ones that lose least
+DEFAULT_ROWS = [
+    row for row, of in ROWS.items() if not of.get("run_ahead") or of.get("predict_weights")
+]
 
 
 def split_backward_of(row: str) -> int:

@@ -1,8 +1,8 @@
 """How many tokens a scheme needs to end where backpropagation does: the nearest measured row.
 
-learning.json holds rows of the quality study (docs/quality.md) without tails;
-`scripts/generated_pages.py` writes it. Gradients of data parallelism and of a split backward are
-those of backpropagation, so they need as many tokens.
+learning.json holds rows of the quality study (docs/quality.md) without tails and, of forwards that
+run ahead, those of docs/run-ahead.md; `scripts/generated_pages.py` writes it. Gradients of data
+parallelism and of a split backward are those of backpropagation, so they need as many tokens.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Measured(NamedTuple):
     vocabulary_over_width: float
     seeds: int
     tokens: float | None  # in parts of backprop's; None: it ended above all of backprop's runs
+    delay: float = 0.0  # of the oldest gradients, in steps
 
 
 @dataclass(frozen=True)
@@ -53,21 +54,28 @@ BACKPROPS = Learning()
 
 
 def learning_of(
-    row: str, head: Mapping[str, Any], stages: int, vocabulary_over_width: float
+    row: str,
+    head: Mapping[str, Any],
+    stages: int,
+    vocabulary_over_width: float,
+    delay: float = 0.0,
 ) -> Learning:
-    """Of a scheme (see docs/schemes.md) with these options of "head".
+    """Of a scheme (see docs/schemes.md) with these options of "head", whose oldest gradients are
+    `delay` steps old.
 
-    The row nearest in segments is taken, then the one nearest in vocabulary / width, then the one
-    with the most seeds. A head that was not measured with the scheme is taken to cost as much as it
-    cost local learning.
+    Of those with gradients no younger, the row nearest in delay is taken, then the one nearest in
+    segments, then in vocabulary / width, then the one with the most seeds. A head that was not
+    measured with the scheme is taken to cost as much as it cost local learning.
     """
     scheme = row.partition(", split")[0]
     if scheme in EXACT:
         return BACKPROPS
-    base = _nearest(scheme, FULL, stages, vocabulary_over_width)
+    base = _nearest(scheme, FULL, stages, vocabulary_over_width, delay)
     if base is None or base.tokens is None:
-        return Learning(None, _why_not(scheme, base))
+        return Learning(None, _why_not(scheme, base, delay))
     source = f"{scheme} on {base.segments} segments, {_seeds(base)}"
+    if delay:
+        source += f", gradients up to {base.delay:.2f} steps old, here {delay:.2f}"
     if not head:
         return Learning(base.tokens, source)
     of = scheme if _nearest(scheme, head, stages, vocabulary_over_width) else "local"
@@ -83,18 +91,27 @@ def learning_of(
 
 
 def _nearest(
-    scheme: str, head: Mapping[str, Any], segments: int, vocabulary_over_width: float
+    scheme: str,
+    head: Mapping[str, Any],
+    segments: int,
+    vocabulary_over_width: float,
+    delay: float = 0.0,
 ) -> Measured | None:
     """The row that is known, if there is one; else one that is not, if there is one."""
 
-    def distance(one: Measured) -> tuple[float, float, int]:
+    def distance(one: Measured) -> tuple[float, float, float, int]:
         return (
+            one.delay,
             abs(math.log(one.segments / segments)),
             abs(math.log(one.vocabulary_over_width / vocabulary_over_width)),
             -one.seeds,
         )
 
-    found = [one for one in measured() if one.scheme == scheme and one.head == head]
+    found = [
+        one
+        for one in measured()
+        if one.scheme == scheme and one.head == head and one.delay >= delay - 1e-9
+    ]
     known = [one for one in found if one.tokens is not None]
     return min(known or found, key=distance, default=None)
 
@@ -103,7 +120,9 @@ def _seeds(row: Measured) -> str:
     return f"{row.seeds} seed{'s' if row.seeds > 1 else ''}"
 
 
-def _why_not(what: str, found: Measured | None) -> str:
+def _why_not(what: str, found: Measured | None, delay: float = 0.0) -> str:
+    if delay:
+        what += f" with gradients {delay:.2f} steps old"
     return f"{what}: {'ended above every run of backprop' if found else 'not measured'}"
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ds_local.cluster.candidates import (
+    DEFAULT_ROWS,
     GIB,
-    PRESENT_ROWS,
     ROWS,
     Candidate,
     Cluster,
@@ -83,7 +83,7 @@ class Plan:
 
 
 def plan(
-    pricing: Pricing, heads: Sequence[str], rows: Sequence[str] = tuple(PRESENT_ROWS), keep: int = 2
+    pricing: Pricing, heads: Sequence[str], rows: Sequence[str] = tuple(DEFAULT_ROWS), keep: int = 2
 ) -> Plan:
     """Price every legal layout, simulate what could be the best of its row.
 

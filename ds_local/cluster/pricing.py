@@ -23,7 +23,7 @@ from ds_local.cluster.candidates import (
     split_backward_of,
 )
 from ds_local.cluster.learning import BACKPROPS, Learning, learning_of
-from ds_local.cluster.row_samples import section_for
+from ds_local.cluster.row_samples import delay_of, section_for
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
 from ds_local.config.sections import HeadConfig
@@ -71,7 +71,8 @@ class Pricing:
         if self.tokens_only:
             return BACKPROPS
         options = self._heads[candidate.heads].model_dump(exclude_defaults=True)
-        return learning_of(candidate.row, options, candidate.stages, self.model.ratio)
+        delay = delay_of(candidate.row, candidate.stages, candidate.micro_batches)
+        return learning_of(candidate.row, options, candidate.stages, self.model.ratio, delay)
 
     def simulate(self, price: Price) -> Price:
         """The step as the simulator sees it. Long steps are shortened: beyond some rounds of the
@@ -159,10 +160,13 @@ def expected_memory(hf_config: Any, config: Mapping[str, Any], stages: int, repl
         and split_backward_of(row) <= section.split_backward
         and bool(of.get("run_ahead")) == bool(scheme.run_ahead)
     ]
+
+    def alike(row: str) -> tuple[int, bool]:
+        predicts = ROWS[row].get("predict_weights", False)
+        return split_backward_of(row), predicts == scheme.predict_weights
+
     row = (
-        "data parallel"
-        if stages == 1
-        else max(reversed(rows), key=split_backward_of, default="local")
+        "data parallel" if stages == 1 else max(reversed(rows), key=alike, default="local")
     )  # of equals the last
     heads = "its own" if has_heads(row) else ""
     itemsize = 2 if config.get("bf16", config.get("bfloat16", {})).get("enabled") else 4

@@ -50,6 +50,7 @@ class Sample(NamedTuple):
 def sample_of(row: str, stages: int, micro_batches: int) -> Sample:
     """From a schedule of at most so many micro-batches."""
     schedule = schedule_for(row, stages, min(micro_batches, 4 * stages))
+    predicts = ROWS[row].get("predict_weights", False)  # from the weights before the last update
     rows = schedule.rows
     losses = [
         sum(stage in routes.weights for routes in rows) / len(rows) for stage in range(stages)
@@ -59,10 +60,16 @@ def sample_of(row: str, stages: int, micro_batches: int) -> Sample:
         losses,
         schedule.peak_live,
         schedule.peak_deferred,
-        copies_of(schedule),
+        [kept + (predicts and kept > 0) for kept in copies_of(schedule)],
         not schedule.leads,
         schedule.message_counts()["gradients"] > 0,
     )
+
+
+def delay_of(row: str, stages: int, micro_batches: int) -> float:
+    """How much older its oldest gradients are than the weights they change, in steps."""
+    leads = schedule_for(row, stages, min(micro_batches, 4 * stages)).leads
+    return max(leads, default=0) / micro_batches
 
 
 @lru_cache(maxsize=4096)

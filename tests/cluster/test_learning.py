@@ -70,3 +70,13 @@ def test_every_scheme_and_head_of_the_planner_is_looked_up(monkeypatch):
     assert found["local"] == pytest.approx(1.31, abs=0.01)
     shared = HEADS["shared"].model_dump(exclude_defaults=True)
     assert learning_of("local", shared, 4, 8.0).tokens == pytest.approx(1.44, abs=0.01)
+
+
+def test_older_gradients_need_a_row_of_gradients_no_younger(monkeypatch):
+    name = "backprop, run ahead, predicted"
+    rows = (Measured(name, {}, 4, 8.0, 1, 1.1, 0.375), Measured(name, {}, 4, 8.0, 3, 1.2, 0.75))
+    monkeypatch.setattr(learning, "measured", lambda: rows)
+    found = {delay: learning_of(name, {}, 4, 8.0, delay) for delay in (0.2, 0.375, 0.5, 0.75, 1.0)}
+    assert [one.tokens for one in found.values()] == [1.1, 1.1, 1.2, 1.2, None]
+    assert found[0.5].source.endswith("3 seeds, gradients up to 0.75 steps old, here 0.50")
+    assert found[1.0].source == f"{name} with gradients 1.00 steps old: not measured"

@@ -2,7 +2,7 @@ import pytest
 from commands import command
 from launch import ROOT
 
-from ds_local.cluster.candidates import GIB, PRESENT_ROWS, ROWS, Cluster, Model
+from ds_local.cluster.candidates import DEFAULT_ROWS, GIB, ROWS, Cluster, Model
 from ds_local.cluster.planner import is_legal, layouts, plan
 from ds_local.cluster.pricing import Pricing
 from ds_local.cluster.row_samples import schedule_for
@@ -25,7 +25,7 @@ def test_data_parallelism_wins_where_links_are_fast_and_the_model_fits(small):
     assert all(price.simulated for price in found.best)
     slow = plan(Pricing(small, Cluster(8, 1, 100, 80, 1, 4000), 512), ["shared, 1/4 of tokens"])
     assert slow.best[0].candidate.row != "data parallel"
-    assert {price.candidate.row for price in slow.best} == set(PRESENT_ROWS)
+    assert {price.candidate.row for price in slow.best} == set(DEFAULT_ROWS)
 
 
 def test_what_does_not_fit_is_said(small):

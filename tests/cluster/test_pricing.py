@@ -2,7 +2,7 @@ import pytest
 
 from ds_local.cluster.candidates import ROWS, Candidate, Cluster, Model
 from ds_local.cluster.pricing import Pricing, expected_memory
-from ds_local.cluster.row_samples import schedule_for
+from ds_local.cluster.row_samples import delay_of, sample_of, schedule_for
 from ds_local.model.flops import UnitCosts, stage_flops
 from ds_local.schedules.list_scheduler import make_schedule
 from ds_local.schedules.routes import make_routes
@@ -55,6 +55,16 @@ def test_run_ahead_by_hand():
     assert ahead.step_seconds == pytest.approx(12)
     assert plain.step_seconds == pytest.approx(15)
     assert ahead.memory - plain.memory == pytest.approx(400)
+
+
+def test_predicted_weights_cost_one_more_copy():
+    """Stages of 100 parameters keep 2, 1, 1 and 0 earlier copies; the weights before the last
+    update are kept where there are any."""
+    rows = ("backprop, run ahead", "backprop, run ahead, predicted")
+    assert [sample_of(row, 4, 4).copies for row in rows] == [[2, 1, 1, 0], [3, 2, 2, 0]]
+    assert [delay_of(rows[1], 4, count) for count in (1, 4, 16)] == [3, 0.75, 0.1875]
+    assert delay_of("chunked 2, run ahead", 8, 4) == 0.25
+    assert delay_of("backprop", 4, 4) == 0
 
 
 def test_local_training_by_hand():
