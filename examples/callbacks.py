@@ -1,6 +1,6 @@
 """The whole loop of `scripts/train.py` in a script of your own, with something added to it.
 
-    deepspeed --num_gpus 2 examples/callbacks.py --data data/python     # or plain python
+    deepspeed --num_gpus 2 examples/callbacks.py --data data/python-stdlib     # or plain python
 
 The folder of --data is one that `scripts/prepare_data.py` wrote. Every option of
 `scripts/train.py` is a keyword of `ds_local.train`.

@@ -26,7 +26,7 @@ def options() -> str:
     for verb, (module, what) in VERBS.items():
         parser = _parser_of(module)
         inner = _inner(parser)
-        lines += [f"## {verb}", "", f"{what[0].upper()}{what[1:]}.", ""]
+        lines += [f"## {verb}", "", what[0].upper() + what[1:] + "." * (what[-1] != "?"), ""]
         if not inner:
             lines += [*_table(parser), ""]
         for name, one in inner.items():
@@ -63,19 +63,25 @@ def _table(parser: argparse.ArgumentParser) -> Iterator[str]:
     yield "| option | values | default | meaning |"
     yield "|---|---|---|---|"
     for action in actions:
-        name = max(action.option_strings, key=len, default=str(action.dest))
+        name = _name(action)
         default = "required" if action.required and action.option_strings else _default(action)
-        yield f"| `{name}` | {_values(action)} | {default} | {_meaning(action)} |"
+        yield f"| {name} | {_values(action)} | {default} | {_meaning(action)} |"
+
+
+def _name(action: argparse.Action) -> str:
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return ", ".join(f"`{one}`" for one in action.option_strings)
+    return f"`{max(action.option_strings, key=len, default=str(action.dest))}`"
 
 
 def _values(action: argparse.Action) -> str:
     if action.nargs == 0:
         return ""
     many = " ..." if action.nargs in ("+", "*") else ""
+    metavar = action.metavar or str(action.dest).upper()
     if action.choices is not None:
         shown = ", ".join(f"`{choice}`" for choice in action.choices)
-        return (shown if len(list(action.choices)) <= 12 else f"`{action.metavar}`") + many
-    metavar = action.metavar or str(action.dest).upper()
+        return (shown if len(list(action.choices)) <= 12 else f"`{metavar}`") + many
     return f"`{metavar}`{many}".replace("|", "\\|")
 
 

@@ -1,6 +1,6 @@
 """Kill single stages of a run, again and again, and say what it costs.
 
-    python scripts/stage_alone.py --data data/python --layout 4x1 --kills 60 \
+    python scripts/stage_alone.py --data data/python-stdlib --layout 4x1 --kills 60 \
         --json docs/results/stage-alone.json
 
 Units that are jobs of their own, beside the same run undisturbed and, with --base-kills, beside one

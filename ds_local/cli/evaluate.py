@@ -1,7 +1,7 @@
 """Validation loss, perplexity and bits per byte of a model and of each of its exits, by plain
 transformers.
 
-python scripts/evaluate.py runs/nano --data data/python
+python scripts/evaluate.py runs/nano --data data/python-stdlib
 """
 
 from __future__ import annotations

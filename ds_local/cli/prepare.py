@@ -1,7 +1,7 @@
 """Make a data folder: text -> tokens -> fixed-length sequences, with a tokenizer.
 
     python scripts/prepare_data.py --source python-stdlib --tokenizer sentencepiece:4096 \\
-        --seq-len 128 --output data/python
+        --seq-len 128 --output data/python-stdlib
     python scripts/prepare_data.py --source web=shards/@0.7 code=code.parquet@0.3 \\
         --text-field content text --validation-source held-out.jsonl --tokenizer gpt2 \\
         --seq-len 1024 --workers 8 --output data/mixed

@@ -1,6 +1,6 @@
 """Pretrain a causal language model over pipeline stages that learn from their own losses.
 
-    deepspeed scripts/train.py --model configs/gpt2-nano.json --data data/python \\
+    deepspeed scripts/train.py --model configs/gpt2-nano.json --data data/python-stdlib \\
         --output runs/nano --max-steps 300 --deepspeed --deepspeed_config ds_config.json
 """
 
@@ -196,8 +196,8 @@ def _add_scheme(parser: Parser) -> None:
     scheme.add_argument(
         "--num-stages", type=whole(1), help="pipeline stages, by default one per process"
     )
-    scheme.add_argument("--segments-per-stage", type=whole(1))
-    scheme.add_argument("--mode", choices=MODES)
+    scheme.add_argument("--segments-per-stage", type=whole(1), help="instead of the config's")
+    scheme.add_argument("--mode", choices=MODES, help="instead of the config's")
     scheme.add_argument("--window", type=whole(1), help="of modes that take one")
     scheme.add_argument(
         "--backprop-micro-batches",
@@ -268,7 +268,7 @@ def train(
     """A whole run, as `scripts/train.py` makes it, from a script or a notebook: the same options
     as keywords, `max_steps=300` for `--max-steps 300`.
 
-        ds_local.train(model="gpt2-nano.json", data="data/python", output="runs/nano",
+        ds_local.train(model="gpt2-nano.json", data="data/python-stdlib", output="runs/nano",
                        deepspeed_config="ds_config.json", max_steps=300, eval_every=50)
 
     All ranks call it; a process that no launcher started is the only one.
