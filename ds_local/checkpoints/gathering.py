@@ -203,8 +203,9 @@ def _written(found: Found, output: Path) -> Path:
     facts, tag = _facts_of_whole(found), f"global_step{found.step}"
     checkpoints = output / "checkpoints"
     with suppress(CheckpointError):
-        if read_facts(checkpoints / tag)["files"] == facts["files"]:
-            return checkpoints / tag  # it is there already
+        if read_facts(checkpoints / tag)["files"] == facts["files"]:  # it is there already
+            write_whole(checkpoints / "latest", tag)  # which a kill may have left undone
+            return checkpoints / tag
     writing = Writing(checkpoints, tag)
     try:
         writing.target.mkdir(parents=True, exist_ok=True)

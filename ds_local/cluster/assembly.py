@@ -55,12 +55,12 @@ class Assembly:
             )
         if not serves:
             _await_listener(address, port, self.deadline)
-        limit = timedelta(seconds=self.limit_seconds)
+        left = timedelta(seconds=max(1.0, self.deadline - time.monotonic()))
         options: dict[str, Any] = {"wait_for_workers": False, "multi_tenant": True}
         try:
-            return limited(
-                lambda: dist.TCPStore(address, port, self.world_size, serves, limit, **options),
-                self.limit_seconds + CONNECT_SECONDS,
+            store = limited(
+                lambda: dist.TCPStore(address, port, self.world_size, serves, left, **options),
+                left.total_seconds() + CONNECT_SECONDS,
             )
         # torch raises several kinds, all of these
         except (RuntimeError, ValueError, TimeoutError) as error:
@@ -69,6 +69,8 @@ class Assembly:
                 f"{self.limit_seconds:.0f} s; is rank 0 running, is this an address of its "
                 f"machine, does a firewall close the port? ({str(error).splitlines()[0][:120]})"
             ) from error
+        store.set_timeout(timedelta(seconds=self.limit_seconds))
+        return store
 
     def gather(self, name: str, value: Any) -> dict[int, Any]:
         """Everybody's value on rank 0, as far as they came in time; {} elsewhere."""

@@ -56,6 +56,11 @@ class LinkConfig(Strict):
     """lowrank: dimensions that a micro-batch's hidden state is projected to. Default: an eighth of
     its features."""
 
+    @property
+    def wait_seconds(self) -> float:
+        """Longest wait for a rank of the same job, which may be waiting for another job itself."""
+        return self.timeout_seconds + self.reconnect_seconds
+
     def codec_above(self, segment: int) -> CodecName:
         """The codec of the link from `segment` to the next."""
         return self.codec if isinstance(self.codec, str) else self.codec[segment]

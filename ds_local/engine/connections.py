@@ -73,7 +73,7 @@ class Connections:
             *ends,
             self._ranks,
             depth,
-            self._section.timeout_seconds,
+            self._section.wait_seconds,
             self._device,
             self.groups,
             self._section.past_host,

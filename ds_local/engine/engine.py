@@ -131,7 +131,7 @@ class LocalPipelineEngine(UnitSteps):
             own,
             list(self.connections.ends),
             self.groups,
-            self.section.link.timeout_seconds,
+            self.section.link.wait_seconds,
             self.plan.steps_ahead,
             here,
         )

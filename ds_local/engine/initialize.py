@@ -84,7 +84,7 @@ def initialize(
             for segment in model.local_segments
         ]
     what = "the making of the engine"
-    with meeting(what), store_guard(what, section.link.timeout_seconds):
+    with meeting(what), store_guard(what, section.link.wait_seconds):
         engine = LocalPipelineEngine(
             args=args,
             model=model,
@@ -102,7 +102,7 @@ def initialize(
     if stream is not None:
         engine.set_dataloader(stream)
         engine.training_dataloader = stream  # on the stages between first and last too
-    limit_waits(section.link.timeout_seconds)
+    limit_waits(section.link.wait_seconds)
     for note in engine.plan.notes:
         log_dist(note, ranks=[0], level=logging.WARNING)
     engine.configure_garbage_collection()

@@ -109,7 +109,7 @@ class LocalPipelineModule(ModuleFiles):
                 "tokens; leave it out, or pass loss_fn=ds_local.model.heads.lm_loss"
             )
         complete_environment()
-        limits = self.section.layout.start_timeout_seconds, self.section.link.timeout_seconds
+        limits = self.section.layout.start_timeout_seconds, self.section.link.wait_seconds
         start_processes(limits[0], max(limits))  # reading a model takes some ranks longer
         if unit is None and topology is None and self.section.layout.stages == "within_node":
             topology = ProcessTopology(

@@ -107,7 +107,8 @@ class UnitLinks:
         Raises:
             TransportError: when a unit does not come, or runs another configuration.
         """
-        wanted = gather(None if self.sender is None else self.sender.wants())
+        self._done = step
+        wanted = gather(None if self.sender is None else self.sender.wants(step))
         first = min([step, *(one for one in wanted if one is not None)])
         begins = gather(None if self.receiver is None else self.receiver.begin_at(first))
         first = next((one for one in begins if one is not None), first)
@@ -152,12 +153,18 @@ class UnitLinks:
             finished: all steps are done; otherwise the run was asked to stop.
         """
         if self.sender is not None:
-            self.sender.drain()
+            self.sender.drain(self._pass_on)
         gather(None)
         if self.group is not None:
             self.group.end(finished, self._done)
         if self.receiver is not None:
             self.receiver.end(finished)
+
+    def _pass_on(self, needed: int) -> None:
+        """A unit above lives, so those below need not give this one up. In a unit of several ranks
+        `arrange` tells the first one."""
+        if self.receiver is not None and self._notices is None:
+            self.receiver.done_before(min(self._done, needed))
 
     def leave_out(self, step: int, trains: bool) -> None:
         """A step, or the validation before it, is done without the messages from below; tell the

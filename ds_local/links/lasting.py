@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import hmac
 import json
-import os
 import secrets
 import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ds_local.errors import TransportError
 from ds_local.links.buffers import Buffer, Form, Message, Tag, described, specs_of
-from ds_local.links.frames import mind, read_frame, send_frame
+from ds_local.links.frames import address_card, mind, read_frame, send_frame, unreachable
 from ds_local.links.line import END, LAST, Line, LineEnd, Place, StepVoid, place_of, start_of
 from ds_local.outputs import write_whole
 
@@ -67,16 +67,26 @@ class LastingSender(LineEnd):
 
     # --- the main thread --------------------------------------------------------------------------
 
-    def wants(self) -> int | None:
+    def wants(self, step: int) -> int | None:
         """The first step that the receiver wants. Waits for it to come; None: nobody waits for it.
 
+        Args:
+            step: that this end has done, by its checkpoint.
+
         Raises:
-            TransportError: when it does not, or runs another configuration.
+            TransportError: when it does not, or runs another configuration, or has ended before
+                this end began.
         """
         with self._changed:
             self._until(
                 lambda: self.wanted is not None or self._given_up(), "to say where it goes on"
             )
+            if self.wanted == END and not step:
+                raise TransportError(
+                    f"{self.line.peer} has ended by {self.line.card}, but this part of the run is "
+                    "at its beginning; remove the files of that run beside this one's, or give "
+                    "another --output"
+                )
             return self.wanted
 
     def begin_at(self, step: int) -> None:
@@ -136,12 +146,17 @@ class LastingSender(LineEnd):
         """Has the receiver got it from a process that was here before?"""
         return self.needed > place.step or (self._after is not None and place <= self._after)
 
-    def drain(self) -> None:
+    def drain(self, hear: Callable[[int], None] = lambda _: None) -> None:
         """Wait until the receiver has ended well: until then it may be started again and need what
-        is held here."""
+        is held here.
+
+        Args:
+            hear: is told of every step that it does, a sign of life.
+        """
         with self._changed:
-            while (known := self.needed) < END:  # each step that it does is a sign of life
+            while (known := self.needed) < END:
                 self._until(lambda: self.needed > known, "to end its part of the run")
+                hear(self.needed)
         self.close()
 
     # --- the thread that feeds --------------------------------------------------------------------
@@ -175,6 +190,11 @@ class LastingSender(LineEnd):
             card = json.loads(text)
             if card.get("ended") == self.line.facts:
                 self._has_ended()
+                return None
+            if (why := unreachable(card)) is not None:
+                with self._changed:
+                    self._refused = f"{self.line.peer} cannot be reached: {why}"
+                    self._changed.notify_all()
                 return None
             address = (str(card["host"]), int(card["port"]))
             connection = socket.create_connection(address, _CONNECT_SECONDS)
@@ -300,13 +320,7 @@ class LastingReceiver(LineEnd):
         self._forms: dict[str, Form] = {}
         self._secret = secrets.token_hex(16)
         self._listener = socket.create_server((host, 0))
-        card = {
-            "host": host,
-            "port": self._listener.getsockname()[1],
-            "secret": self._secret,
-            "process": os.getpid(),
-            "machine": socket.gethostname(),
-        }
+        card = address_card(host, self._listener, self._secret)
         line.folder.mkdir(parents=True, exist_ok=True)
         write_whole(line.card, json.dumps(card, indent=1) + "\n", secret=True)
         threading.Thread(target=self._accept, daemon=True, name=f"from {line.peer}").start()
@@ -416,8 +430,9 @@ class LastingReceiver(LineEnd):
         while not self._closed:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError:  # closed, or no descriptor is left for a moment
+                time.sleep(_TICK_SECONDS)
+                continue
             mind(connection, self.line.reconnect_seconds)
             threading.Thread(target=self._listen, args=(connection,), daemon=True).start()
 

@@ -17,6 +17,7 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,21 +146,29 @@ class ElasticGroup(Joining):
             replica, connection, said, data = self._frames.get(timeout=TICK_SECONDS)
         except queue.Empty:
             return None
+        contributes = self._take_in(replica, connection, said, data)
+        if contributes and replica not in self.members:
+            with self._lock:
+                self._new_epoch([*self.members, replica])
+        if said is not None and said.get("mean") == step and data is not None:
+            return Mean(step, data, int(said["present"]))
+        return None
+
+    def _take_in(
+        self, replica: int, connection: socket.socket, said: Any, data: Tensor | None
+    ) -> bool:
+        """Keep a contribution, or note that a connection is lost. Is it one? A member may send it
+        before this replica knows that it leads."""
         with self._lock:
             if self._connections.get(replica) is not connection:
-                return None
+                return False
             if said is None:
-                self._connections.pop(replica)
+                del self._connections[replica]
                 self._early.pop(replica, None)
-                return None
-        if "mean" in said and said["mean"] == step and data is not None:
-            return Mean(step, data, int(said["present"]))
+                return False
         if "step" in said:
             self._early[replica] = int(said["step"]), bool(said["final"]), data
-            with self._lock:
-                if replica not in self.members:
-                    self._new_epoch([*self.members, replica])
-        return None
+        return "step" in said
 
     def _look_for(self, replica: int, probed: dict[int, float]) -> None:
         """Leave a member out that is dead, or was out of reach for too long."""
@@ -193,23 +202,25 @@ class ElasticGroup(Joining):
             return None
         while True:
             try:
-                _, at, said, data = self._frames.get(timeout=TICK_SECONDS * 5)
+                replica, at, said, data = self._frames.get(timeout=TICK_SECONDS * 5)
             except queue.Empty:
                 self._check_wait(leader, step, started)
                 continue
             if at is not connection:
+                self._take_in(replica, at, said, data)
                 continue
             if said is None:
                 self._drop(leader, connection)
                 return None
+            if "epoch" in said:
+                with self._lock:
+                    if int(said["epoch"]) >= self._epoch:
+                        self.members, self._epoch = list(said["members"]), int(said["epoch"])
             if "again" in said and said["again"] == step:
                 return _AGAIN
             if "need" in said and self._last is not None and self._last.step == said["need"]:
                 self._send_mean(leader, self._last)
             if "mean" in said and said["mean"] == step and data is not None:
-                with self._lock:
-                    if int(said["epoch"]) >= self._epoch:
-                        self.members, self._epoch = list(said["members"]), int(said["epoch"])
                 return Mean(step, data, int(said["present"]))
 
     def _reach_leader(self, leader: int, step: int) -> socket.socket | None:
@@ -218,6 +229,7 @@ class ElasticGroup(Joining):
         if connection is not None:
             with suppress(OSError):
                 if "welcome" in read_frame(connection)[0]:
+                    self._unreached = 0.0
                     self._keep(leader, connection)
                     return connection
             connection.close()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from ds_local.errors import TransportError
+from ds_local.errors import SaveError, TransportError
 from ds_local.links.frames import read_frame, send_frame
 from ds_local.links.logs import say
 from ds_local.links.waiting import OUTSIDE, waiting
@@ -143,7 +143,13 @@ class Joining(Members):
             if self._role != LEADS or not self._joiners:
                 return
             joiners, self._joiners = self._joiners, {}
-        state = save()
+        try:
+            state = save()
+        except SaveError as error:
+            say(f"no replica of {self.place.name} can come back now: {error}")
+            for connection, _ in joiners.values():
+                connection.close()  # it asks again
+            return
         with self._lock:
             self._new_epoch([*self.members, *sorted(joiners)])
             for replica, (connection, _) in joiners.items():

@@ -9,6 +9,7 @@ import queue
 import secrets
 import socket
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ds_local.errors import TransportError
-from ds_local.links.frames import mind, read_frame, send_frame
+from ds_local.links.frames import address_card, mind, read_frame, send_frame, unreachable
 from ds_local.links.logs import LOG
 from ds_local.outputs import write_whole
 
@@ -77,9 +78,10 @@ class Members:
         self._early: dict[int, tuple[int, bool, Tensor | None]] = {}  # contributions, by replica
         self._secret = secrets.token_hex(16)
         self._lock = threading.RLock()
+        self._closed = False
         place.folder.mkdir(parents=True, exist_ok=True)
         self._listener = socket.create_server((host, 0))
-        card = {"host": host, "port": self._listener.getsockname()[1], "secret": self._secret}
+        card = address_card(host, self._listener, self._secret)
         write_whole(place.card(replica), json.dumps(card) + "\n", secret=True)
         threading.Thread(target=self._accept, daemon=True, name="replicas").start()
 
@@ -87,7 +89,9 @@ class Members:
 
     @property
     def _limit(self) -> float:
-        return self.place.timeout_seconds + self.place.reconnect_seconds
+        """Longest wait for another: until its connection is known to be lost, until it is given up,
+        and as long as a member that lives may take."""
+        return self.place.timeout_seconds + 2 * (self.place.reconnect_seconds + ANSWER_SECONDS)
 
     @property
     def _reach(self) -> float:
@@ -97,6 +101,8 @@ class Members:
         card = self.place.read_card(other)
         if "port" not in card:
             return None
+        if (why := unreachable(card)) is not None:
+            raise TransportError(f"replica {other} of {self.place.name} cannot be reached: {why}")
         try:
             connection = socket.create_connection((card["host"], card["port"]), ANSWER_SECONDS)
             mind(connection, self.place.reconnect_seconds)
@@ -162,11 +168,12 @@ class Members:
                 send_frame(connection, said, data)
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError:  # closed, or no descriptor is left for a moment
+                time.sleep(TICK_SECONDS)
+                continue
             threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
@@ -215,6 +222,7 @@ class Members:
         self.close()
 
     def close(self) -> None:
+        self._closed = True
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -233,21 +241,34 @@ class Members:
         return max((int(name.removeprefix("epoch-")) for name in names), default=0)
 
     def _new_epoch(self, members: list[int]) -> None:
-        """The members are others from now on, if nobody else has said so first."""
+        """The members are others from now on, if nobody else has said so first; they hear it at
+        once.
+
+        Raises:
+            TransportError: when somebody has, or no file can be made.
+        """
         number = self._epoch + 1
         text = json.dumps({"members": members, "by": self.replica}) + "\n"
         path = self.place.folder / f"epoch-{number:06d}.json"
         try:
-            with path.open("x") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            file = path.open("x")
         except FileExistsError:
             raise TransportError(
                 f"the other replicas of {self.place.name} took replica {self.replica} for dead and "
                 "went on; it begins again with their weights"
             ) from None
+        except OSError as error:
+            raise TransportError(
+                f"replica {self.replica} of {self.place.name} cannot make {path} "
+                f"({error.strerror}), by which replicas agree on who is there; make room there"
+            ) from error
+        with suppress(OSError), file:  # that there is a file decides; a full disk leaves it empty
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         self.members, self._epoch = members, number
+        for member in members:
+            self._send(member, {"members": members, "epoch": number})
         for old in range(number - 20, number - 10):  # enough to see what happened
             with suppress(OSError):
                 (self.place.folder / f"epoch-{old:06d}.json").unlink()

@@ -6,6 +6,7 @@ import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -59,6 +60,12 @@ def check_unit(args: Namespace, section: LocalParallelConfig) -> None:
             "its number with --unit, or leave reconnect_seconds out"
         )
     if args.unit is None:
+        if args.replicas > 1 or args.replica:
+            raise ConfigError(
+                f"--replicas {args.replicas} and --replica {args.replica} say which copy of a unit "
+                "this job is, but there is no --unit; leave them out (replicas of one job are its "
+                "processes by its stages), or give --unit"
+            )
         return
     if not reconnects:
         raise ConfigError(
@@ -94,6 +101,12 @@ def start_of_unit(
     plan = RunPlan.of(section, stages, number)
     unit = unit_of(section, plan, args.unit, processes, args.replica, args.replicas)
     check_precision(config, unit)
+    if unit.num_replicas > 1 and section.loss_weighting == "token":
+        raise ConfigError(
+            f'{SECTION}.loss_weighting is "token", but --replicas {unit.num_replicas} are jobs '
+            "that average gradients without the numbers of each other's tokens; leave it out, or "
+            "use one replica"
+        )
     own = {key: value for key, value in config.items() if key != "train_batch_size"}
     own |= {"train_micro_batch_size_per_gpu": size, "gradient_accumulation_steps": number}
     return replace(unit, meets_in=str(Path(args.output).absolute())), own
@@ -187,6 +200,8 @@ def join_replicas(loop: Loop) -> None:
     if group is None or unit is None:
         return
     step, state = group.join(loop.step)
+    if engine.units.sender is not None:  # before the first mean says so
+        engine.units.sender.others_go_on = len(group.members) > 1
     if state is not None:
         folder, tag = state
         if folder.startswith("replica "):
@@ -202,6 +217,7 @@ def serve_validation(loop: Loop, step: int) -> None:
     batches = validation_batches(loop.data, loop.shape, args.eval_sequences)
     done, engine.global_steps = engine.global_steps, step
     try:
-        engine.eval_batch(iter(batches), num_micro_batches=len(batches))
+        with engine.average.in_place() if args.eval_ema else nullcontext():
+            engine.eval_batch(iter(batches), num_micro_batches=len(batches))
     finally:
         engine.global_steps = done

@@ -162,13 +162,16 @@ def log_of(run, unit):
 
 def test_chunks_in_bf16_with_shards_die_and_are_gathered(folder, tmp_path):
     """Units of two stages; one rank of the upper one dies, its launcher ends the other, and the run
-    is not asked to stop."""
+    is not asked to stop. Ranks behind the one that waits for another unit wait with it, longer than
+    for a rank that is there."""
     precise = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
-    config = section(mode="chunked", window=2) | precise
+    link = {**LINK, "timeout_seconds": 1.0}
+    config = section(mode="chunked", window=2, link=link) | precise
     given, run = arguments(folder, "chunks", config, 6), tmp_path / "run"
     with units_of(given, run, {0: 2, 1: 2}) as units:
-        units.start(0)
         units.start(1, dies_in("train_batch", 6), rank=1)
+        assert wait_for(lambda: "is away; waiting for it" in units.said(), LONG)
+        units.start(0)
         units.died(1)
         units.start(1)
         said = units.end()

@@ -13,7 +13,7 @@ from fork_client import wait_for
 
 from ds_local.errors import TransportError
 from ds_local.links.buffers import Tag
-from ds_local.links.frames import read_frame, send_frame
+from ds_local.links.frames import mind, read_frame, send_frame
 from ds_local.links.lasting import (
     END,
     LastingReceiver,
@@ -66,7 +66,7 @@ class Sending(threading.Thread):
 
     def run(self):
         try:
-            self.begins = min(self.own, self.sender.wants())
+            self.begins = min(self.own, self.sender.wants(self.own))
             self.sender.begin_at(self.begins)
             for tag in sorted([*tags(self.begins, self.last), *self.more], key=place_of):
                 self.sender.send(tag, {"x": value(tag, self.version)})
@@ -272,7 +272,7 @@ def test_another_configuration_is_refused_at_both_ends(ends):
     receiver, sender = ends(LastingReceiver), ends(LastingSender, facts="others")
     said = "were not started with the same model, data and configuration; start both with the same"
     with pytest.raises(TransportError, match=said):
-        sender.wants()
+        sender.wants(0)
     with pytest.raises(TransportError, match=said):
         receiver.begin_at(0)
 
@@ -280,7 +280,7 @@ def test_another_configuration_is_refused_at_both_ends(ends):
 @pytest.mark.parametrize(
     ("kind", "act"),
     [
-        (LastingSender, lambda end: end.wants()),
+        (LastingSender, lambda end: end.wants(0)),
         (LastingReceiver, lambda end: end.begin_at(0)),
         (LastingSender, lambda end: end.drain()),
     ],
@@ -321,8 +321,18 @@ def address_of(receiver):
     return card, (card["host"], card["port"])
 
 
+DEEP = 1 << 17  # brackets, more than any parser follows
+
+
 @pytest.mark.parametrize(
-    "junk", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, b"\x02\x00\x00\x00" + bytes(8) + b"[]"]
+    "junk",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\xff" * 64,
+        b"\x02\x00\x00\x00" + bytes(8) + b"[]",
+        DEEP.to_bytes(4, "little") + bytes(8) + b"[" * DEEP,
+    ],
 )
 def test_what_is_no_sender_is_ignored(ends, junk):
     receiver = ends(LastingReceiver)
@@ -390,10 +400,47 @@ def test_a_sender_that_was_away_hears_of_the_end(ends):
     sender.close()
     receiver.end(finished=True)
     again = ends(LastingSender)
-    assert again.wants() == END
+    assert again.wants(1) == END
     again.begin_at(0)
     again.send(Tag(0, 0), {"x": value(Tag(0, 0))})  # nobody needs it
     again.drain()
+
+
+def test_the_end_of_an_earlier_run_is_no_end_of_this_one(ends):
+    """A sender at its beginning, beside files of a run that has ended."""
+    ends(LastingReceiver).end(finished=True)
+    sender = ends(LastingSender)
+    with pytest.raises(TransportError, match=r"has ended by .*json, but .* at its beginning"):
+        sender.wants(0)
+
+
+def test_steps_of_the_receiver_are_heard_while_the_sender_waits_for_its_end(ends):
+    sender, receiver, heard = ends(LastingSender), ends(LastingReceiver), []
+    sending = Sending(sender, 0, 3)
+    receiver.begin_at(0)
+    take(receiver, tags(0, 3))
+    sending.ended()
+    waits = threading.Thread(target=sender.drain, args=[heard.append], daemon=True)
+    waits.start()
+    receiver.done_before(2)
+    assert wait_for(lambda: heard, LONG)
+    receiver.end(finished=False)
+    waits.join(LONG)
+    assert heard == [2, END]
+
+
+def test_an_address_that_no_other_machine_can_reach_is_said(ends):
+    receiver = ends(LastingReceiver)
+    card = json.loads(receiver.line.card.read_text())
+    receiver.line.card.write_text(json.dumps(card | {"machine": "elsewhere"}))
+    with pytest.raises(TransportError, match=r"elsewhere resolves to its loopback .*SOCKET_IFNAME"):
+        ends(LastingSender).wants(0)
+
+
+@pytest.mark.parametrize("seconds", [0.1, 600, 172_800, 1e7])
+def test_any_wait_that_may_be_set_can_be_minded(seconds):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        mind(listener, seconds)
 
 
 @pytest.mark.parametrize("is_there", [True, False])

@@ -1,12 +1,16 @@
 """Replicas that are jobs of their own: means of whoever is there, by hand, through deaths."""
 
+import errno
+import os
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from fork_client import wait_for
 
-from ds_local.errors import TransportError
+from ds_local.errors import SaveError, TransportError
 from ds_local.replicas.elastic import ElasticGroup
 from ds_local.replicas.members import MeetingPlace
 
@@ -116,6 +120,67 @@ def test_a_mean_that_only_some_got_from_a_leader_that_died_is_passed_on(replica,
         assert waits.result(LONG).numbers.tolist() == [3.0, 3.0]  # of all three
         mean = groups[1].average(1, numbers(4, 2), 2)
         assert mean.numbers.tolist() == following.result(LONG).numbers.tolist() == [6.0, 1.0]
+
+
+def test_a_contribution_to_one_that_does_not_know_yet_that_it_leads_is_kept(replica, at_once):
+    """Replica 2 finds out first that the leader is dead, and sends to replica 1, which still waits
+    for the leader."""
+    groups = [replica(n, 3) for n in range(3)]
+    joined(at_once, groups)
+    stays = groups[1]._connections[0]
+    with ThreadPoolExecutor(2) as pool:
+        follows = pool.submit(groups[1].average, 0, numbers(2, 2), 2)
+        leaves = pool.submit(groups[2].average, 0, numbers(4, 6), 2)
+        groups[0].place.card(0).write_text("{}")  # dead for whoever looks
+        groups[0]._connections[2].shutdown(socket.SHUT_RDWR)
+        assert wait_for(lambda: groups[1]._early, LONG)
+        stays.shutdown(socket.SHUT_RDWR)
+        found = [one.result(LONG) for one in (follows, leaves)]
+    assert [mean.numbers.tolist() for mean in found] == [[3.0, 4.0]] * 2
+
+
+def test_a_full_disk_ends_no_replica(replica, at_once, monkeypatch):
+    """Who is there is agreed on by the names of files, and whoever cannot be given the weights asks
+    again."""
+    groups = [replica(n, 2) for n in range(2)]
+    joined(at_once, groups)
+    groups[1].close()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert groups[0].average(0, numbers(1, 1), 2).present == 1
+    monkeypatch.undo()
+    again = replica(1, 2)
+    saves = []
+
+    def save():
+        saves.append(len(saves))
+        if saves == [0]:
+            raise SaveError("no room")
+        return ["folder", "step1"]
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(again.join, 0)
+        while not coming.done():
+            groups[0].admit(1, save)
+            time.sleep(0.01)
+        assert coming.result() == (1, ["folder", "step1"])
+    assert len(saves) == 2
+
+
+def test_members_hear_at_once_who_is_left_out(replica, at_once):
+    groups = [replica(n, 3) for n in range(3)]
+    joined(at_once, groups)
+    groups[2].close()
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(groups[1].average, 0, numbers(1, 1), 2)
+        with groups[0]._lock:
+            groups[0]._new_epoch([0, 1])
+        assert wait_for(lambda: groups[1].members == [0, 1], LONG)
+        groups[0].average(0, numbers(3, 3), 2)
+        assert waits.result(LONG).numbers.tolist() == [2.0, 2.0]
 
 
 def test_a_replica_comes_back_between_two_steps(replica, at_once):

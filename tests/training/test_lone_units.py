@@ -50,6 +50,8 @@ def section_of(seconds=600.0):
         (["--unit", "1", "--sample-tokens", "2"], 60.0, "--sample-tokens needs the whole model"),
         (["--unit", "1", "--profile"], 60.0, "--profile needs the whole model in one job"),
         (["--unit", "1", "--dry-run"], 60.0, "--dry-run needs the whole model in one job"),
+        (["--replicas", "2"], 0.0, r"--replicas 2 and --replica 0 say which copy .* no --unit"),
+        (["--replicas", "2", "--replica", "1"], 0.0, "no --unit; leave them out"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(words, seconds, said):
@@ -73,6 +75,21 @@ def test_the_engine_of_a_unit_has_the_sizes_of_a_step(tmp_path):
     assert own["gradient_accumulation_steps"] == 3
     with pytest.raises(ConfigError, match="be counted from its processes; give --num-stages"):
         start_of_unit(arguments("--unit", "1"), config_of(), section_of(), 1)
+
+
+def test_replicas_that_are_jobs_weigh_no_tokens():
+    args = arguments("--unit", "1", "--num-stages", "3", "--replicas", "2")
+    config = config_of(loss_weighting="token")
+    with pytest.raises(ConfigError, match=r'loss_weighting is "token", but --replicas 2 are jobs'):
+        start_of_unit(args, config, local_parallel(config), 1)
+    alone = arguments("--unit", "1", "--num-stages", "3")
+    assert start_of_unit(alone, config, local_parallel(config), 1)[0].number == 1
+
+
+def test_ranks_of_a_unit_wait_as_long_as_for_another_unit_and_more():
+    link = section_of(600.0).link
+    assert link.wait_seconds == link.timeout_seconds + 600
+    assert section_of(0.0).link.wait_seconds == link.timeout_seconds
 
 
 def test_all_units_must_have_the_same(tmp_path):
