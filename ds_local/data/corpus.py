@@ -83,7 +83,8 @@ def prepare(
     with new_folder(output, KIND, DataError) as new:
         with way("looking for a vocabulary") as first:
             tokenizer = make_tokenizer(tokenizer_spec, first.documents(), first.num_bytes)
-        mixture = Mixture(train, new.parent, id_type(tokenizer), seq_len, tokenizer.eos_token_id)
+        end = tokenizer.eos_token_id
+        mixture = Mixture(train, new.parent, id_type(tokenizer), seq_len, end, document_mask)
         with way("tokenizing", chat_of(tokenizer)) as last:
             for piece, ids in encoded(last.pieces(validation_share), tokenizer, workers):
                 mixture.add(piece, ids)

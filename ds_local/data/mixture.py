@@ -26,6 +26,8 @@ class Mixture:
             weights each has its own, so that training can take them in any ratio.
         folder: of the files.
         end: the end-of-text token.
+        borders: put one also where a piece in the other split interrupts a document. Long ones lie
+            in both splits, piece by piece.
     """
 
     def __init__(
@@ -35,8 +37,9 @@ class Mixture:
         dtype: type[np.generic],
         seq_len: int,
         end: int,
+        borders: bool = False,
     ) -> None:
-        self.end, self.seq_len = end, seq_len
+        self.end, self.seq_len, self.borders = end, seq_len, borders
         self.weights = {one.name: one.weight for one in sources}
         self.places = {one.name: one.place for one in sources}
         self.weighted = None not in self.weights.values()
@@ -48,15 +51,31 @@ class Mixture:
         self.validation = Packer(folder / "validation.arrow", dtype, seq_len)
         self.documents: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
+        # of a split: source, document and place at which it would go on; nothing after an end
+        self._open: dict[Packer, tuple[str, str, int]] = {}
 
     def add(self, piece: Piece, ids: np.ndarray) -> None:
         """A piece of a document, and its tokens."""
         stream = piece.source if self.weighted else ""
         packer = self.validation if piece.held_out else self.train[stream]
+        if self.borders:
+            self._close(packer, (piece.source, piece.document, piece.start))
+            if not piece.ends:
+                self._open[packer] = piece.source, piece.document, piece.stop
         count = packer.add(ids, piece.num_bytes, self.end if piece.ends else None)
-        if piece.source in self.weights:  # not one of validation alone
-            self.tokens[piece.source] += count
+        self._count(piece.source, count)
+        if piece.source in self.weights:
             self.documents[piece.source] += piece.ends
+
+    def _close(self, packer: Packer, following: tuple[str, str, int]) -> None:
+        """End the document that does not go on with what follows."""
+        before = self._open.pop(packer, following)
+        if before != following:
+            self._count(before[0], packer.add(np.empty(0, packer.dtype), 0, self.end))
+
+    def _count(self, source: str, tokens: int) -> None:
+        if source in self.weights:  # not one of validation alone
+            self.tokens[source] += tokens
 
     def balance(self, share: float) -> None:
         """See that both splits have sequences, if there is text for both."""

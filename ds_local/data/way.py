@@ -14,12 +14,15 @@ from ds_local.data.tokenizer_training import is_drawn
 
 class Piece(NamedTuple):
     """Of which source a piece of a document is, which split it belongs to, how many bytes it has,
-    and whether the document ends with it."""
+    whether the document ends with it, and from where to where it reaches in which document."""
 
     source: str
     held_out: bool
     num_bytes: int
     ends: bool
+    document: str = ""
+    start: int = 0
+    stop: int = 0  # characters
 
 
 class Way:
@@ -86,4 +89,6 @@ class Way:
     def _piece(self, source: Source, document: Document, held_out: bool) -> tuple[Piece, str]:
         self.num_documents += document.ends
         size = len(document.text.encode())
-        return Piece(source.name, held_out, size, document.ends), document.text
+        name, start, text = document.name, document.start, document.text
+        piece = Piece(source.name, held_out, size, document.ends, name, start, start + len(text))
+        return piece, text

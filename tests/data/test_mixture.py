@@ -1,12 +1,15 @@
 """Several sources: one stream, or with weights each its share of training."""
 
+import itertools
 import json
 
 import pytest
 from commands import command
 from sentences import one_sentence
 from test_corpus import tokenizer, words  # noqa: F401 - a fixture
+from transformers import AutoTokenizer
 
+from ds_local.data import documents
 from ds_local.data.corpus import prepare
 from ds_local.data.dataset import BatchShape, TokenData, training_batches
 from ds_local.errors import DataError
@@ -137,3 +140,32 @@ def test_any_number_of_processes_makes_the_same_folder(places, tokenizer, worker
         return {str(path.relative_to(places)): path.read_bytes() for path in files}
 
     assert content(workers) == content(1)
+
+
+@pytest.mark.parametrize("weights", [("", ""), ("@1", "@2")])
+def test_pieces_of_long_documents_in_both_splits_have_borders(
+    places,
+    tokenizer,  # noqa: F811
+    monkeypatch,
+    weights,
+):
+    """Documents of 20 pieces, each with a letter of its own: no two meet without an end between
+    them, and no piece meets the one after the next."""
+    monkeypatch.setattr(documents, "PIECE", 50)
+    for name, letters in (("first", "abcdef"), ("second", "ghijkl")):
+        lines = [
+            json.dumps({"text": "".join(f"{letter}{n % 10}" * 25 for n in range(20))})
+            for letter in letters
+        ]
+        (places / f"{name}.jsonl").write_text("\n".join(lines))
+    sources = [f"first=first.jsonl{weights[0]}", f"second=second.jsonl{weights[1]}"]
+    facts, data = make(places, tokenizer, *sources, validation_share=0.3, document_mask=True)
+    held = AutoTokenizer.from_pretrained(places / "data" / "tokenizer")
+    assert sum(one["tokens"] for one in facts["mixture"]) == facts["tokens"]
+    for split in ("train", "validation"):
+        rows = held.batch_decode(data.sequences(split, range(data.num_sequences(split))).tolist())
+        for part in itertools.chain.from_iterable(row.split(held.eos_token) for row in rows):
+            text = part.replace(" ", "")
+            assert len(set(filter(str.isalpha, text))) <= 1, text
+            numbers = [int(one) for one in text if one.isdigit()]
+            assert {(b - a) % 10 for a, b in itertools.pairwise(numbers)} <= {0, 1}, text

@@ -24,7 +24,7 @@ def pieces(train, validation=(), share=0.0, **how):
 def test_pieces_know_their_source_and_their_size(tmp_path):
     one, two = write(tmp_path / "a.txt", "héllo"), write(tmp_path / "b.jsonl", LINES)
     found, way = pieces([one, two])
-    assert found[0] == (Piece(str(one), False, 6, True), "héllo")
+    assert found[0] == (Piece(str(one), False, 6, True, "a.txt:0", 0, 5), "héllo")
     assert {piece.source for piece, _ in found[1:]} == {str(two)}
     assert way.num_documents == 1 + len(ROWS)
     assert way.num_bytes == 6 + len(LINES)
