@@ -99,7 +99,8 @@ def _losses(
         and row["step"] <= checkpoint["step"]
         and row["loss"] is not None
     ]
-    last = {row["segment"]: row for row in rows}
+    top = len(checkpoint["segment_parts"]) - 2  # there may have been more before
+    last = {row["segment"]: row for row in rows if row["segment"] <= top}
     if not last:
         return []
     table = [

@@ -31,7 +31,9 @@ def remove_older(folder: str | Path, keep: int) -> list[str]:
         for tag in complete_tags(folder)
         if (match := _OF_THE_LOOP.fullmatch(tag)) is not None
     }
-    kept = set(sorted(steps, key=steps.__getitem__)[-keep:]) | {latest_tag(folder)}
+    kept = set(sorted(steps, key=steps.__getitem__)[-keep:])
+    if (folder / "latest").exists():  # not yet where only tags of somebody's own are saved
+        kept.add(latest_tag(folder))
     return [tag for tag in sorted(steps.keys() - kept) if _removed(folder, tag)]
 
 

@@ -211,12 +211,15 @@ class BatchShape(NamedTuple):
 
 
 def training_batches(
-    data: TokenData, seed: int, start_step: int, shape: BatchShape
+    data: TokenData, seed: int, seen: int, shape: BatchShape
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Micro-batches (inputs, labels) of this replica, from `start_step` on, without end. B =
-    `micro_batch_size`."""
-    for step in itertools.count(start_step):
-        rows = data.order.rows(seed, step, shape.per_step)
+    """Micro-batches (inputs, labels) of this replica, without end. B = `micro_batch_size`.
+
+    Args:
+        seen: sequences that all replicas together have had before.
+    """
+    for position in itertools.count(seen, shape.per_step):
+        rows = data.order.rows(seed, position, shape.per_step)
         for micro_batch in range(shape.num_micro_batches):
             ids_BT = data.sequences("train", rows[shape.mine(micro_batch)])
             yield micro_batch_of(data, ids_BT, ids_BT)

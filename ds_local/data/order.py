@@ -36,9 +36,9 @@ class Order(NamedTuple):
     counts: tuple[int, ...]
     shares: tuple[int, ...] | None = None
 
-    def rows(self, seed: int, step: int, per_step: int) -> list[int]:
-        """The sequences of optimizer step `step` (from 0)."""
-        return [self.row(seed, p) for p in range(step * per_step, (step + 1) * per_step)]
+    def rows(self, seed: int, position: int, count: int) -> list[int]:
+        """So many sequences, from a position of training on."""
+        return [self.row(seed, p) for p in range(position, position + count)]
 
     def row(self, seed: int, position: int) -> int:
         """The sequence at a position (from 0) of training."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -111,9 +112,9 @@ def _scratch(place: Path) -> Iterator[Path]:
 
 def _clear_leftovers(place: Path) -> None:
     """Remove scratch folders of attempts that were killed, and finish what they had begun."""
-    start, end = f".{place.name}.", ".partial"
+    ours = re.compile(re.escape(f".{place.name}.") + r"[^.]+\.partial")  # no dot: of this alone
     for path in place.parent.iterdir():
-        if path.name.startswith(start) and path.name.endswith(end) and _is_abandoned(path):
+        if ours.fullmatch(path.name) and _is_abandoned(path):
             if (path / "old").is_dir() and not place.exists():
                 (path / "old").rename(place)  # killed between the two steps of `_swap`
             shutil.rmtree(path, ignore_errors=True)

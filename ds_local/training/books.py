@@ -30,6 +30,7 @@ class Books(Callback):
         clock: of the seconds in its rows.
         pace: of the speeds in its rows.
         stage_of: segment -> stage.
+        more: tokens that steps before this start had more than as many have now.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class Books(Callback):
         clock: Clock,
         pace: Pace,
         stage_of: Sequence[int],
+        more: int = 0,
     ) -> None:
         self.folder, self.lock = run_folder.path, run_folder.lock
         self.metrics, self.clock, self.pace = metrics, clock, pace
-        self._stage_of = stage_of
+        self._stage_of, self._more = stage_of, more
         self._problem = ""
         self._reported = self._report_seconds = 0.0  # when, and how long it took
 
@@ -107,7 +109,7 @@ class Books(Callback):
             "segment": segment,
             "stage": self._stage_of[segment],
             "split": split,
-            "tokens": step * self.pace.tokens,
+            "tokens": step * self.pace.tokens + self._more,
             "seconds": self.clock.seconds,
         }
 
@@ -150,9 +152,12 @@ class Books(Callback):
     def on_end(self, run: Run) -> None:
         self.write_report(last=True)
         picture = self.folder / "loss.png"
-        draw_losses(self.metrics.path, picture)
-        if run.engine.section.diagnostics:
-            draw_diagnostics(self.metrics.path, self.folder / "diagnostics.png")
+        try:
+            draw_losses(self.metrics.path, picture)
+            if run.engine.section.diagnostics:
+                draw_diagnostics(self.metrics.path, self.folder / "diagnostics.png")
+        except Exception as error:  # the run is worth more than its pictures
+            LOG.exception("no pictures: %s", error)
         print(summary_table(self.metrics.read()))
         print(f"{run.ending} at step {run.step}; report: {self.folder / 'report.html'}")
         print(f"loss curves: {picture}; checkpoints: {self.folder / 'checkpoints'}")

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from ds_local.checkpoints.metrics_file import of_full_model
 from ds_local.config.files import nearest
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.reports import SegmentReport
@@ -38,12 +39,9 @@ class Standing(NamedTuple):
     @classmethod
     def of(cls, rows: Iterable[Row]) -> Standing:
         """After those in rows of metrics.jsonl."""
-        found = [row for row in rows if row["split"] == "validation"]
-        last = max((row["segment"] for row in found), default=0)
         standing = cls()
-        for row in found:
-            if row["segment"] == last:
-                standing = standing.after(math.nan if row["loss"] is None else row["loss"])
+        for row in of_full_model(rows, "validation"):
+            standing = standing.after(math.nan if row["loss"] is None else row["loss"])
         return standing
 
 

@@ -17,7 +17,9 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
     train = [row for row in rows if row["split"] == "train"]
     validation = {row["segment"]: row for row in rows if row["split"] == "validation"}
     lines = ["segment  stage  validation loss  perplexity  idle share  skipped"]
-    for segment, stage in sorted({(row["segment"], row["stage"]) for row in train}):
+    newest = max((row["step"] for row in train), default=0)  # before it there may be other stages
+    now = {(row["segment"], row["stage"]) for row in train if row["step"] == newest}
+    for segment, stage in sorted(now):
         mine = [row for row in train if row["segment"] == segment]
         own = mine[1:]  # the first report pays for the start
         seconds = sum(row["step_seconds"] for row in own)

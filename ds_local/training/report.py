@@ -18,6 +18,7 @@ from ds_local.charts.plots import Curve, chart
 from ds_local.charts.style import color_of
 from ds_local.charts.svg import Svg
 from ds_local.charts.timelines import draw_bands
+from ds_local.checkpoints.metrics_file import of_full_model
 from ds_local.outputs import write_file
 from ds_local.training.report_advice import what_next
 from ds_local.training.report_charts import (
@@ -161,11 +162,12 @@ def _several(runs: Sequence[RunRecord], drawings: list[Svg]) -> str:
         return _box(chart(title, flat, x, y, **more), drawings)
 
     def losses(run: RunRecord, n: int, x: str) -> list[Curve]:
-        color, last = color_of(n, len(runs)), max(run.segments)
-        dots = run.points("validation", last, "loss", x)
-        train = Curve(
-            "" if dots else run.name, color, thinned(run.points("train", last, "loss", x))
+        color = color_of(n, len(runs))
+        dots, steps = (
+            [(row[x], row["loss"]) for row in of_full_model(rows, split)]
+            for rows, split in ((run.validation, "validation"), (run.train, "train"))
         )
+        train = Curve("" if dots else run.name, color, thinned(steps))
         return [train, Curve(run.name, color, dots, dots=True)]
 
     def steady(run: RunRecord, n: int, points: Points) -> list[Curve]:
@@ -211,7 +213,7 @@ def _overview(runs: Sequence[RunRecord]) -> str:
     rows = []
     for run in runs:
         pace = median([y for _, y in run.pace if y is not None] or [0.0])
-        idle = [share for s in run.stages if (share := run.mean("idle_share", s)) is not None]
+        idle = [share for s in run.stages_now if (share := run.mean("idle_share", s)) is not None]
         loss = run.final_loss
         scheme = ", then ".join(dict.fromkeys(name for *_, name in run.phases)) or "-"
         rows.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
+from ds_local.checkpoints.metrics_file import of_full_model
 from ds_local.training.run_record import RunRecord
 
 _IDLE = 0.05  # share of a step that is not worth a word
@@ -19,8 +20,8 @@ def what_next(run: RunRecord) -> list[str]:
             f"{first['nonfinite_step']}: {first['nonfinite']} of segment {first['segment']}, stage "
             f"{first['stage']}. Look at the gradient norm and the learning rate just before."
         )
-    last = max(run.segments)
-    losses = [(r["step"], r["loss"]) for r in run.validation if r["segment"] == last and r["loss"]]
+    whole = of_full_model(run.validation, "validation")
+    losses = [(row["step"], row["loss"]) for row in whole if row["loss"]]
     if len(losses) > 1:
         step, best = min(losses, key=lambda point: point[1])
         if losses[-1][1] > best * 1.01:
@@ -53,7 +54,7 @@ def _on_norms(run: RunRecord) -> list[str]:
 
 def _on_idle(run: RunRecord) -> list[str]:
     """The idlest stage, and why."""
-    shares = {stage: run.mean("idle_share", stage) for stage in run.stages}
+    shares = {stage: run.mean("idle_share", stage) for stage in run.stages_now}
     known = {stage: share for stage, share in shares.items() if share is not None}
     if not known:
         return []

@@ -14,7 +14,7 @@ _GIB = 2**30
 
 def waits_table(run: RunRecord) -> str:
     rows = []
-    for stage in run.stages:
+    for stage in run.stages_now:
         share = run.mean("idle_share", stage)
         links = "; ".join(f"{escape(link)} ({part:.0%})" for link, part in run.waits(stage).items())
         sent = run.mean("sent_bytes", stage)
@@ -53,7 +53,7 @@ def memory_table(run: RunRecord) -> str:
         f"<tr><td>{stage}</td><td class=n>"
         + (f"{run.memory[stage] / _GIB:.2f}" if stage in run.memory else "-")
         + f"</td><td class=n>{live[stage] if live else '-'}</td></tr>"
-        for stage in run.stages
+        for stage in run.stages_now
     )
     return (
         "<div class='box'><table><tr><th>stage</th><th class=n>most held by a rank, GiB</th>"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_local.charts.timelines import Band, Piece
-from ds_local.checkpoints.metrics_file import MetricsFile
+from ds_local.checkpoints.metrics_file import MetricsFile, of_full_model
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
 from ds_local.errors import DsLocalError, RunError
@@ -65,6 +65,12 @@ class RunRecord:
     @cached_property
     def stages(self) -> list[int]:
         return sorted({row["stage"] for row in self.train})
+
+    @cached_property
+    def stages_now(self) -> list[int]:
+        """Those of the newest reports: a resumed run may have others than it had."""
+        newest = max((row["step"] for row in self.train), default=0)
+        return sorted({row["stage"] for row in self.train if row["step"] == newest})
 
     @property
     def last_step(self) -> int:
@@ -147,8 +153,7 @@ class RunRecord:
     @property
     def final_loss(self) -> float | None:
         """Of the full model, at the last validation."""
-        last = max(self.segments)
-        losses = [row["loss"] for row in self.validation if row["segment"] == last]
+        losses = [row["loss"] for row in of_full_model(self.validation, "validation")]
         return losses[-1] if losses else None
 
     # --- what was to happen --------------------------------------------------------------------

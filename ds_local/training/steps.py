@@ -71,7 +71,8 @@ class Loop:
         self.progress: Progress | None = None
         if self.is_first:
             pace = Pace.of(engine, shape.per_step * data.seq_len, data.seq_len)
-            self.books = Books(run, metrics, self.clock, pace, engine.module.stage_of)
+            more = self.sequences_at(0) * data.seq_len
+            self.books = Books(run, metrics, self.clock, pace, engine.module.stage_of, more)
             self.progress = Progress(self.step, self.max_steps, pace)
             own = [self.books, self.progress, *own]
         self.callbacks = [*own, *callbacks]
@@ -100,6 +101,13 @@ class Loop:
     def step(self) -> int:
         return self.engine.global_steps
 
+    def sequences_at(self, step: int) -> int:
+        """Sequences that training has had after so many steps: their number in a step may have
+        changed before this start."""
+        jobs = self.shape.per_step // self.engine.train_batch_size()  # replicas of a unit are jobs
+        seen: int = self.engine.global_samples * jobs
+        return seen + (step - self.step) * self.shape.per_step
+
     def end(self, why: str) -> None:
         self.ending = self.ending or why
 
@@ -117,7 +125,8 @@ class Loop:
             first = engine.units.join(self.step)
             self._validated = -1  # units above may lack what this one has seen
         if engine.reads_data:
-            batches = training_batches(self.data, engine.section.seed, first, self.shape)
+            seen = self.sequences_at(first)
+            batches = training_batches(self.data, engine.section.seed, seen, self.shape)
         if args.profile:
             engine.recorder = Recorder(engine.device)
         engine.ends_after(self.max_steps)
@@ -125,8 +134,7 @@ class Loop:
         if engine.units is not None:
             catch_up(self, first, batches)
         self._see_whether_to_stop()
-        begins = not self.step if engine.units is None else self.is_due(self.step)
-        if args.eval_every and begins and self._validated != self.step:
+        if self.is_due(self.step) and self._validated != self.step:  # a stop may have left it out
             self.validate()
         while self.step < self.max_steps and not self._is_over:
             engine.train_batch(batches)

@@ -27,7 +27,7 @@ def try_out(
     """
     step, batches = engine.global_steps, None
     if engine.is_first_stage():
-        batches = training_batches(data, engine.section.seed, step, shape)
+        batches = training_batches(data, engine.section.seed, step * shape.per_step, shape)
     engine.ends_after(step + 2)
     engine.train_batch(batches)
     began = time.perf_counter()

@@ -39,6 +39,12 @@ def test_the_last_validation_of_every_exit_that_the_checkpoint_has_seen():
     assert "## Data" not in card
 
 
+def test_exits_that_are_no_more_are_left_out():
+    metrics = [row(600, 3, 2.5), *METRICS]  # of four segments, before
+    card = model_card(CHECKPOINT, {}, metrics, 1, num_blocks=4, num_parameters=12345)
+    assert "2.5000" not in card
+
+
 def test_losses_over_a_part_of_the_vocabulary_are_told():
     told = "Exits before the last tell 8 tokens apart"
     assert told not in model_card(CHECKPOINT, {}, METRICS, 1, 4, 1)

@@ -35,6 +35,12 @@ def test_the_one_that_latest_names_stays_in_any_case(folder):
     assert step_of(folder, latest_tag(folder)) == 8
 
 
+def test_before_the_loop_has_saved_nothing_goes(tmp_path):
+    save(tmp_path, "good-enough", 3, save_latest=False)
+    assert remove_older(tmp_path, 1) == []
+    assert tags(tmp_path) == {"good-enough"}
+
+
 def test_what_the_loop_did_not_save_stays(folder):
     save(folder, "best", 1, save_latest=False)
     save(folder, "global_step2-kept", 2, save_latest=False)

@@ -29,12 +29,12 @@ def test_without_weights_each_sequence_comes_once_a_pass():
     passes = [[order.row(0, p) for p in range(e * 20, e * 20 + 20)] for e in range(3)]
     assert all(sorted(one) == list(range(20)) for one in passes)
     assert passes[0] != passes[1] != passes[2]
-    assert order.rows(0, 7, 4) == order.rows(0, 7, 4) != order.rows(1, 7, 4)
-    assert order.rows(0, 1, 20) == [order.row(0, p) for p in range(20, 40)]
+    assert order.rows(0, 28, 4) == order.rows(0, 28, 4) != order.rows(1, 28, 4)
+    assert order.rows(0, 20, 20) == [order.row(0, p) for p in range(20, 40)]
 
 
 def test_steps_may_span_the_end_of_a_pass():
-    ids = [i for step in range(10) for i in Order((7,)).rows(3, step, 3)]
+    ids = [i for step in range(10) for i in Order((7,)).rows(3, 3 * step, 3)]
     assert sorted(ids[:7]) == sorted(ids[7:14]) == list(range(7))
 
 

@@ -4,11 +4,12 @@ epochs, arguments from a file, the loop from a script."""
 import json
 import math
 import re
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, finished, launch, losses, metrics, start, write_inputs
+from launch import ROOT, finished, fork_server, launch, losses, metrics, start, write_inputs
 
 from ds_local.checkpoints.facts import read_facts
 
@@ -114,6 +115,35 @@ def test_a_run_ends_after_validations_without_a_lower_loss(tmp_path):
         )
         assert ending in result.stdout
         assert max(row["step"] for row in metrics(tmp_path / "run")) == 4
+
+
+def test_a_validation_that_a_stop_left_out_is_made_up_for(inputs, tmp_path):
+    """SIGTERM comes in a step that is due for one."""
+    words = {**inputs, "--output": str(tmp_path / "run"), "--max-steps": "6", "--eval-every": "2"}
+    given = [part for pair in words.items() for part in pair]
+    hook = ("stop_in", {"where": "train_batch", "nth": 4, "number": signal.SIGTERM})
+    stopped = fork_server().start("train.py", given, 1, hooks={0: [hook]})
+    assert "stopped as asked at step 4" in finished(stopped, 180).stdout
+    assert launch(words, "--resume", ranks=1).returncode == 0
+    told = [step for split, step, segment in losses(tmp_path / "run") if split == "validation"]
+    assert sorted(set(told)) == [0, 2, 4, 6]
+
+
+def test_steps_of_another_size_go_on_where_the_data_was(inputs, tmp_path):
+    words = {**inputs, "--output": str(tmp_path / "run")}
+    assert launch({**words, "--max-steps": "3"}, ranks=1).returncode == 0
+    config = json.loads(Path(inputs["--deepspeed_config"]).read_text())
+    config["gradient_accumulation_steps"] *= 2
+    words["--deepspeed_config"] = str(tmp_path / "larger.json")
+    Path(words["--deepspeed_config"]).write_text(json.dumps(config))
+    for steps in ("4", "5"):
+        given = {**words, "--max-steps": steps}
+        result = launch(given, "--resume", "--allow-change", "batch", ranks=1)
+        assert result.returncode == 0, result.stdout
+    tokens = {row["step"]: row["tokens"] for row in metrics(tmp_path / "run")}
+    of_3 = tokens[3]
+    assert tokens == {step: of_3 // 3 * (step + max(0, step - 3)) for step in tokens}
+    assert max(tokens) == 5
 
 
 def test_a_dry_run_tells_time_and_memory_and_writes_nothing(inputs, tmp_path):

@@ -225,3 +225,15 @@ def test_names_are_exchanged_in_one_step(tmp_path):
         pytest.skip("this file system cannot exchange names")
     assert (tmp_path / "a" / "a.txt").read_text() == "b"
     assert not exchange(tmp_path / "a", tmp_path / "nowhere")
+
+
+def test_leftovers_of_another_folder_whose_name_begins_so_are_left(tmp_path):
+    """Killed between the two renames, `data.v2` has its only copy in there."""
+    scratch = tmp_path / ".data.v2.abcdefgh.partial"
+    (scratch / "old").mkdir(parents=True)
+    (scratch / "old" / "kept.txt").write_text("all there is")
+    (scratch / "lock").write_text("")
+    with new_folder(tmp_path / "data", KIND) as new:
+        (new / "x").write_text("x")
+    assert (scratch / "old" / "kept.txt").read_text() == "all there is"
+    assert (tmp_path / "data" / "x").exists()

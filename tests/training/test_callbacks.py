@@ -48,6 +48,19 @@ def test_of_a_runs_rows_the_full_model_counts():
         ]
     ]
     assert Standing.of(rows) == (2.0, 2)
+
+
+@pytest.mark.parametrize("segments", [(4, 2), (2, 4)])
+def test_the_full_model_is_that_of_its_time(segments):
+    """A resumed run has other segments than it had."""
+    rows = [
+        {"split": "validation", "step": step, "segment": segment, "loss": loss + count - segment}
+        for count, losses in zip(segments, ((5.0, 4.0), (4.5, 4.6)), strict=True)
+        for step, loss in enumerate(losses, 0 if count == segments[0] else 2)
+        for segment in range(count)
+    ]
+    assert Standing.of(rows) == (5.0, 2)  # losses here are one above those given
+
     assert Standing.of([]) == Standing()
 
 

@@ -50,6 +50,12 @@ def test_the_table_tells_what_was_not_finite():
     assert "30 steps, 3,000 tokens" in lines[-1]
 
 
+def test_the_table_has_the_segments_that_there_are_now():
+    before = [row | {"segment": 2, "stage": 2, "step": 5} for row in rows() if row["step"] == 10]
+    assert before
+    assert summary_table(before + rows()) == summary_table(rows())
+
+
 def test_rows_of_older_runs_are_still_read():
     old = [
         {k: v for k, v in row.items() if k not in ("has_loss", "nonfinite_step", "skipped")}

@@ -70,6 +70,22 @@ def test_a_run_that_ended_in_its_first_step_has_a_report(tmp_path):
     assert page.count("nothing was measured") == 5
 
 
+def test_a_run_that_goes_on_with_fewer_stages_has_a_report(tmp_path):
+    """Rows of four stages, then of the two that run.json knows."""
+    run = write_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    more = [
+        row | {"segment": row["segment"] + 2, "stage": row["stage"] + 2, "idle_share": 0.9}
+        for row in rows
+        if row["step"] <= 10
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more + rows))
+    record = RunRecord(run)
+    assert (record.stages, record.stages_now) == ([0, 1, 2, 3], [0, 1])
+    assert record.final_loss == rows[-1]["loss"]
+    assert "<td>3</td>" not in report([record])
+
+
 def test_several_runs_beside_each_other(tmp_path, capsys):
     one = write_run(tmp_path / "one")
     two = write_run(tmp_path / "two", mode="backprop", event=13)
