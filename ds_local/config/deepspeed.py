@@ -28,6 +28,7 @@ from ds_local.config.deepspeed_rules import (
 )
 from ds_local.config.files import check_finite, leaves, nearest
 from ds_local.config.lr_schedule import scheduler_of
+from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 
 
@@ -71,6 +72,11 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
             check_number(".".join(path), value, kind, least, most)
     scheduler_of(config)
     _refuse(config, REFUSED, "")
+    if _at(config, (SECTION, "clip_multipliers")) and not config.get("gradient_clipping"):
+        raise ConfigError(
+            f"{SECTION}.clip_multipliers are factors on gradient_clipping, which is not set; set "
+            "it, such as to 1.0, or leave them out"
+        )
     if bf16_enabled(config) or zero_stage(config):
         _refuse(config, FP32_ONLY, ", which needs fp32 and ZeRO stage 0")
 

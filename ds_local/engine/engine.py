@@ -567,6 +567,12 @@ class LocalPipelineEngine(UnitSteps):
         """
         if reduce_output != "avg":
             raise ValueError(f'reduce_output must be "avg", got {reduce_output!r}')
+        if num_micro_batches is not None and not (
+            isinstance(num_micro_batches, int) and num_micro_batches > 0
+        ):
+            raise ValueError(
+                f"num_micro_batches must be a number from 1 on, got {num_micro_batches!r}"
+            )
         self.module.eval()
         train_iterator, self.data_iterator = self.data_iterator, begun(data_iter)
         count = self.micro_batches if num_micro_batches is None else num_micro_batches

@@ -55,7 +55,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._keys: list[tuple[int, int, int]] = []  # (what, segment, micro-batch)
-        self._numbers: list[Tensor] = []
+        self._numbers: list[Tensor | None] = []
 
     def see(
         self,
@@ -64,18 +64,21 @@ class Watch:
         tensors: Iterable[Tensor | None],
         micro_batch: int = _OF_THE_STEP,
     ) -> None:
-        """Keep the sum of each of `tensors`; nobody waits for it."""
+        """Keep the sum of each of `tensors`; nobody waits for it. None has a place too, since
+        another replica may have something there."""
         for tensor in tensors:
-            if tensor is None:
-                continue
             self._keys.append((what, segment, micro_batch))
-            self._numbers.append(tensor.detach().sum())
+            self._numbers.append(None if tensor is None else tensor.detach().sum())
 
     def flags(self, device: torch.device) -> Tensor:
         """For each number 1 if it is not finite, else 0; the same numbers on all replicas."""
         if not self._numbers:
             return torch.zeros(0, device=device)
-        numbers = [to_device(number, device) for number in self._numbers]  # a layer's own, perhaps
+        nothing = torch.zeros((), device=device)
+        numbers = [
+            nothing if number is None else to_device(number, device)  # a layer's own, perhaps
+            for number in self._numbers
+        ]
         return (~torch.isfinite(torch.stack(numbers))).float()
 
     def judge(self, flags: Sequence[float]) -> dict[int, str]:

@@ -9,7 +9,7 @@ from typing import Any
 from deepspeed.utils import log_dist
 
 from ds_local.cluster.surroundings import builds_of, check_builds
-from ds_local.config.deepspeed import batch_sizes
+from ds_local.config.deepspeed import batch_sizes, bf16_enabled, zero_stage
 from ds_local.config.lr_schedule import scheduler_of
 from ds_local.engine.deepspeed_checks import checked
 from ds_local.engine.deepspeed_seam import engine_config
@@ -83,6 +83,13 @@ def initialize(
             {"params": list(model.segment_parameters(segment)), "segment": segment}
             for segment in model.local_segments
         ]
+    shards = bf16_enabled(ds_config) or zero_stage(ds_config)
+    if shards and not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            f"stage {model.stage_id} has no parameter that learns, and DeepSpeed's bf16 and ZeRO "
+            "optimizers need one on every stage; train in fp32 without ZeRO, or cut the model so "
+            "that each stage has one"
+        )
     what = "the making of the engine"
     with meeting(what), store_guard(what, section.link.wait_seconds):
         engine = LocalPipelineEngine(

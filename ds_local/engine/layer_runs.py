@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ds_local.links.trees import map_tensors
+from ds_local.model.state import GIVEN
 
 Layers = Sequence[Callable[[Any], Any]]
 
@@ -35,5 +36,9 @@ def _apply(layers: Layers, inputs: Any) -> Any:
 
 
 def _apply_to_copy(layers: Layers, inputs: Any) -> Any:
-    """For a layer that changes its input in place: recomputing must start from what it was."""
-    return _apply(layers, map_tensors(inputs, Tensor.clone))
+    """For a layer that changes its input in place: recomputing must start from what it was. What
+    comes with every micro-batch stays the same object, by which blocks know what they have kept."""
+    copied = map_tensors(inputs, Tensor.clone)
+    if isinstance(inputs, dict):
+        copied |= {name: inputs[name] for name in GIVEN if name in inputs}
+    return _apply(layers, copied)

@@ -301,13 +301,16 @@ class LocalPipelineModule(ModuleFiles):
         return self.routers.coefficient * share_of(routes, segment, which, self.segment_parts)
 
     def layer_parameters(self, segment: int) -> Iterator[nn.Parameter]:
-        """Parameters of the segment's layers that take gradients."""
-        for layer in self.layers_of(segment):
-            if isinstance(layer, nn.Module):
-                yield from (p for p in layer.parameters() if p.requires_grad)
+        """Parameters of the segment's layers that take gradients, each once."""
+        layers = (layer for layer in self.layers_of(segment) if isinstance(layer, nn.Module))
+        found = {id(p): p for layer in layers for p in layer.parameters() if p.requires_grad}
+        yield from found.values()
 
     def segment_parameters(self, segment: int) -> Iterator[nn.Parameter]:
-        """Parameters of the segment's layers and head that take gradients."""
-        yield from self.layer_parameters(segment)
+        """Parameters of the segment's layers and head that take gradients; one that segments of
+        this stage share is the lowest one's."""
+        lower = [s for s in self.local_segments if s < segment]
+        taken = {id(p) for one in lower for p in self.layer_parameters(one)}
+        yield from (p for p in self.layer_parameters(segment) if id(p) not in taken)
         if str(segment) in self.heads:
             yield from (p for p in self.heads[str(segment)].parameters() if p.requires_grad)

@@ -39,14 +39,15 @@ def check_batches(
         _ = RunPlan.of(section, num_stages, num_micro_batches).schedules
 
 
-def _shared_weights(layers: Sequence[Any]) -> str | None:
-    """Which layers share weights, if any do."""
+def _shared_weights(layers: Sequence[Any], num_stages: int) -> str | None:
+    """Which layers share weights, if any do. Modules may on one stage; DeepSpeed keeps a tied
+    layer apart from the layers, where checkpoints here would not find it."""
     owner: dict[nn.Parameter, int] = {}
     for number, layer in enumerate(layers):
         if isinstance(layer, TiedLayerSpec):
             return f"layer {number} is a TiedLayerSpec"
         for parameter in layer.parameters() if isinstance(layer, nn.Module) else ():
-            if owner.setdefault(parameter, number) != number:
+            if owner.setdefault(parameter, number) != number and num_stages > 1:
                 return f"layers {owner[parameter]} and {number} share weights"
     return None
 
@@ -88,7 +89,7 @@ def check_layers(
             f"{num_segments} layers, the model has {len(layers)}; lower num_stages or "
             "segments_per_stage"
         )
-    if num_stages > 1 and (shared := _shared_weights(layers)):
+    if shared := _shared_weights(layers, num_stages):
         raise ConfigError(
             f"{shared}: weights that stages share need a collective over all stages in every "
             "step; use separate layers (untied)"

@@ -7,6 +7,7 @@ What DeepSpeed computes over all stages here (norms, overflow) is computed per s
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +16,7 @@ from deepspeed import comm as dist
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.strict import SECTION
 from ds_local.engine.async_saves import AsyncSaves
 from ds_local.engine.average import Average
 from ds_local.engine.deepspeed_seam import PipelineEngineSeam, gradient_of, spoil_gradients
@@ -23,6 +25,7 @@ from ds_local.engine.finite import WEIGHTS, Events
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.reports import Reports
 from ds_local.engine.unit_links import UnitLinks
+from ds_local.errors import ConfigError
 from ds_local.links.device import to_device
 from ds_local.replicas.elastic import ElasticGroup, Mean
 from ds_local.replicas.head_copies import Copies
@@ -53,6 +56,8 @@ class StageUpdates(PipelineEngineSeam):
     _one_by_one: bool  # segments can be updated one by one: fp32 without ZeRO
     _grad_norms: dict[int, Any]
     _flags: torch.Tensor
+    _used: torch.Tensor = torch.zeros(0)  # of each of `_learning`, replicas that had a gradient
+    _learning: Sequence[torch.nn.Parameter] = ()
     _read: dict[int, dict[str, Any]]
 
     def _scale_by_segment(self) -> None:
@@ -61,6 +66,12 @@ class StageUpdates(PipelineEngineSeam):
         if not self.section.scales_learning_rates:
             return
         kept: list[float] = []
+        if any("segment" not in group for group in self.basic_optimizer.param_groups):
+            raise ConfigError(
+                f"the optimizer {type(self.basic_optimizer).__name__} has groups of weights of its "
+                "own, so segments cannot have learning rates of their own; leave out "
+                f"{SECTION}.lr_multipliers, warmup_stagger and delay_discount, or take another"
+            )
 
         def scale(optimizer: Any, *_: Any) -> None:
             kept[:] = [group["lr"] for group in optimizer.param_groups]
@@ -101,8 +112,8 @@ class StageUpdates(PipelineEngineSeam):
         if self.units is not None and self.units.group is not None:
             self._average_with_those_here(self.units.group)
         watch, norms = self.executor.watch, self._norms()
-        for segment, norm in norms.items():
-            watch.see(WEIGHTS, segment, [norm])
+        for segment in self.module.local_segments:
+            watch.see(WEIGHTS, segment, [norms.get(segment)])
         averages = self.is_data_parallel and self.replicas.reduces_gradients
         self._grad_norms = norms if self._one_by_one and not averages else {}
         self._flags = watch.flags(self.device)
@@ -110,15 +121,16 @@ class StageUpdates(PipelineEngineSeam):
             not self.is_data_parallel and not self.zero_optimization()
         ):
             return
-        # DeepSpeed fills in zeros for parameters without a gradient; an optimizer would decay a
-        # head that is not in use
-        unused = [p for p in self.module.parameters() if p.requires_grad and p.grad is None]
+        learning = [p for p in self.module.parameters() if p.requires_grad]
+        used = torch.tensor([float(p.grad is not None) for p in learning])
+        # fills in zeros for parameters without a gradient; an optimizer would decay a head that is
+        # not in use, so `_judge` takes them away again where no replica had one
         self.average_gradients()
-        if self._one_by_one:
-            for parameter in unused:
-                parameter.grad = None
         if averages:
-            self._average_losses()
+            self._average_losses(used)
+            self._learning = learning if self._one_by_one else []
+        elif self._one_by_one:
+            _forget_gradients(learning, used.tolist())
         if averages and self._one_by_one and self.gradient_clipping():
             self._grad_norms = self._norms()  # in time for the one read of the step
 
@@ -191,9 +203,13 @@ class StageUpdates(PipelineEngineSeam):
         }
         return {segment: get_total_norm(found) for segment, found in gradients.items() if found}
 
-    def _average_losses(self) -> None:
+    def _average_losses(self, used: torch.Tensor) -> None:
         """Means over the replicas, weighted as their micro-batches are; what one replica found not
-        finite, all have found."""
+        finite, all have found.
+
+        Args:
+            used: of each learning parameter, 1 where this replica had a gradient.
+        """
         count = len(self.segment_losses)
         counted = [self.executor.counted[segment] for segment in self.segment_losses]
         weights = to_device(
@@ -201,9 +217,10 @@ class StageUpdates(PipelineEngineSeam):
         )
         losses = [loss.float().view(1) for loss in self.segment_losses.values()]
         weighted = torch.cat(losses) * weights if losses else weights
-        numbers = torch.cat([weighted, weights, self._flags])
+        numbers = torch.cat([weighted, weights, to_device(used, self.device), self._flags])
         dist.all_reduce(numbers, group=self.grid.get_data_parallel_group())
-        sums, weights, self._flags = numbers.split([count, count, len(numbers) - 2 * count])
+        sizes = [count, count, len(used), len(self._flags)]
+        sums, weights, self._used, self._flags = numbers.split(sizes)
         means = sums / weights.clamp(min=torch.finfo(weights.dtype).tiny)
         self.segment_losses = dict(zip(self.segment_losses, means, strict=True))
 
@@ -272,7 +289,23 @@ class StageUpdates(PipelineEngineSeam):
             )
             for segment, value in values.items()
         ]
-        numbers = torch.cat([*(value.view(1) for *_, value in wanted), self._flags]).tolist()
+        learning, self._learning = self._learning, ()
+        used = [self._used] if learning else []
+        numbers = torch.cat([*(v.view(1) for *_, v in wanted), *used, self._flags]).tolist()
         for (segment, name, _), number in zip(wanted, numbers, strict=False):
             self._read[segment][name] = number
-        return self.executor.watch.judge(numbers[len(wanted) :])
+        _forget_gradients(learning, numbers[len(wanted) : len(wanted) + len(learning)])
+        if learning:
+            for segment in [s for s in self._grad_norms if not self._has_gradient(s)]:
+                del self._grad_norms[segment], self._read[segment]["grad_norm"]
+        return self.executor.watch.judge(numbers[len(wanted) + len(learning) :])
+
+    def _has_gradient(self, segment: int) -> bool:
+        return any(parameter.grad is not None for parameter in self._weights[segment])
+
+
+def _forget_gradients(parameters: Sequence[torch.nn.Parameter], used: Sequence[float]) -> None:
+    """Of those that nobody had a gradient for."""
+    for parameter, one in zip(parameters, used, strict=True):
+        if not one:
+            parameter.grad = None

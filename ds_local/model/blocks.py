@@ -64,9 +64,12 @@ class _Conv1D(Conv1D):
 SPLITTABLE[Conv1D] = _Conv1D
 
 
+_SHAPES = 8  # of [B, T] that are kept: more would hold memory for each
+
+
 class Context:
     """What every block of a stage takes besides the hidden state (masks, positions, rotary
-    embeddings), kept per shape."""
+    embeddings), kept for the newest shapes."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         self._config = config
@@ -87,7 +90,10 @@ class Context:
             return self._of_given(given, hidden_BTD)[index]
         key = (hidden_BTD.shape[:2], hidden_BTD.dtype, hidden_BTD.device)
         if key not in self._kept:
-            self._kept[key] = self._frame.calls_of(hidden_BTD, {})
+            while len(self._kept) >= _SHAPES:
+                del self._kept[next(iter(self._kept))]
+            calls = self._frame.calls_of(hidden_BTD, {})
+            self._kept[key] = [call._replace(hidden=hidden_BTD.new_empty(0)) for call in calls]
         return self._kept[key][index]
 
     def _of_given(self, given: dict[str, Tensor], hidden_BTD: Tensor) -> list[Call]:

@@ -27,6 +27,8 @@ def compiled_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tens
     Args:
         targets_N: int64; -100 leaves a position out.
     """
+    if not torch.is_grad_enabled():  # a function of our own asks its inputs alone
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     return _Loss.apply(hidden_ND, weight_VD, targets_N)
 
 

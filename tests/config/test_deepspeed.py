@@ -21,6 +21,10 @@ DEEPSPEED_MISTAKES = {
     "misspelt optimizer": ({"optimiser": {}}, "did you mean 'optimizer'?"),
     "misspelt section": ({"local_paralel": {}}, "did you mean 'local_parallel'?"),
     "clipping as text": ({"gradient_clipping": "abc"}, "gradient_clipping must be a number"),
+    "factors on no clipping": (
+        {"local_parallel": {"clip_multipliers": [1.0, 2.0]}},
+        "factors on gradient_clipping, which is not set",
+    ),
     "negative clipping": ({"gradient_clipping": -1}, "at least 0"),
     "fractional micro-batch": ({"train_micro_batch_size_per_gpu": 1.5}, "must be an integer"),
     "no micro-batches": ({"gradient_accumulation_steps": 0}, "at least 1"),

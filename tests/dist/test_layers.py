@@ -100,13 +100,16 @@ def expected(section, kind):
     return net.state()
 
 
-def build(stages, layers, section=None, loss=None, **settings):
+def build(
+    stages, layers, section=None, loss=None, optimizer=None, gradient_clipping=0.0, **settings
+):
     import ds_local
 
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 1,
-        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "optimizer": optimizer or {"type": "SGD", "params": {"lr": 0.1}},
+        "gradient_clipping": gradient_clipping,
         "local_parallel": section or {"mode": "backprop"},
     }
     module = ds_local.LocalPipelineModule(
@@ -266,6 +269,73 @@ def check_weights(section, on_one, on_two, on_four):
                 where = f"{kind}, {name}, (ranks, checkpoint) = {run}\n"
                 close = {"rtol": 1e-4, "atol": 2e-6}
                 torch.testing.assert_close(tensor, state[name], **close, msg=where.__add__)
+
+
+class Branches(torch.nn.Module):
+    """One of two matrices, by the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.negative, self.positive = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+
+    def forward(self, x):
+        return (self.positive if x.flatten()[0] > 0 else self.negative)(x)
+
+
+def with_branches():
+    """Replica 0 always takes one branch, replica 1 the other one in the second step alone; a third
+    matrix is never used."""
+    import torch.distributed as dist
+
+    torch.manual_seed(0)
+    layer, first = Branches(), torch.nn.Linear(6, 6)
+    layer.never = torch.nn.Linear(6, 6)
+    adam = {"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.1, "torch_adam": True}}
+    section = {"mode": "backprop", "segments_per_stage": 1}
+    engine = build(1, [layer, first], section, optimizer=adam, gradient_clipping=0.5)
+    before = layer.never.weight.detach().clone()
+    for step in range(3):
+        sign = -1.0 if dist.get_rank() and step == 1 else 1.0
+        engine.train_batch(iter([(torch.full((4, 6), sign), torch.zeros(4, 6))]))
+    assert torch.equal(before, layer.never.weight)  # no replica has a gradient: it does not decay
+    return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+
+def test_replicas_stay_equal_where_one_alone_has_a_gradient():
+    one, other = run_ranks(with_branches, 2)
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def with_a_layer_twice():
+    """How far one step of SGD goes, whose clipped gradient has the norm 1; checkpoints too."""
+    torch.manual_seed(0)
+    twice = torch.nn.Linear(6, 6)
+    layers = [twice, torch.nn.Linear(6, 6), twice, torch.nn.Linear(6, 6)]
+    sgd = {"type": "SGD", "params": {"lr": 1.0}}
+    far = []
+    for parts in ([0, 4], [0, 2, 4]):
+        section = {"mode": "backprop", "segments_per_stage": len(parts) - 1}
+        engine = build(
+            1, layers, section, loss=loud, optimizer=sgd, gradient_clipping=1.0, parts=parts
+        )
+        before = [p.detach().clone() for p in engine.module.parameters()]
+        engine.train_batch(iter([nets.data(0, 0)]))
+        moved = zip(before, engine.module.parameters(), strict=True)
+        far.append(sum((new - old).square().sum() for old, new in moved).sqrt().item())
+        engine.destroy()
+    return far
+
+
+def loud(outputs, labels):
+    return 1e3 * outputs.square().mean()
+
+
+def test_a_layer_that_comes_twice_is_clipped_once():
+    """In one segment, or in two of one stage, each of which has a norm of its own."""
+    one, two = run_ranks(with_a_layer_twice, 1)[0]
+    assert one == pytest.approx(1.0, rel=1e-4)
+    assert two == pytest.approx(2**0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("tied", ["spec", "module"])

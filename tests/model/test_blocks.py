@@ -71,6 +71,17 @@ def test_building_leaves_the_random_numbers_alone(config):
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_memory_does_not_grow_with_the_shapes_that_come():
+    """What blocks take beside the hidden state is kept for the newest shapes, and no hidden state
+    with it."""
+    context = blocks.Context(families.load_model_config(MODELS["llama"]))
+    for length in range(2, 40):
+        context.call(torch.zeros(2, length, 32), 0)
+    assert len(context._kept) <= 8
+    assert (2, 39) in {tuple(shape) for shape, *_ in context._kept}
+    assert {call.hidden.numel() for calls in context._kept.values() for call in calls} == {0}
+
+
 def test_unsupported_families_are_named(tmp_path):
     with pytest.raises(UnsupportedModel, match=r"supported are .*gpt2.*llama"):
         families.load_model_config({"model_type": "t5"})

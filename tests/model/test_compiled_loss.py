@@ -21,3 +21,12 @@ def test_compiled_loss_computes_the_gradients_that_are_wanted(wanted):
         found = (torch.autograd.grad(one * 3, inputs) for one in (loss, plain))
         for got, expected in zip(*found, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_gradients_none_is_computed(monkeypatch):
+    weight = torch.randn(300, 24, requires_grad=True)
+    asked = []
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: asked.append(a))
+    with torch.no_grad():
+        linear_cross_entropy(torch.randn(50, 24), weight, torch.randint(0, 300, (50,)), "compiled")
+    assert not asked
