@@ -203,8 +203,8 @@ def _written(found: Found, output: Path) -> Path:
     facts, tag = _facts_of_whole(found), f"global_step{found.step}"
     checkpoints = output / "checkpoints"
     with suppress(CheckpointError):
-        if read_facts(checkpoints / tag)["files"] == facts["files"]:  # it is there already
-            write_whole(checkpoints / "latest", tag)  # which a kill may have left undone
+        if read_facts(checkpoints / tag)["files"] == facts["files"]:  # a kill came after it
+            write_whole(checkpoints / "latest", tag)
             return checkpoints / tag
     writing = Writing(checkpoints, tag)
     try:
@@ -287,8 +287,7 @@ def _facts_of_whole(found: Found) -> dict[str, Any]:
     parts_of_model = range(whole["segment_parts"][-1]), range(whole["num_stages"])
     needed = [f"layer_{layer:02d}-model_states.pt" for layer in parts_of_model[0]]
     needed += [f"mp_rank_{stage:02d}_model_states.pt" for stage in parts_of_model[1]]
-    missing = [name for name in needed if name not in files]
-    if missing:
+    if missing := [name for name in needed if name not in files]:
         raise CheckpointError(
             f"no unit has {missing[0]} of step {found.step} ({', '.join(map(str, found.places))}); "
             "use another checkpoint"

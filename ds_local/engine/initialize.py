@@ -4,6 +4,7 @@ other modules."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from deepspeed.utils import log_dist
@@ -83,13 +84,7 @@ def initialize(
             {"params": list(model.segment_parameters(segment)), "segment": segment}
             for segment in model.local_segments
         ]
-    shards = bf16_enabled(ds_config) or zero_stage(ds_config)
-    if shards and not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError(
-            f"stage {model.stage_id} has no parameter that learns, and DeepSpeed's bf16 and ZeRO "
-            "optimizers need one on every stage; train in fp32 without ZeRO, or cut the model so "
-            "that each stage has one"
-        )
+    _check_learns(model, ds_config)
     what = "the making of the engine"
     with meeting(what), store_guard(what, section.link.wait_seconds):
         engine = LocalPipelineEngine(
@@ -116,3 +111,13 @@ def initialize(
     if section.compile:
         engine.compile()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _check_learns(model: LocalPipelineModule, ds_config: Mapping[str, Any]) -> None:
+    shards = bf16_enabled(ds_config) or zero_stage(ds_config)
+    if shards and not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            f"stage {model.stage_id} has no parameter that learns, and DeepSpeed's bf16 and ZeRO "
+            "optimizers need one on every stage; train in fp32 without ZeRO, or cut the model so "
+            "that each stage has one"
+        )

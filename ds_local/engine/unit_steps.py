@@ -3,6 +3,7 @@ come, and one that is served again for the units above."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -14,12 +15,16 @@ from ds_local.engine.stopping import Stopping
 from ds_local.engine.updates import StageUpdates
 from ds_local.links.line import StepVoid
 from ds_local.outputs import remove
+from ds_local.replicas.elastic import ElasticGroup, Mean
+
+_AGAIN_SECONDS = 0.2
 
 
 class UnitSteps(StageUpdates):
     """Steps of units. A part of `LocalPipelineEngine`."""
 
     _stopping: Stopping
+    _others_mean: Mean | None = None
     # methods of the engine
     _run: Any
     _batches: Any
@@ -48,6 +53,67 @@ class UnitSteps(StageUpdates):
         for instruction in list(schedule)[-1]:
             self.run_instruction(instruction)
         return None
+
+    def _average_with_those_here(self, group: ElasticGroup) -> None:
+        """Means of gradients and losses over the replicas that have some in this step, each a job
+        of its own. Whoever asks for the end of the run is heard by all."""
+        executor = self.executor
+        parameters = [p for weights in self._weights.values() for p in weights]
+        own = self.module.local_segments
+        sizes = [p.numel() for p in parameters]
+        mean, self._others_mean = self._others_mean, None
+        if mean is None:
+            there = [p.grad is not None for p in parameters]
+            filled = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            counted = [executor.counted.get(segment, (0.0, 1)) for segment in own]
+            weights = [weight / count for weight, count in counted]
+            losses = [executor.losses.get(s, torch.zeros(())) for s in own]
+            stops = float(executor.stop_after is not None and executor.stop_after <= executor.step)
+            told = [float(one) for one in there] + weights + [stops]
+            scaled = torch.stack([loss.float().cpu() for loss in losses]) * torch.tensor(weights)
+            parts = [*(g.flatten().float().cpu() for g in filled), scaled, torch.tensor(told)]
+            mean = group.average(executor.step, torch.cat(parts), self._size_of_mean)
+        assert mean is not None, "this replica has something"
+        if self.units is not None and self.units.sender is not None:
+            self.units.sender.others_go_on = mean.present > 1
+        rest = self._size_of_mean - sum(sizes) - len(own)
+        *gradients, losses_, told_ = mean.numbers.split([*sizes, len(own), rest])
+        there_, weights_ = told_[: len(parameters)], told_[len(parameters) : -1]
+        found = zip(parameters, gradients, there_.tolist(), strict=True)
+        for parameter, gradient, present in found:
+            if present:
+                parameter.grad = gradient.view_as(parameter).to(parameter)
+        self.segment_losses = {
+            segment: (loss / weight).to(self.device)
+            for segment, loss, weight in zip(own, losses_, weights_, strict=True)
+            if weight
+        }
+        if told_[-1]:
+            executor.stop_after = executor.step
+
+    @property
+    def _size_of_mean(self) -> int:
+        """Gradients; then for each segment its loss; what is there, weights, a wish to stop."""
+        parameters = [p for weights in self._weights.values() for p in weights]
+        of_segments = 2 * len(self.module.local_segments)
+        return sum(p.numel() for p in parameters) + len(parameters) + of_segments + 1
+
+    def asks_others(self, final: bool) -> bool:
+        """This replica has nothing of the step: take the mean of the others. False: they have
+        nothing either, and it is to be tried again.
+
+        Args:
+            final: this one will never have.
+        """
+        units, step = self.units, self.executor.step
+        assert units is not None, "others leave nothing out"
+        assert units.group is not None, "nor does a unit without replicas"
+        self._others_mean = units.group.average(step, None, self._size_of_mean, final)
+        if self._others_mean is None:
+            time.sleep(_AGAIN_SECONDS)
+            return False
+        units.leave_out(step, trains=True)
+        return True
 
     def _hand_over(self) -> list[str]:
         """The state of this replica, for one that comes back."""

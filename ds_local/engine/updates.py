@@ -6,7 +6,6 @@ What DeepSpeed computes over all stages here (norms, overflow) is computed per s
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -27,12 +26,9 @@ from ds_local.engine.reports import Reports
 from ds_local.engine.unit_links import UnitLinks
 from ds_local.errors import ConfigError
 from ds_local.links.device import to_device
-from ds_local.replicas.elastic import ElasticGroup, Mean
 from ds_local.replicas.head_copies import Copies
 from ds_local.replicas.sync import Together
 from ds_local.schedules.run_plan import RunPlan
-
-_AGAIN_SECONDS = 0.2
 
 
 class StageUpdates(PipelineEngineSeam):
@@ -51,13 +47,13 @@ class StageUpdates(PipelineEngineSeam):
     segment_losses: Any  # by segment
     saves: AsyncSaves | None  # None: a save returns when its files are whole
     units: UnitLinks | None  # None: this job is the whole pipeline
-    _others_mean: Mean | None = None
     moved: str = ""  # what the newest `load_checkpoint` brought from another layout, in words
     _one_by_one: bool  # segments can be updated one by one: fp32 without ZeRO
     _grad_norms: dict[int, Any]
     _flags: torch.Tensor
     _used: torch.Tensor = torch.zeros(0)  # of each of `_learning`, replicas that had a gradient
     _learning: Sequence[torch.nn.Parameter] = ()
+    _average_with_those_here: Any  # of `UnitSteps`
     _read: dict[int, dict[str, Any]]
 
     def _scale_by_segment(self) -> None:
@@ -133,67 +129,6 @@ class StageUpdates(PipelineEngineSeam):
             _forget_gradients(learning, used.tolist())
         if averages and self._one_by_one and self.gradient_clipping():
             self._grad_norms = self._norms()  # in time for the one read of the step
-
-    def _average_with_those_here(self, group: ElasticGroup) -> None:
-        """Means of gradients and losses over the replicas that have some in this step, each a job
-        of its own. Whoever asks for the end of the run is heard by all."""
-        executor = self.executor
-        parameters = [p for weights in self._weights.values() for p in weights]
-        own = self.module.local_segments
-        sizes = [p.numel() for p in parameters]
-        mean, self._others_mean = self._others_mean, None
-        if mean is None:
-            there = [p.grad is not None for p in parameters]
-            filled = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            counted = [executor.counted.get(segment, (0.0, 1)) for segment in own]
-            weights = [weight / count for weight, count in counted]
-            losses = [executor.losses.get(s, torch.zeros(())) for s in own]
-            stops = float(executor.stop_after is not None and executor.stop_after <= executor.step)
-            told = [float(one) for one in there] + weights + [stops]
-            scaled = torch.stack([loss.float().cpu() for loss in losses]) * torch.tensor(weights)
-            parts = [*(g.flatten().float().cpu() for g in filled), scaled, torch.tensor(told)]
-            mean = group.average(executor.step, torch.cat(parts), self._size_of_mean)
-        assert mean is not None, "this replica has something"
-        if self.units is not None and self.units.sender is not None:
-            self.units.sender.others_go_on = mean.present > 1
-        rest = self._size_of_mean - sum(sizes) - len(own)
-        *gradients, losses_, told_ = mean.numbers.split([*sizes, len(own), rest])
-        there_, weights_ = told_[: len(parameters)], told_[len(parameters) : -1]
-        found = zip(parameters, gradients, there_.tolist(), strict=True)
-        for parameter, gradient, present in found:
-            if present:
-                parameter.grad = gradient.view_as(parameter).to(parameter)
-        self.segment_losses = {
-            segment: (loss / weight).to(self.device)
-            for segment, loss, weight in zip(own, losses_, weights_, strict=True)
-            if weight
-        }
-        if told_[-1]:
-            executor.stop_after = executor.step
-
-    @property
-    def _size_of_mean(self) -> int:
-        """Gradients; then for each segment its loss; what is there, weights, a wish to stop."""
-        parameters = [p for weights in self._weights.values() for p in weights]
-        of_segments = 2 * len(self.module.local_segments)
-        return sum(p.numel() for p in parameters) + len(parameters) + of_segments + 1
-
-    def asks_others(self, final: bool) -> bool:
-        """This replica has nothing of the step: take the mean of the others. False: they have
-        nothing either, and it is to be tried again.
-
-        Args:
-            final: this one will never have.
-        """
-        units, step = self.units, self.executor.step
-        assert units is not None, "others leave nothing out"
-        assert units.group is not None, "nor does a unit without replicas"
-        self._others_mean = units.group.average(step, None, self._size_of_mean, final)
-        if self._others_mean is None:
-            time.sleep(_AGAIN_SECONDS)
-            return False
-        units.leave_out(step, trains=True)
-        return True
 
     def _norms(self) -> dict[int, torch.Tensor]:
         """Of the gradient of each segment that has one."""

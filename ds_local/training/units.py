@@ -200,7 +200,7 @@ def join_replicas(loop: Loop) -> None:
     if group is None or unit is None:
         return
     step, state = group.join(loop.step)
-    if engine.units.sender is not None:  # before the first mean says so
+    if engine.units is not None and engine.units.sender is not None:  # before the first mean does
         engine.units.sender.others_go_on = len(group.members) > 1
     if state is not None:
         folder, tag = state
