@@ -269,7 +269,8 @@ def test_a_kill_during_a_move_leaves_the_checkpoint_as_it_was(tmp_path, checkpoi
 
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(RankError, match="rank 2"):
+    # another rank says that it is gone, unless the pool sees it first
+    with pytest.raises(RankError, match=r"rank 2|ranks \[2\] died"):
         run_ranks(leg, 4, str(folder), Layout(4), LOCAL, resume=True, dies=2)
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert after == before
