@@ -10,7 +10,7 @@ from ds_local.measure.ranks import Pool, RankError
 
 __all__ = ["RankError", "close_ranks", "free_port", "run_ranks"]
 
-_pool = Pool()
+_pool = Pool(preload=["warm_ranks"])
 
 
 def run_ranks(
