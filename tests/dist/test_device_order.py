@@ -129,21 +129,21 @@ def watched(
 LOCAL = {"mode": "local", "segments_per_stage": 2}
 AHEAD = {"mode": "backprop", "run_ahead": "auto"}
 COPIED = {"readout": "shared", "blocks": 1, "blocks_from": "next_tracked", "refresh_every": 2}
-SMALL: dict[str, Any] = {"gas": 2, "model": {"n_layer": 2}}  # where no link is what is tested
+FEW = {"gas": 2}  # micro-batches, where no link is what is tested
 OWN = ["deepspeed_seam.step_optimizer", "updates.take_step"]  # DeepSpeed's own reads, and its norm
 
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "frequent part of the vocabulary": (
         {**LOCAL, "head": {"vocabulary": 8}},
-        {"token_counts": [1] * 64, **SMALL},
+        {"token_counts": [1] * 64, **FEW},
     ),
     "sampled head with a companion": (
         {**LOCAL, "head": {"token_fraction": 0.5, "companion": 0.5}},
-        SMALL,
+        FEW,
     ),
     "copied weights, resumed": (
         {"mode": "local", "head": COPIED},
-        {"folder": "", "steps": 9, "gas": 2},
+        {"folder": "", "steps": 9, **FEW},
     ),
     "overlapping": ({"mode": "overlapping"}, {}),
     "split backward": ({**LOCAL, "mode": "backprop", "split_backward": 1}, {}),
@@ -158,7 +158,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "past the host": ({**LOCAL, "link": {"past_host": True}}, {}),
     "llama, weighted by tokens, factors on rates": (
         {**LOCAL, "loss_weighting": "token", "lr_multipliers": [1, 0.5, 1, 0.25]},
-        {"family": "llama", "gas": 2},
+        {"family": "llama", **FEW},
     ),
 }
 ALONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # parts of those, by themselves
@@ -197,7 +197,7 @@ def test_a_step_waits_once_and_all_is_in_order(row, tmp_path):
     ids=["bf16", "ZeRO-1"],
 )
 def test_optimizers_of_deepspeed_wait_by_themselves(extra):
-    plain, other = (run_ranks(watched, 2, LOCAL, 2, d, **SMALL, **extra) for d in (None, 1))
+    plain, other = (run_ranks(watched, 2, LOCAL, 2, d, **FEW, **extra) for d in (None, 1))
     for result, expected in zip(other, plain, strict=True):
         assert result["losses"] == expected["losses"]
         for step in steps_of(result):
@@ -207,7 +207,7 @@ def test_optimizers_of_deepspeed_wait_by_themselves(extra):
 
 
 def test_masks_wait_where_transformers_looks_into_them():
-    for result in run_ranks(watched, 2, LOCAL, 2, 1, masks=True, **SMALL):
+    for result in run_ranks(watched, 2, LOCAL, 2, 1, masks=True, **FEW):
         for step in steps_of(result):
             assert set(step) <= {("wait", ONE_READ), ("wait", FIRST)}
             assert step.count(("wait", ONE_READ)) == 1
@@ -218,7 +218,7 @@ def test_replicas_wait_where_they_exchange(sync):
     replicas = {"sync": sync} | ({} if sync == "gradients" else {"every": 2})
     section = {"mode": "local", "segments_per_stage": 4, "replicas": replicas}
     plain, other = (
-        run_ranks(watched, 2, section, 1, device, steps=3, **SMALL) for device in (None, 1)
+        run_ranks(watched, 2, section, 1, device, steps=3, **FEW) for device in (None, 1)
     )
     for result, expected in zip(other, plain, strict=True):
         assert result["losses"] == expected["losses"]
@@ -300,8 +300,7 @@ PLANTS = {
 def test_a_planted_fault_is_found(name):
     plant = PLANTS[name]
     section = {**LOCAL, "head": {"token_fraction": 0.5}}
-    # as many micro-batches as it takes to use a buffer again
-    results = run_ranks(watched, 2, section, 2, 1, plant, steps=2, model=SMALL["model"])
+    results = run_ranks(watched, 2, section, 2, 1, plant, steps=2)
     found = {fault for result in results for step in steps_of(result) for fault in step}
     found -= {("wait", ONE_READ)}
     assert {kind for kind, _ in found} == {plant.kind}
@@ -314,4 +313,4 @@ def test_weights_of_a_checkpoint_on_the_host_meet_none_of_the_device(tmp_path):
     )
     section = {"mode": "local", "head": COPIED}
     with pytest.raises(RankError, match="Expected all tensors to be on the same device"):
-        run_ranks(watched, 2, section, 2, 1, plant, folder=str(tmp_path), steps=9, gas=2)
+        run_ranks(watched, 2, section, 2, 1, plant, folder=str(tmp_path), steps=9, **FEW)

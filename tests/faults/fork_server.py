@@ -71,11 +71,13 @@ def threads() -> list[str]:
 
 
 def main() -> None:
+    gc.disable()  # a second of CPU while imports come
     import_everything()
     if threads():
         raise RuntimeError(f"cannot fork with threads about: {threads()}")
     gc.collect()
     gc.freeze()  # forked processes share these pages as long as nobody writes to them
+    gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # launchers leave no zombies
     launchers = []
     print("ready", flush=True)
