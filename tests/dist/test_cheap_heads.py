@@ -104,7 +104,9 @@ def resume(section: dict[str, Any], stages: int, folder: str) -> Any:
     again = jobs.build(section, stages, token_counts=COUNTS[::-1])
     before = classes(again)
     again.load_checkpoint(folder)
-    return expected, losses(again, 4), classes(engine), before, classes(again)
+    resumed = losses(again, 4)
+    torch.distributed.barrier()  # nobody leaves while another still receives
+    return expected, resumed, classes(engine), before, classes(again)
 
 
 @pytest.mark.parametrize("extra", [{}, {"ema": 0.9}], ids=["plain", "ema"])
