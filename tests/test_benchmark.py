@@ -90,7 +90,7 @@ def test_the_planner_is_held_against_real_engines():
 
 def test_every_system_runs_and_gives_the_row_of_the_contract(tmp_path):
     traced, systems = [], [system for system in SYSTEMS if system.head in (0, 0.05)]
-    setting = Setting(2, 4, QUICK, network.Shape())
+    setting = Setting(2, 8, QUICK, network.Shape())
     (rows,) = sweep(
         [setting], systems, 1, POOL, lambda system, setting, results: traced.append(results)
     )
@@ -103,11 +103,11 @@ def test_every_system_runs_and_gives_the_row_of_the_contract(tmp_path):
     }
     assert live["local"] == [1, 1]
     assert live["backprop"] == live["1F1B"] == [2, 1]
-    assert live["GPipe"] == [4, 4]
+    assert live["GPipe"] == [8, 8]
     # the lanes of a trace hold all the sleeping there is
     for system, ranks in zip(systems, traced, strict=True):
         assert all(
-            sum(what == "forward" for what, *_ in rank["events"]) >= 4 * system.pieces
+            sum(what == "forward" for what, *_ in rank["events"]) >= 8 * system.pieces
             for rank in ranks
         )
     report.save(rows, tmp_path / "rows.json", "schedules")
