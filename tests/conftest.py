@@ -16,6 +16,7 @@ from ranks import close_ranks
 # tests/gpu: two ranks share a device. DS_ACCELERATOR=cuda python -m pytest tests/gpu
 ON_GPU = torch.cuda.is_available() and os.environ["DS_ACCELERATOR"] == "cuda"
 GROUPS = ("launchers", "ranks", "pure")
+gc.disable()  # a second of CPU while the tests' imports come; `pytest_collection` ends it
 TRY = os.environ.get("DS_LOCAL_TRY") == "1"  # on a CPU, those that make sense there
 
 
@@ -44,11 +45,15 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: GROUPS.index(_group(item)))
 
 
-def pytest_collection_finish():
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    collected = yield
     # imports and tests stay to the end: a collection, which many a test asks for, need not look
     # through them, nor does a fork copy their pages
     gc.collect()
     gc.freeze()
+    gc.enable()
+    return collected
 
 
 def _group(item) -> str:

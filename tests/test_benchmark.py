@@ -180,7 +180,8 @@ def test_real_systems_train_the_same_model():
 def test_gpu_dry_run_on_the_cpu(tmp_path, monkeypatch, capsys):
     file = tmp_path / "gpu.json"
     parts = ("--parts", "tests", "whole", "stages", "heads", "engine")
-    options = ("--dry-run", "--no-compile", "--stages", 4, "--json", file, *parts)
+    few = ("--stages", 4, "--accumulate", 2)
+    options = ("--dry-run", "--no-compile", *few, "--json", file, *parts)
     code, said = command(monkeypatch, capsys, "gpu", *options)
     assert code == 0, said.err
     rows = json.loads(file.read_text())

@@ -221,6 +221,7 @@ def test_schedules_can_be_looked_at_without_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow  # tests/launchers/test_whole_runs.py runs all of an exit without it
 def test_export_needs_no_deepspeed():
     code = "import sys; sys.modules['deepspeed'] = None; import ds_local.checkpoints.hf_export"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

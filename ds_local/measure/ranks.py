@@ -18,7 +18,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +95,21 @@ class Pool:
     Args:
         prepare: called with its number on each rank before anything else.
         address: of rank 0, as the ranks see it.
+        preload: modules that are imported once, where ranks are forked from one process.
     """
 
     def __init__(
-        self, prepare: Callable[[int], None] | None = None, address: str = "127.0.0.1"
+        self,
+        prepare: Callable[[int], None] | None = None,
+        address: str = "127.0.0.1",
+        preload: Sequence[str] = (),
     ) -> None:
         self._prepare, self._address = prepare, address
         # a process that has looked for CUDA devices cannot be forked
         forks = os.environ.get("DS_ACCELERATOR", "cpu") == "cpu"
         self._context: Any = mp.get_context("forkserver" if forks else "spawn")
         if forks:
-            self._context.set_forkserver_preload(["ds_local.measure.warm"])
+            self._context.set_forkserver_preload(["ds_local.measure.warm", *preload])
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._workers: list[tuple[Any, Any]] = []
         self._results = self._context.Queue()

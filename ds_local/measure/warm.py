@@ -5,6 +5,7 @@ import gc
 import os
 from importlib import import_module
 
+gc.disable()  # looks through all that is there again and again while more comes: a second of CPU
 # before DeepSpeed looks
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -19,3 +20,4 @@ for name in (
 import_module("torch").set_num_threads(1)  # a fork takes no threads along
 gc.collect()
 gc.freeze()  # what has been imported need not be looked through again
+gc.enable()

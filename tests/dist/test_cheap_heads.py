@@ -10,6 +10,7 @@ import pytest
 import torch
 from ranks import RankError, run_ranks
 from reference import Reference, batch, table_of
+from samples import sampled
 from test_rows import compare
 
 from ds_local.config.sections import HeadConfig
@@ -19,14 +20,21 @@ FREQUENT = {"vocabulary": 8}
 FORESEES = {"companion": 0.5}
 SAMPLED = {"companion": 0.5, "token_fraction": 0.5}
 BOTH = {**SAMPLED, **FREQUENT, "rank": 8}
-STEPS = 8
+STEPS = 4
+HEADS = {"frequent": FREQUENT, "companion": FORESEES, "sampled": SAMPLED, "both": BOTH}
+FAMILIES = {"local": "gpt2", "chunked": "llama", "overlapping": "gpt2"}
 
 
-@pytest.mark.parametrize("head", [FREQUENT, FORESEES], ids=["frequent", "companion"])
 @pytest.mark.parametrize(
-    ("mode", "family"), [("local", "gpt2"), ("chunked", "llama"), ("overlapping", "gpt2")]
+    ("mode", "head"),
+    sampled(  # every mode, and every head in both families
+        [("local", "frequent"), ("overlapping", "companion")]
+        + [("chunked", "frequent"), ("chunked", "companion")],
+        [(mode, head) for mode in FAMILIES for head in ("frequent", "companion")],
+    ),
 )
-def test_a_run_equals_one_process_autograd(mode, family, head):
+def test_a_run_equals_one_process_autograd(mode, head):
+    family, head = FAMILIES[mode], HEADS[head]
     settings = {"family": family, "token_counts": COUNTS}
     results = run_ranks(jobs.train, 4, {"mode": mode, "head": head}, 4, STEPS, **settings)
     counts = torch.tensor(COUNTS)
@@ -36,18 +44,23 @@ def test_a_run_equals_one_process_autograd(mode, family, head):
     compare(results, losses, model.state())
 
 
-@pytest.mark.parametrize("head", [FREQUENT, SAMPLED, BOTH], ids=["frequent", "companion", "both"])
+ROWS = {
+    "local": {"mode": "local"},
+    "ahead": {"mode": "chunked", "run_ahead": "auto"},
+    "mixed": {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]},
+}
+
+
 @pytest.mark.parametrize(
-    "row",
-    [
-        {"mode": "local"},
-        {"mode": "chunked", "run_ahead": "auto"},
-        {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]},
-    ],
-    ids=["local", "ahead", "mixed"],
+    ("name", "head"),
+    sampled(  # all that a head can have in every row, each part of it in one
+        [*((row, "both") for row in ROWS), ("local", "frequent"), ("ahead", "sampled")],
+        [(row, head) for row in ROWS for head in ("frequent", "sampled", "both")],
+    ),
 )
-def test_the_same_bits_on_1_2_and_4_ranks(row, head):
-    section = {**row, "head": head}
+def test_the_same_bits_on_1_2_and_4_ranks(name, head):
+    row = ROWS[name]
+    section = {**row, "head": HEADS[head]}
     runs = [
         run_ranks(
             jobs.train, r, {**section, "segments_per_stage": 4 // r}, r, STEPS, token_counts=COUNTS
@@ -91,7 +104,9 @@ def resume(section: dict[str, Any], stages: int, folder: str) -> Any:
     again = jobs.build(section, stages, token_counts=COUNTS[::-1])
     before = classes(again)
     again.load_checkpoint(folder)
-    return expected, losses(again, 4), classes(engine), before, classes(again)
+    resumed = losses(again, 4)
+    torch.distributed.barrier()  # nobody leaves while another still receives
+    return expected, resumed, classes(engine), before, classes(again)
 
 
 @pytest.mark.parametrize("extra", [{}, {"ema": 0.9}], ids=["plain", "ema"])

@@ -9,6 +9,7 @@ import jobs
 import pytest
 import torch
 from ranks import run_ranks
+from samples import sampled
 
 LOCAL = {"mode": "local"}
 ALONE = {"mode": "local", "segments_per_stage": 2}
@@ -49,10 +50,21 @@ def resume(section, stages, folder, after, tag=None, module_only=False, **settin
     return losses, jobs.state_of(engine)
 
 
-@pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 1), (4, 1), (2, 2)])
-@pytest.mark.parametrize("section", [LOCAL, MIX, PHASES], ids=["local", "mixed", "phases"])
-def test_resume_continues_with_the_same_bits(tmp_path, section, stages, replicas):
-    section = {**section, "segments_per_stage": 4 // stages}
+RESUMED = {"local": LOCAL, "mixed": MIX, "phases": PHASES}
+LAYOUTS = [(1, 1), (2, 1), (4, 1), (2, 2)]  # stages, replicas
+
+
+@pytest.mark.parametrize(
+    ("section", "layout"),
+    sampled(  # every layout, and every section on several ranks and in one more
+        [*zip(["local", "mixed", "phases", "local"], LAYOUTS, strict=True), ("mixed", (2, 2))],
+        [(section, layout) for section in RESUMED for layout in LAYOUTS],
+    ),
+    ids=str,
+)
+def test_resume_continues_with_the_same_bits(tmp_path, section, layout):
+    stages, replicas = layout
+    section = {**RESUMED[section], "segments_per_stage": 4 // stages}
     settings = {"model": {"resid_pdrop": 0.1}, **SCHEDULER}
     straight = run_ranks(
         train_and_save, stages * replicas, section, stages, str(tmp_path), 3, 3, **settings

@@ -15,6 +15,7 @@ import jobs
 import pytest
 import torch
 from ranks import RankError, run_ranks
+from samples import sampled
 
 STEPS = 2  # the first makes what the next ones use again
 ONE_READ = "updates._judge"
@@ -128,23 +129,24 @@ def watched(
 LOCAL = {"mode": "local", "segments_per_stage": 2}
 AHEAD = {"mode": "backprop", "run_ahead": "auto"}
 COPIED = {"readout": "shared", "blocks": 1, "blocks_from": "next_tracked", "refresh_every": 2}
+FEW = {"gas": 2}  # micro-batches, where no link is what is tested
 OWN = ["deepspeed_seam.step_optimizer", "updates.take_step"]  # DeepSpeed's own reads, and its norm
 
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "sampled head": ({**LOCAL, "head": {"token_fraction": 0.5}}, {}),
     "frequent part of the vocabulary": (
         {**LOCAL, "head": {"vocabulary": 8}},
-        {"token_counts": [1] * 64},
+        {"token_counts": [1] * 64, **FEW},
     ),
     "sampled head with a companion": (
         {**LOCAL, "head": {"token_fraction": 0.5, "companion": 0.5}},
-        {},
+        FEW,
     ),
-    "copied weights, resumed": ({"mode": "local", "head": COPIED}, {"folder": "", "steps": 9}),
-    "backprop": ({**LOCAL, "mode": "backprop"}, {}),
+    "copied weights, resumed": (
+        {"mode": "local", "head": COPIED},
+        {"folder": "", "steps": 9, **FEW},
+    ),
     "overlapping": ({"mode": "overlapping"}, {}),
     "split backward": ({**LOCAL, "mode": "backprop", "split_backward": 1}, {}),
-    "run-ahead, resumed": (AHEAD, {"folder": "", "steps": 3}),
     "predicted weights, resumed": (
         {**AHEAD, "predict_weights": True},
         {"folder": "", "steps": 3},
@@ -154,7 +156,16 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lowrank": ({**LOCAL, "link": {"codec": "lowrank", "rank": 8}}, {}),
     "int4": ({**LOCAL, "link": {"codec": "int4"}}, {}),
     "past the host": ({**LOCAL, "link": {"past_host": True}}, {}),
-    "llama, weighted by tokens": ({**LOCAL, "loss_weighting": "token"}, {"family": "llama"}),
+    "llama, weighted by tokens, factors on rates": (
+        {**LOCAL, "loss_weighting": "token", "lr_multipliers": [1, 0.5, 1, 0.25]},
+        {"family": "llama", **FEW},
+    ),
+}
+ALONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # parts of those, by themselves
+    "sampled head": ({**LOCAL, "head": {"token_fraction": 0.5}}, {}),
+    "backprop": ({**LOCAL, "mode": "backprop"}, {}),
+    "run-ahead, resumed": (AHEAD, {"folder": "", "steps": 3}),
+    "weighted by tokens": ({**LOCAL, "loss_weighting": "token"}, {}),
     "factors on rates": ({**LOCAL, "lr_multipliers": [1, 0.5, 1, 0.25]}, {}),
 }
 
@@ -165,9 +176,9 @@ def steps_of(result: dict[str, Any]) -> list[list[Any]]:
     return [[fault for fault in first if fault != ("wait", FIRST)], *others]
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", sampled([*ROWS], [*ROWS, *ALONE]))
 def test_a_step_waits_once_and_all_is_in_order(row, tmp_path):
-    section, how = ROWS[row]
+    section, how = (ROWS | ALONE)[row]
 
     def run(device: int | None) -> Any:
         folder = {"folder": str(tmp_path / str(device))} if "folder" in how else {}
@@ -186,8 +197,8 @@ def test_a_step_waits_once_and_all_is_in_order(row, tmp_path):
     ids=["bf16", "ZeRO-1"],
 )
 def test_optimizers_of_deepspeed_wait_by_themselves(extra):
-    plain = run_ranks(watched, 2, LOCAL, 2, None, **extra)
-    for result, expected in zip(run_ranks(watched, 2, LOCAL, 2, 1, **extra), plain, strict=True):
+    plain, other = (run_ranks(watched, 2, LOCAL, 2, d, **FEW, **extra) for d in (None, 1))
+    for result, expected in zip(other, plain, strict=True):
         assert result["losses"] == expected["losses"]
         for step in steps_of(result):
             assert step.count(("wait", ONE_READ)) == 1
@@ -196,7 +207,7 @@ def test_optimizers_of_deepspeed_wait_by_themselves(extra):
 
 
 def test_masks_wait_where_transformers_looks_into_them():
-    for result in run_ranks(watched, 2, LOCAL, 2, 1, masks=True):
+    for result in run_ranks(watched, 2, LOCAL, 2, 1, masks=True, **FEW):
         for step in steps_of(result):
             assert set(step) <= {("wait", ONE_READ), ("wait", FIRST)}
             assert step.count(("wait", ONE_READ)) == 1
@@ -206,7 +217,9 @@ def test_masks_wait_where_transformers_looks_into_them():
 def test_replicas_wait_where_they_exchange(sync):
     replicas = {"sync": sync} | ({} if sync == "gradients" else {"every": 2})
     section = {"mode": "local", "segments_per_stage": 4, "replicas": replicas}
-    plain, other = (run_ranks(watched, 2, section, 1, device, steps=3) for device in (None, 1))
+    plain, other = (
+        run_ranks(watched, 2, section, 1, device, steps=3, **FEW) for device in (None, 1)
+    )
     for result, expected in zip(other, plain, strict=True):
         assert result["losses"] == expected["losses"]
         first, second, third = steps_of(result)
@@ -300,4 +313,4 @@ def test_weights_of_a_checkpoint_on_the_host_meet_none_of_the_device(tmp_path):
     )
     section = {"mode": "local", "head": COPIED}
     with pytest.raises(RankError, match="Expected all tensors to be on the same device"):
-        run_ranks(watched, 2, section, 2, 1, plant, folder=str(tmp_path), steps=9)
+        run_ranks(watched, 2, section, 2, 1, plant, folder=str(tmp_path), steps=9, **FEW)

@@ -1,6 +1,7 @@
 """Masks, positions and labels of a micro-batch on their way through the stages, and how much each
 micro-batch counts."""
 
+import functools
 import itertools
 
 import jobs
@@ -8,6 +9,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from reference import EPSILON, MODELS, Reference, batch, table_of
+from samples import sampled
 
 IGNORE = -100
 PADDED = [[0] * 5 + [1] * 11, [1] * 16]
@@ -49,6 +51,7 @@ KEYS = [
 ]
 
 
+@functools.cache
 def trained_alone(family, keys):
     """The whole model of Hugging Face: its loss, and its weights after three steps."""
     from transformers import AutoModelForCausalLM
@@ -78,16 +81,28 @@ def trained_alone(family, keys):
     return first.item(), state
 
 
-@pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("keys", KEYS, ids="+".join)
-def test_padding_counts_as_in_the_whole_model(family, keys):
+RANKS = {1: 0, 2: 1, 4: 0}  # ranks: are activations recomputed?
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "ranks"),
+    sampled(  # all keys on any number of ranks, parts of them on one
+        [
+            (family, keys, ranks)
+            for family in MODELS
+            for keys, ranks in [*((KEYS[0], n) for n in RANKS), (KEYS[1], 2), (KEYS[2], 4)]
+        ],
+        [*itertools.product(MODELS, KEYS, RANKS)],
+    ),
+    ids=str,
+)
+def test_padding_counts_as_in_the_whole_model(family, keys, ranks):
     loss, state = trained_alone(family, keys)
-    for ranks, checkpoint in ((1, 0), (2, 1), (4, 0)):
-        section = {"mode": "backprop", "segments_per_stage": 4 // ranks}
-        for result in run_ranks(padded, ranks, section, ranks, keys, family, checkpoint):
-            assert result["loss"] == pytest.approx(loss, rel=1e-5)
-            for name, tensor in result["state"].items():
-                torch.testing.assert_close(tensor, state[name], rtol=2e-4, atol=2e-5)
+    section = {"mode": "backprop", "segments_per_stage": 4 // ranks}
+    for result in run_ranks(padded, ranks, section, ranks, keys, family, RANKS[ranks]):
+        assert result["loss"] == pytest.approx(loss, rel=1e-5)
+        for name, tensor in result["state"].items():
+            torch.testing.assert_close(tensor, state[name], rtol=2e-4, atol=2e-5)
 
 
 def test_heads_see_the_mask_too_and_ranks_make_no_difference():
@@ -247,10 +262,23 @@ class ByTokens(Reference):
 MIX = {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}
 
 
-@pytest.mark.parametrize("section", [{"mode": "local"}, {"mode": "backprop"}, MIX], ids=str)
-@pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 1), (4, 1), (2, 2)])
-def test_all_tokens_of_a_step_count_the_same(section, stages, replicas):
-    steps, gas = 3, 4
+WEIGHED = [{"mode": "local"}, {"mode": "backprop"}, MIX]
+LAYOUTS = [(1, 1), (2, 1), (4, 1), (2, 2)]  # stages, replicas
+
+
+@pytest.mark.parametrize(
+    ("section", "layout"),
+    sampled(  # every layout, and every section over replicas or over four stages
+        [
+            *zip([WEIGHED[0], WEIGHED[1], WEIGHED[2], WEIGHED[0]], LAYOUTS, strict=True),
+            (WEIGHED[1], (2, 2)),
+        ],
+        [*itertools.product(WEIGHED, LAYOUTS)],
+    ),
+    ids=str,
+)
+def test_all_tokens_of_a_step_count_the_same(section, layout):
+    (stages, replicas), steps, gas = layout, 2, 4
     section = {**section, "loss_weighting": "token", "segments_per_stage": 4 // stages}
     results = run_ranks(weighed, stages * replicas, section, stages, steps, gas)
     model = ByTokens("gpt2", results[0]["parts"], clip=0.0)

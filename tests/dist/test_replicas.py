@@ -370,7 +370,7 @@ def test_periodic_averaging_is_an_outer_nesterov_step():
 
 
 def train_save_and_go_on(section, stages, folder, before, after, **settings):
-    engine = jobs.build(section, stages, **settings)
+    engine = jobs.build(section, stages, gas=2, **settings)
     data = jobs.batches(engine)
     for _ in range(before):
         engine.train_batch(data)
@@ -379,7 +379,7 @@ def train_save_and_go_on(section, stages, folder, before, after, **settings):
 
 
 def resume(section, stages, folder, after, **settings):
-    engine = jobs.build(section, stages)
+    engine = jobs.build(section, stages, gas=2)
     engine.load_checkpoint(folder, **settings)
     return go_on(engine, jobs.batches(engine, start=engine.global_steps), after)
 

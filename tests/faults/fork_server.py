@@ -35,6 +35,7 @@ from typing import Any, NoReturn
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE.parents[1] / "scripts"
+SIZES = (64, 320)  # of vocabularies: of `jobs.build`, of `launch.write_inputs`
 
 
 def import_everything() -> None:
@@ -49,7 +50,14 @@ def import_everything() -> None:
     import torch
     from matplotlib.backends import backend_agg  # noqa: F401
 
+    from ds_local.model import families
+
     _ = deepspeed.ops.__compatible_ops__
+    sys.path.insert(1, str(HERE.parent))
+    models = importlib.import_module("reference")
+    sys.path.remove(str(HERE.parent))
+    for vocab_size in SIZES:  # the start check, which every rank of nearly every run would make
+        families.load_model_config({**models.GPT2, "vocab_size": vocab_size})
     torch.set_num_threads(1)
 
 
@@ -63,11 +71,13 @@ def threads() -> list[str]:
 
 
 def main() -> None:
+    gc.disable()  # a second of CPU while imports come
     import_everything()
     if threads():
         raise RuntimeError(f"cannot fork with threads about: {threads()}")
     gc.collect()
     gc.freeze()  # forked processes share these pages as long as nobody writes to them
+    gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # launchers leave no zombies
     launchers = []
     print("ready", flush=True)

@@ -39,7 +39,14 @@ def left_behind(output):
             {"optimizer": {**ADAM, "params": {"lr": "1e-3"}}},
             ["--max-steps", "3"],
             "ConfigError: optimizer.params.lr must be a number, got '1e-3'; remove the quotes",
+            {},
+        ),
+        pytest.param(
+            {"optimizer": {**ADAM, "params": {"lr": "1e-3"}}},
+            ["--max-steps", "3"],
+            "ConfigError: optimizer.params.lr must be a number, got '1e-3'; remove the quotes",
             {"launcher": "deepspeed"},
+            marks=pytest.mark.slow,  # as under torchrun
         ),
         (
             {},
