@@ -51,7 +51,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=2**19,
         help="tokens of an optimizer step over all devices",
     )
-    add("--seq-len", type=whole(1), help="default the model's longest")
+    add("--seq-len", type=whole(1), help="default the profiled run's, or the model's longest")
     add(
         "--tokens",
         type=number(above=True),
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     model = Model.of(families.load_model_config(args.model), args.seq_len, 4 if args.fp32 else 2)
     if args.profile:
-        model = measured_model(model, args.profile)
+        model = measured_model(model, args.profile, args.seq_len)
     sequences = int(args.batch_tokens) // model.seq_len
     if args.scaling:
         return show_scaling(model, cluster, sequences, args)
