@@ -97,14 +97,17 @@ def check_ranks(args: argparse.Namespace) -> None:
     from ds_local.config.degrees import num_stages_and_replicas
     from ds_local.engine.deepspeed_checks import checked
     from ds_local.engine.process_group import end_processes, start_processes
+    from ds_local.errors import DsLocalError
     from ds_local.model import families
 
-    config, section = checked(args.deepspeed_config or {})
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    stages, replicas = num_stages_and_replicas(section, world_size, args.num_stages)
-    model = (
-        None if args.model is None else families.config_dict(families.load_model_config(args.model))
-    )
+    try:
+        config, section = checked(args.deepspeed_config or {})
+        stages, replicas = num_stages_and_replicas(section, world_size, args.num_stages)
+        model = args.model and families.config_dict(families.load_model_config(args.model))
+    except DsLocalError as error:  # the others need not wait for this rank to hear of it
+        cluster.check_start(cluster.own_facts(refused=str(error)), (), args.limit)
+        raise
     facts = cluster.own_facts([config, model, stages], args.data)
     everybody = cluster.check_start(
         facts, section.layout.neighbours(rank, stages, replicas), args.limit
