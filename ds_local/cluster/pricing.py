@@ -151,9 +151,15 @@ class Pricing:
         return self._cuts[key]
 
 
-def expected_memory(hf_config: Any, config: Mapping[str, Any], stages: int, replicas: int) -> float:
+def expected_memory(
+    hf_config: Any,
+    config: Mapping[str, Any],
+    stages: int,
+    replicas: int,
+    seq_len: int | None = None,
+) -> float:
     """Bytes on the fullest device of a run with this DeepSpeed config; its scheme is taken for the
-    nearest known."""
+    nearest known, and its sequences, without `seq_len`, for the longest that the model takes."""
     section = local_parallel(config)
     micro_batch, micro_batches = batch_sizes(config, replicas)
     scheme = section.scheme_at(0)
@@ -184,7 +190,7 @@ def expected_memory(hf_config: Any, config: Mapping[str, Any], stages: int, repl
     )
     zero_stage = config.get("zero_optimization", {}).get("stage", 0)
     pricing = Pricing(
-        Model.of(hf_config, itemsize=itemsize),
+        Model.of(hf_config, seq_len, itemsize),
         unlimited,
         micro_batch * micro_batches * replicas,
         zero_stage,

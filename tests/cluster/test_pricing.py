@@ -157,6 +157,22 @@ def test_heads_that_no_run_has_measured_are_not_free(known):
     assert measured.unit("full", 4).heads == [0.5] * 3
 
 
+def test_memory_goes_by_the_sequences_of_the_data():
+    """The model's longest sequence is 128 times as long, and activations grow with it."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}
+    model = load_model_config(
+        {"model_type": "llama", "max_position_embeddings": 131072, "vocab_size": 4096, **sizes}
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 4,
+        "local_parallel": {"mode": "local"},
+    }
+    longest, short = (expected_memory(model, config, 4, 1, length) for length in (None, 1024))
+    assert longest > 8 * short
+    assert longest == expected_memory(model, config, 4, 1, 131072)
+
+
 def test_memory_goes_by_the_heads_of_the_config():
     model = load_model_config({"model_type": "gpt2"})
 

@@ -25,6 +25,20 @@ def check(inputs, *names, **other):
     return done.returncode, done.stdout
 
 
+def test_memory_is_that_of_the_sequences_of_the_data(inputs):
+    gib = []
+    for names, length in (
+        (["--data"], "for sequences of 16 tokens\n"),
+        ([], "for sequences of 4,096 tokens, the model's longest (--data says how long"),
+    ):
+        status, said = check(inputs, "--deepspeed_config", "--model", *names)
+        assert status == 0, said
+        assert length in said
+        assert "2 ranks, 1 edges: ready" in said
+        gib.append(float(said.partition("memory: about ")[2].split()[0]))
+    assert gib[0] < gib[1]
+
+
 def test_what_a_rank_cannot_read_is_said_at_once(inputs):
     given = "--deepspeed_config", "--model"
     for other, said in (
