@@ -37,7 +37,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="seconds to wait for all ranks, and for a message",
     )
     add("--local_rank", type=int, default=-1, help="set by the launcher")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.hostfile:
+        why = "is not looked at with --hostfile, which only visits hosts; leave one of the two out"
+        of_ranks = ["--deepspeed_config", "--num-stages", "--model", "--data", "--limit"]
+        parser.refuse(args, of_ranks, why)
+    else:
+        parser.refuse(args, ["--ssh-port"], "belongs to --hostfile; add that, or leave it out")
+    return args
 
 
 def check_hosts(path: str, ssh_port: int) -> None:

@@ -93,12 +93,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="file for all figures, - for the console instead of the text",
     )
     args = parser.parse_args(arguments)
+    _check(parser, args)
+    return args
+
+
+def _check(parser: Parser, args: argparse.Namespace) -> None:
+    """Ends with a sentence about an option that would do nothing."""
     if args.scaling:
         why = "is for the best layout, which --scaling does not look for; leave one of the two out"
         parser.refuse(args, ["--write", "--tokens", "--tokens-only", "--best"], why)
     else:
         parser.refuse(args, ["--svg"], "draws what --scaling finds; add --scaling, or leave it out")
-    return args
 
 
 def _add_cluster(add: Callable[..., object]) -> None:
