@@ -160,7 +160,7 @@ def profiled(layout: Candidate, folder: str, steps: int) -> float:
         for _ in range(steps):
             engine.train_batch(data)
         seconds = (time.perf_counter() - start) / steps
-        write(engine, next(data) if engine.is_first_stage() else None, Path(folder))
+        write(engine, next(data) if engine.is_first_stage() else None, Path(folder), job.tokens)
         return seconds
 
 

@@ -170,6 +170,10 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "other code": (lambda: ranks(change={"code": "0123456789ab"}), "in its code"),
     "other config": (lambda: ranks(change={"config": "0123456789ab"}), "in its config"),
     "other data": (lambda: ranks(change={"data": "0123456789ab"}), "in its data"),
+    "data missing on a node": (
+        lambda: ranks(change=cluster.own_facts(data="/nowhere/data")),
+        "/nowhere/data is no prepared data folder (No such file or directory)",
+    ),
     "other number of ranks": (
         lambda: ranks(change={"world_size": 4}),
         "in its world size: 4 instead of 2",

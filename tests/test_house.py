@@ -238,7 +238,6 @@ LONG_FILES = {
     "schedules/replay": (330, "one program: events of links and stages, and its clocks"),
     "schedules/schedule": (330, "the schedule itself and what is worked out from it"),
     "schedules/simulator": (340, "one time line, and the search for its steady state"),
-    "cli/simulate": (360, "one parser, and what it shows"),
     "schedules/routes": (330, "the table and all its rows"),
     "cli/benchmark": (330, "one parser for seven benchmarks"),
     "engine/deepspeed_seam": (400, "every private name of DeepSpeed, and what stands for it"),

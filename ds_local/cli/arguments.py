@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,6 +42,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "formatter_class": _Help})
+
+    def refuse(self, args: argparse.Namespace, options: Iterable[str], why: str) -> None:
+        """End with "OPTION WHY" if one of these options was given, and not its default."""
+        for option in options:
+            action = self._option_string_actions[option]
+            if getattr(args, action.dest) != action.default:
+                self.error(f"{option} {why}")
 
     def error(self, message: str) -> NoReturn:
         if self.in_script:

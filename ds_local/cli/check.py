@@ -29,7 +29,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--deepspeed_config", help="ds_config.json of the job")
     add("--num-stages", type=whole(1))
     add("--model", help="config.json of the job's model")
-    add("--data", help="the job's data folder")
+    add("--data", help="the job's data folder; without it memory is that of the longest sequences")
     add(
         "--limit",
         type=number(above=True),
@@ -37,7 +37,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="seconds to wait for all ranks, and for a message",
     )
     add("--local_rank", type=int, default=-1, help="set by the launcher")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.hostfile:
+        why = "is not looked at with --hostfile, which only visits hosts; leave one of the two out"
+        of_ranks = ["--deepspeed_config", "--num-stages", "--model", "--data", "--limit"]
+        parser.refuse(args, of_ranks, why)
+    else:
+        parser.refuse(args, ["--ssh-port"], "belongs to --hostfile; add that, or leave it out")
+    return args
 
 
 def check_hosts(path: str, ssh_port: int) -> None:
@@ -97,14 +104,17 @@ def check_ranks(args: argparse.Namespace) -> None:
     from ds_local.config.degrees import num_stages_and_replicas
     from ds_local.engine.deepspeed_checks import checked
     from ds_local.engine.process_group import end_processes, start_processes
+    from ds_local.errors import DsLocalError
     from ds_local.model import families
 
-    config, section = checked(args.deepspeed_config or {})
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    stages, replicas = num_stages_and_replicas(section, world_size, args.num_stages)
-    model = (
-        None if args.model is None else families.config_dict(families.load_model_config(args.model))
-    )
+    try:
+        config, section = checked(args.deepspeed_config or {})
+        stages, replicas = num_stages_and_replicas(section, world_size, args.num_stages)
+        model = args.model and families.config_dict(families.load_model_config(args.model))
+    except DsLocalError as error:  # the others need not wait for this rank to hear of it
+        cluster.check_start(cluster.own_facts(refused=str(error)), (), args.limit)
+        raise
     facts = cluster.own_facts([config, model, stages], args.data)
     everybody = cluster.check_start(
         facts, section.layout.neighbours(rank, stages, replicas), args.limit
@@ -116,7 +126,8 @@ def check_ranks(args: argparse.Namespace) -> None:
         )
     start_processes()
     edges = measure_edges(section.layout.ranks(stages, replicas), args.limit)
-    memory = check_memory(args.model, config, stages, replicas) if args.model else ""
+    seq_len = None if args.data is None else cluster.data_facts(args.data)[1]
+    memory = check_memory(args.model, config, (stages, replicas), seq_len) if args.model else ""
     if rank == 0:
         for edge in edges:
             (low, high), (a, b) = edge["ranks"], edge["hosts"]
@@ -134,9 +145,15 @@ def check_ranks(args: argparse.Namespace) -> None:
     end_processes()
 
 
-def check_memory(model: str, config: dict[str, Any], stages: int, replicas: int) -> str:
+def check_memory(
+    model: str, config: dict[str, Any], layout: tuple[int, int], seq_len: int | None
+) -> str:
     """What the planner expects a device to hold beside what the smallest device has. A collective
     call.
+
+    Args:
+        layout: stages and replicas.
+        seq_len: tokens of a sequence; None for the longest that the model takes.
 
     Raises:
         ClusterError: when it does not fit.
@@ -148,7 +165,7 @@ def check_memory(model: str, config: dict[str, Any], stages: int, replicas: int)
     from ds_local.cluster.pricing import expected_memory
     from ds_local.errors import ClusterError
     from ds_local.links.staging import ranks_here
-    from ds_local.model.families import load_model_config
+    from ds_local.model import families
 
     cuda = torch.cuda.is_available()
     total = (
@@ -159,14 +176,18 @@ def check_memory(model: str, config: dict[str, Any], stages: int, replicas: int)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (total / GIB, socket.gethostname()))
     smallest, host = min(gathered)
-    needed = expected_memory(load_model_config(model), config, stages, replicas) / GIB
+    hf_config = families.load_model_config(model)
+    needed = expected_memory(hf_config, config, *layout, seq_len) / GIB
+    length = f"sequences of {seq_len or families.num_positions(hf_config):,} tokens"
+    if seq_len is None:
+        length += ", the model's longest (--data says how long the job's are)"
     if needed > smallest:
         raise ClusterError(
-            f"the fullest stage needs about {needed:.1f} GiB but a device of {host} has "
-            f"{smallest:.1f}; use more stages, a smaller train_micro_batch_size_per_gpu, or "
+            f"the fullest stage needs about {needed:.1f} GiB for {length}, but a device of {host} "
+            f"has {smallest:.1f}; use more stages, a smaller train_micro_batch_size_per_gpu, or "
             "pipeline.activation_checkpoint_interval"
         )
-    return f"memory: about {needed:.1f} of {smallest:.1f} GiB on the fullest device"
+    return f"memory: about {needed:.1f} of {smallest:.1f} GiB on the fullest device, for {length}"
 
 
 def main(arguments: list[str] | None = None) -> int:

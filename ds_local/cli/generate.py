@@ -37,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--draft-tokens", type=whole(1), default=4, help="tokens the assistant drafts at a time"
     )
     args = parser.parse_args(arguments)
+    if args.assistant is None:
+        why = "belongs to --assistant, which drafts them; add that, or leave it out"
+        parser.refuse(args, ["--draft-tokens"], why)
     from ds_local.errors import ConfigError
 
     with tempfile.TemporaryDirectory() as scratch:

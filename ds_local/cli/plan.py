@@ -9,6 +9,7 @@ nothing, needs no device.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -51,7 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=2**19,
         help="tokens of an optimizer step over all devices",
     )
-    add("--seq-len", type=whole(1), help="default the model's longest")
+    add("--seq-len", type=whole(1), help="default the profiled run's, or the model's longest")
     add(
         "--tokens",
         type=number(above=True),
@@ -91,7 +92,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=output_file('"too_large"'),
         help="file for all figures, - for the console instead of the text",
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    _check(parser, args)
+    return args
+
+
+def _check(parser: Parser, args: argparse.Namespace) -> None:
+    """Ends with a sentence about an option that would do nothing."""
+    if args.scaling:
+        why = "is for the best layout, which --scaling does not look for; leave one of the two out"
+        parser.refuse(args, ["--write", "--tokens", "--tokens-only", "--best"], why)
+    else:
+        parser.refuse(args, ["--svg"], "draws what --scaling finds; add --scaling, or leave it out")
 
 
 def _add_cluster(add: Callable[..., object]) -> None:
@@ -138,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     model = Model.of(families.load_model_config(args.model), args.seq_len, 4 if args.fp32 else 2)
     if args.profile:
-        model = measured_model(model, args.profile)
+        model = measured_model(model, args.profile, args.seq_len)
     sequences = int(args.batch_tokens) // model.seq_len
     if args.scaling:
         return show_scaling(model, cluster, sequences, args)
@@ -149,22 +161,35 @@ def main(arguments: list[str] | None = None) -> int:
             "best": [as_json(p) for p in found.best],
             "too_large": [as_json(p) for p in found.too_large.values()],
         }
-        text = strict_json.dumps(result, indent=1)
-        if str(args.json) == "-":
-            print(text)
-            return 0
-        write_file(args.json, text + "\n")
-    print(report(found, args.memory_gib, args.tokens, args.best, sources=not args.tokens_only))
-    if not args.tokens_only and (warning := outside(model.ratio)):
-        print(f"careful: {warning}")
-    print(
-        f"{found.considered} layouts of {cluster.devices} devices, {found.simulated} simulated, "
-        f"{time.perf_counter() - started:.1f} s; 8 x 4 sequences: 8 micro-batches of 4 in a step "
-        "of a replica; GB/edge: activations over a link between two stages in a step"
-    )
+        write_figures(result, args)
+    if not _for_programs(args):
+        print(report(found, args.memory_gib, args.tokens, args.best, sources=not args.tokens_only))
+        if not args.tokens_only and (warning := outside(model.ratio)):
+            print(f"careful: {warning}")
+        print(
+            f"{found.considered} layouts of {cluster.devices} devices, {found.simulated} "
+            f"simulated, {time.perf_counter() - started:.1f} s; 8 x 4 sequences: 8 micro-batches "
+            "of 4 in a step of a replica; GB/edge: activations over a link between two stages in a "
+            "step"
+        )
     if args.write and found.best:
         write_job(found.best[0], cluster, args)
+    elif args.write:
+        print(f"no layout fits, so {args.write} is not written", file=sys.stderr)
     return 0 if found.best else 1
+
+
+def _for_programs(args: argparse.Namespace) -> bool:
+    """The console gets the figures as JSON, and nothing else."""
+    return str(args.json) == "-"
+
+
+def write_figures(found: Any, args: argparse.Namespace) -> None:
+    text = strict_json.dumps(found, indent=1)
+    if _for_programs(args):
+        print(text)
+    else:
+        write_file(args.json, text + "\n")
 
 
 def show_scaling(model: Model, cluster: Cluster, sequences: int, args: argparse.Namespace) -> int:
@@ -174,15 +199,12 @@ def show_scaling(model: Model, cluster: Cluster, sequences: int, args: argparse.
     cells = scaling(model, cluster, sequences, args.heads, rows, args.scaling == "growing")
     if args.json:
         found = [cell._asdict() | {"price": cell.price and as_json(cell.price)} for cell in cells]
-        text = strict_json.dumps(found, indent=1)
-        if str(args.json) == "-":
-            print(text)
-            return 0
-        write_file(args.json, text + "\n")
-    print(tables(cells))
+        write_figures(found, args)
+    if not _for_programs(args):
+        print(tables(cells))
+        print(f"{len(cells)} layouts, {time.perf_counter() - started:.1f} s")
     if args.svg:
         write_file(args.svg, picture(cells).file())
-    print(f"{len(cells)} layouts, {time.perf_counter() - started:.1f} s")
     return 0 if any(cell.price for cell in cells) else 1
 
 
@@ -193,4 +215,5 @@ def write_job(price: Price, cluster: Cluster, args: argparse.Namespace) -> None:
     with new_folder(args.write, "plan") as folder:
         (folder / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
         (folder / START).write_text(start_of(price, cluster, args.model, args.write, steps))
-    print(f"start it with: DATA=... RUN=... bash {args.write}/{START}")
+    said = sys.stderr if _for_programs(args) else sys.stdout
+    print(f"start it with: DATA=... RUN=... bash {args.write}/{START}", file=said)

@@ -92,8 +92,17 @@ def _add_rest(parser: Parser) -> None:
     )
 
 
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    taken = parser()
+    args = taken.parse_args(arguments)
+    if args.validation_source:
+        why = "holds nothing out beside --validation-source; leave one of the two out"
+        taken.refuse(args, ["--validation-share"], why)
+    return args
+
+
 def main(arguments: list[str] | None = None) -> int:
-    args = parser().parse_args(arguments)
+    args = parse_arguments(arguments)
     from ds_local.data.corpus import prepare
     from ds_local.data.left_out import Skipped
 

@@ -18,18 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_local.charts.pages import timeline_page
-from ds_local.cli.arguments import (
-    PAGE,
-    PICTURE,
-    SHEET,
-    SHEET_MARK,
-    TRACE,
-    Parser,
-    number,
-    number_or_auto,
-    output_file,
-    whole,
-)
+from ds_local.cli.arguments import SHEET_MARK
+from ds_local.cli.simulate_options import check_options, parser_of
 from ds_local.config import strict_json
 from ds_local.config.catalog import name_of
 from ds_local.config.files import local_parallel
@@ -50,125 +40,10 @@ WIDEST = 24  # stages and micro-batches of a grid that still fits on a screen
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--stages", type=whole(1), required=True)
-    add("--micro-batches", type=whole(1), required=True)
-    add(
-        "--mode",
-        required=True,
-        choices=[*MODES, *PEERS],
-        help="a row of the route table, or another pipeline's schedule",
-    )
-    add("--window", type=whole(1), help="of modes that take one")
-    add("--combine", choices=["sum", "mean"], default="sum", help="of overlapping")
-    add(
-        "--backprop-micro-batches",
-        type=number_or_auto,
-        default=0,
-        metavar="N|auto",
-        help="micro-batches of the step that run real backpropagation; auto: as many as the "
-        "pipeline hides",
-    )
-    add(
-        "--correction",
-        type=number(),
-        default=0.0,
-        help="how far these make up for what the others learn from, 0 to 1",
-    )
-    add(
-        "--split-backward",
-        type=int,
-        choices=[0, 1, 2],
-        default=0,
-        help="defer weight gradients: 1 as ZB-H1, 2 as ZB-H2",
-    )
-    add(
-        "--run-ahead",
-        nargs="?",
-        type=number_or_auto,
-        const="auto",
-        default=0,
-        metavar="N|auto",
-        help="forwards of later steps run ahead of the update, at most N; auto: as many as leave "
-        "no stage waiting",
-    )
-    add("--segments-per-stage", type=whole(1), default=1)
-    add(
-        "--transfer",
-        type=number(),
-        default=0.0,
-        help="time of a message, in forwards, that the order should reckon with",
-    )
-    add(
-        "--compare",
-        nargs="*",
-        default=[],
-        choices=[*MODES, *PEERS],
-        help="schedules to show beside it",
-    )
-    _add_costs(parser)
-    _add_output(parser)
-    return parser.parse_args(arguments)
-
-
-def _add_costs(parser: argparse.ArgumentParser) -> None:
-    costs = parser.add_argument_group("times per segment and micro-batch, in any unit")
-    costs.add_argument("--forward", type=number(), default=1.0)
-    costs.add_argument("--input-grad", type=number(), default=1.0)
-    costs.add_argument("--weight-grad", type=number(), default=1.0)
-    costs.add_argument(
-        "--head", type=number(), default=0.0, help="auxiliary head with its loss and gradients"
-    )
-    costs.add_argument(
-        "--link", type=number(), default=0.0, help="time a message keeps a link busy"
-    )
-    costs.add_argument(
-        "--profile", type=Path, help="measured times instead, from train.py --profile"
-    )
-    costs.add_argument(
-        "--model",
-        help="Hugging Face config: times from its floating-point operations, stages balanced by "
-        "them",
-    )
-    costs.add_argument(
-        "--deepspeed_config", help="with --model: head and partition options from this file"
-    )
-    costs.add_argument(
-        "--seq-len", type=whole(1), help="with --model: tokens in a sequence; default the longest"
-    )
-    costs.add_argument(
-        "--link-depth", type=whole(1), help="messages a link holds; default no limit"
-    )
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    files = parser.add_argument_group("schedules as files")
-    files.add_argument(
-        "--schedule",
-        nargs="+",
-        metavar="FILE",
-        help="the order, instead of our own: torch's CSV, or the text of a grid",
-    )
-    files.add_argument(
-        "--csv",
-        type=SHEET,
-        help="write the order, as torch's pipelining reads it; of several, numbered",
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--json",
-        type=output_file('"makespan"'),
-        help="file for the figures, - for the console instead of the grid",
-    )
-    output.add_argument(
-        "--html", type=PAGE, help="page with the time lines, to zoom and to point at"
-    )
-    output.add_argument("--png", type=PICTURE, help="picture of the time lines")
-    output.add_argument(
-        "--steps", type=whole(1), default=2, help="steps that --html and --png show; default 2"
-    )
-    output.add_argument("--trace", type=TRACE, help="Chrome/Perfetto trace of one step")
+    parser = parser_of(__doc__)
+    args = parser.parse_args(arguments)
+    check_options(parser, args)
+    return args
 
 
 def section_for(
@@ -218,12 +93,36 @@ def build(mode: str, args: argparse.Namespace, main: bool) -> list[Schedule]:
 def costs_for(schedule: Schedule, args: argparse.Namespace) -> Costs:
     """Peers that cut stages finer get finer costs: the same work on each stage, without heads."""
     if args.profile:
-        return Costs.from_profile(args.profile)
+        return measured_costs(args.profile, schedule)
     pieces = len(schedule.stage_of) / (schedule.num_stages * args.segments_per_stage)
     head = 0.0 if schedule.name.partition("(")[0] in PEERS else args.head
     return Costs(
         args.forward / pieces, args.input_grad / pieces, args.weight_grad / pieces, head, args.link
     )
+
+
+def measured_costs(profile: Path, schedule: Schedule) -> Costs:
+    """Those of a profile.
+
+    Raises:
+        ConfigError: when it is of other segments, or has no heads where the schedule needs them.
+    """
+    costs = Costs.from_profile(profile)
+    needed, last = len(schedule.stage_of), len(schedule.stage_of) - 1
+    count = len(costs.forward) if isinstance(costs.forward, list) else needed
+    if count != needed:
+        raise ConfigError(
+            f"{profile} is of {count} segments, but {schedule.name} has {needed}; give as many by "
+            "--stages and --segments-per-stage, or profile a run with as many"
+        )
+    trained = {segment for routes in schedule.rows for segment in routes.weights} - {last}
+    if missing := sorted(segment for segment in trained if not costs.of("head", segment)):
+        raise ConfigError(
+            f"{profile} was measured without the auxiliary heads of segments "
+            f"{', '.join(map(str, missing))}, which {schedule.name} trains; profile a run with "
+            "them, or give --model in place of it"
+        )
+    return costs
 
 
 def of_model(

@@ -58,7 +58,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="stop after so long; what is unfinished goes on next time",
     )
     add("--folder", default="out/study", help="where runs are kept")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.command != "run":
+        why = f"is for the runs of `run`, not for `{args.command}`; leave it out"
+        of_runs = ["--preset", "--methods", "--segments", "--seeds", "--lr-factors"]
+        parser.refuse(args, [*of_runs, "--step-factors", "--minutes"], why)
+    if args.command == "methods":
+        parser.refuse(args, ["--folder"], "is not looked at by `methods`; leave it out")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> int:

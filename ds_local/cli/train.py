@@ -50,6 +50,9 @@ def _checked(parser: Parser, words: list[str]) -> argparse.Namespace:
         parser.error("one of --max-steps and --epochs is required")
     if args.stop_after_worse and not args.eval_every:
         parser.error("--stop-after-worse needs validations; give --eval-every")
+    if args.unit is None:
+        why = "counts the starts of a unit; give --unit, or leave it out"
+        parser.refuse(args, ["--most-starts-per-hour"], why)
     return args
 
 

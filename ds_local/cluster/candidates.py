@@ -207,25 +207,50 @@ class Price:
         )
 
 
-def measured_model(model: Model, profile: str | Path) -> Model:
+def measured_model(model: Model, profile: str | Path, seq_len: int | None = None) -> Model:
     """The model with times that a run has measured, in place of those that follow from
-    floating-point operations.
+    floating-point operations, and with the run's length of a sequence.
 
     Args:
         profile: profile.json of a run.
+        seq_len: the user's; needed where the profile, an older one, does not hold it.
 
     Raises:
-        ConfigError: when it is missing or holds something else.
+        ConfigError: when it is missing, holds something else, or is of other sequences or another
+            number of blocks.
     """
     units = unit_times(profile)
     try:
         facts = json.loads(Path(profile).read_text())
-        sequences = facts["layout"]["sequences"]
+        layout = facts["layout"]
+        sequences, depth = layout["sequences"], layout["segment_parts"][-1] - 2
         update = sum(facts["measured"]["update_seconds"]) / sum(facts["measured"]["parameters"])
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(
             f"{profile} lacks what this version writes, profile the run again: {error}"
         ) from error
+    if depth != model.depth:
+        raise ConfigError(
+            f"{profile} is of a model of {depth} blocks, but --model has {model.depth}; give the "
+            "profiled run's model, or profile a run of this one"
+        )
+    seq_len = _length(profile, layout.get("seq_len"), seq_len)
     heads = [head / sequences for head in units.heads]
     costs = UnitCosts(units.block / sequences, units.readout / sequences, heads)
-    return replace(model, costs=costs, update_seconds=update)
+    return replace(model, costs=costs, update_seconds=update, seq_len=seq_len)
+
+
+def _length(profile: str | Path, measured: int | None, given: int | None) -> int:
+    """Tokens in a sequence of the profiled run."""
+    length = measured or given
+    if length is None:
+        raise ConfigError(
+            f"{profile} is of an older version and does not say how long its sequences are; give "
+            "the seq_len of that run's data as --seq-len"
+        )
+    if given not in (None, length):
+        raise ConfigError(
+            f"--seq-len is {given}, but {profile} was measured with sequences of {length}; leave "
+            f"--seq-len out, or profile a run with sequences of {given}"
+        )
+    return length

@@ -28,7 +28,7 @@ from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
 from ds_local.config.sections import HeadConfig
 from ds_local.config.strict import SECTION
-from ds_local.model.flops import UnitCosts, choose_parts, unit_flops
+from ds_local.model.flops import UnitCosts, choose_parts, unit_flops, with_heads
 
 
 class Pricing:
@@ -53,7 +53,7 @@ class Pricing:
         self.zero_stage, self.tokens_only = zero_stage, tokens_only
         self._heads = {"": HeadConfig(), **heads}  # rows without any are priced with a full one
         self._cuts: dict[tuple[str, int, str], list[int]] = {}
-        self._flops: dict[tuple[str, int], UnitCosts] = {}
+        self._units: dict[tuple[str, int], UnitCosts] = {}
 
     def price(self, candidate: Candidate) -> Price:
         """Lower bound on the step, and memory; recomputes activations where they would not fit
@@ -106,13 +106,18 @@ class Pricing:
 
     def unit(self, heads: str, segments: int) -> UnitCosts:
         """Seconds of one sequence."""
-        model = self.model
-        if model.costs is not None:
-            return model.costs._replace(heads=(model.costs.heads[:1] or [0.0]) * (segments - 1))
+        model, head = self.model, self._heads[heads]
         key = heads, segments
-        if key not in self._flops:
-            self._flops[key] = unit_flops(model.config, self._heads[heads], segments, model.seq_len)
-        flops = self._flops[key]
+        if model.costs is not None:
+            known = model.costs._replace(heads=model.costs.heads[:1] * (segments - 1))
+            if model.config is None:
+                return known
+            if key not in self._units:
+                self._units[key] = with_heads(known, model.config, head, segments, model.seq_len)
+            return self._units[key]
+        if key not in self._units:
+            self._units[key] = unit_flops(model.config, head, segments, model.seq_len)
+        flops = self._units[key]
         second = self.cluster.tflops * 1e12 / model.seq_len
         return UnitCosts(
             flops.block / second, flops.readout / second, [head / second for head in flops.heads]
@@ -146,9 +151,15 @@ class Pricing:
         return self._cuts[key]
 
 
-def expected_memory(hf_config: Any, config: Mapping[str, Any], stages: int, replicas: int) -> float:
+def expected_memory(
+    hf_config: Any,
+    config: Mapping[str, Any],
+    stages: int,
+    replicas: int,
+    seq_len: int | None = None,
+) -> float:
     """Bytes on the fullest device of a run with this DeepSpeed config; its scheme is taken for the
-    nearest known."""
+    nearest known, and its sequences, without `seq_len`, for the longest that the model takes."""
     section = local_parallel(config)
     micro_batch, micro_batches = batch_sizes(config, replicas)
     scheme = section.scheme_at(0)
@@ -179,7 +190,7 @@ def expected_memory(hf_config: Any, config: Mapping[str, Any], stages: int, repl
     )
     zero_stage = config.get("zero_optimization", {}).get("stage", 0)
     pricing = Pricing(
-        Model.of(hf_config, itemsize=itemsize),
+        Model.of(hf_config, seq_len, itemsize),
         unlimited,
         micro_batch * micro_batches * replicas,
         zero_stage,

@@ -20,6 +20,7 @@ from typing import Any
 
 from ds_local.cluster.assembly import CONNECT_SECONDS, Assembly, absent
 from ds_local.cluster.surroundings import check_surroundings, own_address
+from ds_local.errors import ClusterError, first_line
 
 LIMIT_SECONDS = 180.0  # for the whole check, by default
 PACKAGES = ("ds_local", "torch", "deepspeed", "transformers")
@@ -40,17 +41,44 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def data_fingerprint(folder: str | Path) -> str:
-    """Of a prepared data folder: what it says about itself, and the sizes of its files."""
+def data_facts(folder: str | Path) -> tuple[str, int]:
+    """Of a prepared data folder: a fingerprint of what it says about itself and the sizes of its
+    files, and the tokens of a sequence.
+
+    Raises:
+        ClusterError: when it is missing, or none of ours.
+    """
     folder = Path(folder)
-    sizes = sorted((str(p.relative_to(folder)), p.stat().st_size) for p in folder.glob("*/*.arrow"))
-    return fingerprint((folder / "prepared.json").read_text(), sizes)
+    try:
+        text = (folder / "prepared.json").read_text()
+        seq_len = int(json.loads(text)["seq_len"])
+        sizes = sorted(
+            (str(p.relative_to(folder)), p.stat().st_size) for p in folder.glob("*/*.arrow")
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or f"prepared.json: {first_line(error)}"
+        raise ClusterError(
+            f"{folder} is no prepared data folder ({why}); {REMEDIES['data']}"
+        ) from error
+    return fingerprint(text, sizes), seq_len
 
 
-def own_facts(config: Any = None, data: str | Path | None = None) -> dict[str, Any]:
-    """What this rank tells the others about itself."""
+def own_facts(
+    config: Any = None, data: str | Path | None = None, refused: str = ""
+) -> dict[str, Any]:
+    """What this rank tells the others about itself.
+
+    Args:
+        refused: why it cannot take part, if it knows already.
+    """
     package = Path(__file__).parents[1]
+    found = None
+    try:
+        found = None if data is None else data_facts(data)[0]
+    except ClusterError as error:
+        refused = refused or str(error)
     return {
+        "refused": refused,
         "host": socket.gethostname(),
         "address": own_address(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
@@ -63,7 +91,7 @@ def own_facts(config: Any = None, data: str | Path | None = None) -> dict[str, A
             ]
         ),
         "config": fingerprint(config),
-        "data": None if data is None else data_fingerprint(data),
+        "data": found,
     }
 
 
@@ -109,6 +137,10 @@ def check_start(
 
 
 def _different(everybody: Mapping[int, dict[str, Any]]) -> str:
+    """A sentence about the first rank that cannot take part, or is not as rank 0."""
+    for rank, facts in sorted(everybody.items()):
+        if facts["refused"]:
+            return f"rank {rank} on {facts['host']}: {facts['refused']}"
     first = everybody[0]
     for key, remedy in REMEDIES.items():
         for rank, facts in sorted(everybody.items()):

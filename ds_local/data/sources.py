@@ -119,11 +119,12 @@ def documents(
 class Opened(NamedTuple):
     """Sources whose files have been found and looked at.
 
-    `num_bytes`: of all files; None when a source is on the hub.
+    `num_bytes`: of all files; None when a source is on the hub. `files`: by source and root.
     """
 
     readers: list[tuple[Source, Callable[[], Iterator[Document]]]]
     num_bytes: int | None
+    files: list[tuple[Source, Path, list[Path]]]
 
     def documents(self) -> Iterator[tuple[Source, Document]]:
         """All documents, each with its source."""
@@ -136,6 +137,7 @@ def open_sources(sources: Sequence[Source], reading: Reading, skip: Sequence[str
     """Find all files of the sources. Raises DataError, see `documents`."""
     readers: list[tuple[Source, Callable[[], Iterator[Document]]]] = []
     sizes: list[int | None] = []
+    files_of: list[tuple[Source, Path, list[Path]]] = []
     for source in sources:
         if source.place.startswith(_HUB):
             name = source.place.removeprefix(_HUB)
@@ -145,8 +147,47 @@ def open_sources(sources: Sequence[Source], reading: Reading, skip: Sequence[str
         root, files = _find(source.place, reading.skipped, skip)
         readers.append((source, functools.partial(documents_of, root, files, reading)))
         sizes.extend(path.stat().st_size for path in files)
+        files_of.append((source, root, files))
     known = [size for size in sizes if size is not None]
-    return Opened(readers, sum(known) if len(known) == len(sizes) else None)
+    return Opened(readers, sum(known) if len(known) == len(sizes) else None, files_of)
+
+
+def check_disjoint(train: Opened, validation: Opened) -> None:
+    """No file is read for both.
+
+    Raises:
+        DataError: naming the first file, its sources and the pattern that leaves it out.
+    """
+    known = {
+        os.path.realpath(path): (source, root, path)
+        for source, root, files in train.files
+        for path in files
+    }
+    for other, inner, files in validation.files:
+        for path in files:
+            if os.path.realpath(path) not in known:
+                continue
+            source, outer, own = known[os.path.realpath(path)]
+            pattern = _pattern(inner, path, outer) or _pattern(outer, own, inner)
+            if not pattern:
+                pattern = printable((own if outer.is_dir() else path).name)
+            leave = f"leave it out of the folder with --skip '{pattern}', or "
+            raise DataError(
+                f"{path} of the validation source {other.place} is also in the source "
+                f"{source.place}, and would be trained on; "
+                f"{leave if source.place != _STDLIB else ''}give other text to one of them"
+            )
+
+
+def _pattern(folder: Path, file: Path, inside: Path) -> str:
+    """What leaves `inside`, or `file` where that is none, out of the folder that it lies in; ""
+    where it does not."""
+    outer, inner = Path(os.path.realpath(folder)), Path(os.path.realpath(inside))
+    if outer not in inner.parents:
+        return ""
+    return printable(
+        f"{inner.relative_to(outer)}/*" if inner.is_dir() else file.relative_to(folder)
+    )
 
 
 def some(found: Iterator[T], skipped: Skipped) -> Iterator[T]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from ds_local.data.documents import Document, Reading, same_name
-from ds_local.data.sources import Source, open_sources, some
+from ds_local.data.sources import Source, check_disjoint, open_sources, some
 from ds_local.data.tokenizer_training import is_drawn
 
 
@@ -32,7 +32,7 @@ class Way:
         label: of the bar; "" for none. There is none either where the console is no terminal.
 
     Raises:
-        DataError: when a source does not exist, or holds what is not read.
+        DataError: when a source does not exist, holds what is not read, or is read for both.
     """
 
     def __init__(
@@ -46,6 +46,8 @@ class Way:
         self.reading = reading
         self._train = open_sources(train, reading, skip)
         self._validation = open_sources(validation, reading, skip) if validation else None
+        if self._validation is not None:
+            check_disjoint(self._train, self._validation)
         self.num_bytes = self._train.num_bytes
         self.num_documents = 0
         self._label = label

@@ -54,7 +54,8 @@ def _head_flops(config: Any, head: HeadConfig, segment: int, block: float) -> fl
 
 
 def unit_times(profile: str | Path) -> UnitCosts:
-    """From a run's profile.json (times of one micro-batch).
+    """From a run's profile.json (times of one micro-batch); heads take nothing where the run had
+    none, see `with_heads`.
 
     Raises:
         ConfigError: when the file holds something else.
@@ -75,6 +76,17 @@ def unit_times(profile: str | Path) -> UnitCosts:
             f"local_parallel.partition names {profile}, which is no profile written by "
             f"scripts/train.py --profile: {error}"
         ) from error
+
+
+def with_heads(
+    unit: UnitCosts, config: Any, head: HeadConfig, num_segments: int, seq_len: int
+) -> UnitCosts:
+    """Measured times; where no head was measured, heads take as many blocks as by their
+    floating-point operations."""
+    if any(unit.heads):
+        return unit
+    flops = unit_flops(config, head, num_segments, seq_len)
+    return unit._replace(heads=[unit.block * (one / flops.block) for one in flops.heads])
 
 
 def choose_parts(
@@ -108,6 +120,7 @@ def choose_parts(
                 f"has {num_segments}; "
                 'profile a run with as many, or use partition "cost"'
             )
+        unit = with_heads(unit, config, section.head, num_segments, seq_len)
         costs = [unit.block] * (depth - 1) + [unit.block + unit.readout]
         extras = [
             c * s

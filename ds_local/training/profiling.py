@@ -176,11 +176,12 @@ def _seconds(run: Callable[[], Any]) -> float:
     return median(times[2:])
 
 
-def write(engine: LocalPipelineEngine, inputs: Any, folder: Path) -> None:
+def write(engine: LocalPipelineEngine, inputs: Any, folder: Path, seq_len: int) -> None:
     """profile.json and trace.json. A collective call; rank 0 writes.
 
     Args:
         inputs: as for `measure`.
+        seq_len: tokens in a sequence.
     """
     recorded = list(engine.recorder.events) if engine.recorder else []
     costs: dict[str, Any] = measure(engine, inputs)
@@ -217,6 +218,7 @@ def write(engine: LocalPipelineEngine, inputs: Any, folder: Path) -> None:
         "segment_parts": engine.module.segment_parts,
         "micro_batches": engine.micro_batches,
         "sequences": engine.train_micro_batch_size_per_gpu(),
+        "seq_len": seq_len,
     }
     measured = {
         "step_seconds": [_period(stages[stage]) for stage in sorted(stages)],

@@ -169,7 +169,8 @@ class Loop:
         if self.engine.units is not None:
             self.engine.units.end(not stopped)
         if self.args.profile and not stopped:
-            profiling.write(self.engine, None if batches is None else next(batches), self.folder)
+            inputs = None if batches is None else next(batches)
+            profiling.write(self.engine, inputs, self.folder, self.data.seq_len)
         self._tell("on_end")
 
     def _log(self) -> None:

@@ -1,6 +1,7 @@
 """Numbers on the command line; options from a file and from a script; --help."""
 
 import pytest
+from commands import command
 from sentences import assert_one_sentence
 
 import ds_local
@@ -178,3 +179,30 @@ def test_help_shows_defaults(capsys):
     with pytest.raises(SystemExit):
         of_simulate(["--help"])
     assert "show; default 2 --trace" in " ".join(capsys.readouterr().out.split())  # and not twice
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("check --hostfile h --data d", "--data is not looked at with --hostfile"),
+        ("check --hostfile h --limit 5", "--limit is not looked at with --hostfile"),
+        ("check --ssh-port 2222", "--ssh-port belongs to --hostfile; add that"),
+        (
+            "prepare --output o --validation-source v --validation-share 0.1",
+            "--validation-share holds nothing out beside --validation-source",
+        ),
+        ("generate r --draft-tokens 2", "--draft-tokens belongs to --assistant"),
+        ("export r --output o --segment 0 --heads", "--heads is for the full model, not for the"),
+        ("study table --seeds 2", "--seeds is for the runs of `run`, not for `table`"),
+        ("study methods --minutes 2", "--minutes is for the runs of `run`, not for `methods`"),
+        (
+            "train --model m --data d --output o --max-steps 1 --deepspeed_config c "
+            "--most-starts-per-hour 2",
+            "--most-starts-per-hour counts the starts of a unit; give --unit",
+        ),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(words, said):
+    result = command(*words.split())
+    assert result.returncode == 2
+    assert_one_sentence(result.stderr.strip(), said, "leave ")

@@ -25,8 +25,13 @@ def asked(monkeypatch, tmp_path):
 
 def test_the_folder_that_was_written_is_said(asked, tmp_path):
     assert command("export", "run", "--output", "out").stdout == f"{tmp_path / 'one'}\n"
-    command("export", "run", "--output", "out", "--segment", 0, "--heads", "--ema")
-    assert asked == [("run", "out", None, False, False), ("run", "out", 0, True, True)]
+    command("export", "run", "--output", "out", "--segment", 0, "--ema")
+    command("export", "run", "--output", "out", "--heads")
+    assert asked == [
+        ("run", "out", None, False, False),
+        ("run", "out", 0, False, True),
+        ("run", "out", None, True, False),
+    ]
 
 
 def test_all_exits_are_a_folder_each(asked, tmp_path):

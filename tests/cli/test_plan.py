@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from sentences import assert_one_sentence
 
 from ds_local.cli.plan import as_json, main, parse_arguments
 from ds_local.cluster.candidates import GIB, Candidate, Price
@@ -86,3 +87,43 @@ def test_scaling_tables_and_their_picture(tmp_path, capsys):
         each = price["tokens_per_second"] / devices
         assert price["device_tokens_per_second"] == pytest.approx(each)
     assert (tmp_path / "s.svg").read_text().startswith("<svg")
+    other = ["--svg", str(tmp_path / "other.svg"), "--json", "-"]
+    assert main([*size, *rates, *wanted, "--scaling", "growing", *other]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == len(found)
+    assert (tmp_path / "other.svg").read_text() == (tmp_path / "s.svg").read_text()
+
+
+def test_figures_for_programs_and_the_winner_as_files(tmp_path, capsys):
+    folder, rows = tmp_path / "plan", ["--rows", "local", "--batch-tokens", "4096"]
+    assert main([*ARGUMENTS, *rows, "--json", "-", "--write", str(folder)]) == 0
+    said, aside = capsys.readouterr()
+    assert json.loads(said)["best"]
+    assert f"bash {folder}/{START}" in aside
+    assert (folder / CONFIG).exists()
+    assert (folder / START).exists()
+
+
+def test_where_nothing_fits_there_is_no_winner(tmp_path, capsys):
+    folder, rows = tmp_path / "plan", ["--rows", "local", "--batch-tokens", "4096"]
+    small = [*ARGUMENTS, *rows, "--memory-gib", "0.1"]
+    assert main([*small, "--json", "-", "--write", str(folder)]) == 1
+    said, aside = capsys.readouterr()
+    assert json.loads(said)["best"] == []
+    assert f"no layout fits, so {folder} is not written" in aside
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--svg", "a.svg"], "--svg draws what --scaling finds; add --scaling"),
+        (["--scaling", "fixed", "--write", "f"], "--write is for the best layout, which --scaling"),
+        (["--scaling", "fixed", "--tokens", "1e9"], "--tokens is for the best layout"),
+        (["--scaling", "fixed", "--tokens-only"], "--tokens-only is for the best layout"),
+        (["--scaling", "growing", "--best", "2"], "--best is for the best layout"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, said, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments([*ARGUMENTS, *options])
+    assert_one_sentence(capsys.readouterr().err.strip(), said)

@@ -91,3 +91,31 @@ def test_orders_that_follow_each_other_are_numbered(tmp_path):
     assert written == ["order-1.csv", "order-2.csv"]
     paths = [str(tmp_path / name) for name in written]
     assert main([*TWO, "--mode", "shifted_chunked", "--schedule", *paths]) == 0
+
+
+@pytest.fixture
+def profile(tmp_path):
+    """Of backpropagation on two segments: no auxiliary head."""
+    parts = {name: [1.0, 1.0] for name in ("forward", "input_grad", "weight_grad", "link")}
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps({"costs": {**parts, "head": [0.0, 3.0]}}))
+    return str(path)
+
+
+def test_a_profile_is_simulated_with_what_it_measured(profile, capsys):
+    found = report(capsys, "--mode", "backprop", "--compare", "1f1b", "--profile", profile)
+    assert [one["steady_period"] > 0 for one in found] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--mode", "local"], "without the auxiliary heads of segments 0, which local trains"),
+        (["--mode", "backprop", "--segments-per-stage", "2"], "is of 2 segments, but"),
+        (["--mode", "backprop", "--compare", "interleaved"], "but interleaved"),
+    ],
+)
+def test_a_profile_of_something_else_is_refused(profile, options, said):
+    result = command("simulate", *TWO, *options, "--profile", profile)
+    assert result.returncode != 0
+    assert_one_sentence(result.stderr.strip(), profile, said, "profile a run with")

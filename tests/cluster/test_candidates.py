@@ -4,6 +4,7 @@ import json
 
 import pytest
 from reference import GPT2
+from sentences import one_sentence
 from test_pricing import even
 
 from ds_local.cluster.candidates import (
@@ -20,23 +21,48 @@ from ds_local.errors import ConfigError
 from ds_local.model.families import load_model_config
 from ds_local.model.flops import UnitCosts
 
+COSTS = {"forward": [2, 2], "input_grad": [1, 1], "weight_grad": [1, 1], "head": [0.5, 3.0]}
 
-def test_a_profile_replaces_the_flops(tmp_path):
-    costs = {"forward": [2, 2], "input_grad": [1, 1], "weight_grad": [1, 1], "head": [0.5, 3.0]}
+
+def profile_of(folder, parts=(0, 3, 6), **layout):
+    """Of a run of four blocks on two stages."""
     facts = {
-        "costs": costs,
-        "layout": {"stages": 2, "segment_parts": [0, 3, 6], "sequences": 2},
+        "costs": COSTS,
+        "layout": {"stages": 2, "segment_parts": parts, "sequences": 2} | layout,
         "measured": {"step_seconds": [40, 40], "update_seconds": [3, 5], "parameters": [100, 300]},
     }
-    profile = tmp_path / "profile.json"
-    profile.write_text(json.dumps(facts))
-    model = measured_model(even(2), profile)
+    path = folder / "profile.json"
+    path.write_text(json.dumps(facts))
+    return path, facts
+
+
+def test_a_profile_replaces_the_flops(tmp_path):
+    profile, facts = profile_of(tmp_path, seq_len=7)
+    model = measured_model(even(4), profile)
     assert model.costs == UnitCosts(1.0, 1.5, [0.25])
     assert model.update_seconds == 8 / 400  # of a parameter
+    assert model.seq_len == 7
     del facts["measured"]
     profile.write_text(json.dumps(facts))
     with pytest.raises(ConfigError, match="profile the run again"):
-        measured_model(even(2), profile)
+        measured_model(even(4), profile)
+
+
+def test_a_profile_knows_its_sequences(tmp_path):
+    profile, _ = profile_of(tmp_path, seq_len=7)
+    assert measured_model(even(4), profile, 7).seq_len == 7
+    with one_sentence("--seq-len is 10", "sequences of 7", "leave --seq-len out"):
+        measured_model(even(4), profile, 10)
+    older, _ = profile_of(tmp_path)
+    assert measured_model(even(4), older, 10).seq_len == 10
+    with one_sentence(str(older), "give the seq_len of that run's data as --seq-len"):
+        measured_model(even(4), older)
+
+
+def test_a_profile_is_of_one_model(tmp_path):
+    profile, _ = profile_of(tmp_path, seq_len=7)
+    with one_sentence("a model of 4 blocks, but --model has 6", "profile a run of this one"):
+        measured_model(even(6), profile)
 
 
 def test_sizes_of_a_model_are_counted_by_hand():

@@ -1,9 +1,14 @@
+from dataclasses import replace
+
 import pytest
+from reference import GPT2
 
 from ds_local.cluster.candidates import ROWS, Candidate, Cluster, Model
 from ds_local.cluster.pricing import Pricing, expected_memory
 from ds_local.cluster.row_samples import delay_of, sample_of, schedule_for
-from ds_local.model.flops import UnitCosts, stage_flops
+from ds_local.config.sections import HeadConfig
+from ds_local.model.families import load_model_config
+from ds_local.model.flops import UnitCosts, stage_flops, unit_flops
 from ds_local.schedules.list_scheduler import make_schedule
 from ds_local.schedules.routes import make_routes
 from ds_local.schedules.simulator import Costs, StepTimer, simulate
@@ -86,8 +91,6 @@ def test_local_training_by_hand():
 def test_a_run_is_taken_for_the_row_that_splits_as_it_does(mode):
     """More micro-batches are alive on every stage; deferred, their blocks are kept whole even where
     they were recomputed."""
-    from ds_local.model.families import load_model_config
-
     model = load_model_config({"model_type": "gpt2"})
     expected = {}
     for recompute in (0, 1):
@@ -108,8 +111,6 @@ def test_a_run_is_taken_for_the_row_that_splits_as_it_does(mode):
 
 
 def test_a_mix_is_taken_for_the_one_of_a_quarter():
-    from ds_local.model.families import load_model_config
-
     model = load_model_config({"model_type": "gpt2"})
     mix = [{"mode": "backprop", "micro_batches": 2}, {"mode": "local"}]
     config = {
@@ -140,9 +141,39 @@ def test_gradients_that_are_only_handed_through_are_extra_work_split_or_not():
         ]
 
 
-def test_memory_goes_by_the_heads_of_the_config():
-    from ds_local.model.families import load_model_config
+@pytest.mark.parametrize("known", [[], [0.0], [0.0, 0.0, 0.0]], ids=len)
+def test_heads_that_no_run_has_measured_are_not_free(known):
+    """A profile of backpropagation: a head takes the blocks that its operations are worth."""
+    config = load_model_config(GPT2)
+    sized = Model.of(config)
+    flops = unit_flops(config, HeadConfig(), 4, sized.seq_len)
+    pricing = Pricing(replace(sized, costs=UnitCosts(2.0, 1.0, known)), Cluster(1, 4, *[1] * 4), 8)
+    head = 2.0 * flops.heads[0] / flops.block
+    assert pricing.unit("full", 4) == UnitCosts(2.0, 1.0, [head] * 3)
+    assert pricing.unit("shared", 4).heads == [pytest.approx(head * 2 / 3)] * 3
+    price = pricing.price(Candidate(4, 1, "local", "full", 1, 8))
+    assert price.parts["auxiliary heads"] == pytest.approx(8 * head * 3 / 4)
+    measured = Pricing(replace(sized, costs=UnitCosts(2.0, 1.0, [0.5])), pricing.cluster, 8)
+    assert measured.unit("full", 4).heads == [0.5] * 3
 
+
+def test_memory_goes_by_the_sequences_of_the_data():
+    """The model's longest sequence is 128 times as long, and activations grow with it."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}
+    model = load_model_config(
+        {"model_type": "llama", "max_position_embeddings": 131072, "vocab_size": 4096, **sizes}
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 4,
+        "local_parallel": {"mode": "local"},
+    }
+    longest, short = (expected_memory(model, config, 4, 1, length) for length in (None, 1024))
+    assert longest > 8 * short
+    assert longest == expected_memory(model, config, 4, 1, 131072)
+
+
+def test_memory_goes_by_the_heads_of_the_config():
     model = load_model_config({"model_type": "gpt2"})
 
     def memory(**head):

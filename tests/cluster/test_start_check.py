@@ -68,6 +68,44 @@ def test_a_rank_that_differs_is_named_to_all(change, said):
         assert "rank 1 on" in text
 
 
+DAMAGES = {
+    "folder": (None, "No such file or directory"),
+    "file": ("", "No such file or directory"),
+    "text": ('{"seq_len": 1', "prepared.json: "),
+    "letters": (b"\xff", "prepared.json: "),
+    "key": ("{}", "prepared.json: 'seq_len'"),
+    "kind": ("[]", "prepared.json: "),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_rank_without_the_data_is_named_to_all(tmp_path, damage):
+    """Not "did not come" when the limit is over."""
+    content, why = DAMAGES[damage]
+    data = tmp_path / "data"
+    if content is not None:
+        data.mkdir()
+    if content:
+        path = data / "prepared.json"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    facts = cluster.own_facts(None, data)
+    for text in ranks(change={"1": {key: facts[key] for key in ("data", "refused")}}, limit=60):
+        assert f"rank 1 on {os.uname().nodename}: {data} is no prepared data folder ({why}" in text
+        assert "copy one prepared data folder to every node" in text
+    for text in ranks(change={rank: {"refused": facts["refused"]} for rank in "01"}, limit=60):
+        assert f"rank 0 on {os.uname().nodename}: {data} is no" in text
+
+
+def test_facts_of_a_data_folder(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "prepared.json").write_text('{"seq_len": 128}')
+    found, seq_len = cluster.data_facts(tmp_path)
+    assert seq_len == 128
+    assert cluster.own_facts(None, tmp_path)["data"] == found
+    (tmp_path / "train" / "data.arrow").write_bytes(b"1")
+    assert cluster.data_facts(tmp_path)[0] != found
+
+
 def test_a_missing_rank_is_named_within_the_limit():
     (text,) = ranks(3, here=[0], limit=3)
     assert "ranks 1-2 of 3 did not come within 3 s" in text

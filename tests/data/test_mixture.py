@@ -120,6 +120,31 @@ def test_mixtures_that_cannot_be(places, tokenizer, sources, how, said):  # noqa
     assert not (places / "data").exists()
 
 
+@pytest.mark.parametrize(
+    ("source", "held", "skip"),
+    [
+        ("texts", "texts/held.txt", "held.txt"),
+        ("texts", "texts/deep/held", "deep/held/*"),
+        ("texts/deep", "texts", "deep/*"),
+        ("texts", "link/held.txt", "held.txt"),
+        ("linked", "texts/held.txt", "other.txt"),  # a link in a folder
+        ("texts/held.txt", "linked", "other.txt"),
+    ],
+)
+def test_validation_text_inside_of_a_source(places, tokenizer, source, held, skip):  # noqa: F811
+    for name in ("texts/held.txt", "texts/deep/a.txt", "texts/deep/held/b.txt", "linked/c.txt"):
+        (places / name).parent.mkdir(parents=True, exist_ok=True)
+        (places / name).write_text("to be or not to be " * 40)
+    (places / "texts" / "a.txt").write_text("that is the question " * 40)
+    (places / "link").symlink_to("texts")
+    (places / "linked" / "other.txt").symlink_to("../texts/held.txt")
+    how = {"validation_sources": [f"{places}/{held}"]}
+    with one_sentence(f"{places}/{held}", f"--skip '{skip}'", "trained on", error=DataError):
+        make(places, tokenizer, source, **how)
+    facts, _ = make(places, tokenizer, source, skip=[skip], **how)
+    assert facts["skipped"]["left out by --skip"] >= 1
+
+
 def test_the_command_says_the_shares(places, tokenizer):  # noqa: F811
     done = command(
         *("prepare", "--tokenizer", tokenizer, "--seq-len", 16, "--output", places / "data"),

@@ -238,6 +238,8 @@ def test_a_profile_predicts_and_a_trace_shows_every_stage(inputs, tmp_path):
     profile = json.loads((folder / "profile.json").read_text())
     assert all(seconds > 0 for part in ("forward", "head") for seconds in profile["costs"][part])
     assert all(seconds > 0 for seconds in profile["measured"]["step_seconds"])
+    prepared = json.loads(Path(inputs["--data"], "prepared.json").read_text())
+    assert profile["layout"]["seq_len"] == prepared["seq_len"]
     events = [
         event
         for event in json.loads((folder / "trace.json").read_text())["traceEvents"]

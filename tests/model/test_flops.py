@@ -1,11 +1,13 @@
 """What segments cost, worked out by hand: two segments of two blocks each."""
 
+import json
+
 import pytest
 from reference import GPT2
 
-from ds_local.config.schema import HeadConfig
+from ds_local.config.schema import HeadConfig, LocalParallelConfig
 from ds_local.model import families
-from ds_local.model.flops import UnitCosts, segment_times, stage_flops, unit_flops
+from ds_local.model.flops import UnitCosts, choose_parts, segment_times, stage_flops, unit_flops
 from ds_local.schedules.list_scheduler import make_schedule
 from ds_local.schedules.routes import make_routes
 
@@ -49,3 +51,14 @@ def test_heads_of_width_32_over_64_tokens(head, cost):
     unit = unit_flops(families.load_model_config(GPT2), HeadConfig(**head), 3, 16)
     assert unit.heads == [cost, cost]
     assert unit.readout == 3 * 2 * 32 * 64
+
+
+@pytest.mark.parametrize(("head", "cut"), [(0.0, 2), (9.0, 1), (0.001, 3)])
+def test_a_profile_without_heads_balances_those_of_the_config(tmp_path, head, cut):
+    """Blocks of 3 seconds: a head by its operations takes half a second, and moves no block."""
+    costs = {"forward": [2, 2], "input_grad": [2, 2], "weight_grad": [2, 2], "head": [head, 3.2]}
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps({"costs": costs, "layout": {"segment_parts": [0, 3, 6]}}))
+    section = LocalParallelConfig(mode="local", partition=str(profile))
+    found = choose_parts(families.load_model_config(GPT2), section, 2, 4, 16)
+    assert found == [0, cut + 1, 6]
