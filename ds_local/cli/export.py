@@ -39,9 +39,6 @@ def main(arguments: list[str] | None = None) -> int:
         help="the running averages of the weights, of a run with local_parallel.ema",
     )
     args = parser.parse_args(arguments)
-    if args.segment is not None:
-        why = "is for the full model, not for the prefix of --segment; leave one of the two out"
-        parser.refuse(args, ["--heads"], why)
     from ds_local.checkpoints.hf_export import export, export_all
 
     if args.all_segments:

@@ -192,7 +192,6 @@ def test_help_shows_defaults(capsys):
             "--validation-share holds nothing out beside --validation-source",
         ),
         ("generate r --draft-tokens 2", "--draft-tokens belongs to --assistant"),
-        ("export r --output o --segment 0 --heads", "--heads is for the full model, not for the"),
         ("study table --seeds 2", "--seeds is for the runs of `run`, not for `table`"),
         ("study methods --minutes 2", "--minutes is for the runs of `run`, not for `methods`"),
         (
