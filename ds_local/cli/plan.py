@@ -66,7 +66,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--heads", nargs="+", choices=HEADS, default=list(HEADS), help="auxiliary heads to consider"
     )
-    text = "schemes to consider; default all but those that run ahead without prediction"
+    text = "schemes to consider; default all but those that run ahead: older gradients teach less"
     add("--rows", nargs="+", metavar="SCHEME", choices=ROWS, default=DEFAULT_ROWS, help=text)
     add("--fp32", action="store_true", help="instead of bf16 with fp32 master weights")
     add(
