@@ -18,14 +18,17 @@ from ds_local.config import strict_json
 from ds_local.outputs import write_whole
 
 
-def of_full_model(rows: Iterable[Mapping[str, Any]], split: str) -> list[Mapping[str, Any]]:
-    """Of every step the row of its highest segment: how many there are may change on the way."""
+def of_full_model(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of every step the row of its highest segment: how many there are may change on the way.
+
+    Args:
+        rows: of one split.
+    """
     found: dict[int, Mapping[str, Any]] = {}
     for row in rows:
-        if row["split"] == split:
-            before = found.get(row["step"])
-            if before is None or row["segment"] >= before["segment"]:
-                found[row["step"]] = row
+        before = found.setdefault(row["step"], row)
+        if row["segment"] >= before["segment"]:
+            found[row["step"]] = row
     return list(found.values())
 
 

@@ -117,16 +117,14 @@ class StageUpdates(PipelineEngineSeam):
             not self.is_data_parallel and not self.zero_optimization()
         ):
             return
-        learning = [p for p in self.module.parameters() if p.requires_grad]
-        used = torch.tensor([float(p.grad is not None) for p in learning])
+        if self._one_by_one:
+            self._learning = [p for p in self.module.parameters() if p.requires_grad]
+        used = torch.tensor([float(p.grad is not None) for p in self._learning])
         # fills in zeros for parameters without a gradient; an optimizer would decay a head that is
         # not in use, so `_judge` takes them away again where no replica had one
         self.average_gradients()
         if averages:
             self._average_losses(used)
-            self._learning = learning if self._one_by_one else []
-        elif self._one_by_one:
-            _forget_gradients(learning, used.tolist())
         if averages and self._one_by_one and self.gradient_clipping():
             self._grad_norms = self._norms()  # in time for the one read of the step
 
@@ -143,7 +141,7 @@ class StageUpdates(PipelineEngineSeam):
         finite, all have found.
 
         Args:
-            used: of each learning parameter, 1 where this replica had a gradient.
+            used: of each of `_learning`, 1 where this replica had a gradient.
         """
         count = len(self.segment_losses)
         counted = [self.executor.counted[segment] for segment in self.segment_losses]
@@ -229,7 +227,9 @@ class StageUpdates(PipelineEngineSeam):
         numbers = torch.cat([*(v.view(1) for *_, v in wanted), *used, self._flags]).tolist()
         for (segment, name, _), number in zip(wanted, numbers, strict=False):
             self._read[segment][name] = number
-        _forget_gradients(learning, numbers[len(wanted) : len(wanted) + len(learning)])
+        for parameter, one in zip(learning, numbers[len(wanted) :], strict=False):
+            if not one:
+                parameter.grad = None
         if learning:
             for segment in [s for s in self._grad_norms if not self._has_gradient(s)]:
                 del self._grad_norms[segment], self._read[segment]["grad_norm"]
@@ -237,10 +237,3 @@ class StageUpdates(PipelineEngineSeam):
 
     def _has_gradient(self, segment: int) -> bool:
         return any(parameter.grad is not None for parameter in self._weights[segment])
-
-
-def _forget_gradients(parameters: Sequence[torch.nn.Parameter], used: Sequence[float]) -> None:
-    """Of those that nobody had a gradient for."""
-    for parameter, one in zip(parameters, used, strict=True):
-        if not one:
-            parameter.grad = None

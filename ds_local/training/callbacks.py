@@ -40,7 +40,7 @@ class Standing(NamedTuple):
     def of(cls, rows: Iterable[Row]) -> Standing:
         """After those in rows of metrics.jsonl."""
         standing = cls()
-        for row in of_full_model(rows, "validation"):
+        for row in of_full_model(row for row in rows if row["split"] == "validation"):
             standing = standing.after(math.nan if row["loss"] is None else row["loss"])
         return standing
 

@@ -164,8 +164,8 @@ def _several(runs: Sequence[RunRecord], drawings: list[Svg]) -> str:
     def losses(run: RunRecord, n: int, x: str) -> list[Curve]:
         color = color_of(n, len(runs))
         dots, steps = (
-            [(row[x], row["loss"]) for row in of_full_model(rows, split)]
-            for rows, split in ((run.validation, "validation"), (run.train, "train"))
+            [(row[x], row["loss"]) for row in of_full_model(rows)]
+            for rows in (run.validation, run.train)
         )
         train = Curve("" if dots else run.name, color, thinned(steps))
         return [train, Curve(run.name, color, dots, dots=True)]

@@ -20,7 +20,7 @@ def what_next(run: RunRecord) -> list[str]:
             f"{first['nonfinite_step']}: {first['nonfinite']} of segment {first['segment']}, stage "
             f"{first['stage']}. Look at the gradient norm and the learning rate just before."
         )
-    whole = of_full_model(run.validation, "validation")
+    whole = of_full_model(run.validation)
     losses = [(row["step"], row["loss"]) for row in whole if row["loss"]]
     if len(losses) > 1:
         step, best = min(losses, key=lambda point: point[1])

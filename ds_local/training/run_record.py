@@ -153,7 +153,7 @@ class RunRecord:
     @property
     def final_loss(self) -> float | None:
         """Of the full model, at the last validation."""
-        losses = [row["loss"] for row in of_full_model(self.validation, "validation")]
+        losses = [row["loss"] for row in of_full_model(self.validation)]
         return losses[-1] if losses else None
 
     # --- what was to happen --------------------------------------------------------------------
