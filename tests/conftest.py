@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from fork_client import SHARED, ServerProcess
 from launch import close_fork_server
 from ranks import close_ranks
 
@@ -26,6 +27,13 @@ def pytest_addoption(parser):
         action="store_true",
         help="write the golden files anew from what the code gives now",
     )
+
+
+def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        server = ServerProcess()  # one for all workers: its imports take seconds of a core
+        os.environ[SHARED] = server.address
+        config.add_cleanup(server.close)
 
 
 def pytest_collection_modifyitems(config, items):

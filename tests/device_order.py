@@ -61,8 +61,10 @@ class Actor:
         self.known: dict[Actor, int] = {}
 
     def learn(self, known: dict[Actor, int]) -> None:
+        own = self.known
         for actor, time in known.items():
-            self.known[actor] = max(time, self.known.get(actor, 0))
+            if time > own.get(actor, 0):
+                own[actor] = time
 
     def act(self) -> int:
         self.known[self] = self.known.get(self, 0) + 1

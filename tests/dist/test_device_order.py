@@ -213,7 +213,9 @@ def test_masks_wait_where_transformers_looks_into_them():
             assert step.count(("wait", ONE_READ)) == 1
 
 
-@pytest.mark.parametrize("sync", ["gradients", "periodic", "subnets"])
+@pytest.mark.parametrize(
+    "sync", sampled(["gradients", "subnets"], ["gradients", "periodic", "subnets"])
+)
 def test_replicas_wait_where_they_exchange(sync):
     replicas = {"sync": sync} | ({} if sync == "gradients" else {"every": 2})
     section = {"mode": "local", "segments_per_stage": 4, "replicas": replicas}

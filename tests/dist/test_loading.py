@@ -8,6 +8,7 @@ import jobs
 import pytest
 import torch
 from ranks import run_ranks
+from samples import sampled
 from test_checkpoint import _seal
 
 LOCAL = {"mode": "local"}
@@ -101,7 +102,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", sampled(["bf16", "fp32 ZeRO-1"], [*PRECISIONS]))
 def test_fp32_copies_follow_whatever_was_loaded(tmp_path, precision):
     settings = {**PRECISIONS[precision], **SCHEDULER, "gas": 2}
     ranks = 4 if "ZeRO" in precision else 2  # ZeRO shares out among replicas

@@ -214,7 +214,8 @@ MIXES = [
 
 ANY_RANKS = [{"mode": "local"}, *ROWS, *DEEP_ROWS, *MIXES]
 # what goes beyond one of those that are left in nothing that ranks could change
-ALIKE = [DEEP_ROWS[0], DEEP_ROWS[1], DEEP_ROWS[4], MIXES[2], MIXES[5]]
+ALIKE = [ROWS[n] for n in (0, 3, 5, 6)]
+ALIKE += [DEEP_ROWS[0], DEEP_ROWS[1], DEEP_ROWS[4], MIXES[0], MIXES[2], MIXES[5]]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,7 @@ def test_dropout_gives_the_same_bits_on_1_and_4_ranks():
     assert without[0]["reports"] != runs[0][0]["reports"]
 
 
-@pytest.mark.parametrize("seed", sampled(range(8), range(30)))
+@pytest.mark.parametrize("seed", sampled(range(5), range(30)))
 def test_random_rows_run_on_real_ranks_as_on_one(seed):
     """Modes, windows, mixes, stages, segments per stage and link depths at random: no hang, and the
     bits of one rank."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from samples import sampled
 from small_disks import remount, small_disk
 
 LOCAL = {"mode": "local"}
@@ -119,8 +120,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("tag", [None, "best"], ids=["new", "again"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(  # a new folder, and one that is written again
+    ("case", "tag"),
+    sampled(
+        [*zip(CASES, (None, "best") * 2, strict=True)],
+        [(case, tag) for case in CASES for tag in (None, "best")],
+    ),
+)
 def test_a_disk_that_takes_no_more_stops_nothing(tmp_path, straight, case, tag):
     break_it, mend_it, words = CASES[case]
     with small_disk(tmp_path / "disk", "size=8m,nr_inodes=60") as disk:

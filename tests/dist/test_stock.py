@@ -5,6 +5,7 @@ import jobs
 import pytest
 import torch
 from ranks import run_ranks
+from samples import sampled
 
 
 def stock(kind, stages, steps, gas, folder=None, save=False, **extra):
@@ -50,8 +51,10 @@ def merged(results):
     return {name: tensor for result in results for name, tensor in result["state"].items()}
 
 
-@pytest.mark.parametrize("stages", [2, 3, 4])
-@pytest.mark.parametrize("gas", [1, 4])
+@pytest.mark.parametrize(
+    ("gas", "stages"),
+    sampled([(1, 3), (4, 2), (4, 4)], [(gas, stages) for gas in (1, 4) for stages in (2, 3, 4)]),
+)
 def test_backprop_equals_the_stock_pipeline(stages, gas):
     # clipping off: the stock engine clips fp32 gradients of all stages by stage 0's norm
     theirs = run_ranks(stock, stages, "pipeline", stages, 8, gas, gradient_clipping=0.0)

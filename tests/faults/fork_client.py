@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ from ds_local.cluster.surroundings import free_port
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+SHARED = "DS_LOCAL_FORK_SERVER"  # the address of one that serves several processes
+START_SECONDS = 120
 _ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
     "MPLBACKEND": "Agg",
@@ -236,20 +240,35 @@ class Launched:
         return left
 
 
+class ServerProcess:
+    """The process of a fork server, for whoever knows its address."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="ds_local-fork-server-")
+        self.address = str(Path(self._folder.name) / "socket")
+        with (Path(self._folder.name) / "log.txt").open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HERE / "fork_server.py"), self.address], env=environment(), cwd=ROOT,
+                stdin=subprocess.PIPE, stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        self._process.communicate(timeout=30)
+        self._folder.cleanup()
+
+
 class Server:
-    """The fork server, as long as the `with` block lasts."""
+    """A fork server, as long as the `with` block lasts: the one whose address the environment holds,
+    else one of its own."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
         self._count = 0
         work.mkdir(parents=True, exist_ok=True)
-        self._log = (work / "server.txt").open("a")
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "fork_server.py")], env=environment(), cwd=ROOT, text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self._log,
-        )  # fmt: skip
+        self._own = None if SHARED in os.environ else ServerProcess()
+        self._address = self._own.address if self._own else os.environ[SHARED]
+        self._connection: socket.socket | None = None
         self._runs: list[Run] = []
-        self._ready = False
 
     def __enter__(self) -> Server:
         return self
@@ -257,8 +276,10 @@ class Server:
     def __exit__(self, *_: object) -> None:
         for run in self._runs:
             run.close()
-        self._process.communicate(timeout=30)
-        self._log.close()
+        if self._connection:
+            self._connection.close()
+        if self._own:
+            self._own.close()
 
     def start(
         self, script: str, argv: Sequence[str], ranks: int = 1, env: Mapping[str, str] | None = None,
@@ -273,7 +294,8 @@ class Server:
             unloads: a rank that has done its work takes apart what was imported, as Python does;
                 without, it ends 0.4 s of a core earlier.
         """
-        self._wait_until_ready()
+        if self._connection is None:
+            self._connection = self._connect()
         self._count += 1
         folder = self.work / f"job-{self._count:05d}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -283,9 +305,7 @@ class Server:
             "folder": str(folder), "script": script, "argv": list(argv), "ranks": ranks, "env": together | dict(env or {}), "cwd": str(cwd),
             "hooks": {str(rank): list(calls) for rank, calls in (hooks or {}).items()}, "unloads": unloads,
         }  # fmt: skip
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
+        self._connection.sendall(json.dumps(job).encode() + b"\n")
         run = Run(folder, ranks)
         self._runs.append(run)
         return run
@@ -299,9 +319,10 @@ class Server:
         run.wait(5)
         return run
 
-    def _wait_until_ready(self) -> None:
-        if not self._ready:
-            assert self._process.stdout is not None
-            if self._process.stdout.readline() != "ready\n":
-                raise RuntimeError(f"the fork server did not start, see {self._log.name}")
-            self._ready = True
+    def _connect(self) -> socket.socket:
+        """As soon as it has imported all."""
+        connection = socket.socket(socket.AF_UNIX)
+        if wait_for(lambda: connection.connect_ex(self._address) == 0, START_SECONDS, 0.05):
+            return connection
+        log = Path(self._address).with_name("log.txt")
+        raise RuntimeError(f"the fork server did not start: {log.read_text()}")

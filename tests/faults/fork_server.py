@@ -1,10 +1,10 @@
 """A process that has imported everything and forks ranks of real runs: a start costs a fraction of
 a second.
 
-    python tests/faults/fork_server.py        (started by `fork_client.Server`, which speaks to it)
+    python tests/faults/fork_server.py SOCKET        (see `fork_client`, which speaks to it)
 
-A job is a line of JSON on standard input: {"folder", "script", "argv", "ranks", "env", "cwd",
-"hooks", "unloads"}.
+It lives as long as its standard input is open, the jobs of a connection as long as that is. A job is
+a line of JSON: {"folder", "script", "argv", "ranks", "env", "cwd", "hooks", "unloads"}.
 For each job a process is forked that stands for the launcher; it forks the ranks and notes their
 ends:
 
@@ -27,7 +27,9 @@ import json
 import os
 import pkgutil
 import runpy
+import selectors
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -79,15 +81,49 @@ def main() -> None:
     gc.freeze()  # forked processes share these pages as long as nobody writes to them
     gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # launchers leave no zombies
-    launchers = []
-    print("ready", flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            return launch(job)
-        launchers.append(pid)
-    for pid in launchers:  # whoever asked for them is gone
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(sys.argv[1])
+    listener.listen()
+    launchers: dict[Any, list[int]] = {}  # of each connection
+    waiting = selectors.DefaultSelector()
+    for source in (listener, sys.stdin):
+        waiting.register(source, selectors.EVENT_READ)
+    while True:
+        for source in [key.fileobj for key, _ in waiting.select()]:
+            if source is listener:
+                connection = listener.accept()[0]
+                launchers[connection] = []
+                waiting.register(connection, selectors.EVENT_READ)
+            elif source is sys.stdin:  # nobody writes to it: it is closed
+                end_all([pid for pids in launchers.values() for pid in pids])
+                return
+            elif not (line := read_line(source)):  # whoever asked for them is gone
+                waiting.unregister(source)
+                end_all(launchers.pop(source))
+                source.close()
+            else:
+                pid = os.fork()
+                if pid == 0:
+                    for one in (waiting, listener, *launchers):
+                        one.close()
+                    launch(json.loads(line))
+                    return
+                launchers[source].append(pid)
+
+
+def read_line(connection: socket.socket) -> bytes:
+    """Empty: the other side has closed it."""
+    line = b""
+    while not line.endswith(b"\n"):
+        part = connection.recv(1 << 16)
+        if not part:
+            return b""
+        line += part
+    return line
+
+
+def end_all(launchers: list[int]) -> None:
+    for pid in launchers:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
 
