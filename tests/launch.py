@@ -126,7 +126,7 @@ def fork_server() -> Server:
     """The fork server of this test session, started at the first call."""
     if not _servers:
         folder = tempfile.TemporaryDirectory(prefix="ds_local-processes-")
-        _servers.append((Server(Path(folder.name)), folder))
+        _servers.append((Server(Path(folder.name), unloads=False), folder))
     return _servers[0][0]
 
 

@@ -5,6 +5,7 @@ import jobs
 import pytest
 import torch
 from ranks import run_ranks
+from samples import sampled
 
 from ds_local.checkpoints.hf_export import export
 from ds_local.errors import ExportError
@@ -42,8 +43,9 @@ def merged(results, key):
     return {name: tensor for result in results for name, tensor in result[key].items()}
 
 
-@pytest.mark.parametrize("how", [{}, {"bf16": {"enabled": True}}], ids=["fp32", "bf16"])
-def test_the_average_is_that_of_the_weights_of_every_step_and_goes_on(how, tmp_path):
+@pytest.mark.parametrize("precision", sampled(["fp32"], ["fp32", "bf16"]))
+def test_the_average_is_that_of_the_weights_of_every_step_and_goes_on(precision, tmp_path):
+    how = {"bf16": {"enabled": True}} if precision == "bf16" else {}
     two = run_ranks(average, 2, {"mode": "local"}, 2, str(tmp_path), **how)
     assert all(result["back"] for result in two)
     kept, expected = merged(two, "kept"), merged(two, "expected")

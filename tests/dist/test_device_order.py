@@ -170,13 +170,18 @@ ALONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # parts of those, b
 }
 
 
+SELDOM = ["overlapping", "recomputed layers", "int4", "frequent part of the vocabulary"]
+
+
 def steps_of(result: dict[str, Any]) -> list[list[Any]]:
     """But for masks that are kept."""
     first, *others = result["steps"]
     return [[fault for fault in first if fault != ("wait", FIRST)], *others]
 
 
-@pytest.mark.parametrize("row", sampled([*ROWS], [*ROWS, *ALONE]))
+@pytest.mark.parametrize(
+    "row", sampled([row for row in ROWS if row not in SELDOM], [*ROWS, *ALONE])
+)
 def test_a_step_waits_once_and_all_is_in_order(row, tmp_path):
     section, how = (ROWS | ALONE)[row]
 

@@ -37,8 +37,8 @@ LEARN = [  # any two of the three together
     for p, precision in enumerate(PRECISIONS)
     for s, section in enumerate(SECTIONS)
 ]
-# every precision, section and number of replicas, over few runs in fp32; ZeRO shares out among two
-LEARN_SAMPLE = [LEARN[1], LEARN[5], LEARN[7], LEARN[9]]
+# every section and number of replicas, over few runs in fp32; ZeRO shares out among two
+LEARN_SAMPLE = [LEARN[5], LEARN[7], LEARN[9]]
 
 
 @pytest.mark.parametrize(("precision", "section", "replicas"), sampled(LEARN_SAMPLE, LEARN))

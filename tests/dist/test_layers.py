@@ -237,8 +237,8 @@ def test_what_cannot_travel_is_named_in_a_later_message_too():
 KINDS = [*nets.ALONE, nets.TOGETHER]
 
 
-@pytest.mark.parametrize(  # every mode, and every kind on any number of ranks
-    "section", sampled([ROWS[n] for n in (0, 3, 5, 6, 8, 10, 11, 13)], ROWS), ids=str
+@pytest.mark.parametrize(  # every kind on any number of ranks
+    "section", sampled([ROWS[n] for n in (0, 3, 5, 8, 10, 13)], ROWS), ids=str
 )
 def test_weights_are_those_of_one_process_autograd(section):
     """All kinds together and two of those alone, each on one rank, two or four in turn: what a

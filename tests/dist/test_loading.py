@@ -551,7 +551,12 @@ REPLICAS = {
 }
 
 
-@pytest.mark.parametrize("case", REPLICAS)
+@pytest.mark.parametrize(  # from and to every kind of replicas
+    "case",
+    sampled(
+        ["another rule for moments", "another partition", "gradients", "no outer step"], [*REPLICAS]
+    ),
+)
 def test_what_replicas_have_of_their_own_is_never_left_out_in_silence(tmp_path, case):
     saved_with, loaded_with, left_out = REPLICAS[case]
     # in the middle of a round

@@ -63,7 +63,7 @@ SECTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", sampled(["fp32 ZeRO-1", "bf16 ZeRO-1"], [*KINDS]))
+@pytest.mark.parametrize("kind", sampled(["bf16 ZeRO-1"], [*KINDS]))
 def test_every_precision_and_zero_stage_moves(tmp_path, kind):
     """From asynchronous saves, which are so held against a run that neither saves nor moves."""
     two, four = Layout(2, per_stage=2, kind=kind), Layout(4, kind=kind)
@@ -72,9 +72,7 @@ def test_every_precision_and_zero_stage_moves(tmp_path, kind):
     assert differing(joined(results[0]), joined(results[1], "loaded")) == []
 
 
-@pytest.mark.parametrize(
-    "section", sampled(["mix", "rates by segment", "cheap heads", "ahead"], [*SECTIONS])
-)
+@pytest.mark.parametrize("section", sampled(["mix", "cheap heads", "ahead"], [*SECTIONS]))
 def test_every_scheme_moves(tmp_path, section):
     steps = 7 if section == "copies" else 2
     layouts, counts = [Layout(2, per_stage=2), Layout(4)], {"token_counts": list(range(64))}

@@ -120,7 +120,7 @@ def test_row_equals_one_process_autograd(row, stages):
     check_row(row, stages)
 
 
-@pytest.mark.parametrize("row", DEEP_ROWS, ids=name_of)
+@pytest.mark.parametrize("row", sampled(DEEP_ROWS[1::2], DEEP_ROWS), ids=name_of)
 def test_wide_row_equals_one_process_autograd(row):
     check_row(row, 4)
 
@@ -253,7 +253,7 @@ def test_dropout_gives_the_same_bits_on_1_and_4_ranks():
     assert without[0]["reports"] != runs[0][0]["reports"]
 
 
-@pytest.mark.parametrize("seed", sampled(range(5), range(30)))
+@pytest.mark.parametrize("seed", sampled(range(4), range(30)))
 def test_random_rows_run_on_real_ranks_as_on_one(seed):
     """Modes, windows, mixes, stages, segments per stage and link depths at random: no hang, and the
     bits of one rank."""

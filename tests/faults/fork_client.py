@@ -259,10 +259,15 @@ class ServerProcess:
 
 class Server:
     """A fork server, as long as the `with` block lasts: the one whose address the environment holds,
-    else one of its own."""
+    else one of its own.
 
-    def __init__(self, work: Path) -> None:
-        self.work = work
+    Args:
+        unloads: a rank that has done its work takes apart what was imported, as Python does; without,
+            it ends 0.4 s of a core earlier.
+    """
+
+    def __init__(self, work: Path, unloads: bool = True) -> None:
+        self.work, self.unloads = work, unloads
         self._count = 0
         work.mkdir(parents=True, exist_ok=True)
         self._own = None if SHARED in os.environ else ServerProcess()
@@ -284,15 +289,14 @@ class Server:
     def start(
         self, script: str, argv: Sequence[str], ranks: int = 1, env: Mapping[str, str] | None = None,
         hooks: Mapping[int, Sequence[tuple[str, Mapping[str, Any]]]] | None = None, cwd: Path = ROOT,
-        unloads: bool = True,
+        unloads: bool | None = None,
     ) -> Run:  # fmt: skip
         """Start scripts/`script`, or a script with an absolute path, on so many ranks.
 
         Args:
             cwd: their working directory.
             hooks: rank -> functions of hooks.py and their arguments, called before the script.
-            unloads: a rank that has done its work takes apart what was imported, as Python does;
-                without, it ends 0.4 s of a core earlier.
+            unloads: otherwise than the server's own.
         """
         if self._connection is None:
             self._connection = self._connect()
@@ -303,7 +307,8 @@ class Server:
         together = {"MASTER_PORT": str(free_port())} if ranks > 1 else {}
         job = {
             "folder": str(folder), "script": script, "argv": list(argv), "ranks": ranks, "env": together | dict(env or {}), "cwd": str(cwd),
-            "hooks": {str(rank): list(calls) for rank, calls in (hooks or {}).items()}, "unloads": unloads,
+            "hooks": {str(rank): list(calls) for rank, calls in (hooks or {}).items()},
+            "unloads": self.unloads if unloads is None else unloads,
         }  # fmt: skip
         self._connection.sendall(json.dumps(job).encode() + b"\n")
         run = Run(folder, ranks)

@@ -6,6 +6,7 @@ import os
 
 import pytest
 from launch import fork_server
+from samples import sampled
 from workbench import Bench
 
 SAMPLES = [
@@ -32,8 +33,14 @@ def bench(tmp_path_factory):
     return Bench(fork_server(), tmp_path_factory.mktemp("faults"))
 
 
+# what tests/dist plays too, on ranks that are warm
+COVERED = [SAMPLES[1], SAMPLES[4]]
+
+
 @pytest.mark.parametrize(
-    ("campaign", "case"), SAMPLES, ids=lambda x: x if isinstance(x, str) else json.dumps(x)[:60]
+    ("campaign", "case"),
+    sampled([case for case in SAMPLES if case not in COVERED], SAMPLES),
+    ids=lambda x: x if isinstance(x, str) else json.dumps(x)[:60],
 )
 def test_sample(bench, campaign, case):
     if campaign == "fill" and os.geteuid():

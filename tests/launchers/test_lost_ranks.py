@@ -101,7 +101,10 @@ def test_a_stop_request_ends_replicas_at_the_same_step(tmp_path):
 
 @pytest.mark.parametrize(
     ("mode", "segment", "allowed", "step"),
-    [("local", 1, {"skip": 3}, 8), ("backprop", 2, {"skip": 3}, 8), ("backprop", 2, "stop", 6)],
+    sampled(
+        [("local", 1, {"skip": 3}, 8), ("backprop", 2, "stop", 6)],
+        [("local", 1, {"skip": 3}, 8), ("backprop", 2, {"skip": 3}, 8), ("backprop", 2, "stop", 6)],
+    ),
 )
 def test_too_many_in_a_row_end_every_stage_with_the_name_of_the_first(
     tmp_path, mode, segment, allowed, step
