@@ -27,7 +27,7 @@ SECTIONS = {"local": {"mode": "local"}, "mixed": MIX, "overlapping": {"mode": "o
 
 
 @cache
-def reports_of(name, replicas, precision=None, steps=20):
+def reports_of(name, replicas, precision=None, steps=12):
     settings = PRECISIONS[precision] if precision else {}
     return run_ranks(jobs.train, 2 * replicas, SECTIONS[name], 2, steps, **settings)[0]["reports"]
 
@@ -53,7 +53,8 @@ def test_every_stage_learns_in_every_precision(precision, section, replicas):
 @pytest.mark.parametrize(
     ("precision", "replicas"),
     sampled(
-        [*zip(PRECISIONS, (2, 1, 2, 1), strict=True)], [(p, n) for p in PRECISIONS for n in (1, 2)]
+        [("fp32 ZeRO-1", 2), ("bf16 ZeRO-1, fp32 sums", 1)],
+        [(p, n) for p in PRECISIONS for n in (1, 2)],
     ),
 )
 def test_a_split_backward_changes_no_bit(precision, replicas):
@@ -133,12 +134,8 @@ ON_THE_PATH = {"local": {"mode": "local"}, "mixed": MIX, "interlocking": {"mode"
 
 @pytest.mark.parametrize(
     ("section", "precision"),
-    sampled(  # what a section sends hangs not on the precision: each precision with one
-        [
-            ("local", None),
-            ("mixed", None),
-            *zip(["interlocking", *ON_THE_PATH], PRECISIONS, strict=True),
-        ],
+    sampled(  # what a section sends hangs not on the precision
+        [("local", None), ("mixed", "bf16 ZeRO-0"), ("interlocking", "bf16 ZeRO-1")],
         [(section, precision) for section in ON_THE_PATH for precision in (None, *PRECISIONS)],
     ),
 )

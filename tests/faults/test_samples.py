@@ -33,8 +33,8 @@ def bench(tmp_path_factory):
     return Bench(fork_server(), tmp_path_factory.mktemp("faults"))
 
 
-# what tests/dist plays too, on ranks that are warm
-COVERED = [SAMPLES[1], SAMPLES[4]]
+# what tests/dist and tests/launchers play too
+COVERED = [SAMPLES[1], SAMPLES[4], SAMPLES[10]]
 
 
 @pytest.mark.parametrize(

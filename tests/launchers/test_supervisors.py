@@ -60,6 +60,7 @@ def workers(pid):
     return found
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_killed_unit_again(folder, tmp_path):
     """The lower unit is halted meanwhile, so the upper one is killed in the middle of the run."""
     run = tmp_path / "run"

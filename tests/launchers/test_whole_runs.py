@@ -202,6 +202,7 @@ def test_heads_count_the_tokens_of_the_runs_data(tmp_path):
 # --- another layout, asynchronous saves -----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_moves_and_saves_beside_training_ends_as_one_that_does_neither(tmp_path):
     """2 stages, then 4, then 1: `--resume` is all that it takes."""
     inputs = write_inputs(tmp_path, local_parallel={"mode": "local"})
