@@ -56,8 +56,8 @@ LAYOUTS = [(1, 1), (2, 1), (4, 1), (2, 2)]  # stages, replicas
 
 @pytest.mark.parametrize(
     ("section", "layout"),
-    sampled(  # every layout, and every section on several ranks and in one more
-        [*zip(["local", "mixed", "phases", "local"], LAYOUTS, strict=True), ("mixed", (2, 2))],
+    sampled(  # every layout, and every section on several ranks
+        [*zip(["local", "mixed", "phases", "local"], LAYOUTS, strict=True)],
         [(section, layout) for section in RESUMED for layout in LAYOUTS],
     ),
     ids=str,
@@ -91,9 +91,7 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    "precision", sampled(["bf16 ZeRO-0", "bf16 ZeRO-1 fp32 sums"], [*PRECISIONS])
-)
+@pytest.mark.parametrize("precision", sampled(["bf16 ZeRO-1 fp32 sums"], [*PRECISIONS]))
 def test_resume_in_every_precision(tmp_path, precision):
     settings = PRECISIONS[precision]
     straight = run_ranks(train_and_save, 4, LOCAL, 2, str(tmp_path), 3, 3, **settings)
@@ -291,16 +289,16 @@ def save_and_die(folder, point):
     return "saved"
 
 
+BEFORE_FACTS = ["before checksums", "before ds_local.json"]
+AT_LATEST = ["before latest", "after latest"]
+
+
 @pytest.mark.parametrize(
     "point",
-    [
-        *(f"file {n}" for n in range(1, 8)),
-        "before checksums",
-        "before ds_local.json",
-        "after ds_local.json",
-        "before latest",
-        "after latest",
-    ],
+    sampled(
+        ["file 1", "file 6", "before checksums", "after ds_local.json", *AT_LATEST],
+        [*(f"file {n}" for n in range(1, 8)), *BEFORE_FACTS, "after ds_local.json", *AT_LATEST],
+    ),
 )
 def test_a_run_killed_while_saving_leaves_a_whole_checkpoint(tmp_path, point):
     assert run_ranks(save_and_die, 1, str(tmp_path), point)[0] == "killed"

@@ -170,7 +170,7 @@ ALONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # parts of those, b
 }
 
 
-SELDOM = ["overlapping", "recomputed layers", "int4", "frequent part of the vocabulary"]
+SELDOM = ["overlapping", "recomputed layers", "int4", "topk", "frequent part of the vocabulary"]
 
 
 def steps_of(result: dict[str, Any]) -> list[list[Any]]:
