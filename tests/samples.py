@@ -1,4 +1,4 @@
-"""Which cases of a matrix are in every run of the tests."""
+"""Which cases of a matrix are in every run of the tests: those that stand for the others."""
 
 from __future__ import annotations
 
