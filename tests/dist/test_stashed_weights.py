@@ -82,7 +82,7 @@ def reference_run(parts, gas, steps, tables, leads, replicas=1):
 
 @pytest.mark.parametrize(
     ("stages", "gas"),
-    sampled(  # every M with two of the depths: fewer and more micro-batches than stages ahead
+    sampled(  # every M: fewer and more micro-batches than stages ahead
         [(4, 1), (2, 2), (3, 4), (2, 8)],
         [(stages, gas) for stages in (2, 3, 4) for gas in (1, 2, 4, 8)],
     ),
