@@ -27,7 +27,7 @@ SECTIONS = {"local": {"mode": "local"}, "mixed": MIX, "overlapping": {"mode": "o
 
 
 @cache
-def reports_of(name, replicas, precision=None, steps=12):
+def reports_of(name, replicas, precision=None, steps=20):
     settings = PRECISIONS[precision] if precision else {}
     return run_ranks(jobs.train, 2 * replicas, SECTIONS[name], 2, steps, **settings)[0]["reports"]
 
@@ -37,8 +37,7 @@ LEARN = [  # any two of the three together
     for p, precision in enumerate(PRECISIONS)
     for s, section in enumerate(SECTIONS)
 ]
-# every section and number of replicas, over few runs in fp32; ZeRO shares out among two
-LEARN_SAMPLE = [LEARN[5], LEARN[7], LEARN[9]]
+LEARN_SAMPLE = [LEARN[5], LEARN[7]]  # one replica and two, over few runs in fp32
 
 
 @pytest.mark.parametrize(("precision", "section", "replicas"), sampled(LEARN_SAMPLE, LEARN))
