@@ -7,6 +7,17 @@ from typing import Any
 
 from reference import EPSILON, MODELS, batch
 
+PRECISIONS: dict[str, dict[str, Any]] = {  # with an optimizer of DeepSpeed
+    "fp32 ZeRO-1": {"zero_optimization": {"stage": 1}},
+    "bf16 ZeRO-0": {"bf16": {"enabled": True}},
+    "bf16 ZeRO-1": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}},
+    "bf16 ZeRO-1, fp32 sums": {
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 1},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    },
+}
+
 
 def ds_config(section: dict[str, Any], gas: int = 4, **extra: Any) -> dict[str, Any]:
     return {

@@ -106,18 +106,19 @@ class Pricing:
 
     def unit(self, heads: str, segments: int) -> UnitCosts:
         """Seconds of one sequence."""
-        model, head = self.model, self._heads[heads]
         key = heads, segments
+        if key not in self._units:
+            self._units[key] = self._unit(self._heads[heads], segments)
+        return self._units[key]
+
+    def _unit(self, head: HeadConfig, segments: int) -> UnitCosts:
+        model = self.model
         if model.costs is not None:
             known = model.costs._replace(heads=model.costs.heads[:1] * (segments - 1))
             if model.config is None:
                 return known
-            if key not in self._units:
-                self._units[key] = with_heads(known, model.config, head, segments, model.seq_len)
-            return self._units[key]
-        if key not in self._units:
-            self._units[key] = unit_flops(model.config, head, segments, model.seq_len)
-        flops = self._units[key]
+            return with_heads(known, model.config, head, segments, model.seq_len)
+        flops = unit_flops(model.config, head, segments, model.seq_len)
         second = self.cluster.tflops * 1e12 / model.seq_len
         return UnitCosts(
             flops.block / second, flops.readout / second, [head / second for head in flops.heads]

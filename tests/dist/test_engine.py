@@ -7,19 +7,10 @@ from functools import cache
 import jobs
 import pytest
 import torch
+from jobs import PRECISIONS
 from ranks import RankError, run_ranks
 from samples import sampled
 
-PRECISIONS = {
-    "fp32 ZeRO-1": {"zero_optimization": {"stage": 1}},
-    "bf16 ZeRO-0": {"bf16": {"enabled": True}},
-    "bf16 ZeRO-1": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}},
-    "bf16 ZeRO-1, fp32 sums": {
-        "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 1},
-        "data_types": {"grad_accum_dtype": "fp32"},
-    },
-}
 MIX = {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}]}
 
 

@@ -6,10 +6,10 @@ from functools import cache
 import jobs
 import pytest
 import torch
+from jobs import PRECISIONS
 from ranks import run_ranks
 from reference import Reference, batch, table_of
 from samples import sampled
-from test_engine import PRECISIONS
 from test_rows import compare
 
 AHEAD = {"mode": "backprop", "run_ahead": "auto"}

@@ -252,6 +252,10 @@ class ServerProcess:
                 stdin=subprocess.PIPE, stdout=log, stderr=log,
             )  # fmt: skip
 
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
     def close(self) -> None:
         self._process.communicate(timeout=30)
         self._folder.cleanup()
@@ -327,7 +331,13 @@ class Server:
     def _connect(self) -> socket.socket:
         """As soon as it has imported all."""
         connection = socket.socket(socket.AF_UNIX)
-        if wait_for(lambda: connection.connect_ex(self._address) == 0, START_SECONDS, 0.05):
+
+        def attempt() -> socket.socket | bool:
+            if connection.connect_ex(self._address) == 0:
+                return connection
+            return self._own is not None and self._own.has_ended
+
+        if wait_for(attempt, START_SECONDS, 0.05) is connection:
             return connection
         log = Path(self._address).with_name("log.txt")
         raise RuntimeError(f"the fork server did not start: {log.read_text()}")
