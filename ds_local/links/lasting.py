@@ -63,6 +63,7 @@ class LastingSender(LineEnd):
         self._untaken: set[Place] = set()
         self._forms: dict[tuple[Any, ...], Form] = {}
         self._after: Place | None = None  # the peer has everything up to here
+        self._identity = secrets.token_hex(8)  # tells this process from one that takes its place
         threading.Thread(target=self._feed, daemon=True, name=f"to {line.peer}").start()
 
     # --- the main thread --------------------------------------------------------------------------
@@ -162,13 +163,11 @@ class LastingSender(LineEnd):
     # --- the thread that feeds --------------------------------------------------------------------
 
     def _feed(self) -> None:
-        known: str | None = None
-        while not self._closed:
+        while not self._closed and not self._refused:
             text = self._card()
-            connection = None if text is None or text == known else self._connect(text)
+            connection = None if text is None else self._connect(text)
             if connection is None:
                 # an address that has failed may work again: the way there was cut
-                known = None
                 time.sleep(_TICK_SECONDS)
                 continue
             try:
@@ -213,8 +212,8 @@ class LastingSender(LineEnd):
         """Find out what the receiver has and wants, and tell it where the stream begins."""
         line = self.line
         connection.settimeout(_LOOK_SECONDS)
-        secret = json.loads(text)["secret"]
-        send_frame(connection, {"secret": secret, "link": line.name, "facts": line.facts})
+        hello = {"secret": json.loads(text)["secret"], "link": line.name, "facts": line.facts}
+        send_frame(connection, hello | {"sender": self._identity})
         said = self._patiently(connection, text)
         if "refused" in said:
             with self._changed:
@@ -317,6 +316,8 @@ class LastingReceiver(LineEnd):
         self._come: dict[Place, tuple[Tag, Form, Tensor]] = {}  # and has not been taken
         self._void: Place | None = None  # nothing up to here will come that has not
         self._stop_asked = False
+        self._sender = ""  # the newest to have come
+        self._former: set[str] = set()  # whose place another has taken
         self._forms: dict[str, Form] = {}
         self._secret = secrets.token_hex(16)
         self._listener = socket.create_server((host, 0))
@@ -452,14 +453,19 @@ class LastingReceiver(LineEnd):
             connection.close()
             return False
         if hello["link"] != self.name or hello["facts"] != self.line.facts:
-            refused = (
+            self._refused = (
                 f"{self.line.peer} and this part of the pipeline were not started with the same "
                 "model, data and configuration; start both with the same"
             )
-            send_frame(connection, {"refused": refused})
+            send_frame(connection, {"refused": self._refused})
             with self._changed:
-                self._refused = refused
                 self._changed.notify_all()
+            connection.close()
+            return False
+        sender = str(hello["sender"])
+        if not self._is_newest(sender):
+            refused = f"another process has taken the place of {self.line.peer}; end this one"
+            send_frame(connection, {"refused": refused})
             connection.close()
             return False
         with self._changed:
@@ -472,6 +478,8 @@ class LastingReceiver(LineEnd):
         connection.settimeout(None)  # it may have to agree with its own neighbours first
         first = int(read_frame(connection)[0]["first"])
         with self._changed:  # from here to its end both ends know the same
+            if not self._is_newest(sender):
+                raise ConnectionError("another process has taken its place")
             self._meet(first)
             self._came(connection)
             said = {"after": self._after, "waiting": list(self._come), "needed": self._needed}
@@ -479,6 +487,16 @@ class LastingReceiver(LineEnd):
             if self._stop_asked:
                 self._tell(stop=True)
         return True
+
+    def _is_newest(self, sender: str) -> bool:
+        """One that was believed dead and lives finds another in its place, and may not come back:
+        the two would drive each other out without end."""
+        with self._changed:
+            if self._sender not in ("", sender) and sender not in self._former:
+                self._former.add(self._sender)
+            if sender not in self._former:
+                self._sender = sender
+            return sender == self._sender
 
     def _meet(self, first: int) -> None:
         """The sender has all messages from this step on."""

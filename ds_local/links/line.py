@@ -167,8 +167,10 @@ class LineEnd:
     def _came(self, connection: socket.socket) -> None:
         with self._changed:
             away, self._away_since, self._known = self._away_since, None, True
-            self._connection = connection
+            former, self._connection = self._connection, connection
             self._changed.notify_all()
+        if former is not None:  # an end that still believed in it comes anew
+            self._lost(former, "replaced")
         seconds = 0.0 if away is None else time.perf_counter() - away
         LOG.info("%s: %s is there (after %.1f s)", self.name, self.line.peer, seconds)
         if self._missed:

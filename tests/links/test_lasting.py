@@ -251,6 +251,29 @@ def test_a_sender_that_hangs_is_left_for_the_one_that_took_its_place(ends):
     second = Sending(ends(LastingSender), 0, 1, version=1)
     assert take(receiver, tags(0, 1)[1:]) == [1, 1]
     second.ended()
+    with pytest.raises(TransportError, match=r"taken the place of unit 0 .*; end this one"):
+        hanging.drain()
+
+
+def test_of_two_senders_that_greet_at_once_one_stays(ends):
+    """The one that came first answers last, when the other has its place already."""
+    receiver = ends(LastingReceiver)
+    card, address = address_of(receiver)
+    begins = threading.Thread(target=receiver.begin_at, args=(0,), daemon=True)
+    begins.start()
+    former, newest = (socket.create_connection(address) for _ in range(2))
+    with former, newest:
+        for number, connection in enumerate([former, newest]):
+            send_frame(connection, hello_of(card, receiver, str(number)))
+            assert read_frame(connection)[0] == {"wants": 0}
+        for connection in [newest, former]:
+            send_frame(connection, {"first": 0})
+        with pytest.raises(ConnectionError):
+            read_frame(former)
+        assert read_frame(newest)[0]["needed"] == 0
+        receiver.done_before(1)
+        assert read_frame(newest)[0] == {"needed": 1}
+    begins.join(LONG)
 
 
 def test_a_sender_that_comes_back_too_late_ends_the_receiver_with_a_sentence(ends):
@@ -321,6 +344,11 @@ def address_of(receiver):
     return card, (card["host"], card["port"])
 
 
+def hello_of(card, receiver, sender):
+    facts = {"link": receiver.name, "facts": receiver.line.facts}
+    return {"secret": card["secret"], **facts, "sender": sender}
+
+
 DEEP = 1 << 17  # brackets, more than any parser follows
 
 
@@ -364,9 +392,8 @@ def test_a_sender_without_the_secret_hears_nothing(ends):
 def test_one_that_greets_and_goes_silent_keeps_nobody_out(ends):
     receiver = ends(LastingReceiver)
     card, address = address_of(receiver)
-    hello = {"secret": card["secret"], "link": receiver.name, "facts": "facts"}
     with socket.create_connection(address) as silent:
-        send_frame(silent, hello)
+        send_frame(silent, hello_of(card, receiver, "silent"))
         sending = Sending(ends(LastingSender), 0, 1)
         receiver.begin_at(0)
         take(receiver, tags(0, 1))
