@@ -618,13 +618,16 @@ class LocalPipelineEngine(UnitSteps):
                 link.release()
 
     def destroy(self) -> None:
-        """As DeepSpeed's, once what this stage has sent is taken."""
-        if self.saves is not None:
-            self.saves.settle()
-        if self.watchdog is not None:
-            self.watchdog.stop()
-        for link in (one for one in self.connections.own if isinstance(one, Sender)):
-            link.flush()
+        """As DeepSpeed's, once what this stage has sent is taken. An engine that was refused while
+        it was made has only the first of these parts."""
+        made = vars(self)
+        if (saves := made.get("saves")) is not None:
+            saves.settle()
+        if (watchdog := made.get("watchdog")) is not None:
+            watchdog.stop()
+        if (connections := made.get("connections")) is not None:
+            for link in (one for one in connections.own if isinstance(one, Sender)):
+                link.flush()
         super().destroy()
 
     INSTRUCTIONS: ClassVar[dict[type, Any]] = {

@@ -570,6 +570,26 @@ def _two_configurations():
     ds_local.initialize(model=module, config=jobs.ds_config({"mode": "backprop"}))
 
 
+def half_made(missing):
+    from unittest import mock
+
+    from ds_local.engine.engine import LocalPipelineEngine
+    from ds_local.engine.process_group import end_processes
+
+    with mock.patch.object(LocalPipelineEngine, missing, side_effect=ValueError("no way")):
+        try:
+            jobs.build({"mode": "local"}, 1)
+        except ValueError as error:
+            end_processes()
+            return str(error)
+    return "made"
+
+
+@pytest.mark.parametrize("missing", ["_look_after_each_other", "_connect", "_make_copies"])
+def test_an_engine_whose_making_fails_ends_with_that_failure_alone(missing):
+    assert run_ranks(half_made, 1, missing) == ["no way"]
+
+
 def own_loss(section):
     engine = jobs.build(section, 2)
     loss = engine.train_batch(jobs.batches(engine))
