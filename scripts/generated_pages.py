@@ -21,9 +21,9 @@ from ds_local.checkpoints.run_fields import METRICS, RUN, SPLITS
 from ds_local.cluster import learning
 from ds_local.cluster.row_samples import delay_of
 from ds_local.config import strict_json
-from ds_local.config.catalog import SCHEMES, Section, section_of
+from ds_local.config.catalog import BACKPROP, SCHEMES, Section, section_of
 from ds_local.outputs import write_file
-from ds_local.study.methods import COSINE, METHODS
+from ds_local.study.methods import METHODS
 from ds_local.study.recipes import PRESETS
 from ds_local.study.results import time_for_the_loss
 
@@ -118,26 +118,30 @@ def schemes() -> str:
 
 
 def measured_learning() -> str:
-    """Rows of the study of their preset's own length, without tails."""
+    """Rows of the study of their preset's own length, where depth pays."""
     names = {id(scheme.section): name for name, scheme in SCHEMES.items()}
     rows = []
     for row in json.loads((DOCS / "quality.json").read_text()):
         method = METHODS[row["method"]]
-        ends_otherwise = method.tail or method.dropped_by or method.schedule != COSINE
-        if row["step_factor"] != 1.0 or ends_otherwise:
+        otherwise = method.renew or method.dropped_by or (method.tail and method.end != BACKPROP)
+        if row["step_factor"] != 1.0 or not row["depth_pays"] or otherwise:
             continue
+        # one that ended below backpropagation needs as many at the most
+        as_good = 1.0 if row["gap_nats"] <= 0 else None
         measured = learning.Measured(
             names[id(method.scheme)],
             dict(method.head),
             row["segments"],
             _ratio(row["preset"]),
             row["seeds"],
-            row["tokens_to_equal_loss"],
+            row["tokens_to_equal_loss"] or as_good,
+            tail=method.tail,
         )
         rows.append(measured)
     rows += measured_ahead()
+    optional = learning.Measured._field_defaults
     said = (
-        {key: value for key, value in row._asdict().items() if key != "delay" or value}
+        {key: value for key, value in row._asdict().items() if value != optional.get(key, ())}
         for row in rows
     )
     return "[\n " + ",\n ".join(map(strict_json.dumps, said)) + "\n]\n"

@@ -21,6 +21,7 @@ from ds_local.cluster.candidates import (
     DEFAULT_ROWS,
     HEADS,
     ROWS,
+    TAILS,
     Cluster,
     Model,
     Price,
@@ -66,8 +67,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--heads", nargs="+", choices=HEADS, default=list(HEADS), help="auxiliary heads to consider"
     )
-    text = "schemes to consider; default all but those that run ahead: older gradients teach less"
-    add("--rows", nargs="+", metavar="SCHEME", choices=ROWS, default=DEFAULT_ROWS, help=text)
+    text = (
+        "schemes to consider; default all but those that run ahead (older gradients teach less) "
+        "and, with --write and no --tokens, those with a tail (its first step is not known)"
+    )
+    add("--rows", nargs="+", metavar="SCHEME", choices=[*ROWS, *TAILS], help=text)
     add("--fp32", action="store_true", help="instead of bf16 with fp32 master weights")
     add(
         "--profile",
@@ -94,11 +98,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(arguments)
     _check(parser, args)
+    if args.rows is None:
+        tails = args.tokens is not None or not args.write
+        args.rows = [row for row in DEFAULT_ROWS if tails or row not in TAILS]
     return args
 
 
 def _check(parser: Parser, args: argparse.Namespace) -> None:
-    """Ends with a sentence about an option that would do nothing."""
+    """Ends with a sentence about an option that would do nothing, or lacks another."""
+    tails = [row for row in args.rows or () if row in TAILS]
+    if args.write and tails and args.tokens is None:
+        parser.error(
+            f"{tails[0]!r} changes the scheme late in the run, and --write cannot say at which "
+            "step; give --tokens, or leave that row out"
+        )
     if args.scaling:
         why = "is for the best layout, which --scaling does not look for; leave one of the two out"
         parser.refuse(args, ["--write", "--tokens", "--tokens-only", "--best"], why)
@@ -173,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
             "step"
         )
     if args.write and found.best:
-        write_job(found.best[0], cluster, args)
+        write_job(found.best[0], cluster, args, model.config.vocab_size)
     elif args.write:
         print(f"no layout fits, so {args.write} is not written", file=sys.stderr)
     return 0 if found.best else 1
@@ -208,10 +221,10 @@ def show_scaling(model: Model, cluster: Cluster, sequences: int, args: argparse.
     return 0 if any(cell.price for cell in cells) else 1
 
 
-def write_job(price: Price, cluster: Cluster, args: argparse.Namespace) -> None:
+def write_job(price: Price, cluster: Cluster, args: argparse.Namespace, vocab_size: int) -> None:
     """The layout as files, and the command that starts it."""
     steps = steps_for(price, args.tokens)
-    config = config_of(price.candidate, args.fp32, steps)
+    config = config_of(price.candidate, args.fp32, steps, vocab_size)
     with new_folder(args.write, "plan") as folder:
         (folder / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
         (folder / START).write_text(start_of(price, cluster, args.model, args.write, steps))

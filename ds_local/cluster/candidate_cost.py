@@ -12,7 +12,6 @@ from itertools import pairwise
 
 from ds_local.cluster.candidates import (
     GIB,
-    HEADS,
     Candidate,
     Cluster,
     Model,
@@ -34,6 +33,8 @@ class CandidateCost:
         cuts: first block of each stage, and the depth.
         unit: seconds of one sequence.
         head: of each stage but the last whose loss trains.
+        has_head: of each stage, whether it has one at any time of the run; by default those whose
+            loss trains.
     """
 
     def __init__(
@@ -44,16 +45,18 @@ class CandidateCost:
         cuts: Sequence[int],
         unit: UnitCosts,
         zero_stage: int,
-        head: HeadConfig = HEADS["full"],
+        head: HeadConfig | None = None,
+        has_head: Sequence[float] = (),
     ) -> None:
         self.candidate, self.model, self.cluster = candidate, model, cluster
-        self.zero_stage, self.head = zero_stage, head
+        self.zero_stage, self.head = zero_stage, head or HeadConfig()
         self.blocks = [b - a for a, b in pairwise(cuts)]
         scale = candidate.micro_batch
         self.pass_seconds = [scale * unit.block * count / 3 for count in self.blocks]
         self.recompute = [seconds if candidate.recompute else 0.0 for seconds in self.pass_seconds]
         self.sample = sample_of(candidate.row, candidate.stages, candidate.micro_batches)
         self.losses = self.sample.losses
+        self.has_head = has_head or self.losses
         self.edges, self.rings = streams_leaving_a_node(
             candidate.stages, candidate.replicas, candidate.place, cluster.devices_per_node
         )
@@ -103,7 +106,7 @@ class CandidateCost:
         model, candidate, head = self.model, self.candidate, self.head
         if (
             stage == candidate.stages - 1
-            or not self.losses[stage]
+            or not self.has_head[stage]
             or not candidate.heads
             or model.config is None
         ):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ds_local.cluster.learning import BACKPROPS, Learning
-from ds_local.config.catalog import SCHEMES
+from ds_local.config.catalog import SCHEMES, Section, head_of
 from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
 from ds_local.model import families
@@ -41,16 +42,39 @@ ROWS = {
         "local",
     )
 }
-HEADS = {
-    "full": HeadConfig(),
-    "shared": HeadConfig(readout="shared", temperature=True),
-    "shared, 1/4 of tokens": HeadConfig(readout="shared", token_fraction=0.25),
-    "rank 128, 1/4 of tokens": HeadConfig(rank=128, token_fraction=0.25),
+# Options of "head", "vocabulary" as a share.
+HEADS: dict[str, Section] = {
+    "full": {},
+    "shared": {"readout": "shared", "temperature": True},
+    "shared, 1/4 of tokens": {"readout": "shared", "token_fraction": 0.25},
+    "rank 128, 1/4 of tokens": {"rank": 128, "token_fraction": 0.25},
+    "1/8 of the vocabulary": {"vocabulary": 1 / 8},
 }
 
 
+class Tail(NamedTuple):
+    """A run that ends in another row than it begins with."""
+
+    row: str
+    end: str
+    share: float  # of the run's steps, those at the end
+
+
+TAILS = {
+    "chunked 2, split 2, tail 40 %": Tail("chunked 2, split 2", "backprop, split 2", 0.4),
+    "local, tail 40 %": Tail("local", "backprop, split 2", 0.4),
+}
+
 # those that run ahead must be asked for: in large steps older gradients taught next to nothing
-DEFAULT_ROWS = [row for row in ROWS if not ROWS[row].get("run_ahead")]
+DEFAULT_ROWS = [*(row for row in ROWS if not ROWS[row].get("run_ahead")), *TAILS]
+
+
+def parts_of(row: str) -> list[tuple[float, str]]:
+    """(share of a run's steps, row of `ROWS`) of its parts, in their order."""
+    if row not in TAILS:
+        return [(1.0, row)]
+    first, end, share = TAILS[row]
+    return [(1 - share, first), (share, end)]
 
 
 def split_backward_of(row: str) -> int:
@@ -58,7 +82,12 @@ def split_backward_of(row: str) -> int:
 
 
 def has_heads(row: str) -> bool:
-    return ROWS[row].get("mode") != "backprop"
+    return any(ROWS[part].get("mode") != "backprop" for _, part in parts_of(row))
+
+
+def head_config(options: Section, vocab_size: int) -> HeadConfig:
+    """One of `HEADS`, of a model with so many tokens."""
+    return HeadConfig(**head_of(options, vocab_size))
 
 
 @dataclass(frozen=True)
@@ -137,7 +166,7 @@ class Candidate:
 
     stages: int
     replicas: int
-    row: str
+    row: str  # a key of ROWS or TAILS
     heads: str  # a key of HEADS, "" where the row has none
     micro_batch: int  # sequences
     micro_batches: int  # per step
@@ -203,6 +232,33 @@ class Price:
             if seconds > 0.005 * self.step_seconds
             else "nothing much"
         )
+
+
+def over_the_run(candidate: Candidate, prices: Sequence[tuple[float, Price]]) -> Price:
+    """What a run costs of which each part has a price: means over its steps, the most of memory.
+
+    Args:
+        prices: (share of the steps, price of that part).
+    """
+    (_, first), *_ = prices
+
+    def mean(figure: Callable[[Price], float]) -> float:
+        return sum(share * figure(price) for share, price in prices)
+
+    def mean_part(name: str) -> float:
+        return mean(lambda price: price.parts[name])
+
+    seconds = mean(lambda price: price.step_seconds)
+    return replace(
+        first,
+        candidate=candidate,
+        step_seconds=seconds,
+        memory=max(price.memory for _, price in prices),
+        parts={name: mean_part(name) for name in first.parts},
+        bytes_per_edge=mean(lambda price: price.bytes_per_edge),
+        bytes_reduced=mean(lambda price: price.bytes_reduced),
+        idle_share=mean(lambda price: price.idle_share * price.step_seconds) / seconds,
+    )
 
 
 def measured_model(model: Model, profile: str | Path, seq_len: int | None = None) -> Model:

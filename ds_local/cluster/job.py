@@ -6,25 +6,33 @@ import math
 import shlex
 from typing import Any
 
-from ds_local.cluster.candidates import HEADS, Candidate, Cluster, Price
+from ds_local.cluster.candidates import HEADS, TAILS, Candidate, Cluster, Price, parts_of
 from ds_local.cluster.row_samples import section_for
-from ds_local.config.deepspeed import adamw, cosine
+from ds_local.config.catalog import Section, head_of
+from ds_local.config.deepspeed import adamw, cosine, stable_decay
+from ds_local.errors import ConfigError
 
 CONFIG, START = "ds_config.json", "start.sh"
 _LEARNING_RATE = 3e-4  # of a model of some hundred million weights; the planner knows nothing of it
 
 
-def config_of(candidate: Candidate, fp32: bool, steps: int | None) -> dict[str, Any]:
+def config_of(
+    candidate: Candidate, fp32: bool, steps: int | None, vocab_size: int
+) -> dict[str, Any]:
     """What DeepSpeed reads.
 
     Args:
         fp32: instead of bf16 with fp32 master weights.
         steps: of the run; None: not known, so the learning rate stays as it is.
+        vocab_size: of the model.
+
+    Raises:
+        ConfigError: when the scheme changes late in a run whose steps are not known.
     """
-    section = section_for(candidate.row, candidate.micro_batches)
+    section = _scheme_of(candidate, steps)
     section |= {"num_stages": candidate.stages}
     if candidate.heads:
-        section["head"] = HEADS[candidate.heads].model_dump(exclude_defaults=True)
+        section["head"] = head_of(HEADS[candidate.heads], vocab_size)
     if candidate.place != "across_nodes":
         section["layout"] = {"stages": candidate.place}
     config: dict[str, Any] = {
@@ -38,8 +46,33 @@ def config_of(candidate: Candidate, fp32: bool, steps: int | None) -> dict[str, 
         "optimizer": adamw(_LEARNING_RATE),
     }
     if steps is not None:
-        config["scheduler"] = cosine(steps, max(1, steps // 100))
+        warm_up = max(1, steps // 100)
+        # a late change of scheme has time to mix at a constant rate
+        config["scheduler"] = (
+            stable_decay(steps, warm_up, max(1, steps // 5))
+            if candidate.row in TAILS
+            else cosine(steps, warm_up)
+        )
     return config | {"local_parallel": section}
+
+
+def _scheme_of(candidate: Candidate, steps: int | None) -> Section:
+    """The "local_parallel" section of its row, in phases where it ends in another one."""
+    parts = [section_for(row, candidate.micro_batches) for _, row in parts_of(candidate.row)]
+    if len(parts) == 1:
+        return parts[0]
+    share, _ = parts_of(candidate.row)[0]
+    if steps is None:
+        raise ConfigError(
+            f"{candidate.row} changes the scheme after {share:.0%} of the steps, and how many "
+            "there are is not known; give the tokens of the run, or take another row"
+        )
+    split = max(part.pop("split_backward", 0) for part in parts)
+    first, end = parts
+    return {
+        "phases": [{**first, "until_step": round(share * steps)}, end],
+        "split_backward": split,
+    }
 
 
 def steps_for(price: Price, tokens: float | None) -> int | None:

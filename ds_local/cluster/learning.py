@@ -1,8 +1,9 @@
 """How many tokens a scheme needs to end where backpropagation does: the nearest measured row.
 
-learning.json holds rows of the quality study (docs/quality.md) without tails and, of forwards that
-run ahead, those of docs/run-ahead.md; `scripts/generated_pages.py` writes it. Gradients of data
-parallelism and of a split backward are those of backpropagation, so they need as many tokens.
+learning.json holds rows of the quality study (docs/quality.md, docs/quality-ratio.md) and, of
+forwards that run ahead, those of docs/run-ahead.md; `scripts/generated_pages.py` writes it.
+Gradients of data parallelism and of a split backward are those of backpropagation, so they need as
+many tokens.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Measured(NamedTuple):
     seeds: int
     tokens: float | None  # in parts of backprop's; None: it ended above all of backprop's runs
     delay: float = 0.0  # of the oldest gradients, in steps
+    tail: float = 0.0  # share of the steps, the last ones, that are backpropagation
 
 
 @dataclass(frozen=True)
@@ -59,35 +61,43 @@ def learning_of(
     stages: int,
     vocabulary_over_width: float,
     delay: float = 0.0,
+    tail: float = 0.0,
 ) -> Learning:
     """Of a scheme (see docs/schemes.md) with these options of "head", whose oldest gradients are
-    `delay` steps old.
+    `delay` steps old, and which ends in backpropagation for a share `tail` of its steps.
 
-    Of those with gradients no younger, the row nearest in delay is taken, then the one nearest in
-    segments, then in vocabulary / width, then the one with the most seeds. A head that was not
-    measured with the scheme is taken to cost as much as it cost local learning.
+    Of those with this tail and gradients no younger, the row nearest in delay is taken, then the
+    one nearest in segments, then in vocabulary / width, then the one with the most seeds. A head
+    that was not measured with the scheme is taken to cost as much as it cost local learning.
     """
     scheme = row.partition(", split")[0]
     if scheme in EXACT:
         return BACKPROPS
-    base = _nearest(scheme, FULL, stages, vocabulary_over_width, delay)
+    ratio, name = vocabulary_over_width, _named(scheme, tail)
+    base = _nearest(scheme, FULL, stages, ratio, delay, tail)
     if base is None or base.tokens is None:
-        return Learning(None, _why_not(scheme, base, delay))
-    source = f"{scheme} on {base.segments} segments, {_seeds(base)}"
+        return Learning(None, _why_not(name, base, delay))
+    source = f"{name} on {_where(base)}"
     if delay:
         source += f", gradients up to {base.delay:.2f} steps old, here {delay:.2f}"
     if not head:
         return Learning(base.tokens, source)
-    of = scheme if _nearest(scheme, head, stages, vocabulary_over_width) else "local"
-    with_head = _nearest(of, head, stages, vocabulary_over_width)
+    of, end = scheme, tail
+    if _nearest(of, head, stages, ratio, tail=end) is None:
+        of, end = "local", 0.0
+    with_head = _nearest(of, head, stages, ratio, tail=end)
     if with_head is None or with_head.tokens is None:
-        return Learning(None, _why_not(f"{of} with this head", with_head))
-    full = _nearest(of, FULL, with_head.segments, with_head.vocabulary_over_width)
+        return Learning(None, _why_not(f"{_named(of, end)} with this head", with_head))
+    full = _nearest(of, FULL, with_head.segments, with_head.vocabulary_over_width, tail=end)
     if full is None or full.tokens is None:
-        return Learning(None, _why_not(f"{of} with a full head", full))
+        return Learning(None, _why_not(f"{_named(of, end)} with a full head", full))
     more = with_head.tokens / full.tokens
-    where = f"of {of} on {with_head.segments}, {_seeds(with_head)}"
-    return Learning(base.tokens * more, f"{source}; times {more:.2f} for the head, {where}")
+    cost = f"times {more:.2f} for the head, of {_named(of, end)} on {_where(with_head)}"
+    return Learning(base.tokens * more, f"{source}; {cost}")
+
+
+def _named(scheme: str, tail: float) -> str:
+    return f"{scheme} with a tail of {tail:.0%}" if tail else scheme
 
 
 def _nearest(
@@ -96,6 +106,7 @@ def _nearest(
     segments: int,
     vocabulary_over_width: float,
     delay: float = 0.0,
+    tail: float = 0.0,
 ) -> Measured | None:
     """The row that is known, if there is one; else one that is not, if there is one."""
 
@@ -110,14 +121,15 @@ def _nearest(
     found = [
         one
         for one in measured()
-        if one.scheme == scheme and one.head == head and one.delay >= delay - 1e-9
+        if (one.scheme, one.head, one.tail) == (scheme, head, tail) and one.delay >= delay - 1e-9
     ]
     known = [one for one in found if one.tokens is not None]
     return min(known or found, key=distance, default=None)
 
 
-def _seeds(row: Measured) -> str:
-    return f"{row.seeds} seed{'s' if row.seeds > 1 else ''}"
+def _where(row: Measured) -> str:
+    seeds = f"{row.seeds} seed{'s' if row.seeds > 1 else ''}"
+    return f"{row.segments} segments (vocabulary / width {row.vocabulary_over_width:g}, {seeds})"
 
 
 def _why_not(what: str, found: Measured | None, delay: float = 0.0) -> str:

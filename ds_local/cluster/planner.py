@@ -19,6 +19,7 @@ from ds_local.cluster.candidates import (
     Model,
     Price,
     has_heads,
+    parts_of,
 )
 from ds_local.cluster.pricing import Pricing
 from ds_local.config.catalog import fewest_micro_batches
@@ -62,9 +63,9 @@ def is_legal(layout: Candidate) -> bool:
         return False
     if layout.row == "data parallel":
         return True
-    section = ROWS[layout.row]
-    enough = layout.micro_batches >= fewest_micro_batches(section)
-    return enough and section.get("window", 1) < layout.stages
+    sections = [ROWS[row] for _, row in parts_of(layout.row)]
+    enough = all(layout.micro_batches >= fewest_micro_batches(section) for section in sections)
+    return enough and all(section.get("window", 1) < layout.stages for section in sections)
 
 
 # --- search ---------------------------------------------------------------------------------------

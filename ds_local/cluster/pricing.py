@@ -6,7 +6,7 @@ No processes, no devices. Times in seconds, sizes in bytes unless a name says ot
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,12 +20,18 @@ from ds_local.cluster.candidates import (
     Model,
     Price,
     has_heads,
+    head_config,
+    over_the_run,
+    parts_of,
     split_backward_of,
 )
 from ds_local.cluster.learning import BACKPROPS, Learning, learning_of
-from ds_local.cluster.row_samples import delay_of, section_for
+from ds_local.cluster.row_samples import delay_of, sample_of, section_for
+from ds_local.config.catalog import Section
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
+from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.scheme import Scheme
 from ds_local.config.sections import HeadConfig
 from ds_local.config.strict import SECTION
 from ds_local.model.flops import UnitCosts, choose_parts, unit_flops, with_heads
@@ -37,7 +43,7 @@ class Pricing:
     Args:
         sequences: of a step, over the whole cluster.
         tokens_only: take a token to be worth the same in every scheme.
-        heads: the kinds that candidates name.
+        heads: options of those that candidates name.
     """
 
     def __init__(
@@ -47,37 +53,57 @@ class Pricing:
         sequences: int,
         zero_stage: int = 1,
         tokens_only: bool = True,
-        heads: Mapping[str, HeadConfig] = HEADS,
+        heads: Mapping[str, Section] = HEADS,
     ) -> None:
         self.model, self.cluster, self.sequences = model, cluster, sequences
         self.zero_stage, self.tokens_only = zero_stage, tokens_only
-        self._heads = {"": HeadConfig(), **heads}  # rows without any are priced with a full one
+        self._options: dict[str, Section] = {"": {}, **heads}  # rows without: as with a full one
+        vocabulary = 1 if model.config is None else model.config.vocab_size
+        self._heads = {
+            name: head_config(options, vocabulary) for name, options in self._options.items()
+        }
         self._cuts: dict[tuple[str, int, str], list[int]] = {}
         self._units: dict[tuple[str, int], UnitCosts] = {}
 
     def price(self, candidate: Candidate) -> Price:
         """Lower bound on the step, and memory; recomputes activations where they would not fit
         otherwise."""
-        price = self._cost(candidate).price(self.sequences)
+        price = self._bound(candidate)
         if (
             price.memory > self.cluster.memory_gib * GIB
             and not candidate.recompute
             and self.model.kept
         ):
-            price = self._cost(replace(candidate, recompute=True)).price(self.sequences)
+            price = self._bound(replace(candidate, recompute=True))
         return replace(price, learning=self._learning(candidate))
+
+    def _bound(self, candidate: Candidate) -> Price:
+        parts = [(share, cost.price(self.sequences)) for share, cost in self._parts(candidate)]
+        return over_the_run(candidate, parts)
 
     def _learning(self, candidate: Candidate) -> Learning:
         if self.tokens_only:
             return BACKPROPS
-        options = self._heads[candidate.heads].model_dump(exclude_defaults=True)
-        delay = delay_of(candidate.row, candidate.stages, candidate.micro_batches)
-        return learning_of(candidate.row, options, candidate.stages, self.model.ratio, delay)
+        (_, row), *end = parts_of(candidate.row)
+        return learning_of(
+            row,
+            self._options[candidate.heads],
+            candidate.stages,
+            self.model.ratio,
+            delay_of(row, candidate.stages, candidate.micro_batches),
+            end[0][0] if end else 0.0,
+        )
 
     def simulate(self, price: Price) -> Price:
-        """The step as the simulator sees it. Long steps are shortened: beyond some rounds of the
-        pipeline time grows evenly."""
-        work = self._cost(price.candidate)
+        """The step as the simulator sees it."""
+        parts = [
+            (share, self._simulate(cost, cost.price(self.sequences)))
+            for share, cost in self._parts(price.candidate)
+        ]
+        return replace(over_the_run(price.candidate, parts), learning=price.learning)
+
+    def _simulate(self, work: CandidateCost, price: Price) -> Price:
+        """Long steps are shortened: beyond some rounds of the pipeline time grows evenly."""
         stages, wanted = price.candidate.stages, price.candidate.micro_batches
         rounds = 4 if work.sample.sends_gradients else 1
         shorter = [
@@ -98,11 +124,29 @@ class Pricing:
             simulated=True,
         )
 
-    def _cost(self, candidate: Candidate) -> CandidateCost:
-        unit = self.unit(candidate.heads, candidate.stages)
-        cuts = self.cuts(candidate)
+    def _parts(self, candidate: Candidate) -> list[tuple[float, CandidateCost]]:
+        """(share of the steps, cost) of each part of a run."""
+        shares, rows = zip(*parts_of(candidate.row), strict=True)
+        return list(zip(shares, self._costs(candidate, rows), strict=True))
+
+    def _costs(self, candidate: Candidate, rows: Sequence[str]) -> list[CandidateCost]:
+        """Of a run that follows these rows one after the other, with the cuts of the first."""
+        parts = [replace(candidate, row=row) for row in rows]
+        losses = [sample_of(part.row, part.stages, part.micro_batches).losses for part in parts]
+        has_head = [max(shares) for shares in zip(*losses, strict=True)]
+        unit, cuts = self.unit(candidate.heads, candidate.stages), self.cuts(parts[0])
         head = self._heads[candidate.heads]
-        return CandidateCost(candidate, self.model, self.cluster, cuts, unit, self.zero_stage, head)
+        return [
+            CandidateCost(
+                part, self.model, self.cluster, cuts, unit, self.zero_stage, head, has_head
+            )
+            for part in parts
+        ]
+
+    def memory(self, candidate: Candidate, rows: Sequence[str]) -> float:
+        """Of a run that follows these rows one after the other."""
+        costs = self._costs(candidate, rows)
+        return max(cost.price(self.sequences).memory for cost in costs)
 
     def unit(self, heads: str, segments: int) -> UnitCosts:
         """Seconds of one sequence."""
@@ -125,7 +169,7 @@ class Pricing:
         )
 
     def cuts(self, candidate: Candidate) -> list[int]:
-        """First block of each stage, and the depth."""
+        """First block of each stage, and the depth, of a candidate whose row is one of `ROWS`."""
         key = candidate.row, candidate.stages, candidate.heads
         if key not in self._cuts:
             if self.model.config is None:
@@ -159,11 +203,45 @@ def expected_memory(
     replicas: int,
     seq_len: int | None = None,
 ) -> float:
-    """Bytes on the fullest device of a run with this DeepSpeed config; its scheme is taken for the
-    nearest known, and its sequences, without `seq_len`, for the longest that the model takes."""
+    """Bytes on the fullest device of a run with this DeepSpeed config; the scheme of each phase is
+    taken for the nearest known, and its sequences, without `seq_len`, for the longest that the
+    model takes."""
     section = local_parallel(config)
     micro_batch, micro_batches = batch_sizes(config, replicas)
-    scheme = section.scheme_at(0)
+    rows = list(
+        dict.fromkeys(_nearest_row(scheme, section, stages) for _, scheme in section.schemes())
+    )
+    heads = "its own" if any(map(has_heads, rows)) else ""
+    itemsize = 2 if config.get("bf16", config.get("bfloat16", {})).get("enabled") else 4
+    recompute = bool(config.get("pipeline", {}).get("activation_checkpoint_interval"))
+    candidate = Candidate(
+        stages,
+        replicas,
+        rows[0],
+        heads,
+        micro_batch,
+        micro_batches,
+        section.layout.stages,
+        recompute,
+    )
+    unlimited = Cluster(
+        1, stages * replicas, tflops=1, memory_gib=math.inf, link_gbps=1, intra_gbps=1
+    )
+    zero_stage = config.get("zero_optimization", {}).get("stage", 0)
+    pricing = Pricing(
+        Model.of(hf_config, seq_len, itemsize),
+        unlimited,
+        micro_batch * micro_batches * replicas,
+        zero_stage,
+        heads={"its own": section.head.model_dump(exclude_defaults=True)},
+    )
+    return pricing.memory(candidate, rows)
+
+
+def _nearest_row(scheme: Scheme, section: LocalParallelConfig, stages: int) -> str:
+    """Of `ROWS`, the one whose memory is nearest."""
+    if stages == 1:
+        return "data parallel"
     wanted = "mixed" if scheme.mix else scheme.mode
     rows = [
         row
@@ -177,24 +255,4 @@ def expected_memory(
         predicts = ROWS[row].get("predict_weights", False)
         return split_backward_of(row), predicts == scheme.predict_weights
 
-    row = (
-        "data parallel" if stages == 1 else max(reversed(rows), key=alike, default="local")
-    )  # of equals the last
-    heads = "its own" if has_heads(row) else ""
-    itemsize = 2 if config.get("bf16", config.get("bfloat16", {})).get("enabled") else 4
-    recompute = bool(config.get("pipeline", {}).get("activation_checkpoint_interval"))
-    candidate = Candidate(
-        stages, replicas, row, heads, micro_batch, micro_batches, section.layout.stages, recompute
-    )
-    unlimited = Cluster(
-        1, stages * replicas, tflops=1, memory_gib=math.inf, link_gbps=1, intra_gbps=1
-    )
-    zero_stage = config.get("zero_optimization", {}).get("stage", 0)
-    pricing = Pricing(
-        Model.of(hf_config, seq_len, itemsize),
-        unlimited,
-        micro_batch * micro_batches * replicas,
-        zero_stage,
-        heads={"its own": section.head},
-    )
-    return pricing.price(candidate).memory
+    return max(reversed(rows), key=alike, default="local")  # of equals the last

@@ -18,7 +18,7 @@ from ds_local.schedules.simulator import StepTimer
 
 
 def section_for(row: str, micro_batches: int) -> dict[str, Any]:
-    """The "local_parallel" section of a row."""
+    """The "local_parallel" section of one of `ROWS`."""
     return section_of(ROWS[row], micro_batches)
 
 

@@ -173,3 +173,15 @@ def cosine(steps: int, warm_up: int) -> dict[str, Any]:
             "cos_min_ratio": 0.1,
         },
     }
+
+
+def stable_decay(steps: int, warm_up: int, decay: int) -> dict[str, Any]:
+    """A "scheduler": warm-up, a constant rate, a line to zero over the last `decay` steps."""
+    return {
+        "type": "WarmupStableDecayLR",
+        "params": {
+            "total_num_steps": steps,
+            "warmup_num_steps": warm_up,
+            "decay_num_steps": decay,
+        },
+    }

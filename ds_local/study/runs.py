@@ -6,7 +6,7 @@ import re
 from typing import Any, NamedTuple
 
 from ds_local.config.catalog import BACKPROP
-from ds_local.config.deepspeed import adamw, cosine
+from ds_local.config.deepspeed import adamw, cosine, stable_decay
 from ds_local.errors import ConfigError
 from ds_local.study.methods import DECAY, METHODS, WSD, section_of, switch_step
 from ds_local.study.recipes import PRESETS
@@ -76,10 +76,6 @@ def ds_config(run: Run) -> dict[str, Any]:
 def _scheduler(run: Run) -> dict[str, Any]:
     if METHODS[run.method].schedule != WSD:
         return cosine(run.steps, max(1, run.steps // 30))
-    params = {
-        "total_num_steps": run.steps,
-        # the same warm-up at every length, so that runs have a beginning in common
-        "warmup_num_steps": max(1, PRESETS[run.preset].steps // 60),
-        "decay_num_steps": run.steps - run.switch(DECAY),
-    }
-    return {"type": "WarmupStableDecayLR", "params": params}
+    # the same warm-up at every length, so that runs have a beginning in common
+    warm_up = max(1, PRESETS[run.preset].steps // 60)
+    return stable_decay(run.steps, warm_up, run.steps - run.switch(DECAY))

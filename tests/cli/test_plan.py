@@ -6,7 +6,7 @@ import pytest
 from sentences import assert_one_sentence
 
 from ds_local.cli.plan import as_json, main, parse_arguments
-from ds_local.cluster.candidates import GIB, Candidate, Price
+from ds_local.cluster.candidates import GIB, TAILS, Candidate, Price
 from ds_local.cluster.job import CONFIG, START
 from ds_local.errors import OutputError
 
@@ -52,7 +52,7 @@ def test_the_winner_is_written_ready_to_start(tmp_path, capsys):
     assert main([*ARGUMENTS, *rows, "--write", str(folder)]) == 0
     said = capsys.readouterr().out
     assert f"bash {folder}/{START}" in said
-    assert "1.10  local: local on 2 segments, 1 seed" in said
+    assert "1.10  local: local on 2 segments (vocabulary / width 8, 1 seed)" in said
     config = json.loads((folder / CONFIG).read_text())
     assert config["scheduler"]["params"]["total_num_steps"] == 12  # 10 x 1.1048, rounded up
     assert config["local_parallel"]["mode"] == "local"
@@ -61,6 +61,20 @@ def test_the_winner_is_written_ready_to_start(tmp_path, capsys):
     with pytest.raises(OutputError, match="mine"):
         main([*ARGUMENTS, *rows, "--write", str(tmp_path / "mine")])
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_a_tail_is_written_where_its_first_step_is_known(tmp_path, capsys):
+    tail, folder = "local, tail 40 %", tmp_path / "plan"
+    asked = [*ARGUMENTS, "--write", str(folder), "--batch-tokens", "4096"]
+    assert not set(parse_arguments(asked).rows) & set(TAILS)
+    with pytest.raises(SystemExit):
+        parse_arguments([*asked, "--rows", tail])
+    assert f"'{tail}' changes the scheme late in the run" in capsys.readouterr().err
+    assert tail in parse_arguments([*asked, "--tokens", "40960"]).rows
+    assert main([*asked, "--rows", tail, "--heads", "full", "--tokens", "40960"]) == 0
+    config = json.loads((folder / CONFIG).read_text())
+    steps = config["scheduler"]["params"]["total_num_steps"]
+    assert config["local_parallel"]["phases"][0]["until_step"] == round(0.6 * steps)
 
 
 @pytest.mark.parametrize("option", ["--nodes", "--device-tflops"])

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ds_local.cluster.candidates import HEADS, ROWS, Candidate, Cluster, Price, has_heads
+from ds_local.cluster.candidates import HEADS, ROWS, TAILS, Candidate, Cluster, Price, has_heads
 from ds_local.cluster.job import config_of, start_of, steps_for
 from ds_local.cluster.learning import Learning
 from ds_local.cluster.planner import is_legal
@@ -15,19 +15,20 @@ from ds_local.config.files import local_parallel
 from ds_local.config.shipped import FOLDER
 from ds_local.config.strict_json import dumps
 from ds_local.engine.deepspeed_checks import checked
+from ds_local.errors import ConfigError
 from ds_local.schedules.run_plan import RunPlan
 
 CLUSTER = Cluster(4, 2, 100, 80, 10, 100)
 PRICE = Price(Candidate(4, 2, "chunked 2, split 2", "full", 4, 8), 2.0, 1000, 0, {}, 0, 0)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", [*ROWS, *TAILS])
 def test_every_row_is_a_config_that_starts(row, tmp_path):
     for head, recompute in itertools.product(HEADS if has_heads(row) else ("",), (False, True)):
         stages = 1 if row == "data parallel" else 4
         layout = Candidate(stages, 8 // stages, row, head, 4, 8, "within_node", recompute)
         assert is_legal(layout)
-        config = config_of(layout, fp32=False, steps=500)
+        config = config_of(layout, fp32=False, steps=500, vocab_size=512)
         checked(config)
         dumps(config)
         section = local_parallel(config)
@@ -41,7 +42,26 @@ def test_a_run_is_as_long_as_its_scheme_needs():
     slower = replace(PRICE, learning=Learning(1.5, "measured"))
     assert steps_for(slower, 10_000) == 15
     assert steps_for(PRICE, None) is None
-    assert "scheduler" not in config_of(PRICE.candidate, fp32=True, steps=None)
+    assert "scheduler" not in config_of(PRICE.candidate, True, None, 512)
+
+
+def test_a_tail_is_a_second_phase():
+    candidate = replace(PRICE.candidate, row="chunked 2, split 2, tail 40 %")
+    config = config_of(candidate, False, 500, 512)
+    section = config["local_parallel"]
+    assert section["phases"] == [
+        {"mode": "chunked", "window": 2, "until_step": 300},
+        {"mode": "backprop"},
+    ]
+    assert section["split_backward"] == 2
+    assert config["scheduler"]["params"]["decay_num_steps"] == 100
+    with pytest.raises(ConfigError, match=r"after 60% of the steps.*give the tokens of the run"):
+        config_of(candidate, False, None, 512)
+
+
+def test_a_share_of_the_vocabulary_is_a_number_of_the_models():
+    candidate = replace(PRICE.candidate, row="local", heads="1/8 of the vocabulary")
+    assert config_of(candidate, False, 500, 512)["local_parallel"]["head"] == {"vocabulary": 64}
 
 
 def test_the_command_is_that_of_the_cluster():

@@ -3,7 +3,7 @@
 import pytest
 
 from ds_local.cluster import learning
-from ds_local.cluster.candidates import HEADS, ROWS
+from ds_local.cluster.candidates import HEADS, ROWS, TAILS
 from ds_local.cluster.learning import Measured, learning_of, outside
 
 ROWS_KNOWN = (
@@ -15,6 +15,8 @@ ROWS_KNOWN = (
     Measured("chunked 2", {}, 4, 8.0, 3, 1.2),
     Measured("chunked 2", {"blocks": 1}, 4, 8.0, 1, 1.25),
     Measured("interlocking 2", {}, 4, 8.0, 1, None),
+    Measured("chunked 2", {}, 4, 8.0, 3, 1.1, tail=0.4),
+    Measured("chunked 2", {"blocks": 1}, 4, 8.0, 1, 1.12, tail=0.4),
 )
 
 
@@ -48,11 +50,28 @@ def test_the_nearest_row_says_it(row, head, stages, ratio, tokens):
     assert found.tokens == (None if tokens is None else pytest.approx(tokens))
 
 
+@pytest.mark.parametrize(
+    ("row", "head", "tail", "tokens"),
+    [
+        ("chunked 2, split 2", {}, 0.4, 1.1),
+        ("chunked 2", {"blocks": 1}, 0.4, 1.12),
+        ("chunked 2", {"readout": "shared"}, 0.4, 1.1 * 1.56 / 1.3),  # as it cost without a tail
+        ("chunked 2", {}, 0.2, None),  # another tail is another run
+        ("local", {}, 0.4, None),
+    ],
+)
+def test_a_tail_has_rows_of_its_own(row, head, tail, tokens):
+    found = learning_of(row, head, 4, 8, tail=tail)
+    assert found.tokens == (None if tokens is None else pytest.approx(tokens))
+
+
 def test_the_source_names_the_row():
     text = learning_of("chunked 2, split 2", {"readout": "shared"}, 8, 8).source
     assert text == (
-        "chunked 2 on 4 segments, 3 seeds; times 1.20 for the head, of local on 4, 1 seed"
+        "chunked 2 on 4 segments (vocabulary / width 8, 3 seeds); times 1.20 for the head, of "
+        "local on 4 segments (vocabulary / width 8, 1 seed)"
     )
+    assert "with a tail of 40%" in learning_of("chunked 2", {}, 4, 8, tail=0.4).source
     assert learning_of("interlocking 2", {}, 4, 8).source.endswith("above every run of backprop")
     assert learning_of("overlapping 2", {}, 4, 8).source.endswith("not measured")
 
@@ -66,10 +85,11 @@ def test_a_model_unlike_those_measured_is_warned_of():
 def test_every_scheme_and_head_of_the_planner_is_looked_up(monkeypatch):
     monkeypatch.undo()
     found = {row: learning_of(row, {}, 4, 8.0).tokens for row in ROWS}
+    for row, _, share in TAILS.values():
+        assert learning_of(row, {}, 4, 8.0, tail=share).tokens is not None
     assert found["chunked 2"] == found["chunked 2, split 2"] == pytest.approx(1.17, abs=0.01)
     assert found["local"] == pytest.approx(1.31, abs=0.01)
-    shared = HEADS["shared"].model_dump(exclude_defaults=True)
-    assert learning_of("local", shared, 4, 8.0).tokens == pytest.approx(1.44, abs=0.01)
+    assert learning_of("local", HEADS["shared"], 4, 8.0).tokens == pytest.approx(1.44, abs=0.01)
 
 
 def test_older_gradients_need_a_row_of_gradients_no_younger(monkeypatch):
@@ -78,5 +98,5 @@ def test_older_gradients_need_a_row_of_gradients_no_younger(monkeypatch):
     monkeypatch.setattr(learning, "measured", lambda: rows)
     found = {delay: learning_of(name, {}, 4, 8.0, delay) for delay in (0.2, 0.375, 0.5, 0.75, 1.0)}
     assert [one.tokens for one in found.values()] == [1.1, 1.1, 1.2, 1.2, None]
-    assert found[0.5].source.endswith("3 seeds, gradients up to 0.75 steps old, here 0.50")
+    assert found[0.5].source.endswith("3 seeds), gradients up to 0.75 steps old, here 0.50")
     assert found[1.0].source == f"{name} with gradients 1.00 steps old: not measured"

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 from reference import GPT2
 
-from ds_local.cluster.candidates import ROWS, Candidate, Cluster, Model
+from ds_local.cluster.candidates import ROWS, TAILS, Candidate, Cluster, Model
 from ds_local.cluster.pricing import Pricing, expected_memory
 from ds_local.cluster.row_samples import delay_of, sample_of, schedule_for
 from ds_local.config.sections import HeadConfig
@@ -47,6 +47,46 @@ def test_no_layout_is_faster_than_its_bound(row):
     costs = Costs(1.0, 1.0, 1.0, 0.0, link=8 * 10 * (8 * 4 + 4) / 1e3)
     exact = simulate(schedule_for(row, 4, 40), costs).steady_period
     assert simulated.step_seconds == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("row", TAILS)
+def test_a_tail_is_the_mean_of_both_parts(row):
+    first, end, share = TAILS[row]
+    pricing = Pricing(even(), Cluster(1, 4, 1, 80, 1e-6, 1e-6), 8)
+    prices = [
+        pricing.simulate(pricing.price(Candidate(4, 1, part, "full", 1, 8)))
+        for part in (row, first, end)
+    ]
+    seconds, begins, ends = (price.step_seconds for price in prices)
+    assert seconds == pytest.approx((1 - share) * begins + share * ends)
+    assert prices[0].memory == max(price.memory for price in prices[1:])
+    bound = pricing.price(Candidate(4, 1, row, "full", 1, 8))
+    assert bound.step_seconds <= seconds * (1 + 1e-9)
+
+
+def test_heads_stay_in_memory_through_a_tail():
+    """Chunks of two have a head on the second of four stages, which the tail's stages carry on."""
+    model = Model.of(load_model_config({"model_type": "gpt2"}), 1024)
+    pricing = Pricing(model, Cluster(1, 4, 1, 1e9, 1, 1, reserve_gib=0), 8, zero_stage=0)
+    tail, plain = (
+        pricing._parts(Candidate(4, 1, row, "full", 1, 8))[-1][1]
+        for row in ("chunked 2, split 2, tail 40 %", "backprop, split 2")
+    )
+    assert tail._head_params(1) == (768 * 50257, 0)
+    assert plain._head_params(1) == tail._head_params(0) == (0, 0)
+
+
+def test_the_memory_of_a_run_is_that_of_its_fullest_phase():
+    model = load_model_config({"model_type": "gpt2"})
+
+    def expected(scheme):
+        sizes = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 16}
+        return expected_memory(model, {**sizes, "local_parallel": scheme}, 4, 1)
+
+    local, backprop = {"mode": "local"}, {"mode": "backprop"}
+    phases = expected({"phases": [{**local, "until_step": 60}, backprop]})
+    assert phases > expected(backprop)  # the heads stay
+    assert phases > expected(local)
 
 
 def test_run_ahead_by_hand():
