@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_local.config.deepspeed import precision_of
+
 
 def model_card(
     checkpoint: Mapping[str, Any],
@@ -135,8 +137,7 @@ def _training(checkpoint: Mapping[str, Any], run: Mapping[str, Any]) -> list[str
     ):
         if key in config:
             lines.append(f"- {key}: {config[key]}")
-    bf16 = config.get("bf16", config.get("bfloat16", {})).get("enabled")
-    lines.append(f"- precision: {'bf16' if bf16 else 'fp32'}")
+    lines.append(f"- precision: {precision_of(config)}")
     lines.append(
         f"- layout: {checkpoint['num_stages']} stages, {checkpoint['num_replicas']} replicas, "
         f"segments cut at layers {checkpoint['segment_parts']}"

@@ -24,22 +24,27 @@ from ds_local.cluster.candidates import (
     TAILS,
     Cluster,
     Model,
-    Price,
     measured_model,
 )
 from ds_local.cluster.job import CONFIG, START, config_of, start_of, steps_for
 from ds_local.cluster.layout_table import report
 from ds_local.cluster.learning import outside
 from ds_local.cluster.planner import plan
+from ds_local.cluster.prices import Price
 from ds_local.cluster.pricing import Pricing
 from ds_local.cluster.scaling import ALONE, MOST_DEVICES, picture, scaling, tables
 from ds_local.config import shipped, strict_json
 from ds_local.model import families
 from ds_local.outputs import new_folder, write_file
 
+_ROWS_HELP = (
+    "schemes to consider; default all but those that run ahead (older gradients teach less) and, "
+    "with --write and no --tokens, those with a tail (its first step is not known)"
+)
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add(
         "--model",
@@ -67,11 +72,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--heads", nargs="+", choices=HEADS, default=list(HEADS), help="auxiliary heads to consider"
     )
-    text = (
-        "schemes to consider; default all but those that run ahead (older gradients teach less) "
-        "and, with --write and no --tokens, those with a tail (its first step is not known)"
-    )
-    add("--rows", nargs="+", metavar="SCHEME", choices=[*ROWS, *TAILS], help=text)
+    add("--rows", nargs="+", metavar="SCHEME", choices=[*ROWS, *TAILS], help=_ROWS_HELP)
     add("--fp32", action="store_true", help="instead of bf16 with fp32 master weights")
     add(
         "--profile",
@@ -98,10 +99,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(arguments)
     _check(parser, args)
-    if args.rows is None:
-        tails = args.tokens is not None or not args.write
-        args.rows = [row for row in DEFAULT_ROWS if tails or row not in TAILS]
+    args.rows = args.rows or _rows_of(args)
     return args
+
+
+def _rows_of(args: argparse.Namespace) -> list[str]:
+    """Those to consider where none are asked for."""
+    tails = args.tokens is not None or not args.write
+    return [row for row in DEFAULT_ROWS if tails or row not in TAILS]
 
 
 def _check(parser: Parser, args: argparse.Namespace) -> None:

@@ -10,14 +10,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 
-from ds_local.cluster.candidates import (
-    GIB,
-    Candidate,
-    Cluster,
-    Model,
-    Price,
-    split_backward_of,
-)
+from ds_local.cluster.candidates import GIB, Candidate, Cluster, Model, split_backward_of
+from ds_local.cluster.prices import Price
 from ds_local.cluster.row_samples import sample_of, streams_leaving_a_node, timer_for
 from ds_local.config.sections import HeadConfig
 from ds_local.model.flops import UnitCosts

@@ -6,7 +6,8 @@ import math
 import shlex
 from typing import Any
 
-from ds_local.cluster.candidates import HEADS, TAILS, Candidate, Cluster, Price, parts_of
+from ds_local.cluster.candidates import HEADS, TAILS, Candidate, Cluster, parts_of
+from ds_local.cluster.prices import Price
 from ds_local.cluster.row_samples import section_for
 from ds_local.config.catalog import Section, head_of
 from ds_local.config.deepspeed import adamw, cosine, stable_decay

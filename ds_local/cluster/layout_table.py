@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ds_local.cluster.candidates import GIB, Price
+from ds_local.cluster.candidates import GIB
 from ds_local.cluster.planner import Plan
+from ds_local.cluster.prices import Price
 
 
 def line(price: Price, tokens: float | None) -> str:

@@ -17,10 +17,10 @@ from ds_local.cluster.candidates import (
     Candidate,
     Cluster,
     Model,
-    Price,
     has_heads,
     parts_of,
 )
+from ds_local.cluster.prices import Price
 from ds_local.cluster.pricing import Pricing
 from ds_local.config.catalog import fewest_micro_batches
 from ds_local.errors import ConfigError

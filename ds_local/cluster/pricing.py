@@ -18,17 +18,16 @@ from ds_local.cluster.candidates import (
     Candidate,
     Cluster,
     Model,
-    Price,
     has_heads,
     head_config,
-    over_the_run,
     parts_of,
     split_backward_of,
 )
 from ds_local.cluster.learning import BACKPROPS, Learning, learning_of
+from ds_local.cluster.prices import Price, over_the_run
 from ds_local.cluster.row_samples import delay_of, sample_of, section_for
 from ds_local.config.catalog import Section
-from ds_local.config.deepspeed import batch_sizes
+from ds_local.config.deepspeed import batch_sizes, bf16_enabled, zero_stage
 from ds_local.config.files import local_parallel
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.scheme import Scheme
@@ -212,7 +211,7 @@ def expected_memory(
         dict.fromkeys(_nearest_row(scheme, section, stages) for _, scheme in section.schemes())
     )
     heads = "its own" if any(map(has_heads, rows)) else ""
-    itemsize = 2 if config.get("bf16", config.get("bfloat16", {})).get("enabled") else 4
+    itemsize = 2 if bf16_enabled(config) else 4
     recompute = bool(config.get("pipeline", {}).get("activation_checkpoint_interval"))
     candidate = Candidate(
         stages,
@@ -227,12 +226,11 @@ def expected_memory(
     unlimited = Cluster(
         1, stages * replicas, tflops=1, memory_gib=math.inf, link_gbps=1, intra_gbps=1
     )
-    zero_stage = config.get("zero_optimization", {}).get("stage", 0)
     pricing = Pricing(
         Model.of(hf_config, seq_len, itemsize),
         unlimited,
         micro_batch * micro_batches * replicas,
-        zero_stage,
+        zero_stage(config),
         heads={"its own": section.head.model_dump(exclude_defaults=True)},
     )
     return pricing.memory(candidate, rows)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 from ds_local.charts.plots import Curve, chart
 from ds_local.charts.style import color_of
 from ds_local.charts.svg import Svg
-from ds_local.cluster.candidates import GIB, Cluster, Model, Price
+from ds_local.cluster.candidates import GIB, Cluster, Model
 from ds_local.cluster.planner import best_of, layouts
+from ds_local.cluster.prices import Price
 from ds_local.cluster.pricing import Pricing
 
 MOST_DEVICES = 4096

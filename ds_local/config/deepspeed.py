@@ -85,6 +85,10 @@ def bf16_enabled(config: Mapping[str, Any]) -> bool:
     return any(bool(_at(config, (key, "enabled"))) for key in ("bf16", "bfloat16"))
 
 
+def precision_of(config: Mapping[str, Any]) -> str:
+    return "bf16" if bf16_enabled(config) else "fp32"
+
+
 def zero_stage(config: Mapping[str, Any]) -> int:
     return _at(config, ("zero_optimization", "stage")) or 0
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ds_local.checkpoints.agreement import gather
 from ds_local.config.catalog import in_words
+from ds_local.config.deepspeed import precision_of
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.model.flops import segment_times, unit_flops
 from ds_local.schedules.run_plan import RunPlan
@@ -100,14 +101,13 @@ def banner(
 
 def _model(facts: Mapping[str, Any], step: int) -> str:
     layout, config = facts["layout"], facts["config"]
-    bf16 = any(config.get(key, {}).get("enabled") for key in ("bf16", "bfloat16"))
     origin = f"from the weights of {facts['weights']}" if facts["weights"] else "fresh weights"
     origin = f"as it was at step {step}" if step else origin
     auxiliary = sum(layout["head_parameters"])
     heads = f" and {auxiliary:,} in auxiliary heads" if auxiliary else ""
     return (
         f"{facts['model']['model_type']}, {sum(layout['parameters']):,} parameters{heads}, "
-        f"{'bf16' if bf16 else 'fp32'}, {origin}"
+        f"{precision_of(config)}, {origin}"
     )
 
 

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
-from ds_local.config.deepspeed import batch_sizes
+from ds_local.config.deepspeed import batch_sizes, bf16_enabled, zero_stage
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.strict import SECTION
 from ds_local.data.dataset import BatchShape, TokenData, validation_batches
@@ -118,9 +118,8 @@ def check_precision(config: Mapping[str, Any], unit: Unit) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    bf16 = config.get("bf16", {}).get("enabled", False)
-    zero = config.get("zero_optimization", {}).get("stage", 0)
-    if unit.num_replicas > 1 and (bf16 or zero):
+    bf16 = bf16_enabled(config)
+    if unit.num_replicas > 1 and (bf16 or zero_stage(config)):
         key = "bf16" if bf16 else "zero_optimization"
         raise ConfigError(
             f"{KEY} with --replicas {unit.num_replicas} averages gradients in fp32 without ZeRO, "

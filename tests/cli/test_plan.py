@@ -6,8 +6,9 @@ import pytest
 from sentences import assert_one_sentence
 
 from ds_local.cli.plan import as_json, main, parse_arguments
-from ds_local.cluster.candidates import GIB, TAILS, Candidate, Price
+from ds_local.cluster.candidates import GIB, TAILS, Candidate
 from ds_local.cluster.job import CONFIG, START
+from ds_local.cluster.prices import Price
 from ds_local.errors import OutputError
 
 BEST = Price(

@@ -12,7 +12,6 @@ from ds_local.cluster.candidates import (
     Candidate,
     Cluster,
     Model,
-    Price,
     has_heads,
     measured_model,
     split_backward_of,
@@ -86,17 +85,6 @@ def test_a_candidate_is_a_line():
     assert str(Candidate(1, 2, "data parallel", "", 8, 1)) == (
         "data parallel: 1 stages x 2 replicas, 1 x 8 sequences"
     )
-
-
-def test_what_costs_most_is_said():
-    one = Candidate(4, 1, "local", "full", 1, 8)
-    parts = {"the model's own work": 6.0, "auxiliary heads": 1.0, "averaging gradients": 0.5}
-    price = Price(one, 10.0, 80, 0.0, parts, 0.0, 0.0)
-    assert price.loss == "25% of the step is waiting for other stages or links"
-    assert price.tokens_per_second == 8.0
-    assert Price(one, 7.5, 80, 0.0, parts, 0.0, 0.0).loss == "13% of the step is auxiliary heads"
-    own = Price(one, 6.0, 80, 0.0, {"the model's own work": 6.0}, 0.0, 0.0)
-    assert own.loss == "nothing much"
 
 
 def test_rows_that_are_backpropagation_have_no_heads():

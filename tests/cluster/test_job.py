@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from ds_local.cluster.candidates import HEADS, ROWS, TAILS, Candidate, Cluster, Price, has_heads
+from ds_local.cluster.candidates import HEADS, ROWS, TAILS, Candidate, Cluster, has_heads
 from ds_local.cluster.job import config_of, start_of, steps_for
 from ds_local.cluster.learning import Learning
 from ds_local.cluster.planner import is_legal
+from ds_local.cluster.prices import Price
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
 from ds_local.config.shipped import FOLDER

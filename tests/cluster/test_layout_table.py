@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
-from ds_local.cluster.candidates import GIB, Candidate, Price
+from ds_local.cluster.candidates import GIB, Candidate
 from ds_local.cluster.layout_table import line, report
 from ds_local.cluster.learning import Learning
 from ds_local.cluster.planner import Plan
+from ds_local.cluster.prices import Price
 
 BEST = Price(
     Candidate(2, 1, "local", "full", 4, 8), 2.0, 1000, 3 * GIB, {"auxiliary heads": 0.5}, 4e9, 5e9

@@ -86,6 +86,27 @@ def test_replicas_that_are_jobs_weigh_no_tokens():
     assert start_of_unit(alone, config, local_parallel(config), 1)[0].number == 1
 
 
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"bf16": {"enabled": True}}, "but bf16 is on"),
+        ({"bfloat16": {"enabled": True}}, "but bf16 is on"),  # its old name
+        ({"zero_optimization": {"stage": 1}}, "but zero_optimization is on"),
+        ({"bf16": {"enabled": False}}, None),
+    ],
+)
+def test_replicas_that_are_jobs_average_in_fp32(more, named):
+    config = {**config_of(), **more}
+    alone = arguments("--unit", "1", "--num-stages", "3")
+    assert start_of_unit(alone, config, section_of(), 1)[0].number == 1
+    args = arguments("--unit", "1", "--num-stages", "3", "--replicas", "2")
+    if named is None:
+        start_of_unit(args, config, section_of(), 1)
+        return
+    with pytest.raises(ConfigError, match=named):
+        start_of_unit(args, config, section_of(), 1)
+
+
 def test_ranks_of_a_unit_wait_as_long_as_for_another_unit_and_more():
     link = section_of(600.0).link
     assert link.wait_seconds == link.timeout_seconds + 600
