@@ -168,10 +168,15 @@ class Block(nn.Module):
 
     def forward(self, state: State) -> State:
         call = self.context.call(state, self.index)
-        output = self.block(hidden_of(state), *call.args, **call.kwargs)
-        hidden_BTD = output[0] if isinstance(output, tuple | list) else output
-        after = {**state, HIDDEN: hidden_BTD} if isinstance(state, dict) else hidden_BTD
-        return with_logits(after, self.index, self._router_logits)
+        try:
+            output = self.block(hidden_of(state), *call.args, **call.kwargs)
+            hidden_BTD = output[0] if isinstance(output, tuple | list) else output
+            after = {**state, HIDDEN: hidden_BTD} if isinstance(state, dict) else hidden_BTD
+            return with_logits(after, self.index, self._router_logits)
+        finally:
+            # checkpointing ends a recomputation as soon as it has what it needs, inside a block:
+            # what was heard by then must not count in the next forward
+            self._router_logits.clear()
 
 
 class Readout(nn.Module):

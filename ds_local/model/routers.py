@@ -88,7 +88,7 @@ def _routers_of(text: str) -> Routers | None:
 
 
 class Heard(list[Tensor]):
-    """Logits of the routers in a block, since they were last taken; a hook."""
+    """Logits of the routers in a block, while it runs; a hook."""
 
     routers: Routers
 
@@ -113,7 +113,6 @@ def with_logits(state: State, index: int, heard: Heard) -> State:
     if not heard:
         return state
     named = {f"{_LOGITS}.{index}.{n}": logits for n, logits in enumerate(heard)}
-    heard.clear()
     return (state if isinstance(state, dict) else {HIDDEN: state}) | named
 
 

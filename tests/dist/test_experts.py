@@ -30,9 +30,11 @@ def layers_of():
     ]
 
 
-def train(section, stages, clip=0.0):
+def train(section, stages, clip=0.0, recompute=0):
     """(reports of all steps, this rank's weights)."""
-    engine = jobs.build(section, stages, gas=GAS, model=MIXTRAL, gradient_clipping=clip)
+    engine = jobs.build(
+        section, stages, gas=GAS, model=MIXTRAL, gradient_clipping=clip, recompute=recompute
+    )
     seen = []
     engine.reports.listeners.append(
         lambda rows: seen.append([(row.loss, row.router_loss) for row in rows])
@@ -46,6 +48,16 @@ def train(section, stages, clip=0.0):
 
 def optimizer(parameters):
     return torch.optim.AdamW(list(parameters), lr=1e-2, eps=EPSILON, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("mode", ["local", "backprop", "chunked"])
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_recomputed_blocks_count_their_routers_once(mode, interval):
+    section = {"mode": mode, "segments_per_stage": 2}
+    plain, again = (run_ranks(train, 1, section, 1, 0.0, every)[0] for every in (0, interval))
+    assert again["reports"] == plain["reports"]
+    for name, tensor in plain["state"].items():
+        assert torch.equal(again["state"][name], tensor), name
 
 
 def test_one_segment_learns_what_hugging_faces_loss_says():
