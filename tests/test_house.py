@@ -137,7 +137,6 @@ TESTED_IN = {
     "training/diagnostics": ("dist/test_copies", "diagnostics"),
     "training/keeping": ("launchers/test_run_options", "train.py"),
     "training/loop": ("launchers/test_train", "train.py"),
-    "training/profiling": ("launchers/test_train", "train.py"),
     "training/samples": ("dist/test_writing", "samples"),
     "training/steps": ("launchers/test_train", "train.py"),
     "training/units": ("training/test_lone_units", "check_flapping"),

@@ -44,15 +44,21 @@ def work(args: argparse.Namespace) -> int:
         for segments in args.segments
         for method in args.methods
     ]
+    elsewhere = []
     for run in runs:
         place = folder / run.name
         place.mkdir(exist_ok=True)
         with (place / "lock").open("w") as lock:
             mine = try_lock(lock.fileno())
             finished = (place / "result.json").exists()
-            if mine and not finished and not _train(run, place, data, deadline):
+            if not mine and not finished:
+                elsewhere.append(run.name)
+            elif not finished and not _train(run, place, data, deadline):
                 return 0 if time.monotonic() >= deadline else 1
-    print("all of these runs are finished")
+    if elsewhere:
+        print(f"another process trains {', '.join(elsewhere)}; call again")
+    else:
+        print("all of these runs are finished")
     return 0
 
 

@@ -92,12 +92,10 @@ def _measure_segment(
     module = engine.module
     module.train()
     parameters = list(module.segment_parameters(segment))
-    if isinstance(hidden, Tensor) and hidden.is_floating_point():
-        hidden = hidden.detach().requires_grad_()
-    outputs = module.run_segment(segment, hidden)
+    hidden, wanted = _learning(Tree.of(hidden))  # ids do not learn
+    outputs = Tree.of(module.run_segment(segment, hidden))
     shallow = module.shallow
-    gradient = torch.ones_like(outputs)
-    wanted = [hidden] if isinstance(hidden, Tensor) and hidden.requires_grad else []
+    gradients = [torch.ones_like(slot) for slot in _with_graph(outputs)]
 
     def through(
         inputs: list[Tensor], context: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -108,9 +106,8 @@ def _measure_segment(
         def run() -> None:
             # no_weight_grads: layers that can defer them would compute them although nobody asks
             with context():
-                torch.autograd.grad(
-                    module.run_segment(segment, hidden), inputs, gradient, allow_unused=True
-                )
+                roots = _with_graph(Tree.of(module.run_segment(segment, hidden)))
+                torch.autograd.grad(roots, inputs, gradients, allow_unused=True)
 
         return _seconds(run)
 
@@ -123,16 +120,26 @@ def _measure_segment(
         "weight_grad": max(0.0, backward - input_grad),
     }
     if module.has_loss(segment):
-        detached = outputs.detach().requires_grad_()
+        arrived, learning = _learning(outputs)
 
         def head() -> None:
-            loss = module.loss_of(segment, detached, labels, shallow)
+            loss = module.loss_of(segment, arrived, labels, shallow)
             torch.autograd.grad(
-                loss, [detached, *module.head_parameters(segment)], allow_unused=True
+                loss, [*learning, *module.head_parameters(segment)], allow_unused=True
             )
 
         costs["head"] = _seconds(head)
     return costs
+
+
+def _learning(tree: Tree) -> tuple[Any, list[Tensor]]:
+    """The value with its floating-point tensors cut off from what made them, and these."""
+    slots = [slot.detach().requires_grad_() for slot in tree.slots]
+    return tree.with_slots(slots).value(), slots
+
+
+def _with_graph(tree: Tree) -> list[Tensor]:
+    return [slot for slot in tree.slots if slot.requires_grad]
 
 
 def _measure_link(

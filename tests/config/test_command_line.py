@@ -22,7 +22,7 @@ TOLD = {
     "nothing": ({}, FILE),
     "a mode": ({"mode": "chunked", "window": 2}, {"mode": "chunked", "window": 2, "seed": 5}),
     "a mix": (
-        {"backprop_micro_batches": 1},
+        {"mode": "local", "backprop_micro_batches": 1},
         {"mix": [{"mode": "backprop", "micro_batches": 1}, {"mode": "local"}], "seed": 5},
     ),
     "a tail": (
@@ -40,6 +40,46 @@ TOLD = {
 def test_section(name):
     told, wanted = TOLD[name]
     assert overridden_section(FILE, Namespace(**NOTHING | told)) == wanted
+
+
+CHUNKS = {"mode": "chunked", "window": 4}
+FEW = {"mode": "backprop", "micro_batches": 2}
+MEAN = {"mode": "overlapping", "combine": "mean", "window": 3}
+AHEAD = {"mode": "backprop", "run_ahead": "auto", "predict_weights": True}
+
+
+@pytest.mark.parametrize(
+    ("section", "told", "wanted"),
+    [
+        ({}, {"backprop_micro_batches": 2}, {"mix": [FEW, {"mode": "local"}]}),
+        (CHUNKS, {"backprop_micro_batches": 2}, {"mix": [FEW, CHUNKS]}),
+        (CHUNKS, {"backprop_micro_batches": 0}, CHUNKS),
+        (CHUNKS, {"mode": "chunked", "window": 2}, {"mode": "chunked", "window": 2}),
+        (CHUNKS, {"mode": "local"}, {"mode": "local"}),
+        (MEAN, {"mode": "overlapping"}, MEAN),
+        (AHEAD, {"mode": "backprop"}, AHEAD),
+        (AHEAD, {"mode": "local"}, {"mode": "local"}),
+        (
+            {"mix": [{**FEW, "micro_batches": 1}, CHUNKS], "correction": 1.0},
+            {"backprop_micro_batches": 2},
+            {"mix": [FEW, CHUNKS], "correction": 1.0},
+        ),
+        (
+            AHEAD,
+            {"mode": "backprop", "backprop_from": 9},
+            {"phases": [{**AHEAD, "until_step": 9}, {"mode": "backprop"}]},
+        ),
+    ],
+)
+def test_an_option_changes_what_it_names(section, told, wanted):
+    assert overridden_section(section, Namespace(**NOTHING | told)) == wanted
+
+
+@pytest.mark.parametrize("mix", [None, [FEW, {**CHUNKS, "micro_batches": 1}, {"mode": "local"}]])
+def test_a_number_of_micro_batches_needs_to_know_the_rest(mix):
+    section = FILE if mix is None else {"mix": mix}
+    with pytest.raises(ConfigError, match=r"does not say what the other .*; give --mode"):
+        overridden_section(section, Namespace(**NOTHING | {"backprop_micro_batches": 1}))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Runs of the study, trained with a model of next to no size."""
 
+import fcntl
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from study_runs import run_of
 
 from ds_local.cli import study
+from ds_local.study import running
 from ds_local.study.recipes import PRESETS, TRIAL
 from ds_local.study.running import result_of, thin_out
 from ds_local.study.runs import Run
@@ -46,6 +48,20 @@ def test_a_renewed_run_has_no_curve_from_before():
     run = run_of("first chunk alone, rest fresh, backprop tail 40 %, WSD", segments=2)
     rows = [row_of(step, 1) for step in (1500, 1800, 2100, 3000)]
     assert [tokens for tokens, _ in result_of(run, rows, FACTS)["curve"]] == [210_000, 300_000]
+
+
+def test_a_run_that_another_process_trains_is_not_called_finished(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(running, "prepared", lambda *_: tmp_path)
+    run = Run(TRIAL, "local", 4, 1, 1.0, 1.0)
+    place = tmp_path / "study" / TRIAL / run.name
+    place.mkdir(parents=True)
+    asked = ["run", "--preset", TRIAL, "--methods", "local", "--folder", str(tmp_path / "study")]
+    with (place / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert study.main([*asked, "--segments", "4", "--seeds", "1"]) == 0
+    said = capsys.readouterr().out
+    assert f"another process trains {run.name}; call again" in said
+    assert "finished" not in said
 
 
 @pytest.mark.parametrize(
