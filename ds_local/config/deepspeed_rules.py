@@ -92,6 +92,11 @@ def _above(limit: int) -> Any:
     return lambda value: isinstance(value, int) and value > limit
 
 
+_CHECKPOINTING = (
+    "layers are recomputed by torch's checkpointing, which does not know it; remove it, and set "
+    "pipeline.activation_checkpoint_interval"
+)
+
 # (keys from the top down, is this value refused?, reason and remedy); a key that is absent is never
 # refused
 REFUSED: tuple[tuple[Path, Any, str], ...] = (
@@ -126,6 +131,27 @@ REFUSED: tuple[tuple[Path, Any, str], ...] = (
         ("zero_optimization", "cpu_offload_param"),
         bool,
         "parameter offload is a ZeRO-3 feature; remove it",
+    ),
+    (
+        ("zero_optimization", "zenflow"),
+        bool,
+        "its optimizer steps apart from the engine that it knows; remove it",
+    ),
+    *(
+        (("activation_checkpointing", option), bool, _CHECKPOINTING)
+        for option in (
+            "partition_activations",
+            "number_checkpoints",
+            "contiguous_memory_optimization",
+            "synchronize_checkpoint_boundary",
+            "profile",
+            "cpu_checkpointing",
+        )
+    ),
+    (
+        ("expert_parallel", "enabled"),
+        bool,
+        "experts stay with their block and are not dealt out to ranks; remove it",
     ),
     (
         ("pipeline", "pipe_partitioned"),
