@@ -68,7 +68,8 @@ def learning_of(
 
     Of those with this tail and gradients no younger, the row nearest in delay is taken, then the
     one nearest in segments, then in vocabulary / width, then the one with the most seeds. A head
-    that was not measured with the scheme is taken to cost as much as it cost local learning.
+    that was not measured with the scheme is taken to cost as much as it cost local learning, and
+    more segments with a tail what they cost without one.
     """
     scheme = row.partition(", split")[0]
     if scheme in EXACT:
@@ -77,11 +78,14 @@ def learning_of(
     base = _nearest(scheme, FULL, stages, ratio, delay, tail)
     if base is None or base.tokens is None:
         return Learning(None, _why_not(name, base, delay))
-    source = f"{name} on {_where(base)}"
+    source, tokens = f"{name} on {_where(base)}", base.tokens
+    if tail and (further := _further(scheme, base.segments, stages, ratio)) != 1:
+        tokens *= further
+        source += f"; times {further:.2f} for more segments, as without the tail"
     if delay:
         source += f", gradients up to {base.delay:.2f} steps old, here {delay:.2f}"
     if not head:
-        return Learning(base.tokens, source)
+        return Learning(tokens, source)
     of, end = scheme, tail
     if _nearest(of, head, stages, ratio, tail=end) is None:
         of, end = "local", 0.0
@@ -93,7 +97,17 @@ def learning_of(
         return Learning(None, _why_not(f"{_named(of, end)} with a full head", full))
     more = with_head.tokens / full.tokens
     cost = f"times {more:.2f} for the head, of {_named(of, end)} on {_where(with_head)}"
-    return Learning(base.tokens * more, f"{source}; {cost}")
+    return Learning(tokens * more, f"{source}; {cost}")
+
+
+def _further(scheme: str, measured_on: int, stages: int, vocabulary_over_width: float) -> float:
+    """How many times the tokens the scheme needs on `stages` segments, if they are more than it was
+    measured on; 1 for fewer."""
+    there = _nearest(scheme, FULL, stages, vocabulary_over_width)
+    if there is None or there.tokens is None:
+        return 1.0
+    here = _nearest(scheme, FULL, measured_on, there.vocabulary_over_width)
+    return 1.0 if here is None or here.tokens is None else max(1.0, there.tokens / here.tokens)
 
 
 def _named(scheme: str, tail: float) -> str:

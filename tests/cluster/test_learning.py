@@ -65,6 +65,16 @@ def test_a_tail_has_rows_of_its_own(row, head, tail, tokens):
     assert found.tokens == (None if tokens is None else pytest.approx(tokens))
 
 
+def test_a_tail_on_more_segments_costs_what_they_cost_without_one(monkeypatch):
+    more = Measured("chunked 2", {}, 8, 8.0, 1, 1.5)
+    fewer = Measured("chunked 2", {}, 2, 8.0, 1, 1.05)
+    monkeypatch.setattr(learning, "measured", lambda: (*ROWS_KNOWN, more, fewer))
+    found = {stages: learning_of("chunked 2", {}, stages, 8, tail=0.4) for stages in (2, 4, 8)}
+    assert found[2].tokens == found[4].tokens == 1.1
+    assert found[8].tokens == pytest.approx(1.1 * 1.5 / 1.2)
+    assert "times 1.25 for more segments" in found[8].source
+
+
 def test_the_source_names_the_row():
     text = learning_of("chunked 2, split 2", {"readout": "shared"}, 8, 8).source
     assert text == (
