@@ -34,13 +34,14 @@ SCHEMES_HEAD = f"""# Schemes by name
 
 {WRITTEN}
 
-One name each, in every chart, table and command: the mode, its window, its options. The section
-goes into ds_config.json as "local_parallel"; what it does is in [concepts](concepts.md). Names that
-are longer, as in the [study](quality.md), begin with one of these and say what is added: a tail in
-backpropagation, the heads, the steps. A share of a mix is written out for 8 micro-batches a step.
-Deep supervision "dropped by half" loses its auxiliary losses one by one, the lowest first, in the
-first half of the steps: its phases depend on how many there are, `ds_local.dropped_losses` makes
-them.
+One name each, in charts, tables and the study's commands: the mode, its window, its options.
+`simulate` writes a mode with its window in brackets, `chunked(2)`, and other pipelines as `1f1b` or
+`zero_bubble(h1)`. The section goes into ds_config.json as "local_parallel"; what it does is in
+[concepts](concepts.md). Names that are longer, as in the [study](quality.md), begin with one of
+these and say what is added: a tail in backpropagation, the heads, the steps. A share of a mix is
+written out for 8 micro-batches a step. Deep supervision "dropped by half" loses its auxiliary
+losses one by one, the lowest first, in the first half of the steps: its phases depend on how many
+there are, `ds_local.dropped_losses` makes them.
 
 | name | section | what it does |
 |---|---|---|

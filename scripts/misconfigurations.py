@@ -42,7 +42,7 @@ def ranks(
 ) -> None:
     """The start of a job; `change` is what differs on rank 1. Raises what the first of the ranks
     `here` raises."""
-    facts = cluster.own_facts({"a": 1}) | {"world_size": world_size}
+    facts = cluster.own_facts({"a": 1}) | {"world_size": world_size, "data": "7d0f6c2b91ae"}
     shared = {
         "WORLD_SIZE": str(world_size),
         "LOCAL_SIZE": str(world_size),
@@ -121,7 +121,7 @@ def by_ssh(host: str, port: int = 22) -> None:
 
 def elsewhere(address: str) -> None:
     """Rank 1 is on another machine and gives this address."""
-    ranks(change={"host": "other", "address": address})
+    ranks(change={"host": "node-b", "address": address})
 
 
 def section(text: dict[str, Any]) -> LocalParallelConfig:
@@ -137,8 +137,8 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "hostfile empty": (lambda: hostfile("# nobody\n"), "names no host"),
     "hostfile line without slots": (lambda: hostfile("node-a 8\n"), "line 1"),
     "host twice in the hostfile": (
-        lambda: hostfile("a slots=2\nb slots=2\na slots=2\n"),
-        "names a again",
+        lambda: hostfile("node-a slots=2\nnode-b slots=2\nnode-a slots=2\n"),
+        "names node-a again",
     ),
     "launcher told a hostfile that is missing": (
         launcher_without_its_hostfile,
@@ -167,9 +167,9 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: ranks(change={"versions": {"torch": "2.12.0"}}),
         "in its versions: torch 2.12.0",
     ),
-    "other code": (lambda: ranks(change={"code": "0123456789ab"}), "in its code"),
-    "other config": (lambda: ranks(change={"config": "0123456789ab"}), "in its config"),
-    "other data": (lambda: ranks(change={"data": "0123456789ab"}), "in its data"),
+    "other code": (lambda: ranks(change={"code": "c41e7f09ab52"}), "in its code"),
+    "other config": (lambda: ranks(change={"config": "e83a5b6d1f70"}), "in its config"),
+    "other data": (lambda: ranks(change={"data": "58c2d94e07bf"}), "in its data"),
     "data missing on a node": (
         lambda: ranks(change=cluster.own_facts(data="/nowhere/data")),
         "/nowhere/data is no prepared data folder (No such file or directory)",

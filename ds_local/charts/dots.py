@@ -29,6 +29,7 @@ class DotPanel(NamedTuple):
     rows: Sequence[Sequence[Dot]]
     bars: bool = False  # from zero, with the value at the end
     mark: tuple[float, str] | None = None  # a value to compare with
+    end: float | None = None  # a value that the axis reaches at least, for panels of one scale
 
 
 def draw_dots(
@@ -71,6 +72,7 @@ def _panel(
     x0, top = corner
     values = [v for row in panel.rows for dot in row for v in dot[:3] if v is not None]
     values += [panel.mark[0]] if panel.mark else [] if values else [0.0]
+    values += [] if panel.end is None else [panel.end]
     low, high = (0.0 if panel.bars else min(values)), max(values)
     room = 0.0 if panel.bars else 0.05 * (high - low)
     # a bar leaves room for its value

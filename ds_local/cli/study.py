@@ -1,6 +1,6 @@
 """The quality study: methods on equal tokens and the same data order, one table.
 
-    python scripts/study.py run --methods backprop local mixed --segments 4 --seeds 1 --minutes 9
+    python scripts/study.py run --methods backprop local "mixed 1/4" --segments 4 --minutes 9
     python scripts/study.py table
 
 `run` trains what is not finished yet, all segments of a model in one process through the real

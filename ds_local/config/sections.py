@@ -70,7 +70,7 @@ class LayoutConfig(Strict):
     """Which ranks hold which stage."""
 
     stages: Literal["across_nodes", "within_node"] = "across_nodes"
-    """What crosses machines: the edges between stages (rank = stage x replicas + replica), which
+    """What crosses machines: the links between stages (rank = stage x replicas + replica), which
     send little and one way only under local losses, or the averages over the replicas of a stage
     (rank = replica x stages + stage)."""
     start_timeout_seconds: Seconds = 180.0

@@ -42,3 +42,10 @@ def test_bars_begin_at_zero_and_say_their_value():
     wide = re.findall(r'width="([\d.]+)" height="16"', text)
     assert round(float(wide[1]) / float(wide[0]), 2) == 4
     assert ">40</text>" in text
+
+
+def test_panels_can_share_a_scale():
+    panels = [DotPanel(str(n), [[Dot(10.0 * n)]], bars=True, end=40.0) for n in (1, 4)]
+    text = draw_dots("found", ["a"], panels).file()
+    wide = re.findall(r'width="([\d.]+)" height="16"', text)
+    assert round(float(wide[1]) / float(wide[0]), 2) == 4
