@@ -22,7 +22,7 @@ from ds_local.cli.arguments import Parser, number, whole
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--hostfile", help="look at every host of this file by ssh, then end")
     add("--ssh-port", type=whole(1), default=22)
