@@ -21,10 +21,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ds_local.checkpoints.agreement import gather, together
 from ds_local.checkpoints.facts import FACTS, read_facts, whose, write_facts
 from ds_local.checkpoints.sums import checksums
 from ds_local.errors import CheckpointError, SaveError
+from ds_local.links.agreement import gather, together
 from ds_local.outputs import leftovers, reason, remove, scratch_name, sync_folder
 from ds_local.outputs import write_whole as _write_whole
 

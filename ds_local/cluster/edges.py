@@ -12,6 +12,7 @@ import torch
 from torch import distributed as dist
 
 from ds_local.cluster.assembly import spans
+from ds_local.links.agreement import gather
 from ds_local.links.buffers import Tag
 from ds_local.links.groups import Groups
 from ds_local.links.transport import make_end
@@ -20,10 +21,8 @@ from ds_local.links.transport import make_end
 def stage_hosts(stage: int) -> dict[str, list[int]]:
     """The hosts of every stage, for run.json: {"stage 0": {"hosts": [...], "ranks": [...]}}. A
     collective call."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (stage, socket.gethostname()))
     found: dict[str, Any] = {}
-    for rank, (of, host) in enumerate(gathered):
+    for rank, (of, host) in enumerate(gather((stage, socket.gethostname()))):
         entry = found.setdefault(f"stage {of}", {"hosts": [], "ranks": []})
         entry["ranks"].append(rank)
         entry["hosts"] += [] if host in entry["hosts"] else [host]
@@ -78,8 +77,7 @@ def measure_edges(
         if stage in (lower, lower + 1):
             measured = _time_edge(stage == lower, up, down, large, megabytes)
             found += [{**measured, "lower": lower}] if measured else []
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (socket.gethostname(), found))
+    gathered = gather((socket.gethostname(), found))
     edges = []
     for rank, (host, measured) in enumerate(gathered):
         for edge in measured:

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from ds_local.errors import CheckpointError, NonFiniteError
+from ds_local.links.agreement import gather
 from ds_local.links.device import to_device
 
 LOG = logging.getLogger("ds_local")
@@ -209,9 +209,8 @@ def check_state(engine: Holder, what: str, remedy: str) -> None:
     numbers = torch.stack([to_device(total, device) for _, total in sums])
     flags = numbers.isfinite().tolist()  # the one host read
     bad = [name for (name, _), fine in zip(sums, flags, strict=True) if not fine]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (engine.module.stage, engine.global_rank, bad[:3], len(bad)))
-    for stage, rank, names, count in found:
+    own = (engine.module.stage, engine.global_rank, bad[:3], len(bad))
+    for stage, rank, names, count in gather(own):
         if count:
             more = f" and {count - len(names)} more" if count > len(names) else ""
             raise CheckpointError(

@@ -8,7 +8,6 @@ from typing import Any
 
 from deepspeed.utils import logger
 
-from ds_local.checkpoints.agreement import gather, together
 from ds_local.checkpoints.facts import changes_in_words, layout_changes, read_facts
 from ds_local.checkpoints.folder import agreed_tag, latest_tag, locate
 from ds_local.checkpoints.sums import verify
@@ -19,6 +18,7 @@ from ds_local.engine.safe_files import RESERVED
 from ds_local.engine.saving import facts_of
 from ds_local.engine.updates import StageUpdates
 from ds_local.errors import MoveError
+from ds_local.links.agreement import gather, together
 
 Read = Callable[[str, bool], tuple[str | None, dict[str, Any]]]
 

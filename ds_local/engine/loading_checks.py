@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_local.checkpoints.agreement import gather
 from ds_local.checkpoints.facts import segments_of_stages
 from ds_local.checkpoints.folder import HEAD_FILE
 from ds_local.engine.moving import AFRESH, Move
 from ds_local.engine.saving import facts_of
 from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError, MoveError
+from ds_local.links.agreement import gather
 from ds_local.replicas.cuts import saved_scaling
 from ds_local.replicas.head_copies import copies_file
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_local.checkpoints.agreement import gather, together
 from ds_local.checkpoints.by_name import NAMES
 from ds_local.checkpoints.folder import Writing
 from ds_local.engine.async_saves import KeptFiles
@@ -18,6 +17,7 @@ from ds_local.engine.finite import check_state
 from ds_local.engine.safe_files import RESERVED, unloadable
 from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError, SaveError
+from ds_local.links.agreement import gather, together
 from ds_local.model.families import config_dict
 from ds_local.outputs import reason
 from ds_local.schedules.run_plan import head_segments

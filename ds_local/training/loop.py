@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import distributed as dist
 
-from ds_local.checkpoints.agreement import together
 from ds_local.checkpoints.folder import agreed_tag, clean, newest_tag
 from ds_local.cluster import start_check as cluster
 from ds_local.cluster.edges import describe_hosts, stage_hosts
@@ -30,6 +29,7 @@ from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.initialize import initialize
 from ds_local.engine.loading import load_what_fits
 from ds_local.links import notices
+from ds_local.links.agreement import together
 from ds_local.links.failures import around, meeting
 from ds_local.links.logs import LOG, start_log
 from ds_local.links.waiting import is_late, is_lost

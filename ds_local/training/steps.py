@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_local.checkpoints.agreement import gather, together
 from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.checkpoints.run_fields import TRAIN, VALIDATION
 from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.recorder import Recorder
 from ds_local.errors import SaveError
+from ds_local.links.agreement import gather, together
 from ds_local.links.logs import LOG, say
 from ds_local.training import diagnostics, profiling
 from ds_local.training.books import Books

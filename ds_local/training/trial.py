@@ -6,9 +6,9 @@ import time
 from argparse import Namespace
 from datetime import timedelta
 
-from ds_local.checkpoints.agreement import gather
 from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
 from ds_local.engine.engine import LocalPipelineEngine
+from ds_local.links.agreement import gather
 from ds_local.links.device import peak_memory
 
 _VALIDATED = 4  # micro-batches of validation that are timed
