@@ -123,6 +123,7 @@ TESTED_IN = {
     "engine/connections": ("dist/test_groups", "Connections"),
     "engine/engine": ("dist/test_engine", "train_batch"),
     "engine/executor": ("dist/test_engine", "train_batch"),
+    "engine/finite_weights": ("dist/test_nonfinite", "check_weights_finite"),
     "engine/loading": ("dist/test_loading", "load_checkpoint"),
     "engine/loading_checks": ("dist/test_loading", "load_what_fits"),
     "engine/moving": ("dist/test_moving", "Move"),
