@@ -142,7 +142,7 @@ TESTED_IN = {
     "training/samples": ("dist/test_writing", "samples"),
     "training/steps": ("launchers/test_train", "train.py"),
     "training/units": ("training/test_lone_units", "check_flapping"),
-    "training/trial": ("launchers/test_run_options", "train.py"),
+    "training/dry_run": ("launchers/test_run_options", "train.py"),
     "measure/fleet": ("measure/test_stage_alone", "Fleet"),
     "measure/stage_alone_page": ("measure/test_stage_alone", "page"),
     "measure/device": ("measure/test_device_timing", "Device"),
