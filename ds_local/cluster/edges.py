@@ -17,6 +17,9 @@ from ds_local.links.buffers import Tag
 from ds_local.links.groups import Groups
 from ds_local.links.transport import make_end
 
+_LARGE = 2**22  # bytes of a large message
+_REPEATS = 8
+
 
 def stage_hosts(stage: int) -> dict[str, list[int]]:
     """The hosts of every stage, for run.json: {"stage 0": {"hosts": [...], "ranks": [...]}}. A
@@ -36,9 +39,7 @@ def describe_hosts(hosts: Mapping[str, Any]) -> str:
     )
 
 
-def measure_edges(
-    ranks: Sequence[Sequence[int]], timeout_seconds: float, megabytes: float = 4.0
-) -> list[dict[str, Any]]:
+def measure_edges(ranks: Sequence[Sequence[int]], timeout_seconds: float) -> list[dict[str, Any]]:
     """A message on every edge between two stages. A collective call.
 
     Args:
@@ -75,7 +76,7 @@ def measure_edges(
             )
         )
         if stage in (lower, lower + 1):
-            measured = _time_edge(stage == lower, up, down, large, megabytes)
+            measured = _time_edge(stage == lower, up, down, large)
             found += [{**measured, "lower": lower}] if measured else []
     gathered = gather((socket.gethostname(), found))
     edges = []
@@ -93,30 +94,28 @@ def measure_edges(
     return edges
 
 
-def _time_edge(
-    is_lower: bool, up: Any, down: Any, large: Any, megabytes: float, repeats: int = 8
-) -> dict[str, Any] | None:
+def _time_edge(is_lower: bool, up: Any, down: Any, large: Any) -> dict[str, Any] | None:
     """The upper end's measurements; None at the lower end."""
-    small, payload = {"x": torch.zeros(1)}, {"x": torch.zeros(int(megabytes * 2**18))}
+    small, payload = {"x": torch.zeros(1)}, {"x": torch.zeros(_LARGE // 4)}
     times = []
     if is_lower:
-        for n in range(repeats):
+        for n in range(_REPEATS):
             up.send(Tag(0, n), small)
             down.receive(Tag(0, n))
-        for n in range(repeats):
+        for n in range(_REPEATS):
             large.send(Tag(0, n), payload)
         large.flush()
         return None
-    for n in range(repeats):
+    for n in range(_REPEATS):
         up.receive(Tag(0, n))
         times.append(time.perf_counter())
         down.send(Tag(0, n), small)
     down.flush()
     trips = sorted(b - a for a, b in pairwise(times))
     times = []
-    for n in range(repeats):
+    for n in range(_REPEATS):
         large.receive(Tag(0, n))
         times.append(time.perf_counter())
-    seconds = (times[-1] - times[1]) / (repeats - 2)
+    seconds = (times[-1] - times[1]) / (_REPEATS - 2)
     gbps = 8 * payload["x"].nbytes / seconds / 1e9
     return {"from": up.peer.rank, "latency": trips[len(trips) // 2] / 2, "gbps": gbps}
