@@ -115,6 +115,8 @@ TESTED_IN = {
     "replicas/periodic": ("dist/test_replicas", "periodic"),
     "replicas/members": ("replicas/test_elastic", "MeetingPlace"),
     "replicas/joining": ("replicas/test_elastic", "join"),
+    "links/lasting_receiver": ("links/test_lasting", "LastingReceiver"),
+    "links/lasting_sender": ("links/test_lasting", "LastingSender"),
     "links/line": ("links/test_lasting", "Place"),
     "replicas/sync": ("dist/test_replicas", "periodic"),
     "checkpoints/gathered_books": ("checkpoints/test_gathering", "gather_units"),
@@ -232,7 +234,6 @@ def test_export_needs_no_deepspeed():
 LONG_FILES = {
     "engine/engine": (640, "one class; its parts are StageUpdates, Executor, saving, loading"),
     "engine/module": (330, "one class: what a stage holds and computes"),
-    "links/lasting": (720, "one protocol: what each end says and what the other makes of it"),
     "cli/train": (330, "one parser for all options of a run"),
     "engine/executor": (530, "one class: every instruction, in the order of a micro-batch"),
     "schedules/list_scheduler": (370, "one event loop over one state"),

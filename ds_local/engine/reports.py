@@ -19,7 +19,7 @@ from torch import distributed as dist
 from ds_local.engine.finite import KINDS
 from ds_local.links.agreement import gather
 from ds_local.links.groups import Groups
-from ds_local.links.lasting import LastingSender
+from ds_local.links.lasting_sender import LastingSender
 from ds_local.links.mailbox import Mailbox
 from ds_local.links.pair import Sender
 from ds_local.links.transport import End
