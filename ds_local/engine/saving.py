@@ -20,6 +20,7 @@ from ds_local.errors import CheckpointError, SaveError
 from ds_local.links.agreement import gather, together
 from ds_local.model.families import config_dict
 from ds_local.outputs import reason
+from ds_local.outputs.checkpoint_names import tag_of
 from ds_local.schedules.run_plan import head_segments
 
 
@@ -49,7 +50,7 @@ def save(
         engine.saves.settle()  # one at a time
     engine.reports.flush()
     together(lambda: _check_loadable(engine, client_state))
-    tag = str(tag or f"global_step{engine.global_steps}")
+    tag = str(tag or tag_of(engine.global_steps))
     kept = "what was saved before stays; go on from there"
     check_weights_finite(engine, f"the checkpoint {save_dir}/{tag} is not written:", kept)
     writing = Writing(save_dir, tag)
