@@ -9,6 +9,7 @@ from typing import Any
 from ds_local.charts.style import KINDS, color_of
 from ds_local.charts.svg import Svg
 from ds_local.charts.timelines import Band, Piece
+from ds_local.charts.traces import lane, span
 from ds_local.schedules.routes import Routes
 from ds_local.schedules.schedule import Event, Schedule
 from ds_local.schedules.simulator import Timeline
@@ -18,25 +19,19 @@ _CELL = 26  # of a route table
 
 def chrome_trace(timeline: Timeline, microseconds_per_unit: float = 1e6) -> dict[str, Any]:
     """The step alone as a Chrome/Perfetto trace, one lane per stage."""
-    return {
-        "traceEvents": [
-            {
-                "name": str(e.action),
-                "cat": e.action.kind,
-                "ph": "X",
-                "pid": 0,
-                "tid": e.stage,
-                "ts": e.start * microseconds_per_unit,
-                "dur": (e.end - e.start) * microseconds_per_unit,
-                "args": {"segment": e.action.segment, "micro_batch": e.action.micro_batch},
-            }
-            for e in timeline.events
-        ]
-        + [
-            {"name": "thread_name", "ph": "M", "pid": 0, "tid": s, "args": {"name": f"stage {s}"}}
-            for s in range(timeline.schedule.num_stages)
-        ]
-    }
+    events = [
+        span(
+            str(e.action),
+            e.stage,
+            e.start,
+            e.end,
+            unit=microseconds_per_unit,
+            cat=e.action.kind,
+            args={"segment": e.action.segment, "micro_batch": e.action.micro_batch},
+        )
+        for e in timeline.events
+    ]
+    return {"traceEvents": events + [lane(s) for s in range(timeline.schedule.num_stages)]}
 
 
 def band_of(timeline: Timeline, events: Sequence[Event], title: str | None = None) -> Band:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ds_local.charts.traces import lane, span
 from ds_local.config import strict_json
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.recorder import Event
@@ -265,25 +266,9 @@ def _period(events: list[Event]) -> float | None:
 def _trace(lanes: list[Any]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for stage, replica, events, *_ in lanes:
-        rows.append(
-            {
-                "name": "thread_name",
-                "ph": "M",
-                "pid": replica,
-                "tid": stage,
-                "args": {"name": f"stage {stage}"},
-            }
-        )
+        rows.append(lane(stage, replica))
         rows += [
-            {
-                "name": name,
-                "ph": "X",
-                "pid": replica,
-                "tid": stage,
-                "ts": start * 1e6,
-                "dur": (end - start) * 1e6,
-                "args": {"step": step},
-            }
+            span(name, stage, start, end, replica, args={"step": step})
             for name, step, start, end in events
         ]
     return {"traceEvents": rows}
