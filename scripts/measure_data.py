@@ -160,7 +160,7 @@ def run(args: argparse.Namespace, folder: Path) -> Iterator[Figures]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--megabytes", type=whole(1), nargs="+", default=[64], help="of the corpus")
     parser.add_argument(
         "--systems", nargs="+", choices=["prepare", "datasets"], default=["prepare", "datasets"]

@@ -57,9 +57,10 @@ CONCEPTS = {
 }
 
 
-def schedules_of(scheme: str, stages: int = 4, micro_batches: int = 4) -> list[Schedule]:
-    section = section_of(SCHEMES[scheme].section, micro_batches)
-    return RunPlan(local_parallel({SECTION: section}), stages, micro_batches).schedules
+def schedules_of(scheme: str) -> list[Schedule]:
+    """On four stages, with four micro-batches."""
+    section = section_of(SCHEMES[scheme].section, 4)
+    return RunPlan(local_parallel({SECTION: section}), 4, 4).schedules
 
 
 def run_of(scheme: str, steps: int) -> tuple[Timeline, list[Event]]:

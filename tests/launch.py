@@ -11,7 +11,7 @@ from pathlib import Path
 from fork_client import Run, Server, environment, free_port
 from reference import GPT2
 
-from ds_local.checkpoints.run_fields import unknown_fields
+from ds_local.checkpoints.run_fields import METRICS
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -161,6 +161,11 @@ def metrics(run: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert not set().union(*map(unknown_fields, rows))
     return rows
+
+
+def unknown_fields(row: dict) -> set[str]:
+    """What the reference does not know in a row of this kind."""
+    return {name for name in row if name not in METRICS or row["split"] not in METRICS[name].splits}
 
 
 def losses(run: Path) -> dict[tuple, float]:

@@ -9,6 +9,7 @@ from ds_local.charts.plots import number, ticks
 from ds_local.charts.style import color_of_kind
 from ds_local.charts.svg import Svg, text_width
 
+_WIDTH = 860
 _ROW, _GAP = 26.0, 26.0
 _APART = 5.0  # of the two kinds of dots in a row, from its middle
 
@@ -38,7 +39,6 @@ def draw_dots(
     panels: Sequence[DotPanel],
     kinds: tuple[str, str] | None = None,
     colors: Sequence[str] | None = None,
-    width: float = 860,
 ) -> Svg:
     """Rows under each other, the same in every panel.
 
@@ -48,9 +48,9 @@ def draw_dots(
         colors: of the rows; default those of the schemes they name.
     """
     left = 16 + max(text_width(name, 11.5) for name in names) + 12
-    across = (width - 20 - left - _GAP * (len(panels) - 1)) / len(panels)
+    across = (_WIDTH - 20 - left - _GAP * (len(panels) - 1)) / len(panels)
     top = 56.0 if kinds is None else 76.0
-    svg = Svg(width, top + _ROW * len(names) + 34, title)
+    svg = Svg(_WIDTH, top + _ROW * len(names) + 34, title)
     svg.text(16, 24, title, 14, "ink title")
     if kinds is not None:
         at = 16.0

@@ -18,10 +18,16 @@ import torch
 from torch import Tensor
 
 from ds_local.checkpoints.facts import segments_of_stages
-from ds_local.checkpoints.folder import HEAD_FILE
 from ds_local.config.strict import SECTION
 from ds_local.errors import CheckpointError, MoveError
 from ds_local.model.names import head_name, lasting_name, part_of
+from ds_local.outputs.checkpoint_names import (
+    BF16_SHARD_FILE,
+    HEAD_FILE,
+    LAYER_FILE,
+    SHARD_FILE,
+    STAGE_FILE,
+)
 
 WEIGHTS, MASTERS = "weights", "masters"
 NAMES = "ds_local_names"  # beside DeepSpeed's keys: names of the parameters of each group
@@ -144,7 +150,7 @@ class SavedState:
     def weights(self, stage: int) -> Iterator[Piece]:
         """Layers and heads of a stage, whole."""
         for layer in self.layers_of(stage):
-            yield from self._whole(f"layer_{layer:02d}-model_states.pt", str(layer))
+            yield from self._whole(LAYER_FILE.format(layer), str(layer))
         for segment in self._segments[stage]:
             yield from self._whole(HEAD_FILE.format(segment), head_name(self._end(segment)))
 
@@ -167,18 +173,18 @@ class SavedState:
             for name in files:
                 yield from self._cut_out(name)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            where = ", ".join(files) or _state_file(stage)
+            where = ", ".join(files) or STAGE_FILE.format(stage)
             raise CheckpointError(
                 f"{where} is not what ds_local writes: {type(error).__name__}: {error}; use "
                 "another checkpoint"
             ) from error
 
     def _shard(self, stage: int, replica: int) -> str | None:
-        name = f"zero_pp_rank_{replica}_mp_rank_{stage:02d}_optim_states.pt"
-        return next((n for n in (name, f"bf16_{name}") if n in self._facts["files"]), None)
+        names = [file.format(replica, stage) for file in (SHARD_FILE, BF16_SHARD_FILE)]
+        return next((name for name in names if name in self._facts["files"]), None)
 
     def _by_parameter(self, stage: int) -> Iterator[Held]:
-        content = self._look(_state_file(stage))
+        content = self._look(STAGE_FILE.format(stage))
         saved = content["optimizer"]
         if NAMES in content:
             names = [[lasting_name(n, self.segment_parts) for n in own] for own in content[NAMES]]
@@ -218,10 +224,10 @@ class SavedState:
     @staticmethod
     def _unnamed(stage: int) -> MoveError:
         return MoveError(
-            f"{_state_file(stage)} is of an earlier version and does not name its parameters, and "
-            "this run's go by other numbers; resume it once on the layout that saved it, save "
-            "there and move then, or start the optimizer afresh (load_optimizer_states=False; "
-            "scripts/train.py --resume --allow-change optimizer)"
+            f"{STAGE_FILE.format(stage)} is of an earlier version and does not name its "
+            "parameters, and this run's go by other numbers; resume it once on the layout that "
+            "saved it, save there and move then, or start the optimizer afresh "
+            "(load_optimizer_states=False; scripts/train.py --resume --allow-change optimizer)"
         )
 
     def _trained_in_head(self, segment: int) -> list[str]:
@@ -254,10 +260,6 @@ class SavedState:
                 tensors[MASTERS] = flat.detach()[stretch]
                 lasting = lasting_name(name, self.segment_parts)
                 yield Held(lasting, tensors, counters, base["param_groups"][number])
-
-
-def _state_file(stage: int) -> str:
-    return f"mp_rank_{stage:02d}_model_states.pt"
 
 
 def trained_by_part(names: Sequence[str]) -> dict[str, list[str]]:

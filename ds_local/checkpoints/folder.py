@@ -21,16 +21,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ds_local.checkpoints.agreement import gather, together
 from ds_local.checkpoints.facts import FACTS, read_facts, whose, write_facts
 from ds_local.checkpoints.sums import checksums
 from ds_local.errors import CheckpointError, SaveError
+from ds_local.links.agreement import gather, together
 from ds_local.outputs import leftovers, reason, remove, scratch_name, sync_folder
 from ds_local.outputs import write_whole as _write_whole
 
-HEAD_FILE = "head_{:02d}-model_states.pt"  # of a segment's auxiliary head
-AVERAGE_FILE = "ema_layer_{:02d}.pt"  # running averages of a layer's weights
-AVERAGE_HEAD_FILE = "ema_head_after_{:02d}.pt"  # of the head above so many layers
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # a file name, with room for more
 
 

@@ -8,7 +8,6 @@ or copied where that cannot be, and compared with the sums that the units took.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 from collections import Counter
@@ -25,10 +24,10 @@ from ds_local.config.files import local_parallel
 from ds_local.config.strict import SECTION
 from ds_local.errors import CheckpointError, RunError, SaveError
 from ds_local.outputs import leftovers, reason, remove, scratch_name, write_whole
+from ds_local.outputs.checkpoint_names import LAYER_FILE, STAGE_FILE, step_of, tag_of
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.units import unit_folders, units_of
 
-_OF_THE_LOOP = re.compile(r"global_step(\d+)")
 _SCRATCH = "whole"
 _OF_A_UNIT = ("unit", "files", "seal", SECTION)  # keys of ds_local.json
 _ATTEMPTS = 3  # units that go on remove older checkpoints meanwhile
@@ -114,7 +113,7 @@ def find_common(run: Path) -> Found:
         raise CheckpointError(_nothing_common(run, steps, facts))
     step = max(common)
     runs = [steps[number][step] for number in numbers]
-    places = [locate(one / "checkpoints", f"global_step{step}") for one in runs]
+    places = [locate(one / "checkpoints", tag_of(step)) for one in runs]
     return Found(step, places, runs)
 
 
@@ -125,10 +124,10 @@ def _steps_in(folders: Sequence[Path]) -> dict[int, Path]:
     """Step -> the folder, among those of a unit's replicas, with a checkpoint that the loop made.
     Replicas have the same weights."""
     return {
-        int(match[1]): folder
+        step: folder
         for folder in reversed(folders)
-        for match in map(_OF_THE_LOOP.fullmatch, complete_tags(folder / "checkpoints"))
-        if match
+        for step in map(step_of, complete_tags(folder / "checkpoints"))
+        if step is not None
     }
 
 
@@ -200,7 +199,7 @@ def _trying(run: Path, write: Any) -> Path:
 
 def _written(found: Found, output: Path) -> Path:
     """A checkpoint that stays, its sums compared with those of the units."""
-    facts, tag = _facts_of_whole(found), f"global_step{found.step}"
+    facts, tag = _facts_of_whole(found), tag_of(found.step)
     checkpoints = output / "checkpoints"
     with suppress(CheckpointError):
         if read_facts(checkpoints / tag)["files"] == facts["files"]:  # a kill came after it
@@ -226,7 +225,7 @@ def _written(found: Found, output: Path) -> Path:
 
 def _light(found: Found, scratch: Path) -> Path:
     """One to read from and remove. Who reads a file compares its sum."""
-    facts, tag = _facts_of_whole(found), f"global_step{found.step}"
+    facts, tag = _facts_of_whole(found), tag_of(found.step)
     target = scratch / "checkpoints" / tag
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -285,8 +284,8 @@ def _facts_of_whole(found: Found) -> dict[str, Any]:
             )
         files |= part["files"]
     parts_of_model = range(whole["segment_parts"][-1]), range(whole["num_stages"])
-    needed = [f"layer_{layer:02d}-model_states.pt" for layer in parts_of_model[0]]
-    needed += [f"mp_rank_{stage:02d}_model_states.pt" for stage in parts_of_model[1]]
+    needed = [LAYER_FILE.format(layer) for layer in parts_of_model[0]]
+    needed += [STAGE_FILE.format(stage) for stage in parts_of_model[1]]
     if missing := [name for name in needed if name not in files]:
         raise CheckpointError(
             f"no unit has {missing[0]} of step {found.step} ({', '.join(map(str, found.places))}); "

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from ds_local.checkpoints.facts import FACTS, read_facts
 from ds_local.checkpoints.folder import checked_tag, complete_tags, latest_tag, leads
 from ds_local.errors import CheckpointError
 from ds_local.outputs import remove, scratch_name
-
-_OF_THE_LOOP = re.compile(r"global_step(\d+)")  # tags that nobody has chosen
+from ds_local.outputs.checkpoint_names import step_of
 
 
 def remove_older(folder: str | Path, keep: int) -> list[str]:
@@ -27,9 +25,9 @@ def remove_older(folder: str | Path, keep: int) -> list[str]:
     if not leads(folder):
         return []
     steps = {
-        tag: int(match[1])
+        tag: step
         for tag in complete_tags(folder)
-        if (match := _OF_THE_LOOP.fullmatch(tag)) is not None
+        if (step := step_of(tag)) is not None  # those with tags that nobody has chosen
     }
     kept = set(sorted(steps, key=steps.__getitem__)[-keep:])
     if (folder / "latest").exists():  # not yet where only tags of somebody's own are saved

@@ -5,7 +5,7 @@ The reference is written from here; the tests hold every row that a run writes a
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 TRAIN, VALIDATION, DIAGNOSTICS = "train", "validation", "diagnostics"
 SAMPLE, EVENT = "sample", "event"
@@ -118,8 +118,3 @@ RUN = {
     "gathered": "`step` and `runs` of units that `ds-local gather` made this of; gone once a job "
     "goes on from it",
 }
-
-
-def unknown_fields(row: dict[str, Any]) -> set[str]:
-    """Of a row of metrics.jsonl: what the reference does not know in its kind of row."""
-    return {name for name in row if name not in METRICS or row["split"] not in METRICS[name].splits}

@@ -11,19 +11,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ds_local.checkpoints.facts import FACTS, read_facts
-from ds_local.checkpoints.folder import (
-    AVERAGE_FILE,
-    AVERAGE_HEAD_FILE,
-    HEAD_FILE,
-    latest_tag,
-    locate,
-)
+from ds_local.checkpoints.folder import latest_tag, locate
 from ds_local.checkpoints.hf_layers import State, check_layer, to_hf
 from ds_local.checkpoints.sums import check_file
 from ds_local.config.strict import SECTION
 from ds_local.errors import ExportError, first_line
 from ds_local.model import families
 from ds_local.model.small_models import prefix
+from ds_local.outputs.checkpoint_names import AVERAGE_FILE, AVERAGE_HEAD_FILE, HEAD_FILE, LAYER_FILE
 from ds_local.replicas.cuts import scale_outputs
 
 
@@ -130,7 +125,7 @@ class Checkpoint:
 
     def layer(self, number: int) -> State:
         """The tensors of a pipeline layer, by their names in it."""
-        name = AVERAGE_FILE.format(number) if self._ema else f"layer_{number:02d}-model_states.pt"
+        name = (AVERAGE_FILE if self._ema else LAYER_FILE).format(number)
         state = self._load(name)
         check_layer(self.config, number, state, str(self.folder / name))
         scale_outputs(self.config, {number: state}, self.facts)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ds_local.checkpoints.agreement import gather, together
 from ds_local.checkpoints.facts import read_facts
 from ds_local.errors import CheckpointError
+from ds_local.links.agreement import gather, together
 
 
 def verify(checkpoint: str | Path) -> dict[str, Any]:

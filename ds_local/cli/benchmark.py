@@ -25,7 +25,7 @@ from typing import Any
 # before torch and DeepSpeed are imported, here and in the ranks
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from ds_local.cli.arguments import PICTURE, output_file
+from ds_local.cli.arguments import PICTURE, Parser, output_file
 from ds_local.measure import network, pictures, report
 from ds_local.measure.ranks import Pool
 from ds_local.measure.relay import Relay
@@ -165,9 +165,7 @@ def gpu(args: argparse.Namespace) -> list[Row]:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="benchmark", required=True)
 
     def command(function: Callable[..., Any], text: str) -> argparse.ArgumentParser:

@@ -22,7 +22,7 @@ from ds_local.cli.arguments import Parser, number, whole
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--hostfile", help="look at every host of this file by ssh, then end")
     add("--ssh-port", type=whole(1), default=22)
@@ -159,11 +159,11 @@ def check_memory(
         ClusterError: when it does not fit.
     """
     import torch
-    from torch import distributed as dist
 
     from ds_local.cluster.candidates import GIB
     from ds_local.cluster.pricing import expected_memory
     from ds_local.errors import ClusterError
+    from ds_local.links.agreement import gather
     from ds_local.links.staging import ranks_here
     from ds_local.model import families
 
@@ -173,9 +173,7 @@ def check_memory(
         if cuda
         else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks_here()
     )
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (total / GIB, socket.gethostname()))
-    smallest, host = min(gathered)
+    smallest, host = min(gather((total / GIB, socket.gethostname())))
     hf_config = families.load_model_config(model)
     needed = expected_memory(hf_config, config, *layout, seq_len) / GIB
     length = f"sequences of {seq_len or families.num_positions(hf_config):,} tokens"

@@ -6,13 +6,11 @@ python scripts/export_hf.py runs/nano --output out/nano --all-segments
 
 from __future__ import annotations
 
-import argparse
-
 from ds_local.cli.arguments import Parser, whole
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", help="run folder (its latest checkpoint) or checkpoint folder")
     parser.add_argument(
         "--output",

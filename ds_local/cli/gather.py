@@ -7,13 +7,11 @@ python scripts/gather.py runs/nano --output runs/nano-whole
 
 from __future__ import annotations
 
-import argparse
-
 from ds_local.cli.arguments import Parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", help="folder of the whole run, which holds a unit-N folder of each")
     parser.add_argument(
         "--output",

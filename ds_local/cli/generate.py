@@ -17,7 +17,7 @@ from ds_local.cli.exits import exits_of
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "model",
         help="a Hugging Face folder or name, a folder of all exits, a run folder or a checkpoint "

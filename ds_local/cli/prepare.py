@@ -19,7 +19,7 @@ _SHOWN = 20  # sources
 
 def parser() -> Parser:
     """What the command takes."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--source",
         nargs="+",

@@ -6,14 +6,13 @@ python scripts/report.py runs/one runs/two --output compared.html
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from ds_local.cli.arguments import PAGE, Parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
     parser.add_argument(
         "--output", type=PAGE, help="file to write; default report.html in the (first) run folder"

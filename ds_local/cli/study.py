@@ -28,7 +28,7 @@ from ds_local.study.recipes import PRESETS
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("command", choices=["run", "table", "methods"])
     add("--preset", choices=sorted(PRESETS), default="cpu")

@@ -5,15 +5,14 @@ python scripts/summarize.py runs/quickstart
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from ds_local.cli.arguments import Parser
+
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("run", type=Path, help="run folder")
     args = parser.parse_args(arguments)
     from ds_local.checkpoints.metrics_file import MetricsFile

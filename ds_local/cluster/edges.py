@@ -12,18 +12,20 @@ import torch
 from torch import distributed as dist
 
 from ds_local.cluster.assembly import spans
+from ds_local.links.agreement import gather
 from ds_local.links.buffers import Tag
 from ds_local.links.groups import Groups
 from ds_local.links.transport import make_end
+
+_LARGE = 2**22  # bytes of a large message
+_REPEATS = 8
 
 
 def stage_hosts(stage: int) -> dict[str, list[int]]:
     """The hosts of every stage, for run.json: {"stage 0": {"hosts": [...], "ranks": [...]}}. A
     collective call."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (stage, socket.gethostname()))
     found: dict[str, Any] = {}
-    for rank, (of, host) in enumerate(gathered):
+    for rank, (of, host) in enumerate(gather((stage, socket.gethostname()))):
         entry = found.setdefault(f"stage {of}", {"hosts": [], "ranks": []})
         entry["ranks"].append(rank)
         entry["hosts"] += [] if host in entry["hosts"] else [host]
@@ -37,9 +39,7 @@ def describe_hosts(hosts: Mapping[str, Any]) -> str:
     )
 
 
-def measure_edges(
-    ranks: Sequence[Sequence[int]], timeout_seconds: float, megabytes: float = 4.0
-) -> list[dict[str, Any]]:
+def measure_edges(ranks: Sequence[Sequence[int]], timeout_seconds: float) -> list[dict[str, Any]]:
     """A message on every edge between two stages. A collective call.
 
     Args:
@@ -76,10 +76,9 @@ def measure_edges(
             )
         )
         if stage in (lower, lower + 1):
-            measured = _time_edge(stage == lower, up, down, large, megabytes)
+            measured = _time_edge(stage == lower, up, down, large)
             found += [{**measured, "lower": lower}] if measured else []
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (socket.gethostname(), found))
+    gathered = gather((socket.gethostname(), found))
     edges = []
     for rank, (host, measured) in enumerate(gathered):
         for edge in measured:
@@ -95,30 +94,28 @@ def measure_edges(
     return edges
 
 
-def _time_edge(
-    is_lower: bool, up: Any, down: Any, large: Any, megabytes: float, repeats: int = 8
-) -> dict[str, Any] | None:
+def _time_edge(is_lower: bool, up: Any, down: Any, large: Any) -> dict[str, Any] | None:
     """The upper end's measurements; None at the lower end."""
-    small, payload = {"x": torch.zeros(1)}, {"x": torch.zeros(int(megabytes * 2**18))}
+    small, payload = {"x": torch.zeros(1)}, {"x": torch.zeros(_LARGE // 4)}
     times = []
     if is_lower:
-        for n in range(repeats):
+        for n in range(_REPEATS):
             up.send(Tag(0, n), small)
             down.receive(Tag(0, n))
-        for n in range(repeats):
+        for n in range(_REPEATS):
             large.send(Tag(0, n), payload)
         large.flush()
         return None
-    for n in range(repeats):
+    for n in range(_REPEATS):
         up.receive(Tag(0, n))
         times.append(time.perf_counter())
         down.send(Tag(0, n), small)
     down.flush()
     trips = sorted(b - a for a, b in pairwise(times))
     times = []
-    for n in range(repeats):
+    for n in range(_REPEATS):
         large.receive(Tag(0, n))
         times.append(time.perf_counter())
-    seconds = (times[-1] - times[1]) / (repeats - 2)
+    seconds = (times[-1] - times[1]) / (_REPEATS - 2)
     gbps = 8 * payload["x"].nbytes / seconds / 1e9
     return {"from": up.peer.rank, "latency": trips[len(trips) // 2] / 2, "gbps": gbps}

@@ -17,8 +17,8 @@ import torch
 from deepspeed.utils import logger
 from torch import Tensor
 
-from ds_local.checkpoints.agreement import over
 from ds_local.errors import SaveError
+from ds_local.links.agreement import over
 
 _FRESH = ("layer_", "head_")  # files whose tensors are copies already, made for them
 

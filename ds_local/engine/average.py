@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_local.checkpoints.folder import AVERAGE_FILE, AVERAGE_HEAD_FILE
 from ds_local.engine.module import LocalPipelineModule
+from ds_local.outputs.checkpoint_names import AVERAGE_FILE, AVERAGE_HEAD_FILE
 
 
 class Average:

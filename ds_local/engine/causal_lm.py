@@ -12,7 +12,6 @@ from deepspeed.pipe import LayerSpec
 from deepspeed.utils import log_dist
 from torch import Tensor
 
-from ds_local.checkpoints.agreement import gather
 from ds_local.config.deepspeed import batch_sizes, check_number
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.strict import SECTION
@@ -22,6 +21,7 @@ from ds_local.engine.deepspeed_checks import checked
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.module_checks import stages_of, world_size
 from ds_local.errors import ConfigError, UnsupportedModel
+from ds_local.links.agreement import gather
 from ds_local.model import blocks, families, heads
 from ds_local.model.exported_heads import load_head
 from ds_local.model.flops import choose_parts

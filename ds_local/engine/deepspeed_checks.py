@@ -37,7 +37,7 @@ from ds_local.config.files import load_config, local_parallel, must_be
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.strict import SECTION
 from ds_local.engine.optimizer_checks import check_optimizer, check_scheduler, cpp_compiler
-from ds_local.engine.trials import check_keys, try_out
+from ds_local.engine.value_checks import check_builds, check_keys
 from ds_local.errors import ConfigError
 
 _MODELS: dict[tuple[str, ...], type[BaseModel]] = {
@@ -147,9 +147,9 @@ def check_settings(config: Mapping[str, Any]) -> None:
     def read(**rest: Any) -> None:
         DeepSpeedConfig({**rest, **dict.fromkeys(_BATCH, 1)}, _OneReplica())
 
-    try_out("{}", "DeepSpeed refuses the config", read, rest)
+    check_builds("{}", "DeepSpeed refuses the config", read, rest)
     level = {"log_level": config["log_level"]} if config.get("log_level") else {}
-    try_out("{}", "", lambda log_level="info": get_log_level_from_string(log_level), level)
+    check_builds("{}", "", lambda log_level="info": get_log_level_from_string(log_level), level)
 
 
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

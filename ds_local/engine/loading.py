@@ -8,17 +8,17 @@ from typing import Any
 
 from deepspeed.utils import logger
 
-from ds_local.checkpoints.agreement import gather, together
 from ds_local.checkpoints.facts import changes_in_words, layout_changes, read_facts
 from ds_local.checkpoints.folder import agreed_tag, latest_tag, locate
 from ds_local.checkpoints.sums import verify
-from ds_local.engine.finite import check_state
+from ds_local.engine.finite_weights import check_weights_finite
 from ds_local.engine.loading_checks import Checks, same_scheduler
 from ds_local.engine.moving import trained_names
 from ds_local.engine.safe_files import RESERVED
 from ds_local.engine.saving import facts_of
 from ds_local.engine.updates import StageUpdates
 from ds_local.errors import MoveError
+from ds_local.links.agreement import gather, together
 
 Read = Callable[[str, bool], tuple[str | None, dict[str, Any]]]
 
@@ -70,7 +70,7 @@ def load(
         logger.warning(
             f"{place} has not all averages of weights (ema): these begin with the weights"
         )
-    check_state(engine, f"with {place}", "use another checkpoint")
+    check_weights_finite(engine, f"with {place}", "use another checkpoint")
     # DeepSpeed gives whatever it did not use, its own notes among it
     return path, {key: value for key, value in client_state.items() if key not in RESERVED}
 

@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_local.checkpoints.agreement import gather
 from ds_local.checkpoints.facts import segments_of_stages
-from ds_local.checkpoints.folder import HEAD_FILE
 from ds_local.engine.moving import AFRESH, Move
 from ds_local.engine.saving import facts_of
 from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError, MoveError
+from ds_local.links.agreement import gather
+from ds_local.outputs.checkpoint_names import BF16_SHARD_FILE, HEAD_FILE, SHARD_FILE, STAGE_FILE
 from ds_local.replicas.cuts import saved_scaling
 from ds_local.replicas.head_copies import copies_file
 
@@ -185,7 +185,7 @@ class Checks:
         segment = sum(start <= first for start in parts) - 1
         stages = segments_of_stages(self.facts)
         stage = next(stage for stage, own in enumerate(stages) if segment in own)
-        name = f"mp_rank_{stage:02d}_model_states.pt"
+        name = STAGE_FILE.format(stage)
         state = self.look(name)
         what = f"{self.place / name} is not what ds_local writes"
         for key, kind in _STATE.items():
@@ -238,9 +238,8 @@ class Checks:
 
     def _check_shards(self) -> None:
         engine, optimizer = self.engine, self.engine.optimizer
-        prefix = "bf16_" if engine.bfloat16_enabled() else ""
-        replica = engine.replica_id
-        name = f"{prefix}zero_pp_rank_{replica}_mp_rank_{engine.module.stage:02d}_optim_states.pt"
+        file = BF16_SHARD_FILE if engine.bfloat16_enabled() else SHARD_FILE
+        name = file.format(engine.replica_id, engine.module.stage)
         shard = self.look(name)
         own = (
             optimizer.fp32_groups_flat_partition

@@ -15,13 +15,13 @@ from deepspeed.utils import logger
 from torch import Tensor, nn
 
 from ds_local.checkpoints.facts import FACTS, head_options, read_facts
-from ds_local.checkpoints.folder import HEAD_FILE
 from ds_local.checkpoints.tensors import check_tensors
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.strict import SECTION
 from ds_local.engine.deepspeed_seam import PipelineModuleSeam
 from ds_local.engine.safe_files import SafeCheckpointEngine
 from ds_local.errors import CheckpointError
+from ds_local.outputs.checkpoint_names import HEAD_FILE
 
 
 class ModuleFiles(PipelineModuleSeam):

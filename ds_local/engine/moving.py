@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_local.checkpoints.agreement import gather
 from ds_local.checkpoints.by_name import (
     MASTERS,
     NOT_SHARED,
@@ -22,6 +21,7 @@ from ds_local.checkpoints.by_name import (
 from ds_local.engine.deepspeed_seam import Share, shares_of
 from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError, MoveError
+from ds_local.links.agreement import gather
 from ds_local.links.device import to_device
 from ds_local.model.names import is_head, lasting_name, part_of
 

@@ -30,7 +30,7 @@ from ds_local.config.deepspeed import bf16_enabled, zero_stage
 from ds_local.config.files import nearest
 from ds_local.config.lr_schedule import SCHEDULERS, scheduler_of
 from ds_local.engine.deepspeed_seam import MUON_PARAMETERS
-from ds_local.engine.trials import check_keys, check_kind, try_out
+from ds_local.engine.value_checks import check_builds, check_keys, check_kind
 from ds_local.errors import ConfigError
 
 _FUSED: dict[str, tuple[type[Optimizer], str]] = {
@@ -66,7 +66,7 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
     shared = {key: value for key, value in params.items() if key in known}
     whole = f"optimizer.type {name!r} does not work here"
     build = lambda **given: _stepped(stand_in([_toy()], **given))  # noqa: E731
-    try_out("optimizer.params.{}", whole, build, shared)
+    check_builds("optimizer.params.{}", whole, build, shared)
 
 
 def _optimizer_class(
@@ -207,7 +207,7 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
             scheduler.step()
 
     whole = f"scheduler.type {name!r} does not work here"
-    try_out("scheduler.params.{}", whole, build, params)
+    check_builds("scheduler.params.{}", whole, build, params)
 
 
 def _toy_optimizer(config: Mapping[str, Any]) -> Optimizer:

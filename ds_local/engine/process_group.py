@@ -18,6 +18,7 @@ from ds_local.cluster.start_check import LIMIT_SECONDS
 from ds_local.cluster.surroundings import own_address
 from ds_local.engine.deepspeed_seam import ENGINES
 from ds_local.links import notices
+from ds_local.links.agreement import gather
 from ds_local.links.failures import around, meeting
 from ds_local.links.notices import Notices
 from ds_local.links.staging import ranks_here
@@ -64,7 +65,7 @@ def start_processes(
             )
         deepspeed.init_distributed(timeout=limit)
         if dist.get_world_size() > 1 and notices.current() is None:
-            _begin(dist.get_rank(), _gathered)
+            _begin(dist.get_rank(), gather)
 
 
 def group_backend() -> str:
@@ -90,12 +91,6 @@ def _begin(rank: int, exchange: Any) -> None:
     around(own)  # hears from the start what failed
     own.meet(exchange(own.card))
     notices.begin(own)
-
-
-def _gathered(card: Any) -> list[Any]:
-    cards = [None] * dist.get_world_size()
-    dist.all_gather_object(cards, card)
-    return cards
 
 
 def limit_waits(seconds: float) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ds_local.engine.finite import KINDS
+from ds_local.links.agreement import gather
 from ds_local.links.groups import Groups
-from ds_local.links.lasting import LastingSender
+from ds_local.links.lasting_sender import LastingSender
 from ds_local.links.mailbox import Mailbox
 from ds_local.links.pair import Sender
 from ds_local.links.transport import End
@@ -215,8 +216,7 @@ class Reports:
         """Bring the reports up to the last step. A collective call over all ranks: stages meet
         here."""
         mailed = self._mailbox.sent if self._mailbox and self._writes else 0
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (self._own, mailed))
+        gathered = gather((self._own, mailed))
         steps: dict[int, dict[int, list[float]]] = {}
         for own, _ in gathered:
             for step, rows in own.items():

@@ -9,17 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_local.checkpoints.agreement import gather, together
 from ds_local.checkpoints.by_name import NAMES
 from ds_local.checkpoints.folder import Writing
 from ds_local.engine.async_saves import KeptFiles
 from ds_local.engine.deepspeed_seam import shares_of
-from ds_local.engine.finite import check_state
+from ds_local.engine.finite_weights import check_weights_finite
 from ds_local.engine.safe_files import RESERVED, unloadable
 from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError, SaveError
+from ds_local.links.agreement import gather, together
 from ds_local.model.families import config_dict
 from ds_local.outputs import reason
+from ds_local.outputs.checkpoint_names import tag_of
 from ds_local.schedules.run_plan import head_segments
 
 
@@ -48,10 +49,10 @@ def save(
     if engine.saves is not None:
         engine.saves.settle()  # one at a time
     engine.reports.flush()
-    together(lambda: _check_state(engine, client_state))
-    tag = str(tag or f"global_step{engine.global_steps}")
+    together(lambda: _check_loadable(engine, client_state))
+    tag = str(tag or tag_of(engine.global_steps))
     kept = "what was saved before stays; go on from there"
-    check_state(engine, f"the checkpoint {save_dir}/{tag} is not written:", kept)
+    check_weights_finite(engine, f"the checkpoint {save_dir}/{tag} is not written:", kept)
     writing = Writing(save_dir, tag)
     inner = engine.checkpoint_engine
     files = _Files(inner)
@@ -160,7 +161,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _check_state(engine: StageUpdates, client_state: Mapping[str, Any]) -> None:
+def _check_loadable(engine: StageUpdates, client_state: Mapping[str, Any]) -> None:
     """Refuse what could be saved but not be loaded again."""
     for key in client_state:
         if not isinstance(key, str) or key in RESERVED:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ds_local.checkpoints.agreement import gather
 from ds_local.cluster.surroundings import own_address
 from ds_local.config.sections import LinkConfig
-from ds_local.links.lasting import LastingReceiver, LastingSender
+from ds_local.links.agreement import gather
+from ds_local.links.lasting_receiver import LastingReceiver
+from ds_local.links.lasting_sender import LastingSender
 from ds_local.links.line import END, Line
 from ds_local.links.logs import LOG
 from ds_local.links.notices import Absence, Notices

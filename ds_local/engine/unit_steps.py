@@ -15,6 +15,7 @@ from ds_local.engine.stopping import Stopping
 from ds_local.engine.updates import StageUpdates
 from ds_local.links.line import StepVoid
 from ds_local.outputs import remove
+from ds_local.outputs.checkpoint_names import tag_of
 from ds_local.replicas.elastic import ElasticGroup, Mean
 
 _AGAIN_SECONDS = 0.2
@@ -118,7 +119,7 @@ class UnitSteps(StageUpdates):
     def _hand_over(self) -> list[str]:
         """The state of this replica, for one that comes back."""
         assert self.units is not None, "of units alone"
-        folder, tag = self.units.handover, f"global_step{self.global_steps}"
+        folder, tag = self.units.handover, tag_of(self.global_steps)
         self.save_checkpoint(str(folder), tag, save_latest=False)
         self.wait_for_save()
         for old in set(complete_tags(folder)) - {tag}:

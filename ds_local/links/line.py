@@ -1,5 +1,15 @@
 """What both ends of a lasting link share: places in its stream, and waiting for an end that is
-away."""
+away.
+
+Lasting links outlive the processes at their ends: they are between parts of a pipeline that are
+jobs of their own. The receiver listens and leaves its address in a file; the sender connects, and
+connects again when it has lost the receiver. What was sent stays with the sender until the receiver
+says that it will never need it again, so a receiver that was started anew can have it once more. A
+message has a place in the stream, (step, kind, number), validation before training; both ends count
+by places, so nothing comes twice and nothing is left out.
+
+Threads do all of this. The main thread hands messages over and takes them, and waits with a limit.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +33,8 @@ from ds_local.links.waiting import OUTSIDE, waiting
 
 END = 2**62  # "nothing before this step is needed": nothing at all
 LAST = 2**31  # a number after those of all messages of a step or validation
+CONNECT_SECONDS = 10.0  # for the first word of the other end
+RETRY_SECONDS = 0.1  # between two tries to connect
 _TICK_SECONDS = 0.5
 _MOMENT = 2.0  # an absence that is over by then is not told
 _GRACE_SECONDS = 1.0  # for a peer to come back before a step is given up for it

@@ -23,8 +23,8 @@ from ds_local.links.trees import (
     Tree,
     as_leaves,
     as_tensor,
-    form_of,
     text_of,
+    tree_spec_of,
 )
 
 Slots = list[Tensor | None]  # a gradient, by slot; None: nothing reads the tensor
@@ -58,12 +58,12 @@ def copied_to(value: Any, device: torch.device) -> Tree:
 
 def pack(name: str, tree: Tree) -> dict[str, Tensor]:
     """A value as named tensors; nothing for None."""
-    if tree.form is None:
+    if tree.spec is None:
         return {}
-    if tree.form == TENSOR:
+    if tree.spec == TENSOR:
         return {name: tree.leaves[0]}
     leaves = {f"{name}.{i}": as_tensor(leaf) for i, leaf in enumerate(tree.leaves)}
-    return leaves | {f"{name}={text_of(tree.form)}": _NO_BYTES}
+    return leaves | {f"{name}={text_of(tree.spec)}": _NO_BYTES}
 
 
 def unpack(name: str, message: Mapping[str, Tensor]) -> Tree:
@@ -73,9 +73,9 @@ def unpack(name: str, message: Mapping[str, Tensor]) -> Tree:
     text = next((key for key in message if key.startswith(f"{name}=")), None)
     if text is None:
         return Tree([], None)
-    form = form_of(text.removeprefix(f"{name}="))
+    spec = tree_spec_of(text.removeprefix(f"{name}="))
     tensors = [tensor for key, tensor in message.items() if key.startswith(f"{name}.")]
-    return Tree(as_leaves(tensors, form), form)
+    return Tree(as_leaves(tensors, spec), spec)
 
 
 def activation_message(
@@ -96,7 +96,7 @@ def activation_message(
         CannotTravel: when a codec does not know which of several tensors is the hidden state.
     """
     message = _encoded(pack("hidden", hidden), hidden, link, segment)
-    if hidden.form != TENSOR:
+    if hidden.spec != TENSOR:
         message["learns"] = _flags(tuple(slot.requires_grad for slot in hidden.slots))
     if weight is not None:
         message["weight"] = torch.tensor(weight, dtype=torch.float64)

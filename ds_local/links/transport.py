@@ -18,7 +18,8 @@ from ds_local.errors import TransportError
 from ds_local.links.buffers import Message, Tag
 from ds_local.links.ends import RINGS, Peer
 from ds_local.links.groups import Groups
-from ds_local.links.lasting import LastingReceiver, LastingSender
+from ds_local.links.lasting_receiver import LastingReceiver
+from ds_local.links.lasting_sender import LastingSender
 from ds_local.links.pair import Receiver, Sender
 from ds_local.links.staging import Direct, Staging
 

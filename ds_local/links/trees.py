@@ -1,7 +1,7 @@
 """What a layer passes on: tensors, alone or in tuples, lists, dicts and named tuples.
 
-A `Tree` is such a value taken apart into its leaves and its form. Leaves are tensors and numbers;
-all else (containers, None, strings) is in the form, which has a text, so that it can travel.
+A `Tree` is such a value taken apart into its leaves and its spec. Leaves are tensors and numbers;
+all else (containers, None, strings) is in the spec, which has a text, so that it can travel.
 
 A *slot* is a tensor that can have a gradient, a floating-point or complex one. Gradients are lists
 with one entry per slot, in the order of the value, None where there is no gradient.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Form = Any  # TENSOR, _NUMBER, None, ("text", string), (kind, names, forms of the parts)
+TreeSpec = Any  # TENSOR, _NUMBER, None, ("text", string), (kind, names, specs of the parts)
 
 TENSOR, _NUMBER = "tensor", "number"
 _NUMBERS = {
@@ -40,10 +40,10 @@ class CannotTravel(Exception):
 class Tree:
     """A value taken apart."""
 
-    __slots__ = ("form", "leaves", "slots")
+    __slots__ = ("leaves", "slots", "spec")
 
-    def __init__(self, leaves: list[Any], form: Form) -> None:
-        self.leaves, self.form = leaves, form
+    def __init__(self, leaves: list[Any], spec: TreeSpec) -> None:
+        self.leaves, self.spec = leaves, spec
         self.slots: list[Tensor] = [leaf for leaf in leaves if _is_slot(leaf)]
 
     @classmethod
@@ -60,24 +60,24 @@ class Tree:
         if type(value) is Tensor and (not strict or _is_plain(value)):
             return cls([value], TENSOR)
         leaves: list[Any] = []
-        form = _take_apart(value, leaves, strict)
-        return cls(leaves, form)
+        spec = _take_apart(value, leaves, strict)
+        return cls(leaves, spec)
 
     def value(self) -> Any:
         """The value, put together again."""
         return (
-            self.leaves[0] if self.form == TENSOR else _put_together(self.form, iter(self.leaves))
+            self.leaves[0] if self.spec == TENSOR else _put_together(self.spec, iter(self.leaves))
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Tree:
         """The tree with `function` applied to every tensor."""
         leaves = [function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        return Tree(leaves, self.form)
+        return Tree(leaves, self.spec)
 
     def with_slots(self, tensors: Sequence[Tensor]) -> Tree:
         """The tree with other tensors in its slots."""
         new = iter(tensors)
-        return Tree([next(new) if _is_slot(leaf) else leaf for leaf in self.leaves], self.form)
+        return Tree([next(new) if _is_slot(leaf) else leaf for leaf in self.leaves], self.spec)
 
 
 def _is_slot(leaf: Any) -> bool:
@@ -93,7 +93,7 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return Tree.of(value, strict=False).map(function).value()
 
 
-def _take_apart(value: Any, leaves: list[Any], strict: bool) -> Form:
+def _take_apart(value: Any, leaves: list[Any], strict: bool) -> TreeSpec:
     kind = type(value)
     if isinstance(value, Tensor) and (not strict or _is_plain(value)):
         leaves.append(value)
@@ -117,7 +117,7 @@ def _take_apart(value: Any, leaves: list[Any], strict: bool) -> Form:
     return _NUMBER
 
 
-def _container(name: str, value: Any, leaves: list[Any], strict: bool) -> Form:
+def _container(name: str, value: Any, leaves: list[Any], strict: bool) -> TreeSpec:
     if name in _SEQUENCES:
         return name, None, tuple(_take_apart(part, leaves, strict) for part in value)
     if strict and any(type(key) not in (str, int) for key in value):
@@ -135,15 +135,15 @@ def _description(value: Any) -> str:
     return f"a {name}"
 
 
-def _put_together(form: Form, leaves: Iterator[Any]) -> Any:
-    if form in (TENSOR, _NUMBER):
+def _put_together(spec: TreeSpec, leaves: Iterator[Any]) -> Any:
+    if spec in (TENSOR, _NUMBER):
         return next(leaves)
-    if form is None:
+    if spec is None:
         return None
-    if form[0] == "text":
-        return form[1]
-    kind, names, forms = form
-    parts = [_put_together(part, leaves) for part in forms]
+    if spec[0] == "text":
+        return spec[1]
+    kind, names, specs = spec
+    parts = [_put_together(part, leaves) for part in specs]
     if kind in _SEQUENCES:
         return _SEQUENCES[kind](parts)
     if kind in _MAPPINGS:
@@ -173,12 +173,12 @@ def _named_tuple(names: tuple[str, ...]) -> Any:
 
 
 @lru_cache(maxsize=256)
-def text_of(form: Form) -> str:
-    return json.dumps(form)
+def text_of(spec: TreeSpec) -> str:
+    return json.dumps(spec)
 
 
 @cache
-def form_of(text: str) -> Form:
+def tree_spec_of(text: str) -> TreeSpec:
     def frozen(part: Any) -> Any:
         return tuple(map(frozen, part)) if isinstance(part, list) else part
 
@@ -190,16 +190,16 @@ def as_tensor(leaf: Any) -> Tensor:
     return leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=_NUMBERS[type(leaf)])
 
 
-def as_leaves(tensors: Sequence[Tensor], form: Form) -> list[Any]:
-    """The leaves of a form from what travelled."""
-    kinds = iter(_leaf_kinds(form))
+def as_leaves(tensors: Sequence[Tensor], spec: TreeSpec) -> list[Any]:
+    """The leaves of a spec from what travelled."""
+    kinds = iter(_leaf_kinds(spec))
     return [tensor if next(kinds) == TENSOR else tensor.item() for tensor in tensors]
 
 
 @lru_cache(maxsize=256)
-def _leaf_kinds(form: Form) -> tuple[str, ...]:
-    if form in (TENSOR, _NUMBER):
-        return (form,)
-    if form is None or form[0] == "text":
+def _leaf_kinds(spec: TreeSpec) -> tuple[str, ...]:
+    if spec in (TENSOR, _NUMBER):
+        return (spec,)
+    if spec is None or spec[0] == "text":
         return ()
-    return tuple(kind for part in form[2] for kind in _leaf_kinds(part))
+    return tuple(kind for part in spec[2] for kind in _leaf_kinds(part))

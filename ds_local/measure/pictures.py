@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ds_local.charts.traces import lane, span
 from ds_local.config import strict_json
 from ds_local.measure.tables import Row, merged, name_of
 from ds_local.outputs import new_file, write_file
@@ -72,24 +73,6 @@ def write_trace(events_of_ranks: Sequence[Sequence[tuple[str, float, float]]], p
     """A Chrome/Perfetto trace with a lane for each stage."""
     rows: list[Row] = []
     for stage, events in enumerate(events_of_ranks):
-        rows.append(
-            {
-                "name": "thread_name",
-                "ph": "M",
-                "pid": 0,
-                "tid": stage,
-                "args": {"name": f"stage {stage}"},
-            }
-        )
-        rows += [
-            {
-                "name": what,
-                "ph": "X",
-                "pid": 0,
-                "tid": stage,
-                "ts": start * 1e6,
-                "dur": (end - start) * 1e6,
-            }
-            for what, start, end in events
-        ]
+        rows.append(lane(stage))
+        rows += [span(what, stage, start, end) for what, start, end in events]
     write_file(path, strict_json.dumps({"traceEvents": rows}))

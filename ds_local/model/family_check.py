@@ -33,18 +33,13 @@ def check_family(config: PretrainedConfig) -> None:
         UnsupportedModel: saying what differs.
     """
     with seeded(0, "family check"):
-        small = shrunk(config, try_out)
+        small = shrunk(config, tried)
         try:
             reason = fault_of(small)
         except Exception as error:  # of the library's code: a layer that does not run by itself
             raise UnsupportedModel(f"its layers fail one by one: {last_line(error)}") from error
     if reason is not None:
         raise UnsupportedModel(reason)
-
-
-def try_out(config: PretrainedConfig) -> None:
-    """Make the whole model of a small config, and run it."""
-    tried(config)
 
 
 def tried(config: PretrainedConfig) -> tuple[Any, Tensor, Tensor]:

@@ -271,7 +271,3 @@ class AuxiliaryHead(nn.Module):
         if self.down is not None:
             hidden = self.down(hidden)
         return hidden if self.log_temperature is None else hidden * self.log_temperature.exp()
-
-    def logits(self, state: State) -> Tensor:
-        """Next-token logits, shape [B, T, V] or with the classes of `frequent`."""
-        return self.rule(self.readout(self._before_readout(self._after_blocks(state)[0])))

@@ -147,14 +147,12 @@ def _sorts(config: PretrainedConfig) -> list[tuple[Any, ...]]:
     ]
 
 
-def shrunk(
-    config: PretrainedConfig, try_out: Callable[[PretrainedConfig], object]
-) -> PretrainedConfig:
+def shrunk(config: PretrainedConfig, run: Callable[[PretrainedConfig], object]) -> PretrainedConfig:
     """A small model's config, with every kind of block: at small widths, or where these do not fit
     together at its own.
 
     Args:
-        try_out: makes the model of a config and runs it; raises where that fails.
+        run: makes the model of a config and runs it; raises where that fails.
 
     Raises:
         UnsupportedModel: when none runs, or only one that would take long.
@@ -167,7 +165,7 @@ def shrunk(
         try:
             small = _with(shallow, table)
             if sum(p.numel() for p in skeleton(small).parameters()) <= _LARGEST:
-                try_out(small)
+                run(small)
                 return small
         except Exception as error:  # of the library's code, about sizes that do not fit
             failed = failed or error

@@ -12,6 +12,7 @@ from ds_local.errors import SaveError, TransportError
 from ds_local.links.frames import read_frame, send_frame
 from ds_local.links.logs import say
 from ds_local.links.waiting import OUTSIDE, waiting
+from ds_local.outputs.checkpoint_names import tag_of
 from ds_local.replicas.members import ANSWER_SECONDS, FOLLOWS, LEADS, NEW, TICK_SECONDS, Members
 
 
@@ -59,7 +60,7 @@ class Joining(Members):
     def _after_the_end(self, other: int, step: int) -> tuple[int, list[str]]:
         """All steps are done, and another replica has them."""
         self.members, self._role = [self.replica], LEADS
-        return step, [f"replica {other}", f"global_step{step}"]
+        return step, [f"replica {other}", tag_of(step)]
 
     def _others(self) -> list[int]:
         return [r for r in range(self.num_replicas) if r != self.replica]
@@ -117,7 +118,7 @@ class Joining(Members):
             done = {self.replica: step} | {r: own for r, (_, own) in self._joiners.items()}
             members = sorted(done, key=lambda r: (-done[r], r))
             most = done[members[0]]
-            state = [f"replica {members[0]}", f"global_step{most}"]
+            state = [f"replica {members[0]}", tag_of(most)]
             self._epoch = self._last_epoch()
             self.members = members
             self._new_epoch(members)

@@ -9,32 +9,29 @@ from typing import Any
 from ds_local.charts.style import KINDS, color_of
 from ds_local.charts.svg import Svg
 from ds_local.charts.timelines import Band, Piece
+from ds_local.charts.traces import lane, span
 from ds_local.schedules.routes import Routes
 from ds_local.schedules.schedule import Event, Schedule
 from ds_local.schedules.simulator import Timeline
 
+_CELL = 26  # of a route table
+
 
 def chrome_trace(timeline: Timeline, microseconds_per_unit: float = 1e6) -> dict[str, Any]:
     """The step alone as a Chrome/Perfetto trace, one lane per stage."""
-    return {
-        "traceEvents": [
-            {
-                "name": str(e.action),
-                "cat": e.action.kind,
-                "ph": "X",
-                "pid": 0,
-                "tid": e.stage,
-                "ts": e.start * microseconds_per_unit,
-                "dur": (e.end - e.start) * microseconds_per_unit,
-                "args": {"segment": e.action.segment, "micro_batch": e.action.micro_batch},
-            }
-            for e in timeline.events
-        ]
-        + [
-            {"name": "thread_name", "ph": "M", "pid": 0, "tid": s, "args": {"name": f"stage {s}"}}
-            for s in range(timeline.schedule.num_stages)
-        ]
-    }
+    events = [
+        span(
+            str(e.action),
+            e.stage,
+            e.start,
+            e.end,
+            unit=microseconds_per_unit,
+            cat=e.action.kind,
+            args={"segment": e.action.segment, "micro_batch": e.action.micro_batch},
+        )
+        for e in timeline.events
+    ]
+    return {"traceEvents": events + [lane(s) for s in range(timeline.schedule.num_stages)]}
 
 
 def band_of(timeline: Timeline, events: Sequence[Event], title: str | None = None) -> Band:
@@ -64,7 +61,7 @@ def _piece(schedule: Schedule, event: Event) -> Piece:
     return Piece(event.stage, event.step, action.kind, event.start, event.end, name, tip)
 
 
-def draw_routes(tables: Sequence[tuple[str, Routes]], cell: float = 26) -> Svg:
+def draw_routes(tables: Sequence[tuple[str, Routes]]) -> Svg:
     """Route tables as matrices side by side: a row for each loss, in its colour; a column for each
     segment. A number in a cell is a weight other than 1.
 
@@ -72,17 +69,17 @@ def draw_routes(tables: Sequence[tuple[str, Routes]], cell: float = 26) -> Svg:
         tables: with a caption each, "" for none.
     """
     count = tables[0][1].num_segments
-    wide = 62 + count * cell + 16
+    wide = 62 + count * _CELL + 16
     label = "; ".join(f"route table of {routes.mode}" for _, routes in tables)
-    svg = Svg(wide * len(tables), 44 + count * cell + (30 if tables[0][0] else 12), label)
+    svg = Svg(wide * len(tables), 44 + count * _CELL + (30 if tables[0][0] else 12), label)
     for n, (caption, routes) in enumerate(tables):
-        _matrix(svg, routes, n * wide + 62, cell)
+        _matrix(svg, routes, n * wide + 62)
         svg.text(n * wide + 62, svg.height - 12, caption, 11.5, "faint")
     return svg
 
 
-def _matrix(svg: Svg, routes: Routes, left: float, cell: float) -> None:
-    count, top = routes.num_segments, 44
+def _matrix(svg: Svg, routes: Routes, left: float) -> None:
+    count, top, cell = routes.num_segments, 44, _CELL
     svg.text(left, 18, "trains segment", 11.5, "faint")
     for n in range(count):
         x, y = left + n * cell, top + n * cell

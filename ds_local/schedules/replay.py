@@ -19,6 +19,7 @@ from ds_local.schedules.schedule import (
     Link,
     Schedule,
     Wire,
+    listed,
     successive,
 )
 
@@ -26,6 +27,11 @@ from ds_local.schedules.schedule import (
 def unit_cost(action: Action) -> float:
     """Forward, input gradient and weight gradient take one tick each."""
     return 2.0 if action.kind == BACKWARD else 1.0
+
+
+def deadlock(schedule: Schedule, stuck: str, depth: int | None, remedy: str = "") -> ScheduleError:
+    """What to raise where `replay` or a `Program` says what it is stuck at."""
+    return ScheduleError(f"{schedule.name}: {stuck}; links hold {depth} messages{remedy}")
 
 
 def replay(
@@ -50,7 +56,7 @@ def replay(
         The events in an order in which they can happen, and None, or a sentence naming what each
         stage waits for when nothing can go on.
     """
-    schedules = [schedules] if isinstance(schedules, Schedule) else schedules
+    schedules = listed(schedules)
     in_turn = [schedules[step % len(schedules)] for step in range(steps)]
     program = Program(successive(in_turn), link_depth)
     seconds = [cost(program.schedules[work.step], work.action) for work in program.work]
@@ -236,7 +242,7 @@ def validate(schedules: Schedule | Sequence[Schedule], link_depth: int) -> None:
     Raises:
         ScheduleError: with a sentence and the grid.
     """
-    schedules = [schedules] if isinstance(schedules, Schedule) else schedules
+    schedules = listed(schedules)
     for schedule in schedules:
         for steps_left in (None, *range(1, schedule.steps_ahead + 1)):
             for is_first in (True, False) if schedule.leads else (True,):
@@ -247,10 +253,8 @@ def validate(schedules: Schedule | Sequence[Schedule], link_depth: int) -> None:
         steps = 2 + 2 * schedule.steps_ahead if schedule.leads else 1
         stuck = Program(successive([schedule] * steps), link_depth).stuck
         if stuck is not None:
-            raise ScheduleError(
-                f"{schedule.name}: {stuck}; links hold {link_depth} messages, raise "
-                f"link.depth\n{grid_of(schedule)}"
-            )
+            remedy = f", raise link.depth\n{grid_of(schedule)}"
+            raise deadlock(schedule, stuck, link_depth, remedy)
 
 
 def expected_actions(schedule: Schedule) -> set[Action]:

@@ -309,6 +309,10 @@ class Schedule:
         return counts
 
 
+def listed(schedules: Schedule | Sequence[Schedule]) -> Sequence[Schedule]:
+    return [schedules] if isinstance(schedules, Schedule) else schedules
+
+
 def successive(schedules: Sequence[Schedule]) -> list[Schedule]:
     """The schedules of successive steps as they are run: equal ones that follow each other are a
     stretch, which begins and ends with nothing running ahead."""

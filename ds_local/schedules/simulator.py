@@ -19,7 +19,7 @@ from typing import Any
 
 from ds_local.errors import ScheduleError
 from ds_local.schedules.list_scheduler import make_schedule
-from ds_local.schedules.replay import Program, replay
+from ds_local.schedules.replay import Program, deadlock, replay
 from ds_local.schedules.routes import Routes
 from ds_local.schedules.run_ahead import copies_of
 from ds_local.schedules.schedule import (
@@ -31,6 +31,7 @@ from ds_local.schedules.schedule import (
     Event,
     Link,
     Schedule,
+    listed,
     successive,
 )
 
@@ -149,7 +150,7 @@ def simulate(
     Raises:
         ScheduleError: when the schedule deadlocks at this link depth, or all costs are 0.
     """
-    schedules = [schedules] if isinstance(schedules, Schedule) else schedules
+    schedules = listed(schedules)
     first = schedules[0]
     cost = _costs_of_actions(costs)
 
@@ -158,7 +159,7 @@ def simulate(
 
     alone, stuck = replay(first, cost, link_time, link_depth)
     if stuck is not None:
-        raise ScheduleError(f"{first.name}: {stuck}; links hold {link_depth} messages")
+        raise deadlock(first, stuck, link_depth)
     makespan = max(e.end for e in alone)
     if makespan <= 0:
         raise ScheduleError("all costs are 0; give at least --forward a time")
@@ -184,7 +185,7 @@ def several_steps(
     link_depth: int | None = None,
 ) -> list[Event]:
     """What every stage does in the first steps of a run, and when; as `simulate` otherwise."""
-    schedules = [schedules] if isinstance(schedules, Schedule) else schedules
+    schedules = listed(schedules)
     events, stuck = replay(
         schedules,
         _costs_of_actions(costs),
@@ -193,7 +194,7 @@ def several_steps(
         steps,
     )
     if stuck is not None:
-        raise ScheduleError(f"{schedules[0].name}: {stuck}; links hold {link_depth} messages")
+        raise deadlock(schedules[0], stuck, link_depth)
     return events
 
 
@@ -268,7 +269,7 @@ class StepTimer:
     def __init__(
         self, schedules: Schedule | Sequence[Schedule], link_depth: int | None = None
     ) -> None:
-        self._schedules = [schedules] if isinstance(schedules, Schedule) else schedules
+        self._schedules = listed(schedules)
         self._least = _least_rounds(self._schedules[0])
         # without a limit on links, rounds depend on each other by the clocks of stages and links
         # only, so one round serves all; with one, a round waits for messages taken in another, and
@@ -278,10 +279,7 @@ class StepTimer:
         together = 1 if apart else self._least + MAX_ROUNDS + self._draining
         self._program = Program(successive([*self._schedules] * together), link_depth)
         if self._program.stuck is not None:
-            raise ScheduleError(
-                f"{self._schedules[0].name}: {self._program.stuck}; links hold {link_depth} "
-                "messages"
-            )
+            raise deadlock(self._schedules[0], self._program.stuck, link_depth)
 
     def steady_period(self, costs: Costs) -> float:
         """How much later a step ends than the one before it, once the run has settled."""
@@ -319,7 +317,7 @@ def most_without_idling(
 
     Args:
         transfer: time of a message, in forwards.
-        split_backward: see `order.make_schedule`.
+        split_backward: see `list_scheduler.make_schedule`.
     """
 
     def period(count: int) -> float:

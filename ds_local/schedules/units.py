@@ -27,7 +27,7 @@ class Unit:
     Args:
         number: in depth order, from 0.
         stages: of the whole pipeline.
-        num_units, num_stages: of the whole pipeline.
+        num_stages: of the whole pipeline.
         replica, num_replicas: of the whole pipeline.
         meets_in: folder where units leave their addresses; all see it.
         facts: of the run, in a word; all units must have the same.
@@ -35,7 +35,6 @@ class Unit:
 
     number: int
     stages: range
-    num_units: int
     num_stages: int
     replica: int = 0
     num_replicas: int = 1
@@ -152,4 +151,4 @@ def unit_of(
             f"({', '.join(map(str, stages))}) but this job has {processes} processes; start one "
             "process for each stage"
         )
-    return Unit(number, stages, len(units), plan.num_stages, replica, num_replicas)
+    return Unit(number, stages, plan.num_stages, replica, num_replicas)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ds_local.checkpoints.facts import FACTS
-from ds_local.checkpoints.folder import HEAD_FILE
+from ds_local.outputs.checkpoint_names import HEAD_FILE, LAYER_FILE, STAGE_FILE, step_of, tag_of
 from ds_local.study.methods import COSINE, DECAY, METHODS, switch_step
 from ds_local.study.runs import Run
 
-_STAGE = "mp_rank_00_model_states.pt"
+_STAGE = STAGE_FILE.format(0)
 
 
 def leave_trunk(run: Run, place: Path) -> None:
@@ -49,7 +49,7 @@ def shared(run: Run, folder: Path) -> tuple[Path, str] | None:
     if method.dropped_by:
         return None
     if method.schedule == COSINE:
-        place, tag = folder / trunk.name, f"global_step{run.switch(method.tail)}"
+        place, tag = folder / trunk.name, tag_of(run.switch(method.tail))
         there = method.tail and (place / "run" / "checkpoints" / tag).exists()
         return (place / "run", tag) if there and (place / "result.json").exists() else None
     differs, base = run.switch(method.tail or DECAY), trunk._replace(step_factor=1.0).name
@@ -60,13 +60,13 @@ def shared(run: Run, folder: Path) -> tuple[Path, str] | None:
             config = json.loads((place / "ds_config.json").read_text())
             steps = config["scheduler"]["params"]["total_num_steps"]
             last = min(differs, switch_step(steps, DECAY))
-            for facts in (place / "run" / "checkpoints").glob(f"global_step*/{FACTS}"):
-                step = int(facts.parent.name.removeprefix("global_step"))
-                found += [(step, place / "run")] if step <= last else []
+            for facts in (place / "run" / "checkpoints").glob(f"*/{FACTS}"):
+                at = step_of(facts.parent.name)
+                found += [(at, place / "run")] if at is not None and at <= last else []
     step, best = max(found)
     if step < 0 or (method.renew and step < differs):
         return None
-    return best, f"global_step{step}"
+    return best, tag_of(step)
 
 
 def renew_above(checkpoint: Path, segment: int, how: str, seed: int) -> None:
@@ -77,7 +77,7 @@ def renew_above(checkpoint: Path, segment: int, how: str, seed: int) -> None:
     """
     facts = json.loads((checkpoint / FACTS).read_text())
     top, boundary = facts["segment_parts"][-1] - 1, facts["segment_parts"][segment + 1]
-    layers = [f"layer_{layer:02d}-model_states.pt" for layer in range(top + 1)]
+    layers = [LAYER_FILE.format(layer) for layer in range(top + 1)]
     generator = torch.Generator().manual_seed(seed)
     states = {name: _load(checkpoint / name) for name in layers}
     for layer in range(boundary, top):

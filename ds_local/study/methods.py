@@ -92,7 +92,6 @@ METHODS = {
         "mixed 1/4", 0.2, head={"blocks": 1, **EIGHTH}
     ),
 }
-YARDSTICKS = {COSINE: "backprop", WSD: "backprop, WSD"}  # what a row's gap is to
 METHODS |= {
     "backprop, WSD": of("backprop", schedule=WSD),
     "chunked 2, WSD": of("chunked 2", schedule=WSD),

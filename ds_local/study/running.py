@@ -16,6 +16,7 @@ from typing import Any
 from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.config import strict_json
 from ds_local.outputs import write_file
+from ds_local.outputs.checkpoint_names import step_of
 from ds_local.study.beginnings import leave_trunk
 from ds_local.study.methods import DECAY, METHODS, TAILS, WSD
 from ds_local.study.recipes import PRESETS
@@ -161,6 +162,7 @@ def thin_out(run: Run, checkpoints: Path) -> None:
         needed |= {run.switch(tail) for tail in TAILS}
     if method.schedule == WSD:
         needed.add(run.switch(DECAY))
-    for checkpoint in checkpoints.glob("global_step*"):
-        if int(checkpoint.name.removeprefix("global_step")) not in needed:
+    for checkpoint in checkpoints.glob("*"):
+        step = step_of(checkpoint.name)
+        if step is not None and step not in needed:
             shutil.rmtree(checkpoint)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ds_local.checkpoints.agreement import gather
 from ds_local.config.catalog import in_words
 from ds_local.config.deepspeed import precision_of
 from ds_local.engine.engine import LocalPipelineEngine
+from ds_local.links.agreement import gather
 from ds_local.model.flops import segment_times, unit_flops
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.simulator import Costs, simulate

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from ds_local.engine.engine import LocalPipelineEngine
+from ds_local.links.agreement import gather
 from ds_local.links.trees import Tree
 from ds_local.schedules.schedule import Schedule
 
@@ -44,8 +44,7 @@ def probe(engine: LocalPipelineEngine, micro_batch: Any) -> dict[int, dict[str, 
         }
         for segment in engine.module.local_segments
     }
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own if engine.replica_id == 0 else {})
+    gathered = gather(own if engine.replica_id == 0 else {})
     return dict(
         sorted((segment, figures) for part in gathered for segment, figures in part.items())
     )

@@ -104,7 +104,6 @@ def facts_of_start(
         "weights": _name_of_weights(args),
         "data": {"folder": str(data.folder), **data.facts},
         "layout": {"replicas": replicas},
-        "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
         "versions": {
             name: version(name)
             for name in ("ds_local", "torch", "deepspeed", "transformers", "datasets")

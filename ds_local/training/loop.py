@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import distributed as dist
 
-from ds_local.checkpoints.agreement import together
 from ds_local.checkpoints.folder import agreed_tag, clean, newest_tag
 from ds_local.cluster import start_check as cluster
 from ds_local.cluster.edges import describe_hosts, stage_hosts
@@ -30,6 +29,7 @@ from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.initialize import initialize
 from ds_local.engine.loading import load_what_fits
 from ds_local.links import notices
+from ds_local.links.agreement import together
 from ds_local.links.failures import around, meeting
 from ds_local.links.logs import LOG, start_log
 from ds_local.links.waiting import is_late, is_lost
@@ -38,11 +38,11 @@ from ds_local.model.pretrained import find_weights
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.training.banner import banner, forecast
 from ds_local.training.callbacks import Callback, Validation, check_callbacks
+from ds_local.training.dry_run import dry_run
 from ds_local.training.inputs import facts_of_start, layout_of, length_of, read_inputs
 from ds_local.training.run_folder import RunFolder, opened, tokenizer_test
 from ds_local.training.signals import Signals
 from ds_local.training.steps import Loop
-from ds_local.training.trial import try_out
 from ds_local.training.units import check_flapping, name_of_folder, start_of_unit, with_facts
 
 # arguments that decide when stages meet: they must be the same on every rank
@@ -147,7 +147,7 @@ def _train(
         told = banner(facts, phases, length, step, engine.gradient_clipping(), args)
         run.say(f"{describe_hosts(hosts)}\n{told}")
         if args.dry_run:
-            run.say(try_out(engine, data, shape, args))
+            run.say(dry_run(engine, data, shape, args))
             return None
         together(lambda: run.start(facts, step, tag, data.tokenizer_folder))
         clean(run.checkpoints)

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ds_local.checkpoints.agreement import gather
+from ds_local.charts.traces import lane, span
 from ds_local.config import strict_json
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.recorder import Event
+from ds_local.links.agreement import gather
 from ds_local.links.buffers import Tag
 from ds_local.links.device import peak_memory
 from ds_local.links.messages import copied_to, parts_of_activation
@@ -73,13 +74,11 @@ def measure(engine: LocalPipelineEngine, inputs: Any) -> dict[str, list[float]]:
     for segment, given in inputs_of.items():
         for name, seconds in _measure_segment(engine, segment, *given).items():
             own.setdefault(name, {})[segment] = seconds
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
     costs = {
         name: [0.0] * engine.num_segments
         for name in ("forward", "input_grad", "weight_grad", "head", "link")
     }
-    for part in gathered:
+    for part in gather(own):
         for name, values in part.items():
             for segment, seconds in values.items():
                 costs[name][segment] = seconds
@@ -198,9 +197,8 @@ def write(engine: LocalPipelineEngine, inputs: Any, folder: Path, seq_len: int) 
         if hasattr(link, "message_bytes")
     ]
     parameters = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(
-        gathered, (engine.stage_id, engine.replica_id, recorded, max(sizes, default=0), parameters)
+    gathered = gather(
+        (engine.stage_id, engine.replica_id, recorded, max(sizes, default=0), parameters)
     )
     if engine.global_rank:
         return
@@ -275,25 +273,9 @@ def _period(events: list[Event]) -> float | None:
 def _trace(lanes: list[Any]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for stage, replica, events, *_ in lanes:
-        rows.append(
-            {
-                "name": "thread_name",
-                "ph": "M",
-                "pid": replica,
-                "tid": stage,
-                "args": {"name": f"stage {stage}"},
-            }
-        )
+        rows.append(lane(stage, replica))
         rows += [
-            {
-                "name": name,
-                "ph": "X",
-                "pid": replica,
-                "tid": stage,
-                "ts": start * 1e6,
-                "dur": (end - start) * 1e6,
-                "args": {"step": step},
-            }
+            span(name, stage, start, end, replica, args={"step": step})
             for name, step, start, end in events
         ]
     return {"traceEvents": rows}

@@ -10,14 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_local.checkpoints.agreement import gather, together
 from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.checkpoints.run_fields import TRAIN, VALIDATION
 from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.recorder import Recorder
 from ds_local.errors import SaveError
+from ds_local.links.agreement import gather, together
 from ds_local.links.logs import LOG, say
+from ds_local.outputs.checkpoint_names import tag_of
 from ds_local.training import diagnostics, profiling
 from ds_local.training.books import Books
 from ds_local.training.callbacks import Callback, Row, Standing, Validation
@@ -245,7 +246,7 @@ class Loop:
                 together(self.books.settle if self.books is not None else lambda: None)
             folder = self.folder / "checkpoints"
             self.engine.save_checkpoint(str(folder), tag, save_latest=tag is None)
-            self._under_way = tag or f"global_step{self.step}"
+            self._under_way = tag or tag_of(self.step)
 
     def _conclude(self) -> None:
         """Wait for the save under way; it is whole now.

@@ -14,7 +14,7 @@ from reference import GPT2
 
 from ds_local.checkpoints import gathering
 from ds_local.checkpoints.facts import read_facts
-from ds_local.checkpoints.folder import HEAD_FILE, Writing, complete_tags, latest_tag
+from ds_local.checkpoints.folder import Writing, complete_tags, latest_tag
 from ds_local.checkpoints.gathering import find_common, gather_units, whole_run
 from ds_local.checkpoints.hf_export import export
 from ds_local.checkpoints.source import Checkpoint
@@ -25,6 +25,7 @@ from ds_local.data.documents import Document
 from ds_local.data.tokenizers import load_tokenizer, make_tokenizer
 from ds_local.errors import CheckpointError, ExportError, RunError
 from ds_local.model import blocks, families
+from ds_local.outputs.checkpoint_names import HEAD_FILE
 
 PARTS = [0, 2, 4, 6]  # three segments of a model of four blocks
 SECTION = {"mode": "local", "num_stages": 3, "link": {"reconnect_seconds": 60, "depth": 2}}

@@ -1,6 +1,8 @@
 """The reference of a run's files."""
 
-from ds_local.checkpoints.run_fields import METRICS, SPLITS, unknown_fields
+from launch import unknown_fields
+
+from ds_local.checkpoints.run_fields import METRICS, SPLITS
 from ds_local.engine.reports import SegmentReport
 from ds_local.training.diagnostics import FIGURES
 

@@ -8,12 +8,13 @@ from families import layers_of
 from reference import GPT2
 
 from ds_local.checkpoints.facts import FACTS, write_facts
-from ds_local.checkpoints.folder import HEAD_FILE, Writing
+from ds_local.checkpoints.folder import Writing
 from ds_local.checkpoints.source import Checkpoint, find_checkpoint, run_facts_of
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.sections import HeadConfig
 from ds_local.errors import CheckpointError, ExportError
 from ds_local.model import blocks, families
+from ds_local.outputs.checkpoint_names import HEAD_FILE
 
 PARTS = [0, 3, 6]  # two segments of a model of four blocks
 

@@ -3,6 +3,7 @@
 import json
 
 from commands import command
+from sentences import assert_one_sentence
 
 
 def row(step, segment, split="train", **more):
@@ -38,3 +39,10 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
     assert result.returncode == 1
     assert result.stderr == f"no metrics in {tmp_path}; is it a run folder?\n"
     assert not (tmp_path / "loss.png").exists()
+
+
+def test_a_mistyped_option_is_one_sentence(tmp_path):
+    for verb in (["summarize", tmp_path], ["benchmark", "table", "rows.json"]):
+        result = command(*verb, "--pgn")
+        assert result.returncode == 2
+        assert_one_sentence(result.stderr.strip(), "--pgn", "see --help")

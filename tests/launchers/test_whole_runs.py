@@ -15,10 +15,10 @@ from reference import MODELS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_local.checkpoints import hf_export as hf
-from ds_local.checkpoints.folder import HEAD_FILE
 from ds_local.data.tokenizers import check_same_tokenizer
 from ds_local.errors import DataError
 from ds_local.model import families
+from ds_local.outputs.checkpoint_names import HEAD_FILE
 
 # --- from pretrained weights ----------------------------------------------------------------------
 

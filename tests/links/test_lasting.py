@@ -14,15 +14,9 @@ from fork_client import wait_for
 from ds_local.errors import TransportError
 from ds_local.links.buffers import Tag
 from ds_local.links.frames import mind, read_frame, send_frame
-from ds_local.links.lasting import (
-    END,
-    LastingReceiver,
-    LastingSender,
-    Line,
-    Place,
-    place_of,
-    start_of,
-)
+from ds_local.links.lasting_receiver import LastingReceiver
+from ds_local.links.lasting_sender import LastingSender
+from ds_local.links.line import END, Line, Place, place_of, start_of
 
 LONG = 60.0
 CPU = torch.device("cpu")

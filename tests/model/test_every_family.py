@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ds_local.errors import DsLocalError
 from ds_local.model import families
-from ds_local.model.family_check import fault_of, layers_of, state_of, tried, try_out
+from ds_local.model.family_check import fault_of, layers_of, state_of, tried
 from ds_local.model.pretrained import Weights, find_weights, load_layer
 from ds_local.model.small_models import shrunk
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("family", sampled(WORKS[::8], WORKS))
 def test_what_works_is_exact(family, tmp_path):
-    config = shrunk(models_page.example(family), try_out)
+    config = shrunk(models_page.example(family), tried)
     assert fault_of(config) is None  # logits, causality, prefixes, router loss
     model, ids, logits = tried(config)
     layers = from_folder(model, tmp_path / "model")

@@ -6,7 +6,7 @@ from transformers import CONFIG_MAPPING
 
 from ds_local.errors import UnsupportedModel
 from ds_local.model import families
-from ds_local.model.family_check import try_out
+from ds_local.model.family_check import tried
 from ds_local.model.small_models import NoPrefix, kinds, prefix, shrunk
 
 
@@ -38,12 +38,12 @@ def test_blocks_that_know_how_many_there_are_are_no_prefix():
 
 def test_a_small_model_has_every_kind_of_block_and_the_users_own_numbers():
     config = CONFIG_MAPPING["gemma2"](final_logit_softcapping=7.0)
-    small = shrunk(config, try_out)
+    small = shrunk(config, tried)
     assert small.hidden_size == 64
     assert (small.num_hidden_layers, small.final_logit_softcapping) == (2, 7.0)
     assert set(small.layer_types) == set(config.layer_types)
     late = CONFIG_MAPPING["qwen2"](
         num_hidden_layers=12, use_sliding_window=True, max_window_layers=9, sliding_window=99
     )
-    small = shrunk(late, try_out)
+    small = shrunk(late, tried)
     assert (small.num_hidden_layers, small.sliding_window) == (10, 4)

@@ -93,7 +93,7 @@ def of(number, processes, section=None, **more):
 
 def test_the_unit_of_a_job():
     unit = of(1, 2)
-    assert (unit.stages, unit.num_units, unit.num_stages) == (range(2, 4), 2, 4)
+    assert (unit.stages, unit.num_stages) == (range(2, 4), 4)
     assert (str(unit), unit.name_of(0)) == ("unit 1", "unit 0")
     unit = of(3, 1, {"mode": "local"}, replica=1, num_replicas=2)
     assert str(unit) == "unit 3 of replica 1"

@@ -69,7 +69,7 @@ def test_the_engine_of_a_unit_has_the_sizes_of_a_step(tmp_path):
     args.output = str(tmp_path / "run")
     config = {**config_of(), "train_batch_size": 6}
     unit, own = start_of_unit(args, config, section_of(), 1)
-    assert (unit.stages, unit.num_units) == (range(1, 2), 3)
+    assert (unit.stages, unit.num_stages) == (range(1, 2), 3)
     assert unit.meets_in == str(tmp_path / "run")
     assert "train_batch_size" not in own
     assert own["gradient_accumulation_steps"] == 3

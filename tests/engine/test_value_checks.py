@@ -8,7 +8,7 @@ from deepspeed.utils import logger
 from sentences import assert_one_sentence
 from torch import Tensor
 
-from ds_local.engine.trials import check_keys, check_kind, try_out
+from ds_local.engine.value_checks import check_builds, check_keys, check_kind
 from ds_local.errors import ConfigError
 
 
@@ -74,7 +74,7 @@ def build(a=1, b=1):
 
 def test_the_value_without_which_it_works_is_named(caplog):
     with pytest.raises(ConfigError) as error:
-        try_out("params.{}", "it does not work", build, {"b": 2, "a": 9})
+        check_builds("params.{}", "it does not work", build, {"b": 2, "a": 9})
     assert str(error.value) == "params.a is 9: a is too large; It is"
     assert isinstance(error.value.__cause__, ValueError)
 
@@ -84,12 +84,12 @@ def test_what_is_no_single_value_is_said_as_a_whole():
         raise AssertionError
 
     with pytest.raises(ConfigError) as error:
-        try_out("params.{}", "it does not work", never, {"a": 0, "b": 0})
+        check_builds("params.{}", "it does not work", never, {"a": 0, "b": 0})
     assert_one_sentence(error.value, "it does not work: AssertionError")
 
 
 def test_what_is_tried_out_is_silent_and_the_logger_speaks_again(caplog):
     with caplog.at_level(logging.WARNING):
-        try_out("{}", "", build, {"a": 1})
+        check_builds("{}", "", build, {"a": 1})
     assert "loud" not in caplog.text
     assert not logger.disabled

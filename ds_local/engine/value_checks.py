@@ -77,7 +77,9 @@ def _is_quoted(value: Any) -> bool:
     return value.lower() in ("true", "false")
 
 
-def try_out(name: str, whole: str, build: Callable[..., Any], given: Mapping[str, Any]) -> None:
+def check_builds(
+    name: str, whole: str, build: Callable[..., Any], given: Mapping[str, Any]
+) -> None:
     """Make it as DeepSpeed will. When that fails, the value without which it works is named.
 
     Args:

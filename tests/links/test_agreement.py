@@ -2,8 +2,8 @@
 
 import pytest
 
-from ds_local.checkpoints.agreement import gather, together
 from ds_local.errors import CheckpointError, SaveError
+from ds_local.links.agreement import gather, together
 
 
 def test_one_process_has_its_own_value():

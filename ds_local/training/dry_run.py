@@ -6,15 +6,15 @@ import time
 from argparse import Namespace
 from datetime import timedelta
 
-from ds_local.checkpoints.agreement import gather
 from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
 from ds_local.engine.engine import LocalPipelineEngine
-from ds_local.links.device import peak_memory
+from ds_local.links.agreement import gather
+from ds_local.training.profiling import most_held
 
 _VALIDATED = 4  # micro-batches of validation that are timed
 
 
-def try_out(
+def dry_run(
     engine: LocalPipelineEngine, data: TokenData, shape: BatchShape, args: Namespace
 ) -> str:
     """Two steps, of which the first one pays for the start, and some validation. A collective call.
@@ -38,8 +38,8 @@ def try_out(
     began = time.perf_counter()
     engine.eval_batch((validation[n] for n in range(count)), num_micro_batches=count)
     seconds = (time.perf_counter() - began) / count * len(validation)
-    held = peak_memory(engine.device)
-    slowest, seconds, memory = _of_all(engine.stage_id, step_seconds, seconds, held)
+    slowest, seconds = map(max, zip(*gather((step_seconds, seconds)), strict=True))
+    memory = most_held(engine)
     left = args.max_steps - step
     validations = 1 + (left // args.eval_every if args.eval_every else 0)
     whole = timedelta(seconds=round(left * slowest + validations * seconds))
@@ -50,16 +50,3 @@ def try_out(
         f"{seconds:.3g} s; {left:,} steps and {validations:,} validations about {whole}; memory "
         f"{each}; nothing was written"
     )
-
-
-def _of_all(
-    stage: int, step_seconds: float, seconds: float, held: int
-) -> tuple[float, float, dict[int, int]]:
-    """(slowest step, slowest validation, most bytes of each stage) over all ranks."""
-    stages, steps, validations, bytes_ = zip(
-        *gather((stage, step_seconds, seconds, held)), strict=True
-    )
-    memory: dict[int, int] = {}
-    for one, amount in zip(stages, bytes_, strict=True):
-        memory[one] = max(memory.get(one, 0), amount)
-    return max(steps), max(validations), memory
