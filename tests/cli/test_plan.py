@@ -49,7 +49,7 @@ def test_a_whole_plan(capsys):
 
 def test_the_winner_is_written_ready_to_start(tmp_path, capsys):
     folder = tmp_path / "plan"
-    rows = ["--rows", "local", "--batch-tokens", "4096", "--tokens", "40960"]
+    rows = ["--rows", "local", "--heads", "full", "--batch-tokens", "4096", "--tokens", "40960"]
     assert main([*ARGUMENTS, *rows, "--write", str(folder)]) == 0
     said = capsys.readouterr().out
     assert f"bash {folder}/{START}" in said
