@@ -20,7 +20,7 @@ Times = dict[tuple[int, int], float]  # (micro-batches, c/F) -> time against bal
 class Prediction(NamedTuple):
     aux_share: float  # of the FLOPs of the busiest stage
     time: Times  # of the run
-    split: Times  # the same with a split backward
+    split: Times  # the same with a split backward, where forwards that run ahead leave time for it
 
 
 def predict(model: dict[str, Any], method: Method, num_segments: int, seq_len: int) -> Prediction:
@@ -29,7 +29,8 @@ def predict(model: dict[str, Any], method: Method, num_segments: int, seq_len: i
     prediction = Prediction(0.0, {}, {})
     for count in (4, 8, 16):
         yardstick, _ = _forecast(config, METHODS["backprop"], num_segments, count, seq_len, 0)
-        for ratios, split_backward in ((prediction.time, 0), (prediction.split, 2)):
+        deferral = 0 if method.scheme.get("run_ahead") else 2
+        for ratios, split_backward in ((prediction.time, 0), (prediction.split, deferral)):
             times, shares = _forecast(config, method, num_segments, count, seq_len, split_backward)
             ratios |= {(count, link): times[link] / yardstick[link] for link in times}
         if count == 8:

@@ -14,3 +14,16 @@ def test_a_split_backward_takes_the_bubble_out_of_the_forecast():
     assert plain[4, 0] == pytest.approx(15 / 21, rel=0.01)
     assert split[4, 0] == pytest.approx(12 / 21, rel=0.01)
     assert split[8, 0] == pytest.approx(24 / 33, rel=0.01)
+
+
+def test_forwards_that_run_ahead_leave_no_bubble_to_a_split():
+    wide = gpt2(8, 512, 4, 16, 64)
+    _, plain, split = predict(wide, METHODS["chunked 2, run ahead"], 4, 64)
+    assert plain == split
+    assert plain[4, 0] == pytest.approx(12 / 21, rel=0.01)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if not METHODS[name].renew])
+@pytest.mark.slow
+def test_every_method_can_be_foreseen(name):
+    assert predict(gpt2(8, 64, 4, 512, 64), METHODS[name], 4, 64).time
