@@ -87,9 +87,10 @@ def learning_of(
     if not head:
         return Learning(tokens, source)
     of, end = scheme, tail
-    if _nearest(of, head, stages, ratio, tail=end) is None:
-        of, end = "local", 0.0
     with_head = _nearest(of, head, stages, ratio, tail=end)
+    if with_head is None:
+        of, end = "local", 0.0
+        with_head = _nearest(of, head, stages, ratio)
     if with_head is None or with_head.tokens is None:
         return Learning(None, _why_not(f"{_named(of, end)} with this head", with_head))
     full = _nearest(of, FULL, with_head.segments, with_head.vocabulary_over_width, tail=end)

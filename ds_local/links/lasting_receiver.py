@@ -183,19 +183,18 @@ class LastingReceiver(LineEnd):
             connection.close()
             return False
         if hello["link"] != self.name or hello["facts"] != self.line.facts:
-            self._refused = (
+            refused = self._refused = (
                 f"{self.line.peer} and this part of the pipeline were not started with the same "
                 "model, data and configuration; start both with the same"
             )
-            send_frame(connection, {"refused": self._refused})
+        elif not self._takes_over(sender := str(hello["sender"])):
+            refused = f"another process has taken the place of {self.line.peer}; end this one"
+        else:
+            refused = ""
+        if refused:
+            send_frame(connection, {"refused": refused})
             with self._changed:
                 self._changed.notify_all()
-            connection.close()
-            return False
-        sender = str(hello["sender"])
-        if not self._is_newest(sender):
-            refused = f"another process has taken the place of {self.line.peer}; end this one"
-            send_frame(connection, {"refused": refused})
             connection.close()
             return False
         with self._changed:
@@ -208,7 +207,7 @@ class LastingReceiver(LineEnd):
         connection.settimeout(None)  # it may have to agree with its own neighbours first
         first = int(read_frame(connection)[0]["first"])
         with self._changed:  # from here to its end both ends know the same
-            if not self._is_newest(sender):
+            if sender != self._sender:
                 raise ConnectionError("another process has taken its place")
             self._meet(first)
             self._came(connection)
@@ -218,15 +217,16 @@ class LastingReceiver(LineEnd):
                 self._tell(stop=True)
         return True
 
-    def _is_newest(self, sender: str) -> bool:
-        """One that was believed dead and lives finds another in its place, and may not come back:
-        the two would drive each other out without end."""
+    def _takes_over(self, sender: str) -> bool:
+        """Whether it is the newest now. One that was believed dead and lives finds another in its
+        place, and may not come back: the two would drive each other out without end."""
         with self._changed:
-            if self._sender not in ("", sender) and sender not in self._former:
+            if sender in self._former:
+                return False
+            if self._sender != sender:
                 self._former.add(self._sender)
-            if sender not in self._former:
                 self._sender = sender
-            return sender == self._sender
+            return True
 
     def _meet(self, first: int) -> None:
         """The sender has all messages from this step on."""
