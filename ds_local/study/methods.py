@@ -110,22 +110,22 @@ METHODS |= {
     "chunked 2, 1/4 of the tokens": of("chunked 2", head=QUARTER),
     "chunked 2, rank 16": of("chunked 2", head={"rank": 16}),
 }
-NEW_HEADS: dict[str, dict[str, Any]] = {
+# tried in both schemes, under both schedules, with a tail and without
+HEADS: dict[str, dict[str, Any]] = {
     "1/8 of the vocabulary": {"vocabulary": 1 / 8},
+    "1/8 of the tokens": EIGHTH,
     "1/8 of the tokens, companion": {**EIGHTH, "companion": 1.0},
+    "shared readout, adapter": {**SHARED, "adapter": True},
+    "rank 16": {"rank": 16},
+    "one private block": {"blocks": 1},
 }
-for _scheme in ("local", "chunked 2"):
-    for _schedule, _end in ((COSINE, ""), (WSD, ", WSD")):
-        METHODS[f"{_scheme}, 1/8 of the tokens{_end}"] = of(
-            _scheme, head=EIGHTH, schedule=_schedule
-        )
-        for _name, _head in NEW_HEADS.items():
-            METHODS |= {
-                f"{_scheme}, {_name}{_end}": of(_scheme, head=_head, schedule=_schedule),
-                f"{_scheme}, {_name}, tail 40 %{_end}": of(
-                    _scheme, 0.4, head=_head, schedule=_schedule
-                ),
-            }
+METHODS |= {
+    f"{scheme}, {name}{tail}{end}": of(scheme, share, head=head, schedule=schedule)
+    for scheme in ("local", "chunked 2")
+    for schedule, end in ((COSINE, ""), (WSD, ", WSD"))
+    for name, head in HEADS.items()
+    for share, tail in ((0.0, ""), (0.4, ", tail 40 %"))
+}
 METHODS |= {
     "deep supervision": of("deep supervision"),
     "deep supervision, dropped by half": of("deep supervision", dropped_by=0.5),
