@@ -135,7 +135,7 @@ TESTED_IN = {
     "engine/saving": ("dist/test_saving", "save_checkpoint"),
     "engine/unit_links": ("launchers/test_lone_deaths", "train.py"),
     "engine/unit_steps": ("launchers/test_lone_deaths", "train.py"),
-    "engine/updates": ("dist/test_engine", "train_batch"),
+    "engine/updates": ("dist/test_engine", "own_loss"),
     "training/books": ("launchers/test_train", "train.py"),
     "training/diagnostics": ("dist/test_copies", "diagnostics"),
     "training/keeping": ("launchers/test_run_options", "train.py"),

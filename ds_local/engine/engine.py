@@ -12,7 +12,6 @@ accumulation steps never applies.
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -40,9 +39,8 @@ from ds_local.engine.recorder import Recorder
 from ds_local.engine.reports import Reports, Traffic
 from ds_local.engine.stash import Stash
 from ds_local.engine.stopping import Stopping
-from ds_local.engine.unit_links import UnitLinks
+from ds_local.engine.unit_links import UnitLinks, WholePipeline
 from ds_local.engine.unit_steps import UnitSteps
-from ds_local.engine.updates import StageUpdates
 from ds_local.errors import CheckpointError, ConfigError
 from ds_local.links import notices
 from ds_local.links.device import peak_memory
@@ -107,10 +105,12 @@ class LocalPipelineEngine(UnitSteps):
         self._schedules: dict[Any, StageSchedule] = {}
         self._last_step: int | None = None
         unit = self.module.unit
-        self.units = None if unit is None else UnitLinks(unit, self.section.link, self.device)
-        if self.units is not None:
-            self.units.inform(self._notices, self._number)
-            self.units.ask_to_stop = self.request_stop
+        self.units = (
+            WholePipeline()
+            if unit is None
+            else UnitLinks(unit, self.section.link, self.device, self.request_stop)
+        )
+        self.units.inform(self._notices, self._number)
         self.connections = self._connect()
         self.groups = self.connections.groups
         self.activation_links, self.gradient_links = self._make_links()
@@ -186,7 +186,7 @@ class LocalPipelineEngine(UnitSteps):
             self.device,
             self.section.link,
             self.module.stages_here,
-            None if self.units is None else self.units.make_end,
+            self.units.make_end,
         )
 
     def _make_links(self) -> tuple[dict[int, Any], dict[Link, Any]]:
@@ -263,9 +263,8 @@ class LocalPipelineEngine(UnitSteps):
             own = self.module.local_segments
             self.reports.close_step({segment: self._figures(segment) | traffic for segment in own})
             self.events.check()
-            if self.units is not None:
-                self.units.done(self.global_steps)
-                self._admit()
+            self.units.done(self.global_steps)
+            self._admit()
         return self.own_loss
 
     def _figures(self, segment: int) -> dict[str, Any]:
@@ -437,13 +436,12 @@ class LocalPipelineEngine(UnitSteps):
         `should_stop`, after a `train_batch`, an `eval_batch` or a `save_checkpoint`.
         """
         self._stopping.requested = True
-        if self.units is not None:  # from a thread: this may be a signal handler
-            threading.Thread(target=self.units.stop, daemon=True).start()
+        self.units.stop_soon()
 
     def _agree_to_stop(self) -> None:
         """Where all meet anyway a request needs no further step. A collective call. Units meet
         nowhere, so there it goes with the messages of a step."""
-        pending = self.units is None and self._stopping.pending
+        pending = self.module.unit is None and self._stopping.pending
         asked = torch.tensor(float(self.should_stop or pending), device=self.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         self.executor.last_step = bool(asked)
@@ -595,8 +593,7 @@ class LocalPipelineEngine(UnitSteps):
                     self.executor.leave_out()
                     sums = torch.zeros(2, self.num_segments, dtype=torch.float64)
                     logits = None
-                    if self.units is not None:
-                        self.units.leave_out(self.global_steps, trains=False)
+                    self.units.leave_out(self.global_steps, trains=False)
                 self.executor.last_step |= asked_before
                 dist.all_reduce(sums)
                 self.reports.flush()
@@ -635,5 +632,5 @@ class LocalPipelineEngine(UnitSteps):
             instruction: _by_executor(method)
             for instruction, method in instructions.METHODS.items()
         },
-        ReduceGrads: StageUpdates.reduce_gradients,
+        ReduceGrads: UnitSteps.reduce_gradients,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,32 @@ from ds_local.replicas.members import MeetingPlace
 from ds_local.schedules.units import Unit
 
 
+class WholePipeline:
+    """A job that has all stages, and agrees on nothing with others: what `UnitLinks` does for a
+    unit, it leaves out."""
+
+    group = make_end = None
+
+    def inform(self, notices: Notices | None, number: int) -> None: ...
+
+    def join(self, step: int) -> int:
+        return step
+
+    def done(self, step: int) -> None: ...
+
+    def arrange(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def stop_soon(self) -> None: ...
+
+    def leave_out(self, step: int, trains: bool) -> None: ...
+
+    def end(self, finished: bool) -> None: ...
+
+    def tell_whether_others_go_on(self, others: bool) -> None: ...
+
+
 class UnitLinks:
     """This rank's links to other units, if it has some, and what must be agreed over them.
 
@@ -32,9 +59,16 @@ class UnitLinks:
         unit: of this job.
         section: "local_parallel.link".
         device: that the tensors of messages are on.
+        ask_to_stop: called when a unit above wants the run to end.
     """
 
-    def __init__(self, unit: Unit, section: LinkConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        unit: Unit,
+        section: LinkConfig,
+        device: torch.device,
+        ask_to_stop: Callable[[], None],
+    ) -> None:
         self.unit = unit
         self._section, self._device = section, device
         self.sender: LastingSender | None = None
@@ -45,7 +79,7 @@ class UnitLinks:
         self._notices: Notices | None = None
         self._done = 0
         self._asked_to_stop = False
-        self.ask_to_stop: Callable[[], None] = lambda: None  # called when a unit above wants it
+        self._ask_to_stop = ask_to_stop
 
     def _meet_replicas(self) -> ElasticGroup:
         unit = self.unit
@@ -83,7 +117,7 @@ class UnitLinks:
 
     def _asked_from_above(self) -> None:
         LOG.info("the unit above asks to let the run end")
-        self.ask_to_stop()
+        self._ask_to_stop()
 
     def inform(self, notices: Notices | None, number: int) -> None:
         """Ranks of this unit tell each other, beside the steps, what is needed no more."""
@@ -146,6 +180,10 @@ class UnitLinks:
             self._asked_to_stop = True
             self.receiver.stop()
 
+    def stop_soon(self) -> None:
+        """The same, from a signal handler."""
+        threading.Thread(target=self.stop, daemon=True).start()
+
     def end(self, finished: bool) -> None:
         """This unit has ended well; wait for those above, which may still be started again and need
         messages. A collective call of this unit.
@@ -174,6 +212,11 @@ class UnitLinks:
             self.receiver.leave_out(step, int(trains))
         if self.sender is not None:
             self.sender.send_void(step, int(trains))
+
+    def tell_whether_others_go_on(self, others: bool) -> None:
+        """Without this rank: then a unit above that is gone must not keep it waiting."""
+        if self.sender is not None:
+            self.sender.others_go_on = others
 
     @property
     def handover(self) -> Path:

@@ -12,6 +12,7 @@ from ds_local.checkpoints.folder import complete_tags
 from ds_local.engine.instructions import StageSchedule
 from ds_local.engine.loaders import iterator_of
 from ds_local.engine.stopping import Stopping
+from ds_local.engine.unit_links import UnitLinks, WholePipeline
 from ds_local.engine.updates import StageUpdates
 from ds_local.links.line import StepVoid
 from ds_local.outputs import remove
@@ -24,6 +25,7 @@ _AGAIN_SECONDS = 0.2
 class UnitSteps(StageUpdates):
     """Steps of units. A part of `LocalPipelineEngine`."""
 
+    units: UnitLinks | WholePipeline
     _stopping: Stopping
     _others_mean: Mean | None = None
     # methods of the engine
@@ -35,7 +37,7 @@ class UnitSteps(StageUpdates):
 
     def _admit(self) -> None:
         """A replica that has come back goes on from here with the others."""
-        if self.units is not None and self.units.group is not None:
+        if self.units.group is not None:
             self.units.group.admit(self.global_steps, self._hand_over)
 
     def _run_or_leave_out(self, schedule: StageSchedule) -> None:
@@ -54,6 +56,12 @@ class UnitSteps(StageUpdates):
         for instruction in list(schedule)[-1]:
             self.run_instruction(instruction)
         return None
+
+    def reduce_gradients(self) -> None:
+        """Over the replicas of this stage, be they ranks of this job or jobs of their own."""
+        if self.units.group is not None:
+            self._average_with_those_here(self.units.group)
+        super().reduce_gradients()
 
     def _average_with_those_here(self, group: ElasticGroup) -> None:
         """Means of gradients and losses over the replicas that have some in this step, each a job
@@ -75,8 +83,7 @@ class UnitSteps(StageUpdates):
             parts = [*(g.flatten().float().cpu() for g in filled), scaled, torch.tensor(told)]
             mean = group.average(executor.step, torch.cat(parts), self._size_of_mean)
         assert mean is not None, "this replica has something"
-        if self.units is not None and self.units.sender is not None:
-            self.units.sender.others_go_on = mean.present > 1
+        self.units.tell_whether_others_go_on(mean.present > 1)
         rest = self._size_of_mean - sum(sizes) - len(own)
         *gradients, losses_, told_ = mean.numbers.split([*sizes, len(own), rest])
         there_, weights_ = told_[: len(parameters)], told_[len(parameters) : -1]
@@ -107,8 +114,7 @@ class UnitSteps(StageUpdates):
             final: this one will never have.
         """
         units, step = self.units, self.executor.step
-        assert units is not None, "others leave nothing out"
-        assert units.group is not None, "nor does a unit without replicas"
+        assert units.group is not None, "without replicas nothing is left out"
         self._others_mean = units.group.average(step, None, self._size_of_mean, final)
         if self._others_mean is None:
             time.sleep(_AGAIN_SECONDS)
@@ -118,7 +124,7 @@ class UnitSteps(StageUpdates):
 
     def _hand_over(self) -> list[str]:
         """The state of this replica, for one that comes back."""
-        assert self.units is not None, "of units alone"
+        assert isinstance(self.units, UnitLinks), "nobody else has replicas that come back"
         folder, tag = self.units.handover, tag_of(self.global_steps)
         self.save_checkpoint(str(folder), tag, save_latest=False)
         self.wait_for_save()
@@ -148,11 +154,9 @@ class UnitSteps(StageUpdates):
                         self.executor.serve(segment, micro_batch)
             except StepVoid:
                 self.executor.leave_out()
-                if self.units is not None:
-                    self.units.leave_out(step, trains=True)
+                self.units.leave_out(step, trains=True)
             self.executor.finish()
-            if self.units is not None:
-                self.units.done(step + 1)
+            self.units.done(step + 1)
 
     def skip_to(self, step: int) -> None:
         """Go on as if so many steps were done: those in between are lost to this stage."""
@@ -169,7 +173,6 @@ class UnitSteps(StageUpdates):
 
     def _tell_units(self) -> None:
         """What the ranks of a unit tell each other, and the units below, beside the steps."""
-        if self.units is not None:
-            self.units.arrange()
-            if self._stopping.requested:
-                self.units.stop()
+        self.units.arrange()
+        if self._stopping.requested:
+            self.units.stop()

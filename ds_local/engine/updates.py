@@ -23,7 +23,6 @@ from ds_local.engine.executor import Executor
 from ds_local.engine.finite import WEIGHTS, Events
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.reports import Reports
-from ds_local.engine.unit_links import UnitLinks
 from ds_local.errors import ConfigError
 from ds_local.links.device import to_device
 from ds_local.replicas.head_copies import Copies
@@ -46,14 +45,12 @@ class StageUpdates(PipelineEngineSeam):
     num_segments: int
     segment_losses: Any  # by segment
     saves: AsyncSaves | None  # None: a save returns when its files are whole
-    units: UnitLinks | None  # None: this job is the whole pipeline
     moved: str = ""  # what the newest `load_checkpoint` brought from another layout, in words
     _one_by_one: bool  # segments can be updated one by one: fp32 without ZeRO
     _grad_norms: dict[int, Any]
     _flags: torch.Tensor
     _used: torch.Tensor = torch.zeros(0)  # of each of `_learning`, replicas that had a gradient
     _learning: Sequence[torch.nn.Parameter] = ()
-    _average_with_those_here: Any  # of `UnitSteps`
     _read: dict[int, dict[str, Any]]
 
     def _scale_by_segment(self) -> None:
@@ -105,8 +102,6 @@ class StageUpdates(PipelineEngineSeam):
     def reduce_gradients(self) -> None:
         """Average gradients and losses over the replicas of this stage, unless they train apart."""
         self.executor.stash.before_update()
-        if self.units is not None and self.units.group is not None:
-            self._average_with_those_here(self.units.group)
         watch, norms = self.executor.watch, self._norms()
         for segment in self.module.local_segments:
             watch.see(WEIGHTS, segment, [norms.get(segment)])

@@ -120,10 +120,10 @@ class Loop:
 
     def run(self) -> None:
         engine, args = self.engine, self.args
-        batches, first = None, self.step
-        if engine.units is not None:
-            join_replicas(self)
-            first = engine.units.join(self.step)
+        batches = None
+        join_replicas(self)
+        first = engine.units.join(self.step)
+        if engine.module.unit is not None:
             self._validated = -1  # units above may lack what this one has seen
         if engine.reads_data:
             seen = self.sequences_at(first)
@@ -132,8 +132,7 @@ class Loop:
             engine.recorder = Recorder(engine.device)
         engine.ends_after(self.max_steps)
         saved = self.step if args.resume else -1
-        if engine.units is not None:
-            catch_up(self, first, batches)
+        catch_up(self, first, batches)
         self._see_whether_to_stop()
         if self.is_due(self.step) and self._validated != self.step:  # a stop may have left it out
             self.validate()
@@ -167,8 +166,7 @@ class Loop:
         self._concluded()
         self.end("stopped as asked" if stopped else "finished")
         self.close()
-        if self.engine.units is not None:
-            self.engine.units.end(not stopped)
+        self.engine.units.end(not stopped)
         if self.args.profile and not stopped:
             inputs = None if batches is None else next(batches)
             profiling.write(self.engine, inputs, self.folder, self.data.seq_len)
@@ -208,14 +206,14 @@ class Loop:
             held = profiling.most_held(engine)
             probed = diagnostics.probe(engine, batches[0]) if engine.section.diagnostics else {}
             # what is decided by it is decided by rank 0's number, to the bit
-            last = max(losses, default=0) if engine.units else engine.num_segments - 1
+            last = max(losses, default=engine.num_segments - 1)
             loss = gather(losses.get(last, math.nan))[0]
             self.standing = self.standing.after(loss)
             self._validated, worse = self.step, self.standing.worse
             self.validation = Validation(
                 self.step, losses, loss, not worse, worse, held, probed, sampled
             )
-            if engine.units is None or (losses and self.step not in self._written):
+            if engine.module.unit is None or (losses and self.step not in self._written):
                 self._tell("on_validation", self.validation)
             self._written.add(self.step)
             self._see_whether_to_stop()

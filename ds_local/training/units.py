@@ -194,13 +194,11 @@ def catch_up(loop: Loop, first: int, batches: Iterator[Any] | None) -> None:
 def join_replicas(loop: Loop) -> None:
     """Become one of the replicas of this unit, with their weights where they have done more."""
     engine = loop.engine
-    group = None if engine.units is None else engine.units.group
-    unit = engine.module.unit
+    group, unit = engine.units.group, engine.module.unit
     if group is None or unit is None:
         return
     step, state = group.join(loop.step)
-    if engine.units is not None and engine.units.sender is not None:  # before the first mean does
-        engine.units.sender.others_go_on = len(group.members) > 1
+    engine.units.tell_whether_others_go_on(len(group.members) > 1)  # before the first mean does
     if state is not None:
         folder, tag = state
         if folder.startswith("replica "):
