@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import struct
 from collections.abc import Callable, Mapping
@@ -13,7 +12,6 @@ from torch import Tensor
 
 _LENGTHS = struct.Struct("<IQ")  # of the text, of the bytes
 _MOST_TEXT = 1 << 20
-_MOST_MIND = 4 * 32767  # s: a quarter of it is the longest that the kernel waits before it looks
 
 
 def send_frame(
@@ -69,39 +67,3 @@ def _fill(connection: socket.socket, view: memoryview) -> None:
         if not count:
             raise ConnectionError("the other end has closed")
         view = view[count:]
-
-
-def mind(connection: socket.socket, seconds: float) -> None:
-    """No delay for small words; a peer whose machine is gone is found out within so many seconds,
-    and a cable that is back sooner has lost nothing."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    limit = max(1, min(int(seconds), _MOST_MIND))
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, limit // 4))
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, limit // 8))
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * limit)
-
-
-def address_card(host: str, listener: socket.socket, secret: str) -> dict[str, Any]:
-    """Where others find a listener, for a file that they all see."""
-    return {
-        "host": host,
-        "port": listener.getsockname()[1],
-        "secret": secret,
-        "process": os.getpid(),
-        "machine": socket.gethostname(),
-    }
-
-
-def unreachable(card: Mapping[str, Any]) -> str | None:
-    """Why no machine but its own can reach a listener, in a sentence; None: others can, or it is
-    on this one."""
-    host, machine = str(card["host"]), card.get("machine")
-    if not host.startswith("127.") or machine in (None, socket.gethostname()):
-        return None
-    return (
-        f"the name of {machine} resolves to its loopback address {host}; set GLOO_SOCKET_IFNAME on "
-        "every node to the network card that the nodes share"
-    )

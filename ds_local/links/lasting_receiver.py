@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hmac
 import json
-import secrets
 import socket
-import threading
-import time
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,12 +11,11 @@ from torch import Tensor
 
 from ds_local.errors import TransportError
 from ds_local.links.buffers import Buffer, Form, Message, Tag
-from ds_local.links.frames import address_card, mind, read_frame, send_frame
+from ds_local.links.frames import read_frame, send_frame
 from ds_local.links.line import (
     CONNECT_SECONDS,
     END,
     LAST,
-    RETRY_SECONDS,
     Line,
     LineEnd,
     Place,
@@ -29,6 +23,7 @@ from ds_local.links.line import (
     place_of,
     start_of,
 )
+from ds_local.links.listener import Listener
 from ds_local.outputs import write_whole
 
 
@@ -49,12 +44,9 @@ class LastingReceiver(LineEnd):
         self._sender = ""  # the newest to have come
         self._former: set[str] = set()  # whose place another has taken
         self._forms: dict[str, Form] = {}
-        self._secret = secrets.token_hex(16)
-        self._listener = socket.create_server((host, 0))
-        card = address_card(host, self._listener, self._secret)
-        line.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(line.card, json.dumps(card, indent=1) + "\n", secret=True)
-        threading.Thread(target=self._accept, daemon=True, name=f"from {line.peer}").start()
+        self._listener = Listener(
+            host, line.card, line.reconnect_seconds, CONNECT_SECONDS, self._welcome, self._lost
+        )
 
     # --- the main thread --------------------------------------------------------------------------
 
@@ -157,31 +149,13 @@ class LastingReceiver(LineEnd):
 
     # --- threads ----------------------------------------------------------------------------------
 
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:  # closed, or no descriptor is left for a moment
-                time.sleep(RETRY_SECONDS)
-                continue
-            mind(connection, self.line.reconnect_seconds)
-            threading.Thread(target=self._listen, args=(connection,), daemon=True).start()
+    def _welcome(self, connection: socket.socket, hello: dict[str, Any]) -> None:
+        if self._agree(connection, hello):
+            while True:
+                self._take_in(*read_frame(connection, self._staging.buffer))
 
-    def _listen(self, connection: socket.socket) -> None:
-        try:
-            if self._answer(connection):
-                while True:
-                    self._take_in(*read_frame(connection, self._staging.buffer))
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            self._lost(connection, error)
-
-    def _answer(self, connection: socket.socket) -> bool:
-        """Agree with the sender on where the stream goes on."""
-        connection.settimeout(CONNECT_SECONDS)
-        hello, _ = read_frame(connection)
-        if not hmac.compare_digest(str(hello["secret"]), self._secret):
-            connection.close()
-            return False
+    def _agree(self, connection: socket.socket, hello: dict[str, Any]) -> bool:
+        """With the sender, on where the stream goes on. False: it is refused."""
         if hello["link"] != self.name or hello["facts"] != self.line.facts:
             refused = self._refused = (
                 f"{self.line.peer} and this part of the pipeline were not started with the same "
@@ -272,6 +246,4 @@ class LastingReceiver(LineEnd):
 
     def close(self) -> None:
         super().close()
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._listener.close()

@@ -17,18 +17,11 @@ from torch import Tensor
 
 from ds_local.errors import TransportError
 from ds_local.links.buffers import Buffer, Form, Message, Tag, described, specs_of
-from ds_local.links.frames import mind, read_frame, send_frame, unreachable
-from ds_local.links.line import (
-    CONNECT_SECONDS,
-    END,
-    LAST,
-    RETRY_SECONDS,
-    Line,
-    LineEnd,
-    Place,
-    place_of,
-)
+from ds_local.links.frames import read_frame, send_frame
+from ds_local.links.line import CONNECT_SECONDS, END, LAST, Line, LineEnd, Place, place_of
+from ds_local.links.listener import connect, unreachable
 
+_RETRY_SECONDS = 0.1  # between two tries to connect
 _LOOK_SECONDS = 1.0  # between two looks at the receiver's address
 
 
@@ -162,7 +155,7 @@ class LastingSender(LineEnd):
             connection = None if text is None else self._connect(text)
             if connection is None:
                 # an address that has failed may work again: the way there was cut
-                time.sleep(RETRY_SECONDS)
+                time.sleep(_RETRY_SECONDS)
                 continue
             try:
                 self._greet(connection, str(text))
@@ -189,12 +182,11 @@ class LastingSender(LineEnd):
                     self._refused = f"{self.line.peer} cannot be reached: {why}"
                     self._changed.notify_all()
                 return None
-            address = (str(card["host"]), int(card["port"]))
-            connection = socket.create_connection(address, CONNECT_SECONDS)
+            line = self.line
+            hello = {"link": line.name, "facts": line.facts, "sender": self._identity}
+            return connect(card, line.reconnect_seconds, CONNECT_SECONDS, hello)
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        mind(connection, self.line.reconnect_seconds)
-        return connection
 
     def _has_ended(self) -> None:
         with self._changed:
@@ -204,10 +196,7 @@ class LastingSender(LineEnd):
 
     def _greet(self, connection: socket.socket, text: str) -> None:
         """Find out what the receiver has and wants, and tell it where the stream begins."""
-        line = self.line
         connection.settimeout(_LOOK_SECONDS)
-        hello = {"secret": json.loads(text)["secret"], "link": line.name, "facts": line.facts}
-        send_frame(connection, hello | {"sender": self._identity})
         said = self._patiently(connection, text)
         if "refused" in said:
             with self._changed:

@@ -34,7 +34,6 @@ from ds_local.links.waiting import OUTSIDE, waiting
 END = 2**62  # "nothing before this step is needed": nothing at all
 LAST = 2**31  # a number after those of all messages of a step or validation
 CONNECT_SECONDS = 10.0  # for the first word of the other end
-RETRY_SECONDS = 0.1  # between two tries to connect
 _TICK_SECONDS = 0.5
 _MOMENT = 2.0  # an absence that is over by then is not told
 _GRACE_SECONDS = 1.0  # for a peer to come back before a step is given up for it

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hmac
 import json
 import os
 import queue
-import secrets
 import socket
 import threading
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ds_local.errors import TransportError
-from ds_local.links.frames import address_card, mind, read_frame, send_frame, unreachable
+from ds_local.links.frames import read_frame, send_frame
+from ds_local.links.listener import Listener, connect, unreachable
 from ds_local.links.logs import LOG
 from ds_local.outputs import write_whole
 
@@ -76,14 +74,15 @@ class Members:
         self._joiners: dict[int, tuple[socket.socket, int]] = {}
         self._frames: queue.Queue[tuple[int, socket.socket, Any, Tensor | None]] = queue.Queue()
         self._early: dict[int, tuple[int, bool, Tensor | None]] = {}  # contributions, by replica
-        self._secret = secrets.token_hex(16)
         self._lock = threading.RLock()
-        self._closed = False
-        place.folder.mkdir(parents=True, exist_ok=True)
-        self._listener = socket.create_server((host, 0))
-        card = address_card(host, self._listener, self._secret)
-        write_whole(place.card(replica), json.dumps(card) + "\n", secret=True)
-        threading.Thread(target=self._accept, daemon=True, name="replicas").start()
+        self._listener = Listener(
+            host,
+            place.card(replica),
+            place.reconnect_seconds,
+            ANSWER_SECONDS,
+            self._welcome,
+            self._turn_away,
+        )
 
     # --- who is there -----------------------------------------------------------------------------
 
@@ -104,13 +103,14 @@ class Members:
         if (why := unreachable(card)) is not None:
             raise TransportError(f"replica {other} of {self.place.name} cannot be reached: {why}")
         try:
-            connection = socket.create_connection((card["host"], card["port"]), ANSWER_SECONDS)
-            mind(connection, self.place.reconnect_seconds)
-            hello = {"kind": kind, "replica": self.replica, "step": step}
-            send_frame(connection, hello | {"secret": card["secret"], "facts": self.place.facts})
+            return self._greet(card, kind, step)
         except OSError:
             return None
-        return connection
+
+    def _greet(self, card: dict[str, Any], kind: str, step: int = 0) -> socket.socket:
+        """Raises OSError when nobody is there."""
+        hello = {"kind": kind, "replica": self.replica, "step": step, "facts": self.place.facts}
+        return connect(card, self.place.reconnect_seconds, ANSWER_SECONDS, hello)
 
     def _role_of(self, other: int) -> str | None:
         """What it is, or "dead"; None where it cannot be reached."""
@@ -118,17 +118,7 @@ class Members:
         if "port" not in card:
             return "dead"
         try:
-            with socket.create_connection((card["host"], card["port"]), ANSWER_SECONDS) as asked:
-                send_frame(
-                    asked,
-                    {
-                        "kind": "look",
-                        "replica": self.replica,
-                        "step": 0,
-                        "secret": card["secret"],
-                        "facts": self.place.facts,
-                    },
-                )
+            with self._greet(card, "look") as asked:
                 return str(read_frame(asked)[0].get("role"))
         except (ConnectionRefusedError, ConnectionResetError):
             return "dead"
@@ -167,37 +157,20 @@ class Members:
             with suppress(OSError):  # the thread that reads finds out
                 send_frame(connection, said, data)
 
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:  # closed, or no descriptor is left for a moment
-                time.sleep(TICK_SECONDS)
-                continue
-            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+    def _turn_away(self, connection: socket.socket, error: BaseException) -> None:
+        LOG.debug("no answer to a replica: %r", error)
+        connection.close()
 
-    def _answer(self, connection: socket.socket) -> None:
-        try:
-            connection.settimeout(ANSWER_SECONDS)
-            mind(connection, self.place.reconnect_seconds)
-            hello, _ = read_frame(connection)
-            if not hmac.compare_digest(str(hello["secret"]), self._secret):
-                connection.close()
-                return
-            if hello["facts"] != self.place.facts:
-                refused = (
-                    f"the replicas of {self.place.name} were not started with the same model, data "
-                    "and configuration; start all with the same"
-                )
-                send_frame(connection, {"refused": refused})
-                connection.close()
-                return
-            self._welcome(connection, str(hello["kind"]), int(hello["replica"]), int(hello["step"]))
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            LOG.debug("no answer to a replica: %r", error)
+    def _welcome(self, connection: socket.socket, hello: dict[str, Any]) -> None:
+        if hello["facts"] != self.place.facts:
+            refused = (
+                f"the replicas of {self.place.name} were not started with the same model, data "
+                "and configuration; start all with the same"
+            )
+            send_frame(connection, {"refused": refused})
             connection.close()
-
-    def _welcome(self, connection: socket.socket, kind: str, replica: int, step: int) -> None:
+            return
+        kind, replica, step = str(hello["kind"]), int(hello["replica"]), int(hello["step"])
         with self._lock:
             if kind == "join" and self._role in (LEADS, NEW):
                 send_frame(connection, {"wait": self._role})
@@ -222,9 +195,6 @@ class Members:
         self.close()
 
     def close(self) -> None:
-        self._closed = True
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._lock:
             joiners = [connection for connection, _ in self._joiners.values()]

@@ -13,7 +13,7 @@ from fork_client import wait_for
 
 from ds_local.errors import TransportError
 from ds_local.links.buffers import Tag
-from ds_local.links.frames import mind, read_frame, send_frame
+from ds_local.links.frames import read_frame, send_frame
 from ds_local.links.lasting_receiver import LastingReceiver
 from ds_local.links.lasting_sender import LastingSender
 from ds_local.links.line import END, Line, Place, place_of, start_of
@@ -370,19 +370,6 @@ def test_what_is_no_sender_is_ignored(ends, junk):
     sending.ended()
 
 
-def test_a_sender_without_the_secret_hears_nothing(ends):
-    receiver = ends(LastingReceiver)
-    card, address = address_of(receiver)
-    assert receiver.line.card.stat().st_mode & 0o77 == 0
-    hello = {"secret": "guessed", "link": receiver.name, "facts": "facts"}
-    with socket.create_connection(address) as stranger:
-        send_frame(stranger, hello)
-        with pytest.raises(ConnectionError):
-            read_frame(stranger)
-    assert not receiver._refused
-    assert card["secret"] not in hello.values()
-
-
 def test_one_that_greets_and_goes_silent_keeps_nobody_out(ends):
     receiver = ends(LastingReceiver)
     card, address = address_of(receiver)
@@ -456,12 +443,6 @@ def test_an_address_that_no_other_machine_can_reach_is_said(ends):
     receiver.line.card.write_text(json.dumps(card | {"machine": "elsewhere"}))
     with pytest.raises(TransportError, match=r"elsewhere resolves to its loopback .*SOCKET_IFNAME"):
         ends(LastingSender).wants(0)
-
-
-@pytest.mark.parametrize("seconds", [0.1, 600, 172_800, 1e7])
-def test_any_wait_that_may_be_set_can_be_minded(seconds):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        mind(listener, seconds)
 
 
 @pytest.mark.parametrize("is_there", [True, False])
