@@ -22,7 +22,7 @@ from typing import Any
 from ds_local.cli.arguments import output_file
 from ds_local.cluster.candidates import Candidate, Cluster, Model, measured_model
 from ds_local.cluster.pricing import Pricing
-from ds_local.cluster.row_samples import section_for
+from ds_local.cluster.scheme_samples import section_for
 from ds_local.config import strict_json
 from ds_local.measure import emulated, network, sleeping
 from ds_local.measure.ranks import Pool
@@ -33,7 +33,7 @@ from ds_local.model import families
 from ds_local.model.flops import UnitCosts
 from ds_local.outputs import write_file
 
-# (row, stages, replicas, micro-batches per step, seconds of a head)
+# (scheme, stages, replicas, micro-batches per step, seconds of a head)
 LAYOUTS = (
     ("local", 4, 1, 8, 0.0),
     ("backprop", 4, 1, 8, 0.0),
@@ -46,8 +46,8 @@ LAYOUTS = (
 )
 # every number of stages and replicas that eight ranks allow, 8 micro-batches a replica
 SCALING = [
-    (row, stages, replicas, 8, 0.0)
-    for row in ("backprop", "local")
+    (scheme, stages, replicas, 8, 0.0)
+    for scheme in ("backprop", "local")
     for stages in (2, 4, 8)
     for replicas in (1, 2, 4)
     if stages * replicas <= 8
@@ -86,7 +86,7 @@ def predicted(layout: Candidate, times: sleeping.Times) -> float:
 
 
 def measured(pool: Pool, layout: Candidate, times: sleeping.Times, steps: int) -> float:
-    section = section_for(layout.row, layout.micro_batches)
+    section = section_for(layout.scheme, layout.micro_batches)
     settings = times, layout.stages, layout.micro_batches, steps, network.Shape(), section
     results = pool.run(emulated.ds_local, layout.stages * layout.replicas, *settings, timeout=300)
     return emulated.period(results, warm=2)
@@ -96,9 +96,9 @@ def compare(
     pool: Pool, layouts: Any = LAYOUTS, seconds: float = SECONDS, steps: int = 6
 ) -> list[dict[str, Any]]:
     rows = []
-    for row, stages, replicas, micro_batches, head in layouts:
+    for scheme, stages, replicas, micro_batches, head in layouts:
         times = sleeping.Times(seconds, seconds, seconds, head)
-        layout = Candidate(stages, replicas, row, "full" if head else "", 1, micro_batches)
+        layout = Candidate(stages, replicas, scheme, "full" if head else "", 1, micro_batches)
         expected, found = predicted(layout, times), measured(pool, layout, times, steps)
         rows.append(_row(layout, expected, found, head=head))
     return rows
@@ -148,7 +148,7 @@ def profiled(layout: Candidate, folder: str, steps: int) -> float:
         job = Job(
             json.loads(MODEL.read_text()), None, 128, layout.micro_batch, layout.micro_batches
         )
-        section = {**section_for(layout.row, layout.micro_batches), "num_stages": layout.stages}
+        section = {**section_for(layout.scheme, layout.micro_batches), "num_stages": layout.stages}
         config = real_config(job) | {"local_parallel": section}
         module = package.causal_lm(job.model, layout.stages, config, job.tokens)
         engine = package.initialize(model=module, config=config)[0]

@@ -19,7 +19,7 @@ import options_page
 
 from ds_local.checkpoints.run_fields import METRICS, RUN, SPLITS
 from ds_local.cluster import learning
-from ds_local.cluster.row_samples import delay_of
+from ds_local.cluster.scheme_samples import delay_of
 from ds_local.config import strict_json
 from ds_local.config.catalog import BACKPROP, SCHEMES, Section, section_of
 from ds_local.outputs import write_file

@@ -18,9 +18,9 @@ from typing import Any
 
 from ds_local.cli.arguments import Parser, number, output_file, whole
 from ds_local.cluster.candidates import (
-    DEFAULT_ROWS,
+    DEFAULT_SCHEMES,
     HEADS,
-    ROWS,
+    PLANNED,
     TAILS,
     Cluster,
     Model,
@@ -37,7 +37,7 @@ from ds_local.config import shipped, strict_json
 from ds_local.model import families
 from ds_local.outputs import new_folder, write_file
 
-_ROWS_HELP = (
+_SCHEMES_HELP = (
     "schemes to consider; default all but those that run ahead (older gradients teach less) and, "
     "with --write and no --tokens, those with a tail (its first step is not known)"
 )
@@ -72,7 +72,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--heads", nargs="+", choices=HEADS, default=list(HEADS), help="auxiliary heads to consider"
     )
-    add("--rows", nargs="+", metavar="SCHEME", choices=[*ROWS, *TAILS], help=_ROWS_HELP)
+    add("--schemes", nargs="+", metavar="SCHEME", choices=[*PLANNED, *TAILS], help=_SCHEMES_HELP)
     add("--fp32", action="store_true", help="instead of bf16 with fp32 master weights")
     add(
         "--profile",
@@ -99,23 +99,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(arguments)
     _check(parser, args)
-    args.rows = args.rows or _rows_of(args)
+    args.schemes = args.schemes or _schemes_of(args)
     return args
 
 
-def _rows_of(args: argparse.Namespace) -> list[str]:
+def _schemes_of(args: argparse.Namespace) -> list[str]:
     """Those to consider where none are asked for."""
     tails = args.tokens is not None or not args.write
-    return [row for row in DEFAULT_ROWS if tails or row not in TAILS]
+    return [scheme for scheme in DEFAULT_SCHEMES if tails or scheme not in TAILS]
 
 
 def _check(parser: Parser, args: argparse.Namespace) -> None:
     """Ends with a sentence about an option that would do nothing, or lacks another."""
-    tails = [row for row in args.rows or () if row in TAILS]
+    tails = [scheme for scheme in args.schemes or () if scheme in TAILS]
     if args.write and tails and args.tokens is None:
         parser.error(
             f"{tails[0]!r} changes the scheme late in the run, and --write cannot say at which "
-            "step; give --tokens, or leave that row out"
+            "step; give --tokens, or leave that scheme out"
         )
     if args.scaling:
         why = "is for the best layout, which --scaling does not look for; leave one of the two out"
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.scaling:
         return show_scaling(model, cluster, sequences, args)
     pricing = Pricing(model, cluster, sequences, tokens_only=args.tokens_only)
-    found = plan(pricing, args.heads, args.rows)
+    found = plan(pricing, args.heads, args.schemes)
     if args.json:
         result = {
             "best": [as_json(p) for p in found.best],
@@ -213,8 +213,8 @@ def write_figures(found: Any, args: argparse.Namespace) -> None:
 def show_scaling(model: Model, cluster: Cluster, sequences: int, args: argparse.Namespace) -> int:
     """Tables over stages and replicas, and what was asked for besides."""
     started = time.perf_counter()
-    rows = list(dict.fromkeys([ALONE, *args.rows]))
-    cells = scaling(model, cluster, sequences, args.heads, rows, args.scaling == "growing")
+    schemes = list(dict.fromkeys([ALONE, *args.schemes]))
+    cells = scaling(model, cluster, sequences, args.heads, schemes, args.scaling == "growing")
     if args.json:
         found = [cell._asdict() | {"price": cell.price and as_json(cell.price)} for cell in cells]
         write_figures(found, args)

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from ds_local.cluster.candidates import GIB, Candidate, Cluster, Model, split_backward_of
 from ds_local.cluster.prices import Price
-from ds_local.cluster.row_samples import sample_of, streams_leaving_a_node, timer_for
+from ds_local.cluster.scheme_samples import sample_of, streams_leaving_a_node, timer_for
 from ds_local.config.sections import HeadConfig
 from ds_local.model.flops import UnitCosts
 from ds_local.schedules.simulator import Costs
@@ -48,7 +48,7 @@ class CandidateCost:
         scale = candidate.micro_batch
         self.pass_seconds = [scale * unit.block * count / 3 for count in self.blocks]
         self.recompute = [seconds if candidate.recompute else 0.0 for seconds in self.pass_seconds]
-        self.sample = sample_of(candidate.row, candidate.stages, candidate.micro_batches)
+        self.sample = sample_of(candidate.scheme, candidate.stages, candidate.micro_batches)
         self.losses = self.sample.losses
         self.has_head = has_head or self.losses
         self.edges, self.rings = streams_leaving_a_node(
@@ -170,7 +170,7 @@ class CandidateCost:
         ):
             return 0.0
         # a split backward defers the weight gradient
-        passes = 2 if split_backward_of(self.candidate.row) else 3
+        passes = 2 if split_backward_of(self.candidate.scheme) else 3
         others = sum(
             passes * one + again
             for one, again in zip(self.pass_seconds[:-1], self.recompute[:-1], strict=True)
@@ -250,6 +250,6 @@ class CandidateCost:
             link=self.edge_seconds,
             optimizer=self.closing_seconds,
         )
-        return timer_for(self.candidate.row, self.candidate.stages, micro_batches).steady_period(
+        return timer_for(self.candidate.scheme, self.candidate.stages, micro_batches).steady_period(
             costs
         )

@@ -1,4 +1,4 @@
-"""What the planner chooses among: rows and heads to run, the cluster, the model, one candidate.
+"""What the planner chooses among: schemes and heads to run, the cluster, the model, one candidate.
 
 No processes, no devices. Times in seconds, sizes in bytes unless a name says otherwise.
 """
@@ -19,7 +19,7 @@ from ds_local.model.flops import UnitCosts, unit_times
 GIB = 2**30
 
 # What a layout may run; where `pricing.expected_memory` finds several alike, it takes the last.
-ROWS = {
+PLANNED = {
     name: SCHEMES[name].section
     for name in (
         "data parallel",  # one stage
@@ -49,9 +49,9 @@ HEADS: dict[str, Section] = {
 
 
 class Tail(NamedTuple):
-    """A run that ends in another row than it begins with."""
+    """A run that ends in another scheme than it begins with."""
 
-    row: str
+    first: str
     end: str
     share: float  # of the run's steps, those at the end
 
@@ -62,23 +62,23 @@ TAILS = {
 }
 
 # those that run ahead must be asked for: in large steps older gradients taught next to nothing
-DEFAULT_ROWS = [*(row for row in ROWS if not ROWS[row].get("run_ahead")), *TAILS]
+DEFAULT_SCHEMES = [*(scheme for scheme in PLANNED if not PLANNED[scheme].get("run_ahead")), *TAILS]
 
 
-def parts_of(row: str) -> list[tuple[float, str]]:
-    """(share of a run's steps, row of `ROWS`) of its parts, in their order."""
-    if row not in TAILS:
-        return [(1.0, row)]
-    first, end, share = TAILS[row]
+def parts_of(scheme: str) -> list[tuple[float, str]]:
+    """(share of a run's steps, scheme of `PLANNED`) of its parts, in their order."""
+    if scheme not in TAILS:
+        return [(1.0, scheme)]
+    first, end, share = TAILS[scheme]
     return [(1 - share, first), (share, end)]
 
 
-def split_backward_of(row: str) -> int:
-    return ROWS[row].get("split_backward", 0)
+def split_backward_of(scheme: str) -> int:
+    return PLANNED[scheme].get("split_backward", 0)
 
 
-def has_heads(row: str) -> bool:
-    return any(ROWS[part].get("mode") != "backprop" for _, part in parts_of(row))
+def has_heads(scheme: str) -> bool:
+    return any(PLANNED[part].get("mode") != "backprop" for _, part in parts_of(scheme))
 
 
 def head_config(options: Section, vocab_size: int) -> HeadConfig:
@@ -162,8 +162,8 @@ class Candidate:
 
     stages: int
     replicas: int
-    row: str  # a key of ROWS or TAILS
-    heads: str  # a key of HEADS, "" where the row has none
+    scheme: str  # a key of PLANNED or TAILS
+    heads: str  # a key of HEADS, "" where the scheme has none
     micro_batch: int  # sequences
     micro_batches: int  # per step
     place: str = (
@@ -175,7 +175,7 @@ class Candidate:
         where = "" if self.stages == 1 or self.replicas == 1 else f" {self.place.replace('_', ' ')}"
         heads = f" ({self.heads} heads)" if self.heads else ""
         return (
-            f"{self.row}{heads}: {self.stages} stages{where} x {self.replicas} replicas, "
+            f"{self.scheme}{heads}: {self.stages} stages{where} x {self.replicas} replicas, "
             f"{self.micro_batches} x {self.micro_batch} "
             f"sequences{', recomputing' if self.recompute else ''}"
         )

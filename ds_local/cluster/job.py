@@ -8,7 +8,7 @@ from typing import Any
 
 from ds_local.cluster.candidates import HEADS, TAILS, Candidate, Cluster, parts_of
 from ds_local.cluster.prices import Price
-from ds_local.cluster.row_samples import section_for
+from ds_local.cluster.scheme_samples import section_for
 from ds_local.config.catalog import Section, head_of
 from ds_local.config.deepspeed import adamw, cosine, stable_decay
 from ds_local.errors import ConfigError
@@ -51,22 +51,24 @@ def config_of(
         # a late change of scheme has time to mix at a constant rate
         config["scheduler"] = (
             stable_decay(steps, warm_up, max(1, steps // 5))
-            if candidate.row in TAILS
+            if candidate.scheme in TAILS
             else cosine(steps, warm_up)
         )
     return config | {"local_parallel": section}
 
 
 def _scheme_of(candidate: Candidate, steps: int | None) -> Section:
-    """The "local_parallel" section of its row, in phases where it ends in another one."""
-    parts = [section_for(row, candidate.micro_batches) for _, row in parts_of(candidate.row)]
+    """The "local_parallel" section of its scheme, in phases where it ends in another."""
+    parts = [
+        section_for(scheme, candidate.micro_batches) for _, scheme in parts_of(candidate.scheme)
+    ]
     if len(parts) == 1:
         return parts[0]
-    share, _ = parts_of(candidate.row)[0]
+    share, _ = parts_of(candidate.scheme)[0]
     if steps is None:
         raise ConfigError(
-            f"{candidate.row} changes the scheme after {share:.0%} of the steps, and how many "
-            "there are is not known; give the tokens of the run, or take another row"
+            f"{candidate.scheme} changes the scheme after {share:.0%} of the steps, and how many "
+            "there are is not known; give the tokens of the run, or take another scheme"
         )
     split = max(part.pop("split_backward", 0) for part in parts)
     first, end = parts

@@ -22,7 +22,7 @@ def line(price: Price, tokens: float | None) -> str:
 
 
 def report(found: Plan, memory_gib: float, tokens: float | None, best: int, sources: bool) -> str:
-    """The best layouts, the best of every other row, what does not fit.
+    """The best layouts, the best of every other scheme, what does not fit.
 
     Args:
         tokens: that backpropagation would train on; None: no hours.
@@ -41,7 +41,7 @@ def report(found: Plan, memory_gib: float, tokens: float | None, best: int, sour
     )
     first, *others = found.best
     lines = [head, *(line(price, tokens) for price in everything[:best])]
-    lines += ["", "the best of every other row, and what costs it most:"]
+    lines += ["", "the best of every other scheme, and what costs it most:"]
     for price in others:
         known = price.learning.tokens is not None
         lines.append(
@@ -60,7 +60,7 @@ def _sources(prices: list[Price]) -> Iterator[str]:
     yield "tokens: needed for a loss, in parts of backpropagation's (docs/quality.md):"
     for price in sorted(prices, key=lambda p: p.learning.tokens or math.inf):
         needed = price.learning.tokens
-        yield f"{f'{needed:.2f}' if needed else '?':>6}  {price.candidate.row}: " + (
+        yield f"{f'{needed:.2f}' if needed else '?':>6}  {price.candidate.scheme}: " + (
             price.learning.source
         )
 

@@ -56,7 +56,7 @@ BACKPROPS = Learning()
 
 
 def learning_of(
-    row: str,
+    name: str,
     head: Mapping[str, Any],
     stages: int,
     vocabulary_over_width: float,
@@ -71,14 +71,14 @@ def learning_of(
     that was not measured with the scheme is taken to cost as much as it cost local learning, and
     more segments with a tail what they cost without one.
     """
-    scheme = row.partition(", split")[0]
+    scheme = name.partition(", split")[0]
     if scheme in EXACT:
         return BACKPROPS
-    ratio, name = vocabulary_over_width, _named(scheme, tail)
+    ratio, whole = vocabulary_over_width, _named(scheme, tail)
     base = _nearest(scheme, FULL, stages, ratio, delay, tail)
     if base is None or base.tokens is None:
-        return Learning(None, _why_not(name, base, delay))
-    source, tokens = f"{name} on {_where(base)}", base.tokens
+        return Learning(None, _why_not(whole, base, delay))
+    source, tokens = f"{whole} on {_where(base)}", base.tokens
     if tail and (further := _further(scheme, base.segments, stages, ratio)) != 1:
         tokens *= further
         source += f"; times {further:.2f} for more segments, as without the tail"

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ds_local.cluster.candidates import (
-    DEFAULT_ROWS,
+    DEFAULT_SCHEMES,
     GIB,
-    ROWS,
+    PLANNED,
     Candidate,
     Cluster,
     Model,
@@ -33,7 +33,7 @@ def layouts(
     cluster: Cluster,
     sequences: int,
     heads: Sequence[str],
-    rows: Sequence[str],
+    schemes: Sequence[str],
     num_stages: int | None = None,
 ) -> Iterator[Candidate]:
     """Every layout that divides `sequences` per step over the whole cluster, of any number of
@@ -49,21 +49,21 @@ def layouts(
                 break
             micro_batches = sequences // replicas // micro_batch
             for place in ("across_nodes",) if one_place else ("across_nodes", "within_node"):
-                for row in rows:
-                    for head in heads if has_heads(row) else ("",):
+                for scheme in schemes:
+                    for head in heads if has_heads(scheme) else ("",):
                         layout = Candidate(
-                            stages, replicas, row, head, micro_batch, micro_batches, place
+                            stages, replicas, scheme, head, micro_batch, micro_batches, place
                         )
                         if is_legal(layout):
                             yield layout
 
 
 def is_legal(layout: Candidate) -> bool:
-    if (layout.row == "data parallel") != (layout.stages == 1):
+    if (layout.scheme == "data parallel") != (layout.stages == 1):
         return False
-    if layout.row == "data parallel":
+    if layout.scheme == "data parallel":
         return True
-    sections = [ROWS[row] for _, row in parts_of(layout.row)]
+    sections = [PLANNED[scheme] for _, scheme in parts_of(layout.scheme)]
     enough = all(layout.micro_batches >= fewest_micro_batches(section) for section in sections)
     return enough and all(section.get("window", 1) < layout.stages for section in sections)
 
@@ -73,27 +73,30 @@ def is_legal(layout: Candidate) -> bool:
 
 @dataclass
 class Plan:
-    """The outcome: the best layout of every row, the first to come to a loss first, those of which
-    nobody knows that last, and what was left out."""
+    """The outcome: the best layout of every scheme, the first to come to a loss first, those of
+    which nobody knows that last, and what was left out."""
 
     best: list[Price]
-    runners_up: dict[str, list[Price]]  # of each row, further layouts, simulated
-    too_large: dict[str, Price]  # rows none of whose layouts fit, with the smallest
+    runners_up: dict[str, list[Price]]  # of each scheme, further layouts, simulated
+    too_large: dict[str, Price]  # schemes none of whose layouts fit, with the smallest
     considered: int
     simulated: int
 
 
 def plan(
-    pricing: Pricing, heads: Sequence[str], rows: Sequence[str] = tuple(DEFAULT_ROWS), keep: int = 2
+    pricing: Pricing,
+    heads: Sequence[str],
+    schemes: Sequence[str] = tuple(DEFAULT_SCHEMES),
+    keep: int = 2,
 ) -> Plan:
-    """Price every legal layout, simulate what could be the best of its row.
+    """Price every legal layout, simulate what could be the best of its scheme.
 
     Raises:
         ConfigError: when no layout divides the batch.
     """
     candidates: dict[str, list[Price]] = {}
-    for layout in layouts(pricing.model, pricing.cluster, pricing.sequences, heads, rows):
-        candidates.setdefault(layout.row, []).append(pricing.price(layout))
+    for layout in layouts(pricing.model, pricing.cluster, pricing.sequences, heads, schemes):
+        candidates.setdefault(layout.scheme, []).append(pricing.price(layout))
     if not candidates:
         raise ConfigError(
             f"{pricing.sequences} sequences per step cannot be divided over "
@@ -103,17 +106,17 @@ def plan(
     limit = pricing.cluster.memory_gib * GIB
     found: dict[str, list[Price]] = {}
     too_large = {}
-    for row, prices in candidates.items():
+    for scheme, prices in candidates.items():
         fitting = sorted((p for p in prices if p.memory <= limit), key=lambda p: p.cost)
         if not fitting:
-            too_large[row] = min(prices, key=lambda p: p.memory)
+            too_large[scheme] = min(prices, key=lambda p: p.memory)
             continue
         known = [p for p in fitting if p.learning.tokens is not None]
-        found[row] = best_of(pricing, known or fitting, keep)
+        found[scheme] = best_of(pricing, known or fitting, keep)
     best = sorted((prices[0] for prices in found.values()), key=lambda p: p.rank)
     return Plan(
         best,
-        {row: prices[1:] for row, prices in found.items()},
+        {scheme: prices[1:] for scheme, prices in found.items()},
         too_large,
         sum(map(len, candidates.values())),
         sum(map(len, found.values())),

@@ -14,7 +14,7 @@ from ds_local.cluster.candidate_cost import CandidateCost
 from ds_local.cluster.candidates import (
     GIB,
     HEADS,
-    ROWS,
+    PLANNED,
     Candidate,
     Cluster,
     Model,
@@ -25,7 +25,7 @@ from ds_local.cluster.candidates import (
 )
 from ds_local.cluster.learning import BACKPROPS, Learning, learning_of
 from ds_local.cluster.prices import Price, over_the_run
-from ds_local.cluster.row_samples import delay_of, sample_of, section_for
+from ds_local.cluster.scheme_samples import delay_of, sample_of, section_for
 from ds_local.config.catalog import Section
 from ds_local.config.deepspeed import batch_sizes, bf16_enabled, zero_stage
 from ds_local.config.files import local_parallel
@@ -56,7 +56,7 @@ class Pricing:
     ) -> None:
         self.model, self.cluster, self.sequences = model, cluster, sequences
         self.zero_stage, self.tokens_only = zero_stage, tokens_only
-        self._options: dict[str, Section] = {"": {}, **heads}  # rows without: as with a full one
+        self._options: dict[str, Section] = {"": {}, **heads}  # schemes without: as with a full one
         vocabulary = 1 if model.config is None else model.config.vocab_size
         self._heads = {
             name: head_config(options, vocabulary) for name, options in self._options.items()
@@ -83,13 +83,13 @@ class Pricing:
     def _learning(self, candidate: Candidate) -> Learning:
         if self.tokens_only:
             return BACKPROPS
-        (_, row), *end = parts_of(candidate.row)
+        (_, scheme), *end = parts_of(candidate.scheme)
         return learning_of(
-            row,
+            scheme,
             self._options[candidate.heads],
             candidate.stages,
             self.model.ratio,
-            delay_of(row, candidate.stages, candidate.micro_batches),
+            delay_of(scheme, candidate.stages, candidate.micro_batches),
             end[0][0] if end else 0.0,
         )
 
@@ -125,13 +125,13 @@ class Pricing:
 
     def _parts(self, candidate: Candidate) -> list[tuple[float, CandidateCost]]:
         """(share of the steps, cost) of each part of a run."""
-        shares, rows = zip(*parts_of(candidate.row), strict=True)
-        return list(zip(shares, self._costs(candidate, rows), strict=True))
+        shares, schemes = zip(*parts_of(candidate.scheme), strict=True)
+        return list(zip(shares, self._costs(candidate, schemes), strict=True))
 
-    def _costs(self, candidate: Candidate, rows: Sequence[str]) -> list[CandidateCost]:
-        """Of a run that follows these rows one after the other, with the cuts of the first."""
-        parts = [replace(candidate, row=row) for row in rows]
-        losses = [sample_of(part.row, part.stages, part.micro_batches).losses for part in parts]
+    def _costs(self, candidate: Candidate, schemes: Sequence[str]) -> list[CandidateCost]:
+        """Of a run that follows these schemes one after the other, with the cuts of the first."""
+        parts = [replace(candidate, scheme=scheme) for scheme in schemes]
+        losses = [sample_of(part.scheme, part.stages, part.micro_batches).losses for part in parts]
         has_head = [max(shares) for shares in zip(*losses, strict=True)]
         unit, cuts = self.unit(candidate.heads, candidate.stages), self.cuts(parts[0])
         head = self._heads[candidate.heads]
@@ -142,9 +142,9 @@ class Pricing:
             for part in parts
         ]
 
-    def memory(self, candidate: Candidate, rows: Sequence[str]) -> float:
-        """Of a run that follows these rows one after the other."""
-        costs = self._costs(candidate, rows)
+    def memory(self, candidate: Candidate, schemes: Sequence[str]) -> float:
+        """Of a run that follows these schemes one after the other."""
+        costs = self._costs(candidate, schemes)
         return max(cost.price(self.sequences).memory for cost in costs)
 
     def unit(self, heads: str, segments: int) -> UnitCosts:
@@ -168,8 +168,8 @@ class Pricing:
         )
 
     def cuts(self, candidate: Candidate) -> list[int]:
-        """First block of each stage, and the depth, of a candidate whose row is one of `ROWS`."""
-        key = candidate.row, candidate.stages, candidate.heads
+        """First block of each stage, and the depth, of a candidate with one scheme to its end."""
+        key = candidate.scheme, candidate.stages, candidate.heads
         if key not in self._cuts:
             if self.model.config is None:
                 even = [
@@ -180,7 +180,7 @@ class Pricing:
                 return even
             checked = local_parallel(
                 {
-                    SECTION: section_for(candidate.row, 1)
+                    SECTION: section_for(candidate.scheme, 1)
                     | {"head": self._heads[candidate.heads].model_dump()}
                 }
             )
@@ -207,16 +207,16 @@ def expected_memory(
     model takes."""
     section = local_parallel(config)
     micro_batch, micro_batches = batch_sizes(config, replicas)
-    rows = list(
-        dict.fromkeys(_nearest_row(scheme, section, stages) for _, scheme in section.schemes())
+    schemes = list(
+        dict.fromkeys(_nearest_name(scheme, section, stages) for _, scheme in section.schemes())
     )
-    heads = "its own" if any(map(has_heads, rows)) else ""
+    heads = "its own" if any(map(has_heads, schemes)) else ""
     itemsize = 2 if bf16_enabled(config) else 4
     recompute = bool(config.get("pipeline", {}).get("activation_checkpoint_interval"))
     candidate = Candidate(
         stages,
         replicas,
-        rows[0],
+        schemes[0],
         heads,
         micro_batch,
         micro_batches,
@@ -233,24 +233,24 @@ def expected_memory(
         zero_stage(config),
         heads={"its own": section.head.model_dump(exclude_defaults=True)},
     )
-    return pricing.memory(candidate, rows)
+    return pricing.memory(candidate, schemes)
 
 
-def _nearest_row(scheme: Scheme, section: LocalParallelConfig, stages: int) -> str:
-    """Of `ROWS`, the one whose memory is nearest."""
+def _nearest_name(scheme: Scheme, section: LocalParallelConfig, stages: int) -> str:
+    """Of `PLANNED`, the one whose memory is nearest."""
     if stages == 1:
         return "data parallel"
     wanted = "mixed" if scheme.mix else scheme.mode
-    rows = [
-        row
-        for row, of in ROWS.items()
+    names = [
+        name
+        for name, of in PLANNED.items()
         if of.get("mode", "mixed") == wanted
-        and split_backward_of(row) <= section.split_backward
+        and split_backward_of(name) <= section.split_backward
         and bool(of.get("run_ahead")) == bool(scheme.run_ahead)
     ]
 
-    def alike(row: str) -> tuple[int, bool]:
-        predicts = ROWS[row].get("predict_weights", False)
-        return split_backward_of(row), predicts == scheme.predict_weights
+    def alike(name: str) -> tuple[int, bool]:
+        predicts = PLANNED[name].get("predict_weights", False)
+        return split_backward_of(name), predicts == scheme.predict_weights
 
-    return max(reversed(rows), key=alike, default="local")  # of equals the last
+    return max(reversed(names), key=alike, default="local")  # of equals the last

@@ -17,13 +17,13 @@ from ds_local.cluster.pricing import Pricing
 MOST_DEVICES = 4096
 STAGES = (1, 2, 4, 8, 16, 32, 64)
 REPLICAS = (1, 4, 16, 64, 256, 1024)
-ALONE = "data parallel"  # the row of one stage
+ALONE = "data parallel"  # the scheme of one stage
 
 
 class Cell(NamedTuple):
     """A scheme on a number of stages and replicas."""
 
-    row: str
+    scheme: str
     stages: int
     replicas: int
     price: Price | None  # of the best layout that fits; None: there is none
@@ -39,7 +39,7 @@ def scaling(
     cluster: Cluster,
     sequences: int,
     heads: Sequence[str],
-    rows: Sequence[str],
+    schemes: Sequence[str],
     growing: bool,
     most: int = MOST_DEVICES,
 ) -> list[Cell]:
@@ -48,15 +48,15 @@ def scaling(
     Args:
         cluster: what its nodes and links are like; it has as many nodes as are needed.
         sequences: of a step, or of each replica's part of it.
-        rows: schemes, `ALONE` for one stage among them.
+        schemes: by name, `ALONE` for one stage among them.
         growing: the step grows with the replicas; else it is the same on any number of devices.
     """
     cells = []
-    for row in rows:
-        for stages in (n for n in STAGES if (n == 1) == (row == ALONE) and n <= model.depth):
+    for scheme in schemes:
+        for stages in (n for n in STAGES if (n == 1) == (scheme == ALONE) and n <= model.depth):
             for replicas in (n for n in REPLICAS if n * stages <= most):
                 asked = sequences * (replicas if growing else 1)
-                cells.append(_cell(model, cluster, asked, heads, row, stages, replicas))
+                cells.append(_cell(model, cluster, asked, heads, scheme, stages, replicas))
     return cells
 
 
@@ -65,25 +65,27 @@ def _cell(
     cluster: Cluster,
     sequences: int,
     heads: Sequence[str],
-    row: str,
+    scheme: str,
     stages: int,
     replicas: int,
 ) -> Cell:
     sized = _of_size(cluster, stages * replicas)
     if sized is None:
-        return Cell(row, stages, replicas, None, "no whole nodes")
+        return Cell(scheme, stages, replicas, None, "no whole nodes")
     pricing = Pricing(model, sized, sequences)
-    found = [pricing.price(one) for one in layouts(model, sized, sequences, heads, [row], stages)]
+    found = [
+        pricing.price(one) for one in layouts(model, sized, sequences, heads, [scheme], stages)
+    ]
     if not found:
-        return Cell(row, stages, replicas, None, "no such layout")
+        return Cell(scheme, stages, replicas, None, "no such layout")
     fitting = [price for price in found if price.memory <= sized.memory_gib * GIB]
     if not fitting:
-        return Cell(row, stages, replicas, None, "too large")
+        return Cell(scheme, stages, replicas, None, "too large")
     fitting.sort(key=lambda price: price.cost)
     # of each micro-batch and placement the heads with the lowest bound
     apart = {(p.candidate.micro_batch, p.candidate.place): p for p in reversed(fitting)}
     first = sorted(apart.values(), key=lambda price: price.cost)
-    return Cell(row, stages, replicas, best_of(pricing, first, keep=1)[0], "")
+    return Cell(scheme, stages, replicas, best_of(pricing, first, keep=1)[0], "")
 
 
 def _of_size(cluster: Cluster, devices: int) -> Cluster | None:
@@ -96,13 +98,16 @@ def _of_size(cluster: Cluster, devices: int) -> Cluster | None:
 
 def tables(cells: Iterable[Cell]) -> str:
     """A grid for each scheme: stages downward, replicas across; that of one stage stands on top."""
-    by_row: dict[str, list[Cell]] = {}
+    by_scheme: dict[str, list[Cell]] = {}
     for cell in cells:
-        by_row.setdefault(cell.row, []).append(cell)
-    alone = by_row.pop(ALONE, [])
+        by_scheme.setdefault(cell.scheme, []).append(cell)
+    alone = by_scheme.pop(ALONE, [])
     lines = []
-    for row, held in (by_row or {ALONE: []}).items():
-        lines += [f"{row}: tokens per second of a device", _line("stages", [*map(str, REPLICAS)])]
+    for scheme, held in (by_scheme or {ALONE: []}).items():
+        lines += [
+            f"{scheme}: tokens per second of a device",
+            _line("stages", [*map(str, REPLICAS)]),
+        ]
         shown = [*alone, *held]
         for stages in sorted({cell.stages for cell in shown}):
             texts = {cell.replicas: _text(cell) for cell in shown if cell.stages == stages}
@@ -132,18 +137,18 @@ def picture(cells: Sequence[Cell]) -> Svg:
     best: dict[str, dict[int, float]] = {}
     for cell in cells:
         if cell.price is not None:
-            points = best.setdefault(cell.row, {})
+            points = best.setdefault(cell.scheme, {})
             speed = cell.price.device_tokens_per_second
             points[cell.devices] = max(speed, points.get(cell.devices, 0.0))
     numbers = sorted({devices for points in best.values() for devices in points})
     curves = [
         Curve(
-            row,
+            scheme,
             color_of(place, len(best)),
             [(numbers.index(devices), speed) for devices, speed in sorted(points.items())],
             dots=True,
         )
-        for place, (row, points) in enumerate(best.items())
+        for place, (scheme, points) in enumerate(best.items())
     ]
     return chart(
         "Scaling: the best number of stages for each number of devices",

@@ -32,16 +32,16 @@ ARGUMENTS = [
 
 def test_figures_for_programs():
     found = as_json(BEST)
-    assert (found["tokens_per_second"], found["candidate"]["row"]) == (500.0, "local")
+    assert (found["tokens_per_second"], found["candidate"]["scheme"]) == (500.0, "local")
     assert found["loss"] == "75% of the step is waiting for other stages or links"
 
 
 def test_a_whole_plan(capsys):
-    rows = ["--rows", "local", "backprop", "--heads", "full", "--batch-tokens", "4096"]
+    schemes = ["--schemes", "local", "backprop", "--heads", "full", "--batch-tokens", "4096"]
     for more, needed in (["--tokens-only"], {1.0}), ([], {1.0, 1.1048}):
-        assert main([*ARGUMENTS, *rows, *more, "--json", "-"]) == 0
+        assert main([*ARGUMENTS, *schemes, *more, "--json", "-"]) == 0
         found = json.loads(capsys.readouterr().out)
-        assert {one["candidate"]["row"] for one in found["best"]} == {"local", "backprop"}
+        assert {one["candidate"]["scheme"] for one in found["best"]} == {"local", "backprop"}
         assert {one["learning"]["tokens"] for one in found["best"]} == needed
         worth = [one["tokens_per_second"] / one["learning"]["tokens"] for one in found["best"]]
         assert worth == sorted(worth, reverse=True)
@@ -49,8 +49,17 @@ def test_a_whole_plan(capsys):
 
 def test_the_winner_is_written_ready_to_start(tmp_path, capsys):
     folder = tmp_path / "plan"
-    rows = ["--rows", "local", "--heads", "full", "--batch-tokens", "4096", "--tokens", "40960"]
-    assert main([*ARGUMENTS, *rows, "--write", str(folder)]) == 0
+    schemes = [
+        "--schemes",
+        "local",
+        "--heads",
+        "full",
+        "--batch-tokens",
+        "4096",
+        "--tokens",
+        "40960",
+    ]
+    assert main([*ARGUMENTS, *schemes, "--write", str(folder)]) == 0
     said = capsys.readouterr().out
     assert f"bash {folder}/{START}" in said
     assert "1.10  local: local on 2 segments (vocabulary / width 8, 1 seed)" in said
@@ -60,19 +69,19 @@ def test_the_winner_is_written_ready_to_start(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     with pytest.raises(OutputError, match="mine"):
-        main([*ARGUMENTS, *rows, "--write", str(tmp_path / "mine")])
+        main([*ARGUMENTS, *schemes, "--write", str(tmp_path / "mine")])
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
 def test_a_tail_is_written_where_its_first_step_is_known(tmp_path, capsys):
     tail, folder = "local, tail 40 %", tmp_path / "plan"
     asked = [*ARGUMENTS, "--write", str(folder), "--batch-tokens", "4096"]
-    assert not set(parse_arguments(asked).rows) & set(TAILS)
+    assert not set(parse_arguments(asked).schemes) & set(TAILS)
     with pytest.raises(SystemExit):
-        parse_arguments([*asked, "--rows", tail])
+        parse_arguments([*asked, "--schemes", tail])
     assert f"'{tail}' changes the scheme late in the run" in capsys.readouterr().err
-    assert tail in parse_arguments([*asked, "--tokens", "40960"]).rows
-    assert main([*asked, "--rows", tail, "--heads", "full", "--tokens", "40960"]) == 0
+    assert tail in parse_arguments([*asked, "--tokens", "40960"]).schemes
+    assert main([*asked, "--schemes", tail, "--heads", "full", "--tokens", "40960"]) == 0
     config = json.loads((folder / CONFIG).read_text())
     steps = config["scheduler"]["params"]["total_num_steps"]
     assert config["local_parallel"]["phases"][0]["until_step"] == round(0.6 * steps)
@@ -88,14 +97,14 @@ def test_numbers_must_be_positive(option, capsys):
 def test_scaling_tables_and_their_picture(tmp_path, capsys):
     size = ["--model", "gpt2-nano.json", "--nodes", "2", "--devices-per-node", "4"]
     rates = ["--device-tflops", "1", "--memory-gib", "8", "--link-gbps", "10"]
-    wanted = ["--intra-gbps", "100", "--batch-tokens", "8192", "--rows", "local"]
+    wanted = ["--intra-gbps", "100", "--batch-tokens", "8192", "--schemes", "local"]
     files = ["--svg", str(tmp_path / "s.svg"), "--json", str(tmp_path / "s.json")]
     assert main([*size, *rates, *wanted, "--scaling", "growing", *files]) == 0
     said = capsys.readouterr().out
     assert "local: tokens per second of a device" in said
     assert "1024" in said
     found = json.loads((tmp_path / "s.json").read_text())
-    assert {cell["row"] for cell in found} == {"data parallel", "local"}
+    assert {cell["scheme"] for cell in found} == {"data parallel", "local"}
     prices = [cell["price"] for cell in found if cell["price"]]
     for price in prices:
         devices = price["candidate"]["stages"] * price["candidate"]["replicas"]
@@ -109,8 +118,8 @@ def test_scaling_tables_and_their_picture(tmp_path, capsys):
 
 
 def test_figures_for_programs_and_the_winner_as_files(tmp_path, capsys):
-    folder, rows = tmp_path / "plan", ["--rows", "local", "--batch-tokens", "4096"]
-    assert main([*ARGUMENTS, *rows, "--json", "-", "--write", str(folder)]) == 0
+    folder, schemes = tmp_path / "plan", ["--schemes", "local", "--batch-tokens", "4096"]
+    assert main([*ARGUMENTS, *schemes, "--json", "-", "--write", str(folder)]) == 0
     said, aside = capsys.readouterr()
     assert json.loads(said)["best"]
     assert f"bash {folder}/{START}" in aside
@@ -119,8 +128,8 @@ def test_figures_for_programs_and_the_winner_as_files(tmp_path, capsys):
 
 
 def test_where_nothing_fits_there_is_no_winner(tmp_path, capsys):
-    folder, rows = tmp_path / "plan", ["--rows", "local", "--batch-tokens", "4096"]
-    small = [*ARGUMENTS, *rows, "--memory-gib", "0.1"]
+    folder, schemes = tmp_path / "plan", ["--schemes", "local", "--batch-tokens", "4096"]
+    small = [*ARGUMENTS, *schemes, "--memory-gib", "0.1"]
     assert main([*small, "--json", "-", "--write", str(folder)]) == 1
     said, aside = capsys.readouterr()
     assert json.loads(said)["best"] == []

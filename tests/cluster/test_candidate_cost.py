@@ -29,7 +29,7 @@ def test_a_data_parallel_step_by_hand():
 def test_memory_by_hand():
     pricing = Pricing(even(2, kept=50), Cluster(1, 2, 1, 80, 1, 1, reserve_gib=0), 8, zero_stage=0)
     local, true = (
-        pricing.price(Candidate(2, 1, row, "", 4, 2)).memory for row in ("local", "backprop")
+        pricing.price(Candidate(2, 1, scheme, "", 4, 2)).memory for scheme in ("local", "backprop")
     )
     # 100 fp32 parameters with gradient and two moments; per live micro-batch 40 tokens x (50 kept +
     # 8 at the boundary) numbers
@@ -37,10 +37,10 @@ def test_memory_by_hand():
     assert true == 1600 + 2 * 40 * 58 * 4
 
 
-def cost_of(row="local", stages=2, micro_batches=4, replicas=1, **how):
+def cost_of(scheme="local", stages=2, micro_batches=4, replicas=1, **how):
     """On one node; blocks take 3 seconds, a message of 10 tokens x (8 x 4 + 4) bytes takes 2."""
     cluster = Cluster(1, 4, 1, 80, 1, 8 * 360 / 1e9 / 2, reserve_gib=0)
-    candidate = Candidate(stages, replicas, row, "", 1, micro_batches, **how)
+    candidate = Candidate(stages, replicas, scheme, "", 1, micro_batches, **how)
     cuts, unit = list(range(stages + 1)), UnitCosts(3.0, 0.0, [0.0])
     return CandidateCost(candidate, even(stages), cluster, cuts, unit, zero_stage=0)
 
@@ -73,8 +73,8 @@ def test_averaging_is_over_the_replicas_of_a_stage():
 
 
 def test_a_simulated_step_takes_no_less_than_the_bound():
-    for row in ("local", "backprop"):
-        cost = cost_of(row)
+    for scheme in ("local", "backprop"):
+        cost = cost_of(scheme)
         assert cost.period(4) >= cost.price(4).step_seconds
     assert cost_of("local").period(4) == 12.0
 

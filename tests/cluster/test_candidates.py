@@ -8,7 +8,7 @@ from sentences import one_sentence
 from test_pricing import even
 
 from ds_local.cluster.candidates import (
-    ROWS,
+    PLANNED,
     Candidate,
     Cluster,
     Model,
@@ -88,7 +88,10 @@ def test_a_candidate_is_a_line():
 
 
 def test_rows_that_are_backpropagation_have_no_heads():
-    without = [row for row in ROWS if not has_heads(row)]
-    assert without == ["data parallel", *(row for row in ROWS if row.startswith("backprop"))]
-    assert [split_backward_of(row) for row in ("local", "backprop, split 2")] == [0, 2]
+    without = [scheme for scheme in PLANNED if not has_heads(scheme)]
+    assert without == [
+        "data parallel",
+        *(scheme for scheme in PLANNED if scheme.startswith("backprop")),
+    ]
+    assert [split_backward_of(scheme) for scheme in ("local", "backprop, split 2")] == [0, 2]
     assert Cluster(3, 8, 1, 1, 1, 1).devices == 24

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ds_local.cluster.candidates import HEADS, ROWS, TAILS, Candidate, Cluster, has_heads
+from ds_local.cluster.candidates import HEADS, PLANNED, TAILS, Candidate, Cluster, has_heads
 from ds_local.cluster.job import config_of, start_of, steps_for
 from ds_local.cluster.learning import Learning
 from ds_local.cluster.planner import is_legal
@@ -23,11 +23,11 @@ CLUSTER = Cluster(4, 2, 100, 80, 10, 100)
 PRICE = Price(Candidate(4, 2, "chunked 2, split 2", "full", 4, 8), 2.0, 1000, 0, {}, 0, 0)
 
 
-@pytest.mark.parametrize("row", [*ROWS, *TAILS])
-def test_every_row_is_a_config_that_starts(row, tmp_path):
-    for head, recompute in itertools.product(HEADS if has_heads(row) else ("",), (False, True)):
-        stages = 1 if row == "data parallel" else 4
-        layout = Candidate(stages, 8 // stages, row, head, 4, 8, "within_node", recompute)
+@pytest.mark.parametrize("scheme", [*PLANNED, *TAILS])
+def test_every_scheme_is_a_config_that_starts(scheme, tmp_path):
+    for head, recompute in itertools.product(HEADS if has_heads(scheme) else ("",), (False, True)):
+        stages = 1 if scheme == "data parallel" else 4
+        layout = Candidate(stages, 8 // stages, scheme, head, 4, 8, "within_node", recompute)
         assert is_legal(layout)
         config = config_of(layout, fp32=False, steps=500, vocab_size=512)
         checked(config)
@@ -47,7 +47,7 @@ def test_a_run_is_as_long_as_its_scheme_needs():
 
 
 def test_a_tail_is_a_second_phase():
-    candidate = replace(PRICE.candidate, row="chunked 2, split 2, tail 40 %")
+    candidate = replace(PRICE.candidate, scheme="chunked 2, split 2, tail 40 %")
     config = config_of(candidate, False, 500, 512)
     section = config["local_parallel"]
     assert section["phases"] == [
@@ -61,7 +61,7 @@ def test_a_tail_is_a_second_phase():
 
 
 def test_a_share_of_the_vocabulary_is_a_number_of_the_models():
-    candidate = replace(PRICE.candidate, row="local", heads="1/8 of the vocabulary")
+    candidate = replace(PRICE.candidate, scheme="local", heads="1/8 of the vocabulary")
     assert config_of(candidate, False, 500, 512)["local_parallel"]["head"] == {"vocabulary": 64}
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ds_local.cluster import learning
-from ds_local.cluster.candidates import HEADS, ROWS, TAILS
+from ds_local.cluster.candidates import HEADS, PLANNED, TAILS
 from ds_local.cluster.learning import Measured, learning_of, outside
 
 ROWS_KNOWN = (
@@ -26,7 +26,7 @@ def known(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("row", "head", "stages", "ratio", "tokens"),
+    ("scheme", "head", "stages", "ratio", "tokens"),
     [
         ("backprop", {}, 16, 8, 1.0),
         ("backprop, split 2", {}, 16, 8, 1.0),
@@ -45,13 +45,13 @@ def known(monkeypatch):
         ("overlapping 2", {}, 4, 8, None),
     ],
 )
-def test_the_nearest_row_says_it(row, head, stages, ratio, tokens):
-    found = learning_of(row, head, stages, ratio)
+def test_the_nearest_row_says_it(scheme, head, stages, ratio, tokens):
+    found = learning_of(scheme, head, stages, ratio)
     assert found.tokens == (None if tokens is None else pytest.approx(tokens))
 
 
 @pytest.mark.parametrize(
-    ("row", "head", "tail", "tokens"),
+    ("scheme", "head", "tail", "tokens"),
     [
         ("chunked 2, split 2", {}, 0.4, 1.1),
         ("chunked 2", {"blocks": 1}, 0.4, 1.12),
@@ -60,8 +60,8 @@ def test_the_nearest_row_says_it(row, head, stages, ratio, tokens):
         ("local", {}, 0.4, None),
     ],
 )
-def test_a_tail_has_rows_of_its_own(row, head, tail, tokens):
-    found = learning_of(row, head, 4, 8, tail=tail)
+def test_a_tail_has_rows_of_its_own(scheme, head, tail, tokens):
+    found = learning_of(scheme, head, 4, 8, tail=tail)
     assert found.tokens == (None if tokens is None else pytest.approx(tokens))
 
 
@@ -94,9 +94,9 @@ def test_a_model_unlike_those_measured_is_warned_of():
 
 def test_every_scheme_and_head_of_the_planner_is_looked_up(monkeypatch):
     monkeypatch.undo()
-    found = {row: learning_of(row, {}, 4, 8.0).tokens for row in ROWS}
-    for row, _, share in TAILS.values():
-        assert learning_of(row, {}, 4, 8.0, tail=share).tokens is not None
+    found = {scheme: learning_of(scheme, {}, 4, 8.0).tokens for scheme in PLANNED}
+    for scheme, _, share in TAILS.values():
+        assert learning_of(scheme, {}, 4, 8.0, tail=share).tokens is not None
     assert found["chunked 2"] == found["chunked 2, split 2"] == pytest.approx(1.17, abs=0.01)
     assert found["local"] == pytest.approx(1.31, abs=0.01)
     assert learning_of("local", HEADS["shared"], 4, 8.0).tokens == pytest.approx(1.44, abs=0.01)

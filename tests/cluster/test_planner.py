@@ -2,10 +2,10 @@ import pytest
 from commands import command
 from launch import ROOT
 
-from ds_local.cluster.candidates import DEFAULT_ROWS, GIB, ROWS, Cluster, Model
+from ds_local.cluster.candidates import DEFAULT_SCHEMES, GIB, PLANNED, Cluster, Model
 from ds_local.cluster.planner import is_legal, layouts, plan
 from ds_local.cluster.pricing import Pricing
-from ds_local.cluster.row_samples import schedule_for
+from ds_local.cluster.scheme_samples import schedule_for
 from ds_local.errors import ConfigError
 from ds_local.model import families
 
@@ -21,11 +21,11 @@ def small():
 
 def test_data_parallelism_wins_where_links_are_fast_and_the_model_fits(small):
     found = plan(Pricing(small, FAST, 512), ["full"])
-    assert found.best[0].candidate.row == "data parallel"
+    assert found.best[0].candidate.scheme == "data parallel"
     assert all(price.simulated for price in found.best)
     slow = plan(Pricing(small, Cluster(8, 1, 100, 80, 1, 4000), 512), ["shared, 1/4 of tokens"])
-    assert slow.best[0].candidate.row != "data parallel"
-    assert {price.candidate.row for price in slow.best} == set(DEFAULT_ROWS)
+    assert slow.best[0].candidate.scheme != "data parallel"
+    assert {price.candidate.scheme for price in slow.best} == set(DEFAULT_SCHEMES)
 
 
 def test_what_does_not_fit_is_said(small):
@@ -36,12 +36,12 @@ def test_what_does_not_fit_is_said(small):
 
 
 def test_only_legal_layouts(small):
-    for layout in layouts(small, FAST, 64, ["full"], list(ROWS)):
+    for layout in layouts(small, FAST, 64, ["full"], list(PLANNED)):
         assert layout.stages * layout.replicas == 8
         assert layout.stages <= small.depth
         assert layout.micro_batch * layout.micro_batches * layout.replicas == 64
         assert is_legal(layout)
-        schedule_for(layout.row, layout.stages, layout.micro_batches)
+        schedule_for(layout.scheme, layout.stages, layout.micro_batches)
     with pytest.raises(ConfigError, match="cannot be divided over 8192 devices"):
         plan(Pricing(small, Cluster(1024, 8, 100, 80, 10, 100), 7), ["full"])
 
@@ -67,7 +67,7 @@ def test_a_thousand_nodes_from_the_command_line():
         "8388608",
         "--tokens",
         "1e12",
-        "--rows",
+        "--schemes",
         "data parallel",
         "local",
         "backprop",

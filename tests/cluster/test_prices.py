@@ -19,12 +19,15 @@ def test_what_costs_most_is_said():
 
 def test_a_run_of_two_parts_is_their_mean_in_the_memory_of_the_fuller():
     first, end = (
-        Price(Candidate(4, 1, row, "full", 1, 8), seconds, 80, memory, {"work": work}, 4.0, 2.0)
-        for row, seconds, memory, work in (("local", 10.0, 5.0, 8.0), ("backprop", 20.0, 7.0, 12.0))
+        Price(Candidate(4, 1, scheme, "full", 1, 8), seconds, 80, memory, {"work": work}, 4.0, 2.0)
+        for scheme, seconds, memory, work in (
+            ("local", 10.0, 5.0, 8.0),
+            ("backprop", 20.0, 7.0, 12.0),
+        )
     )
     first.idle_share, end.idle_share = 0.1, 0.4
     whole = over_the_run(Candidate(4, 1, "both", "full", 1, 8), [(0.75, first), (0.25, end)])
-    assert whole.candidate.row == "both"
+    assert whole.candidate.scheme == "both"
     assert (whole.step_seconds, whole.memory, whole.parts) == (12.5, 7.0, {"work": 9.0})
     assert (whole.bytes_per_edge, whole.bytes_reduced, whole.tokens) == (4.0, 2.0, 80)
     assert whole.idle_share == pytest.approx((0.75 * 1 + 0.25 * 8) / 12.5)  # of the time, by hand

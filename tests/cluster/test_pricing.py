@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 from reference import GPT2
 
-from ds_local.cluster.candidates import ROWS, TAILS, Candidate, Cluster, Model
+from ds_local.cluster.candidates import PLANNED, TAILS, Candidate, Cluster, Model
 from ds_local.cluster.pricing import Pricing, expected_memory
-from ds_local.cluster.row_samples import delay_of, sample_of, schedule_for
+from ds_local.cluster.scheme_samples import delay_of, sample_of, schedule_for
 from ds_local.config.sections import HeadConfig
 from ds_local.model.families import load_model_config
 from ds_local.model.flops import UnitCosts, stage_flops, unit_flops
@@ -20,9 +20,9 @@ def even(stages=4, seconds=3.0, kept=0):
     return Model(stages, 8, 10, UnitCosts(seconds, 0.0, [0.0]), None, 100, 0, 0, kept, 4)
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_the_quick_timer_agrees_with_the_simulator(row):
-    stages = 1 if row == "data parallel" else 4
+@pytest.mark.parametrize("scheme", PLANNED)
+def test_the_quick_timer_agrees_with_the_simulator(scheme):
+    stages = 1 if scheme == "data parallel" else 4
     costs = Costs(
         [1.0, 1.3, 0.8, 1.1][:stages],
         1.2,
@@ -31,36 +31,36 @@ def test_the_quick_timer_agrees_with_the_simulator(row):
         0.7,
         [2.0, 1.0, 0.0, 1.0][:stages],
     )
-    schedule = schedule_for(row, stages, 8)
+    schedule = schedule_for(scheme, stages, 8)
     assert StepTimer(schedule).steady_period(costs) == pytest.approx(
         simulate(schedule, costs).steady_period
     )
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row != "data parallel"])
-def test_no_layout_is_faster_than_its_bound(row):
+@pytest.mark.parametrize("scheme", [scheme for scheme in PLANNED if scheme != "data parallel"])
+def test_no_layout_is_faster_than_its_bound(scheme):
     cluster = Cluster(1, 4, 1, 80, 1e-6, 1e-6)
     pricing = Pricing(even(), cluster, 40)
-    price = pricing.price(Candidate(4, 1, row, "", 1, 40))
+    price = pricing.price(Candidate(4, 1, scheme, "", 1, 40))
     simulated = pricing.simulate(price)
     assert simulated.step_seconds >= price.step_seconds * (1 - 1e-9)
     costs = Costs(1.0, 1.0, 1.0, 0.0, link=8 * 10 * (8 * 4 + 4) / 1e3)
-    exact = simulate(schedule_for(row, 4, 40), costs).steady_period
+    exact = simulate(schedule_for(scheme, 4, 40), costs).steady_period
     assert simulated.step_seconds == pytest.approx(exact, rel=1e-6)
 
 
-@pytest.mark.parametrize("row", TAILS)
-def test_a_tail_is_the_mean_of_both_parts(row):
-    first, end, share = TAILS[row]
+@pytest.mark.parametrize("scheme", TAILS)
+def test_a_tail_is_the_mean_of_both_parts(scheme):
+    first, end, share = TAILS[scheme]
     pricing = Pricing(even(), Cluster(1, 4, 1, 80, 1e-6, 1e-6), 8)
     prices = [
         pricing.simulate(pricing.price(Candidate(4, 1, part, "full", 1, 8)))
-        for part in (row, first, end)
+        for part in (scheme, first, end)
     ]
     seconds, begins, ends = (price.step_seconds for price in prices)
     assert seconds == pytest.approx((1 - share) * begins + share * ends)
     assert prices[0].memory == max(price.memory for price in prices[1:])
-    bound = pricing.price(Candidate(4, 1, row, "full", 1, 8))
+    bound = pricing.price(Candidate(4, 1, scheme, "full", 1, 8))
     assert bound.step_seconds <= seconds * (1 + 1e-9)
 
 
@@ -69,8 +69,8 @@ def test_heads_stay_in_memory_through_a_tail():
     model = Model.of(load_model_config({"model_type": "gpt2"}), 1024)
     pricing = Pricing(model, Cluster(1, 4, 1, 1e9, 1, 1, reserve_gib=0), 8, zero_stage=0)
     tail, plain = (
-        pricing._parts(Candidate(4, 1, row, "full", 1, 8))[-1][1]
-        for row in ("chunked 2, split 2, tail 40 %", "backprop, split 2")
+        pricing._parts(Candidate(4, 1, scheme, "full", 1, 8))[-1][1]
+        for scheme in ("chunked 2, split 2, tail 40 %", "backprop, split 2")
     )
     assert tail._head_params(1) == (768 * 50257, 0)
     assert plain._head_params(1) == tail._head_params(0) == (0, 0)
@@ -94,8 +94,8 @@ def test_run_ahead_by_hand():
     cluster = Cluster(1, 4, 1, 80, 1e9, 1e9)
     pricing = Pricing(even(), cluster, 4)
     ahead, plain = (
-        pricing.simulate(pricing.price(Candidate(4, 1, row, "", 1, 4)))
-        for row in ("chunked 2, run ahead", "chunked 2")
+        pricing.simulate(pricing.price(Candidate(4, 1, scheme, "", 1, 4)))
+        for scheme in ("chunked 2, run ahead", "chunked 2")
     )
     assert ahead.step_seconds == pytest.approx(12)
     assert plain.step_seconds == pytest.approx(15)
@@ -105,9 +105,9 @@ def test_run_ahead_by_hand():
 def test_predicted_weights_cost_one_more_copy():
     """Stages of 100 parameters keep 2, 1, 1 and 0 earlier copies; the weights before the last
     update are kept where there are any."""
-    rows = ("backprop, run ahead", "backprop, run ahead, predicted")
-    assert [sample_of(row, 4, 4).copies for row in rows] == [[2, 1, 1, 0], [3, 2, 2, 0]]
-    assert [delay_of(rows[1], 4, count) for count in (1, 4, 16)] == [3, 0.75, 0.1875]
+    schemes = ("backprop, run ahead", "backprop, run ahead, predicted")
+    assert [sample_of(scheme, 4, 4).copies for scheme in schemes] == [[2, 1, 1, 0], [3, 2, 2, 0]]
+    assert [delay_of(schemes[1], 4, count) for count in (1, 4, 16)] == [3, 0.75, 0.1875]
     assert delay_of("chunked 2, run ahead", 8, 4) == 0.25
     assert delay_of("backprop", 4, 4) == 0
 
@@ -118,8 +118,8 @@ def test_local_training_by_hand():
     )  # a message of 10 tokens x (8 x 4 + 4) bytes takes 2 seconds
     pricing = Pricing(even(), cluster, 8)
     local, true = (
-        pricing.simulate(pricing.price(Candidate(4, 1, row, "", 1, 8)))
-        for row in ("local", "backprop")
+        pricing.simulate(pricing.price(Candidate(4, 1, scheme, "", 1, 8)))
+        for scheme in ("local", "backprop")
     )
     assert local.step_seconds == pytest.approx(24)  # the links keep up
     assert local.idle_share == pytest.approx(0)
@@ -146,7 +146,7 @@ def test_a_run_is_taken_for_the_row_that_splits_as_it_does(mode):
     assert expected[1, 0] < expected[1, 2]
     if mode == "backprop":
         assert expected[1, 0] < 0.8 * expected[1, 1] < expected[1, 2]
-    else:  # only the widest split has a row of its own
+    else:  # only the widest split has a scheme of its own
         assert expected[0, 0] == expected[0, 1]
 
 
@@ -160,8 +160,8 @@ def test_a_mix_is_taken_for_the_one_of_a_quarter():
     }
     roomy = Pricing(Model.of(model, itemsize=4), Cluster(1, 4, 1, 1e9, 1, 1), 32, zero_stage=0)
     quarter, half = (
-        roomy.price(Candidate(4, 1, row, "full", 4, 8, "across_nodes")).memory
-        for row in ("mixed 1/4", "mixed 1/2")
+        roomy.price(Candidate(4, 1, scheme, "full", 4, 8, "across_nodes")).memory
+        for scheme in ("mixed 1/4", "mixed 1/2")
     )
     assert expected_memory(model, config, 4, 1) == quarter < half
 
@@ -170,9 +170,9 @@ def test_gradients_that_are_only_handed_through_are_extra_work_split_or_not():
     """Interlocking's middle segments pass one gradient on for each that they train on: a quarter of
     their work."""
     unit, parts = UnitCosts(3.0, 0.0, [0.0] * 3), [0, 2, 3, 4, 6]  # a block a segment
-    row = [(make_routes("interlocking", 4, 2), 2)]
+    rows = [(make_routes("interlocking", 4, 2), 2)]
     for split in (0, 1):
-        costs = stage_flops(make_schedule(row, 4, 0.0, split), unit, parts)
+        costs = stage_flops(make_schedule(rows, 4, 0.0, split), unit, parts)
         assert [cost["auxiliary"] / (cost["useful"] + cost["auxiliary"]) for cost in costs] == [
             0,
             0.25,

@@ -20,11 +20,11 @@ def model_of(depth=8, params=0):
     return Model(depth, 1, 1, costs, None, params, 0, 0, kept=0, itemsize=4)
 
 
-def grid(cells, row):
+def grid(cells, scheme):
     return {
         (cell.stages, cell.replicas): cell.price and cell.price.device_tokens_per_second
         for cell in cells
-        if cell.row == row
+        if cell.scheme == scheme
     }
 
 

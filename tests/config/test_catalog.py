@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_local.cluster.candidates import ROWS
+from ds_local.cluster.candidates import PLANNED
 from ds_local.config.catalog import (
     SCHEMES,
     dropped_losses,
@@ -19,7 +19,7 @@ from ds_local.measure.systems import SYSTEMS
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.study.methods import METHODS
 
-ADDED = {"data parallel"}  # a layout, not a row of its own
+ADDED = {"data parallel"}  # a layout, not a scheme of its own
 
 
 def scheme_in(name):
@@ -53,7 +53,7 @@ def test_shares_are_numbers_of_micro_batches():
 
 
 def test_planner_study_and_benchmark_use_its_names():
-    assert set(ROWS) <= set(SCHEMES)
+    assert set(PLANNED) <= set(SCHEMES)
     ours = [system.schedule for system in SYSTEMS if system.owner == "ds_local"]
     ours += [name for owner, name in real_systems.SYSTEMS if owner == "ds_local"]
     assert all(map(scheme_in, ours))

@@ -1,4 +1,4 @@
-"""What a row of the planner asks of its stages, read from its schedule."""
+"""What a scheme of the planner asks of its stages, read from its schedule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ds_local.cluster.candidates import ROWS
+from ds_local.cluster.candidates import PLANNED
 from ds_local.config.catalog import section_of
 from ds_local.config.files import local_parallel
 from ds_local.config.strict import SECTION
@@ -17,25 +17,25 @@ from ds_local.schedules.schedule import Schedule
 from ds_local.schedules.simulator import StepTimer
 
 
-def section_for(row: str, micro_batches: int) -> dict[str, Any]:
-    """The "local_parallel" section of one of `ROWS`."""
-    return section_of(ROWS[row], micro_batches)
+def section_for(scheme: str, micro_batches: int) -> dict[str, Any]:
+    """The "local_parallel" section of one of `PLANNED`."""
+    return section_of(PLANNED[scheme], micro_batches)
 
 
 @lru_cache(maxsize=4096)
-def schedule_for(row: str, stages: int, micro_batches: int) -> Schedule:
+def schedule_for(scheme: str, stages: int, micro_batches: int) -> Schedule:
     return RunPlan.of(
-        local_parallel({SECTION: section_for(row, micro_batches)}), stages, micro_batches
+        local_parallel({SECTION: section_for(scheme, micro_batches)}), stages, micro_batches
     ).schedule_at(0)
 
 
 @lru_cache(maxsize=4096)
-def timer_for(row: str, stages: int, micro_batches: int) -> StepTimer:
-    return StepTimer(schedule_for(row, stages, micro_batches))
+def timer_for(scheme: str, stages: int, micro_batches: int) -> StepTimer:
+    return StepTimer(schedule_for(scheme, stages, micro_batches))
 
 
 class Sample(NamedTuple):
-    """What a row asks of its stages."""
+    """What a scheme asks of its stages."""
 
     rows: tuple[Any, ...]
     losses: list[float]  # of each stage, the share of micro-batches that compute its loss
@@ -47,10 +47,12 @@ class Sample(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def sample_of(row: str, stages: int, micro_batches: int) -> Sample:
+def sample_of(scheme: str, stages: int, micro_batches: int) -> Sample:
     """From a schedule of at most so many micro-batches."""
-    schedule = schedule_for(row, stages, min(micro_batches, 4 * stages))
-    predicts = ROWS[row].get("predict_weights", False)  # from the weights before the last update
+    schedule = schedule_for(scheme, stages, min(micro_batches, 4 * stages))
+    predicts = PLANNED[scheme].get(
+        "predict_weights", False
+    )  # from the weights before the last update
     rows = schedule.rows
     losses = [
         sum(stage in routes.weights for routes in rows) / len(rows) for stage in range(stages)
@@ -66,9 +68,9 @@ def sample_of(row: str, stages: int, micro_batches: int) -> Sample:
     )
 
 
-def delay_of(row: str, stages: int, micro_batches: int) -> float:
+def delay_of(scheme: str, stages: int, micro_batches: int) -> float:
     """How much older its oldest gradients are than the weights they change, in steps."""
-    leads = schedule_for(row, stages, min(micro_batches, 4 * stages)).leads
+    leads = schedule_for(scheme, stages, min(micro_batches, 4 * stages)).leads
     return max(leads, default=0) / micro_batches
 
 

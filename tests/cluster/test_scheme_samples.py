@@ -1,8 +1,8 @@
-"""What a row of the planner asks of its stages."""
+"""What a scheme of the planner asks of its stages."""
 
 import pytest
 
-from ds_local.cluster.row_samples import (
+from ds_local.cluster.scheme_samples import (
     sample_of,
     schedule_for,
     section_for,
@@ -22,16 +22,16 @@ def test_streams_that_leave_a_node():
 
 
 @pytest.mark.parametrize(
-    ("row", "micro_batches", "backprop"),
+    ("scheme", "micro_batches", "backprop"),
     [("mixed 1/4", 8, 2), ("mixed 1/2", 8, 4), ("mixed 1/2", 3, 1)],
 )
-def test_a_mix_keeps_its_share_of_backpropagation(row, micro_batches, backprop):
-    modes = [routes.mode for routes in schedule_for(row, 4, micro_batches).rows]
+def test_a_mix_keeps_its_share_of_backpropagation(scheme, micro_batches, backprop):
+    modes = [routes.mode for routes in schedule_for(scheme, 4, micro_batches).rows]
     assert modes == ["backprop"] * backprop + ["local"] * (micro_batches - backprop)
 
 
 def test_what_a_row_asks_of_its_stages():
-    local, true, mixed = (sample_of(row, 4, 16) for row in ("local", "backprop", "mixed 1/4"))
+    local, true, mixed = (sample_of(scheme, 4, 16) for scheme in ("local", "backprop", "mixed 1/4"))
     assert local.losses == [1.0, 1.0, 1.0, 1.0]
     assert true.losses == [0.0, 0.0, 0.0, 1.0]
     assert mixed.losses == [0.75, 0.75, 0.75, 1.0]
