@@ -52,7 +52,7 @@ class CandidateCost:
         self.losses = self.sample.losses
         self.has_head = has_head or self.losses
         self.edges, self.rings = streams_leaving_a_node(
-            candidate.stages, candidate.replicas, candidate.place, cluster.devices_per_node
+            candidate.stages, candidate.replicas, candidate.placement, cluster.devices_per_node
         )
         heads = [
             head * scale * (share > 0) for head, share in zip(unit.heads, self.losses, strict=False)

@@ -166,13 +166,15 @@ class Candidate:
     heads: str  # a key of HEADS, "" where the scheme has none
     micro_batch: int  # sequences
     micro_batches: int  # per step
-    place: str = (
+    placement: str = (
         "across_nodes"  # where the stages of one replica lie, as `layout.stages` of the config
     )
     recompute: bool = False  # activation checkpointing, every block
 
     def __str__(self) -> str:
-        where = "" if self.stages == 1 or self.replicas == 1 else f" {self.place.replace('_', ' ')}"
+        where = (
+            "" if self.stages == 1 or self.replicas == 1 else f" {self.placement.replace('_', ' ')}"
+        )
         heads = f" ({self.heads} heads)" if self.heads else ""
         return (
             f"{self.scheme}{heads}: {self.stages} stages{where} x {self.replicas} replicas, "

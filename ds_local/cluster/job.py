@@ -34,8 +34,8 @@ def config_of(
     section |= {"num_stages": candidate.stages}
     if candidate.heads:
         section["head"] = head_of(HEADS[candidate.heads], vocab_size)
-    if candidate.place != "across_nodes":
-        section["layout"] = {"stages": candidate.place}
+    if candidate.placement != "across_nodes":
+        section["layout"] = {"stages": candidate.placement}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": candidate.micro_batch,
         "gradient_accumulation_steps": candidate.micro_batches,

@@ -43,16 +43,18 @@ def layouts(
         replicas = cluster.devices // stages
         if sequences % replicas:
             continue
-        one_place = stages == 1 or replicas == 1 or cluster.nodes == 1
+        one_placement = stages == 1 or replicas == 1 or cluster.nodes == 1
         for micro_batch in (2**n for n in range(7)):
             if sequences // replicas % micro_batch:
                 break
             micro_batches = sequences // replicas // micro_batch
-            for place in ("across_nodes",) if one_place else ("across_nodes", "within_node"):
+            for placement in (
+                ("across_nodes",) if one_placement else ("across_nodes", "within_node")
+            ):
                 for scheme in schemes:
                     for head in heads if has_heads(scheme) else ("",):
                         layout = Candidate(
-                            stages, replicas, scheme, head, micro_batch, micro_batches, place
+                            stages, replicas, scheme, head, micro_batch, micro_batches, placement
                         )
                         if is_legal(layout):
                             yield layout

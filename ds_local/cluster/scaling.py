@@ -83,7 +83,7 @@ def _cell(
         return Cell(scheme, stages, replicas, None, "too large")
     fitting.sort(key=lambda price: price.cost)
     # of each micro-batch and placement the heads with the lowest bound
-    apart = {(p.candidate.micro_batch, p.candidate.place): p for p in reversed(fitting)}
+    apart = {(p.candidate.micro_batch, p.candidate.placement): p for p in reversed(fitting)}
     first = sorted(apart.values(), key=lambda price: price.cost)
     return Cell(scheme, stages, replicas, best_of(pricing, first, keep=1)[0], "")
 

@@ -76,7 +76,7 @@ def delay_of(scheme: str, stages: int, micro_batches: int) -> float:
 
 @lru_cache(maxsize=4096)
 def streams_leaving_a_node(
-    stages: int, replicas: int, place: str, devices_per_node: int
+    stages: int, replicas: int, placement: str, devices_per_node: int
 ) -> tuple[int, int]:
     """Of the fullest node: (activations to a next stage elsewhere, rings of replicas that go on
     elsewhere).
@@ -84,7 +84,7 @@ def streams_leaving_a_node(
     Rank = stage x replicas + replica where stages lie across nodes, replica x stages + stage within
     a node.
     """
-    across = place == "across_nodes"
+    across = placement == "across_nodes"
     ranks = np.arange(stages * replicas)
     stage, replica = (
         (ranks // replicas, ranks % replicas) if across else (ranks % stages, ranks // stages)
