@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from ds_local.config.scheme import DEFAULT_WINDOW, WINDOWED
 from ds_local.errors import ConfigError
 
 Section = dict[str, Any]  # keys of "local_parallel"
@@ -122,7 +123,6 @@ SCHEMES: dict[str, NamedScheme] = {
 }
 
 _WORDS = {"shifted_chunked": "shifted chunks", "deep_supervision": "deep supervision"}
-_WINDOWED = ("chunked", "shifted_chunked", "overlapping", "interlocking")
 
 
 def name_of(section: Mapping[str, Any]) -> str:
@@ -130,8 +130,8 @@ def name_of(section: Mapping[str, Any]) -> str:
     "chunked 2, split 2"."""
     mode = section.get("mode", "local")
     name = _WORDS.get(mode, mode)
-    if mode in _WINDOWED:
-        name += f" {section.get('window') or 2}"
+    if mode in WINDOWED:
+        name += f" {section.get('window') or DEFAULT_WINDOW}"
     if section.get("combine", "sum") != "sum":
         name += f", {section['combine']}"
     if section.get("split_backward"):
@@ -216,5 +216,5 @@ def in_words(scheme: Mapping[str, Any], name: str) -> str:
 
 
 def _row_in_words(row: Mapping[str, Any]) -> str:
-    window = row.get("window") or 2
+    window = row.get("window") or DEFAULT_WINDOW
     return _IN_WORDS[row.get("mode") or "local"].format(window=window, more=window - 1)

@@ -24,6 +24,8 @@ Mode = Literal[
     "interlocking",
     "deep_supervision",
 ]
+WINDOWED = ("chunked", "shifted_chunked", "overlapping", "interlocking")  # take a window
+DEFAULT_WINDOW = 2
 
 
 class Row(Strict):
@@ -42,7 +44,7 @@ class Row(Strict):
     @property
     def period(self) -> int:
         """Steps after which schedules repeat: more than 1 where chunks shift."""
-        return self.window or 2 if self.mode == "shifted_chunked" else 1
+        return self.window or DEFAULT_WINDOW if self.mode == "shifted_chunked" else 1
 
 
 class MixEntry(Row):

@@ -31,6 +31,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
+from ds_local.config.scheme import DEFAULT_WINDOW, WINDOWED
 from ds_local.errors import RouteError
 
 Weights = dict[int, dict[int, float]]  # loss -> segment -> weight; absent means 0
@@ -209,17 +210,16 @@ def _deep_supervision(num_segments: int, window: int, combine: str) -> Weights:
     return {loss: dict.fromkeys(range(loss + 1), 1.0) for loss in range(num_segments)}
 
 
-# mode -> (table builder, does the mode take a window?)
-_ROWS: dict[str, tuple[Callable[..., Weights], bool]] = {
-    "backprop": (_backprop, False),
-    "local": (lambda num_segments, window, combine: _chunked(num_segments, 1, combine), False),
-    "chunked": (_chunked, True),
-    "shifted_chunked": (_chunked, True),
-    "overlapping": (_overlapping, True),
-    "interlocking": (_interlocking, True),
-    "deep_supervision": (_deep_supervision, False),
+_TABLES: dict[str, Callable[..., Weights]] = {
+    "backprop": _backprop,
+    "local": lambda num_segments, window, combine: _chunked(num_segments, 1, combine),
+    "chunked": _chunked,
+    "shifted_chunked": _chunked,
+    "overlapping": _overlapping,
+    "interlocking": _interlocking,
+    "deep_supervision": _deep_supervision,
 }
-MODES = tuple(_ROWS)
+MODES = tuple(_TABLES)
 
 
 def make_routes(
@@ -246,9 +246,9 @@ def make_routes(
     """
     if num_segments < 1:
         raise RouteError(f"a model needs at least 1 segment, got {num_segments}")
-    if mode not in _ROWS:
+    if mode not in _TABLES:
         raise RouteError(f"mode {mode!r} is unknown; use one of {', '.join(MODES)}")
-    build, takes_window = _ROWS[mode]
+    takes_window = mode in WINDOWED
     if not takes_window and window is not None:
         raise RouteError(f"mode {mode!r} takes no window, got window = {window}; leave it out")
     if combine not in ("sum", "mean") or (combine == "mean" and mode != "overlapping"):
@@ -262,7 +262,7 @@ def make_routes(
             f"out"
         )
     if window is None:
-        window = min(2, num_segments)
+        window = min(DEFAULT_WINDOW, num_segments)
     if not 1 <= window <= num_segments:
         raise RouteError(
             f"window is {window} but the model has {num_segments} segments; choose 1 to "
@@ -270,7 +270,7 @@ def make_routes(
         )
 
     shift = {"shift": step % window} if mode == "shifted_chunked" else {}
-    table = build(num_segments, window, combine, **shift)
+    table = _TABLES[mode](num_segments, window, combine, **shift)
     factors = _loss_weights(weights, num_segments)
     table = {loss: row for loss, row in table.items() if factors[loss] != 0.0}
     name = f"{mode}({window}{', mean' if combine == 'mean' else ''})" if takes_window else mode
