@@ -6,26 +6,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ds_local.checkpoints.metrics_file import MetricsFile
+from ds_local.checkpoints.run_file import RUN_FILE, run_facts
 from ds_local.config import strict_json
 from ds_local.config.strict import SECTION
 from ds_local.errors import CheckpointError
 from ds_local.outputs import scratch_name, write_whole
 
 GATHERED = "gathered"  # key of a run.json that no job has written
-
-
-def facts_of_run(folder: Path) -> dict[str, Any]:
-    """run.json of a folder, {} where there is none that can be read."""
-    with suppress(OSError, ValueError):
-        facts = json.loads((folder / "run.json").read_text())
-        if isinstance(facts, dict):
-            return facts
-    return {}
 
 
 def write_books(step: int, runs: Sequence[Path], output: Path) -> None:
@@ -42,7 +33,7 @@ def write_books(step: int, runs: Sequence[Path], output: Path) -> None:
     """
     output.mkdir(parents=True, exist_ok=True)
     facts = _run_of_whole(step, runs)
-    write_whole(output / "run.json", strict_json.dumps(facts, indent=1, default=str) + "\n")
+    write_whole(output / RUN_FILE, strict_json.dumps(facts, indent=1, default=str) + "\n")
     rows = [row for run in runs for row in MetricsFile(run / "metrics.jsonl").read()]
     rows = [row for row in rows if row["step"] <= step]
     rows.sort(key=lambda row: (row["step"], row["split"] != "train", row["segment"]))
@@ -57,9 +48,9 @@ def write_books(step: int, runs: Sequence[Path], output: Path) -> None:
 
 def _run_of_whole(step: int, runs: Sequence[Path]) -> dict[str, Any]:
     """run.json: that of the first unit, with what each unit says of its stages."""
-    units = [facts_of_run(run) for run in runs]
+    units = [run_facts(run) for run in runs]
     if not all(units):
-        damaged = runs[units.index({})] / "run.json"
+        damaged = runs[units.index({})] / RUN_FILE
         raise CheckpointError(f"{damaged} is missing or damaged; start that unit again")
     first = units[0]
     layout = dict(first["layout"])

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from ds_local.checkpoints.facts import FACTS, read_facts, write_facts
 from ds_local.checkpoints.folder import Writing, complete_tags, latest_tag, locate
-from ds_local.checkpoints.gathered_books import GATHERED, facts_of_run, write_books
+from ds_local.checkpoints.gathered_books import GATHERED, write_books
+from ds_local.checkpoints.run_file import RUN_FILE, run_facts
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
 from ds_local.config.strict import SECTION
@@ -74,7 +75,7 @@ def whole_run(source: str | Path) -> Iterator[Path]:
     """
     source = Path(source)
     gathered = _gathered_step(source)
-    if not unit_folders(source) or (gathered is None and (source / "run.json").exists()):
+    if not unit_folders(source) or (gathered is None and (source / RUN_FILE).exists()):
         yield source
         return
     found = find_common(source)
@@ -96,7 +97,7 @@ def find_common(run: Path) -> Found:
         CheckpointError: naming a unit that has none of a step that others have.
     """
     folders = unit_folders(run)
-    known = [facts_of_run(folder) for several in folders.values() for folder in several]
+    known = [run_facts(folder) for several in folders.values() for folder in several]
     facts = next(filter(None, known), None)
     if facts is None:
         raise CheckpointError(f"no unit in {run} has a run.json yet; let them take a first step")
@@ -160,7 +161,7 @@ def _count_of_units(facts: Mapping[str, Any]) -> int:
 
 def _gathered_step(run: Path) -> int | None:
     """The step of the newest gathered checkpoint of a run folder in which no job has a run."""
-    if GATHERED not in facts_of_run(run):
+    if GATHERED not in run_facts(run):
         return None
     checkpoints = run / "checkpoints"
     with suppress(CheckpointError):
@@ -169,8 +170,8 @@ def _gathered_step(run: Path) -> int | None:
 
 
 def _check_free(output: Path) -> None:
-    there = (output / "run.json").exists() or complete_tags(output / "checkpoints")
-    if there and GATHERED not in facts_of_run(output):
+    there = (output / RUN_FILE).exists() or complete_tags(output / "checkpoints")
+    if there and GATHERED not in run_facts(output):
         raise RunError(
             f"{output} holds the run of one job, so it is left alone; choose another --output"
         )

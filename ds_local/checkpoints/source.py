@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import PretrainedConfig
 from ds_local.checkpoints.facts import FACTS, read_facts
 from ds_local.checkpoints.folder import latest_tag, locate
 from ds_local.checkpoints.hf_layers import State, check_layer, to_hf
+from ds_local.checkpoints.run_file import RUN_FILE, run_facts
 from ds_local.checkpoints.sums import check_file
 from ds_local.config.strict import SECTION
 from ds_local.errors import ExportError, first_line
@@ -89,7 +89,7 @@ class Checkpoint:
         # stages cannot share a matrix, so the readout is one of its own
         self.config.tie_word_embeddings = False
 
-        self.run_facts = run_facts_of(self.run)
+        self.run_facts = sound_run_facts(self.run)
         data = self.run_facts.get("data")
         told = data if isinstance(data, dict) else {}
         self.origin = {
@@ -221,15 +221,13 @@ def _prefix_with(
     return config, layers
 
 
-def run_facts_of(run: Path) -> dict[str, Any]:
-    """run.json of a run folder, {} when there is none."""
-    path = run / "run.json"
-    try:
-        facts = json.loads(path.read_text()) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExportError(
-            f"{path} is damaged ({first_line(error)}); move it away to export without it"
-        ) from error
-    if not isinstance(facts, dict):
-        raise ExportError(f"{path} is not what training wrote; move it away to export without it")
+def sound_run_facts(run: Path) -> dict[str, Any]:
+    """run.json of a run folder, {} when there is none.
+
+    Raises:
+        ExportError: when it is damaged.
+    """
+    facts, path = run_facts(run), run / RUN_FILE
+    if not facts and path.exists():
+        raise ExportError(f"{path} is damaged; move it away to export without it")
     return facts

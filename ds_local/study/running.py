@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_local.checkpoints.metrics_file import MetricsFile
+from ds_local.checkpoints.run_file import run_facts
 from ds_local.config import strict_json
 from ds_local.outputs import write_file
 from ds_local.outputs.checkpoint_names import step_of
@@ -80,7 +81,7 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
     if code is None or rows[-1]["step"] < run.steps:  # or somebody else asked it to stop
         print(f"{run.name}: to be continued")
         return False
-    result = result_of(run, rows, json.loads((place / "run" / "run.json").read_text()))
+    result = result_of(run, rows, run_facts(place / "run"))
     write_file(place / "result.json", strict_json.dumps(result, indent=1))
     thin_out(run, place / "run" / "checkpoints")
     print(f"{run.name}: {result['loss']:.4f}")

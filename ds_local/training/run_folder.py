@@ -7,7 +7,6 @@ refused, unless it says so by name (`--allow-change`).
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -19,6 +18,7 @@ from typing import Any
 
 from ds_local.checkpoints.facts import read_facts
 from ds_local.checkpoints.folder import complete_tags, locate, newest_tag
+from ds_local.checkpoints.run_file import RUN_FILE, run_facts
 from ds_local.config import strict_json
 from ds_local.config.changes import CHANGES
 from ds_local.errors import CheckpointError, DataError, RunError
@@ -28,7 +28,7 @@ from ds_local.training.differences import UNKNOWN, by_kind, differences, in_word
 from ds_local.training.run_lock import RunLock
 
 _MADE = (
-    "run.json",
+    RUN_FILE,
     "metrics.jsonl",
     "checkpoints",
     "logs",
@@ -92,11 +92,8 @@ class RunFolder:
 
     def recorded(self) -> dict[str, Any] | None:
         """run.json; None where there is none that a run has written."""
-        try:
-            facts = json.loads((self.path / "run.json").read_text())
-        except (OSError, ValueError):
-            return None
-        return facts if isinstance(facts, dict) and "arguments" in facts else None
+        facts = run_facts(self.path)
+        return facts if "arguments" in facts else None
 
     # --- what it was -----------------------------------------------------------------------------
 
@@ -177,11 +174,9 @@ class RunFolder:
         origin = was.get("weights") if was is not None and tag is not None else facts["weights"]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._set_aside("run.json", was is None, "run.damaged.json")
+            self._set_aside(RUN_FILE, was is None, "run.damaged.json")
             text = {**facts, "weights": origin, "starts": [*starts, own]}
-            write_whole(
-                self.path / "run.json", strict_json.dumps(text, indent=1, default=str) + "\n"
-            )
+            write_whole(self.path / RUN_FILE, strict_json.dumps(text, indent=1, default=str) + "\n")
             self._set_aside("metrics.jsonl", tag is None, f"metrics-start-{len(starts)}.jsonl")
             self.checkpoints.mkdir(exist_ok=True)  # a folder without run.json is not known again
             self._keep_tokenizer(tokenizer)

@@ -14,6 +14,7 @@ from typing import Any
 
 from ds_local.charts.timelines import Band, Piece
 from ds_local.checkpoints.metrics_file import MetricsFile, of_full_model
+from ds_local.checkpoints.run_file import run_facts
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
 from ds_local.errors import DsLocalError, RunError
@@ -50,7 +51,7 @@ class RunRecord:
         if not self.rows:
             raise RunError(f"{self.path} holds no metrics.jsonl with rows; is it a run folder?")
         self.name = self.path.resolve().name
-        self.facts = _json(self.path / "run.json")
+        self.facts = run_facts(self.path)
         self.train = [row for row in self.rows if row["split"] == "train"]
         self.validation = [row for row in self.rows if row["split"] == "validation"]
         self.samples = [row for row in self.rows if row["split"] == "sample"]
