@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,13 @@ def ranks_here(environment: Mapping[str, str] = os.environ, default: int = 1) ->
     """How many ranks the launcher started on this machine, if it says so (torchrun and DeepSpeed
     name it differently)."""
     return int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", default)))
+
+
+def stand_on(device: torch.device) -> None:
+    """For a thread that waits for events of a device. A new one begins on device 0, where waiting
+    would take memory from whose it is."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 class Staging:
@@ -170,13 +178,9 @@ class Departures:
         self._thread: ThreadPoolExecutor | None = None
 
     def after(self, event: Any, start: Callable[[], Any]) -> Departure:
-        self._thread = self._thread or ThreadPoolExecutor(1, "link", self._enter)
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "link", partial(stand_on, self._device))
         return Departure(self._thread.submit(lambda: (event.synchronize(), start())[1]))
-
-    def _enter(self) -> None:
-        """A new thread begins on device 0, where waiting would take memory from whose it is."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
 
 
 class Departure:

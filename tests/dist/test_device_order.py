@@ -287,8 +287,8 @@ PLANTS = {
         "links.staging:Staging.to_device", "tensor.record_stream(computing)", "pass", "freed"
     ),
     "device: the thread that sends off stands on device 0": Plant(
-        "links.staging:Departures._enter",
-        "torch.cuda.set_device(self._device)",
+        "links.staging:stand_on",
+        "torch.cuda.set_device(device)",
         "pass",
         "device",
         "staging.<lambda>",
