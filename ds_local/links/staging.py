@@ -121,6 +121,14 @@ class Direct:
             )
         return "nccl"
 
+    def connect(self, sends: bool) -> None:
+        """Send or receive a byte. A call of both ends: NCCL connects two ranks in their first
+        transfer, where each waits for the other; in a step a stage may wait for something else."""
+        with torch.cuda.stream(self._stream):
+            byte = torch.zeros(1, dtype=torch.uint8, device=self._device)
+            transfer: Any = dist.isend if sends else dist.irecv
+            transfer(byte, self._peer, self._group).wait()
+
     def send(self, packed: Any, tensors: Mapping[str, Tensor]) -> Any:
         """Copy tensors into one buffer and send it. Returns what to wait for before the buffer's
         memory may serve again."""
