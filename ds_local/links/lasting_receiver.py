@@ -29,6 +29,7 @@ from ds_local.links.line import (
     place_of,
     start_of,
 )
+from ds_local.links.staging import stand_on
 from ds_local.outputs import write_whole
 
 
@@ -168,6 +169,7 @@ class LastingReceiver(LineEnd):
             threading.Thread(target=self._listen, args=(connection,), daemon=True).start()
 
     def _listen(self, connection: socket.socket) -> None:
+        stand_on(self._staging.device)  # for pinned memory torch asks events of the device
         try:
             if self._answer(connection):
                 while True:

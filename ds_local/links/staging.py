@@ -33,8 +33,8 @@ def ranks_here(environment: Mapping[str, str] = os.environ, default: int = 1) ->
 
 
 def stand_on(device: torch.device) -> None:
-    """For a thread that waits for events of a device. A new one begins on device 0, where waiting
-    would take memory from whose it is."""
+    """For a thread that asks or waits for events of a device. A new one begins on device 0, where
+    that would take memory from whose it is."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 

@@ -6,9 +6,11 @@ import json
 import socket
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from device_order import THREAD
 from fork_client import wait_for
 from standin import standin
 
@@ -127,6 +129,24 @@ def test_on_a_device_its_thread_stands_there_and_pinned_memory_is_not_kept(ends)
         assert versions == [7] * len(tags(0, 2))
         assert len(sender._held) == len(versions)  # until the receiver has a checkpoint
         assert not any(held.buffer.is_pinned() for held in sender._held)
+
+
+def test_its_threads_stand_on_the_device_that_they_pin_memory_for(ends):
+    stands, device = [], torch.device("cuda", 1)
+
+    def buffer(size):
+        stands.append(THREAD.device)
+        return torch.empty(size, dtype=torch.uint8)
+
+    with standin(1):
+        receiver = ends(LastingReceiver)
+        moves = receiver._staging.to_device
+        receiver._staging = SimpleNamespace(device=device, buffer=buffer, to_device=moves)
+        sending = Sending(ends(LastingSender), 0, 1)
+        receiver.begin_at(0)
+        take(receiver, tags(0, 1))
+        sending.ended()
+    assert stands == [1] * NUMBERS
 
 
 def test_tensors_of_any_kind_and_shape_come_as_they_were(ends):
