@@ -134,7 +134,6 @@ TESTED_IN = {
     "engine/process_group": ("dist/test_waits", "end_processes"),
     "engine/saving": ("dist/test_saving", "save_checkpoint"),
     "engine/unit_links": ("launchers/test_lone_deaths", "train.py"),
-    "engine/unit_steps": ("launchers/test_lone_deaths", "train.py"),
     "engine/updates": ("dist/test_engine", "own_loss"),
     "training/books": ("launchers/test_train", "train.py"),
     "training/diagnostics": ("dist/test_copies", "diagnostics"),

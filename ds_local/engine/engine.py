@@ -591,7 +591,8 @@ class LocalPipelineEngine(UnitSteps):
                     )
                 except StepVoid:
                     self.executor.leave_out()
-                    sums = torch.zeros(2, self.num_segments, dtype=torch.float64)
+                    shape = 2, self.num_segments
+                    sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
                     logits = None
                     self.units.leave_out(self.global_steps, trains=False)
                 self.executor.last_step |= asked_before

@@ -14,7 +14,9 @@ from ds_local.engine.loaders import iterator_of
 from ds_local.engine.stopping import Stopping
 from ds_local.engine.unit_links import UnitLinks, WholePipeline
 from ds_local.engine.updates import StageUpdates
+from ds_local.links.device import to_host
 from ds_local.links.line import StepVoid
+from ds_local.links.messages import copied_to
 from ds_local.outputs import remove
 from ds_local.outputs.checkpoint_names import tag_of
 from ds_local.replicas.elastic import ElasticGroup, Mean
@@ -79,24 +81,27 @@ class UnitSteps(StageUpdates):
             losses = [executor.losses.get(s, torch.zeros(())) for s in own]
             stops = float(executor.stop_after is not None and executor.stop_after <= executor.step)
             told = [float(one) for one in there] + weights + [stops]
-            scaled = torch.stack([loss.float().cpu() for loss in losses]) * torch.tensor(weights)
-            parts = [*(g.flatten().float().cpu() for g in filled), scaled, torch.tensor(told)]
-            mean = group.average(executor.step, torch.cat(parts), self._size_of_mean)
+            read = to_host([*filled, *losses]).float()
+            read[-len(own) :] *= torch.tensor(weights)
+            numbers = torch.cat([read, torch.tensor(told)])
+            mean = group.average(executor.step, numbers, self._size_of_mean)
         assert mean is not None, "this replica has something"
         self.units.tell_whether_others_go_on(mean.present > 1)
         rest = self._size_of_mean - sum(sizes) - len(own)
-        *gradients, losses_, told_ = mean.numbers.split([*sizes, len(own), rest])
-        there_, weights_ = told_[: len(parameters)], told_[len(parameters) : -1]
-        found = zip(parameters, gradients, there_.tolist(), strict=True)
-        for parameter, gradient, present in found:
+        here, told_ = mean.numbers.split([sum(sizes) + len(own), rest])
+        # a copy: gradients are clipped in place, and another replica may still ask for the mean
+        *gradients, losses_ = copied_to(here, self.device).value().split([*sizes, len(own)])
+        *there_, stops = told_.tolist()
+        there_, weights_ = there_[: len(parameters)], there_[len(parameters) :]
+        for parameter, gradient, present in zip(parameters, gradients, there_, strict=True):
             if present:
-                parameter.grad = gradient.view_as(parameter).to(parameter)
+                parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
         self.segment_losses = {
-            segment: (loss / weight).to(self.device)
+            segment: loss / weight
             for segment, loss, weight in zip(own, losses_, weights_, strict=True)
             if weight
         }
-        if told_[-1]:
+        if stops:
             executor.stop_after = executor.step
 
     @property

@@ -24,6 +24,7 @@ from ds_local.links.line import (
     start_of,
 )
 from ds_local.links.listener import Listener
+from ds_local.links.staging import stand_on
 from ds_local.outputs import write_whole
 
 
@@ -150,6 +151,7 @@ class LastingReceiver(LineEnd):
     # --- threads ----------------------------------------------------------------------------------
 
     def _welcome(self, connection: socket.socket, hello: dict[str, Any]) -> None:
+        stand_on(self._staging.device)  # for pinned memory torch asks events of the device
         if self._agree(connection, hello):
             while True:
                 self._take_in(*read_frame(connection, self._staging.buffer))

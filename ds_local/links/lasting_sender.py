@@ -20,6 +20,7 @@ from ds_local.links.buffers import Buffer, Form, Message, Tag, described, specs_
 from ds_local.links.frames import read_frame, send_frame
 from ds_local.links.line import CONNECT_SECONDS, END, LAST, Line, LineEnd, Place, place_of
 from ds_local.links.listener import connect, unreachable
+from ds_local.links.staging import stand_on
 
 _RETRY_SECONDS = 0.1  # between two tries to connect
 _LOOK_SECONDS = 1.0  # between two looks at the receiver's address
@@ -150,6 +151,7 @@ class LastingSender(LineEnd):
     # --- the thread that feeds --------------------------------------------------------------------
 
     def _feed(self) -> None:
+        stand_on(self._staging.device)
         while not self._closed and not self._refused:
             text = self._card()
             connection = None if text is None else self._connect(text)
@@ -257,8 +259,10 @@ class LastingSender(LineEnd):
                 if self.needed < END and self._card() != text:
                     raise ConnectionError("it has another address")
             if held is not None:
-                if held.copied is not None:
+                if held.copied is not None and held.buffer is not None:
                     held.copied.synchronize()
+                    # pinned memory is for the copy alone: many messages may be held for long
+                    held.buffer, held.copied = held.buffer.clone(), None
                 send_frame(connection, held.said, held.buffer)
 
     def _hear(self, connection: socket.socket) -> None:

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,13 @@ def ranks_here(environment: Mapping[str, str] = os.environ, default: int = 1) ->
     """How many ranks the launcher started on this machine, if it says so (torchrun and DeepSpeed
     name it differently)."""
     return int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", default)))
+
+
+def stand_on(device: torch.device) -> None:
+    """For a thread that asks or waits for events of a device. A new one begins on device 0, where
+    that would take memory from whose it is."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 class Staging:
@@ -113,6 +121,14 @@ class Direct:
             )
         return "nccl"
 
+    def connect(self, sends: bool) -> None:
+        """Send or receive a byte. A call of both ends: NCCL connects two ranks in their first
+        transfer, where each waits for the other; in a step a stage may wait for something else."""
+        with torch.cuda.stream(self._stream):
+            byte = torch.zeros(1, dtype=torch.uint8, device=self._device)
+            transfer: Any = dist.isend if sends else dist.irecv
+            transfer(byte, self._peer, self._group).wait()
+
     def send(self, packed: Any, tensors: Mapping[str, Tensor]) -> Any:
         """Copy tensors into one buffer and send it. Returns what to wait for before the buffer's
         memory may serve again."""
@@ -170,13 +186,9 @@ class Departures:
         self._thread: ThreadPoolExecutor | None = None
 
     def after(self, event: Any, start: Callable[[], Any]) -> Departure:
-        self._thread = self._thread or ThreadPoolExecutor(1, "link", self._enter)
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "link", partial(stand_on, self._device))
         return Departure(self._thread.submit(lambda: (event.synchronize(), start())[1]))
-
-    def _enter(self) -> None:
-        """A new thread begins on device 0, where waiting would take memory from whose it is."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
 
 
 class Departure:

@@ -91,6 +91,8 @@ def make_end(
             is_source = dist.get_rank() == pair[0]
             peer = Peer(target, pair[1]) if is_source else Peer(source, pair[0])
             direct = Direct(device, beside, peer.rank) if past_host else None
+            if direct is not None:
+                direct.connect(is_source)
             group = groups.pair(peer.rank)
             mine = (Sender if is_source else Receiver)(
                 name,

@@ -235,6 +235,27 @@ def test_replicas_wait_where_they_exchange(sync):
         assert set(second) == {("wait", ONE_READ), *exchanges}
 
 
+def in_vain(device: int) -> list[str]:
+    """Where the sums of an evaluation without messages are when all ranks add them up."""
+    with on_a_device(device):
+        from ds_local.engine import engine as module
+        from ds_local.links.line import Place, StepVoid
+
+        engine, places = jobs.build({"mode": "local"}, 1), []
+        patches = {
+            "evaluate": mock.Mock(side_effect=StepVoid(Place(0, 0, 0), True)),
+            "dist": mock.Mock(all_reduce=lambda tensor, **_: places.append(str(tensor.device))),
+        }
+        with mock.patch.multiple(module, **patches):
+            engine.eval_batch(iter([]))
+        return places
+
+
+def test_an_evaluation_without_messages_meets_on_the_device():
+    (places,) = run_ranks(in_vain, 1, 1)  # NCCL knows of no others
+    assert places == ["cuda:1", "cuda:1"]
+
+
 PLANTS = {
     "wait: a draw of positions goes to the device from pageable memory": Plant(
         "model.heads:AuxiliaryHead.forward",
@@ -287,8 +308,8 @@ PLANTS = {
         "links.staging:Staging.to_device", "tensor.record_stream(computing)", "pass", "freed"
     ),
     "device: the thread that sends off stands on device 0": Plant(
-        "links.staging:Departures._enter",
-        "torch.cuda.set_device(self._device)",
+        "links.staging:stand_on",
+        "torch.cuda.set_device(device)",
         "pass",
         "device",
         "staging.<lambda>",

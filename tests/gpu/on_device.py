@@ -45,10 +45,30 @@ def places(section: dict[str, Any], stages: int) -> dict[str, Any]:
     }
 
 
-def save_halfway(folder: str, section: dict[str, Any], stages: int, **settings: Any) -> Any:
-    """Losses and weights of six steps, saved after the third."""
+def documents(batches: Any) -> Any:
+    """Two in each sequence: positions start again in the middle."""
+    import torch
+
+    for ids in batches:
+        half = torch.arange(ids.shape[1]) % (ids.shape[1] // 2)
+        yield {"input_ids": ids, "position_ids": half.expand_as(ids).contiguous()}
+
+
+def data_of(engine: Any, start: int, apart: bool) -> Any:
+    data = jobs.batches(engine, start)
+    return documents(data) if apart and data is not None else data
+
+
+def save_halfway(
+    folder: str, section: dict[str, Any], stages: int, apart: bool = False, **settings: Any
+) -> Any:
+    """Losses and weights of six steps, saved after the third.
+
+    Args:
+        apart: the data is of two documents a sequence.
+    """
     engine = jobs.build(section, stages, **settings)
-    data = jobs.batches(engine)
+    data = data_of(engine, 0, apart)
     own = []
     for step in range(6):
         if step == 3:
@@ -57,11 +77,13 @@ def save_halfway(folder: str, section: dict[str, Any], stages: int, **settings: 
     return own[3:], jobs.state_of(engine)
 
 
-def go_on(folder: str, section: dict[str, Any], stages: int, **settings: Any) -> Any:
+def go_on(
+    folder: str, section: dict[str, Any], stages: int, apart: bool = False, **settings: Any
+) -> Any:
     """The last three of these steps, by an engine that has loaded what was saved."""
     engine = jobs.build(section, stages, **settings)
     engine.load_checkpoint(folder)
-    data = jobs.batches(engine, start=3)
+    data = data_of(engine, 3, apart)
     return [engine.train_batch(data).item() for _ in range(3)], jobs.state_of(engine)
 
 
@@ -116,7 +138,9 @@ def traced(section: dict[str, Any], stages: int, steps: int, **settings: Any) ->
 
 
 def _read(events: list[dict[str, Any]]) -> dict[str, Any]:
-    steps = next(e for e in events if e.get("name") == "these steps" and e.get("ph") == "X")
+    # the device's side of it, by the same name, is of another kind
+    named = [e for e in events if e.get("name") == "these steps" and e.get("ph") == "X"]
+    steps = next(e for e in named if e.get("cat") == "user_annotation")
     begin, end = steps["ts"], steps["ts"] + steps["dur"]
     waits: dict[str, int] = {}
     for event in events:

@@ -4,6 +4,7 @@ import jobs
 import on_device
 import pytest
 import torch
+from families import MIXTRAL
 from ranks import run_ranks
 from reference import Reference, batch, table_of
 from torch.testing import assert_close
@@ -73,23 +74,36 @@ def test_compiled_layers_learn_as_others_do():
     assert losses_of(compiled) == pytest.approx(losses_of(plain), rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "section",
-    [
-        {"mode": "local", "head": {"token_fraction": 0.5, "readout": "shared", "refresh_every": 1}},
-        {"mode": "local", "head": {"blocks": 1, "blocks_from": "next_tracked", "refresh_every": 1}},
-        {"mode": "local", "link": {"codec": "int8"}},
-        {"mode": "backprop", "run_ahead": 1},
+COPIED = {"refresh_every": 1}
+LOCAL = {"mode": "local"}
+RUNS = {
+    "sampled, shared": (
+        {**LOCAL, "head": {"token_fraction": 0.5, "readout": "shared", **COPIED}},
+        {},
+    ),
+    "tracked": ({**LOCAL, "head": {"blocks": 1, "blocks_from": "next_tracked", **COPIED}}, {}),
+    "frequent": ({**LOCAL, "head": {"vocabulary": 8}}, {"token_counts": [1] * 64}),
+    "companion": ({**LOCAL, "head": {"companion": 0.5, "token_fraction": 0.5}}, {}),
+    "int8": ({**LOCAL, "link": {"codec": "int8"}}, {}),
+    "run ahead": ({"mode": "backprop", "run_ahead": 1}, {}),
+    "predicted": ({"mode": "backprop", "run_ahead": 1, "predict_weights": True}, {}),
+    "mix": (
         {"mix": [{"mode": "backprop", "micro_batches": 2}, {"mode": "local"}], "correction": 1.0},
-        {"mode": "local", "loss_weighting": "token"},
-    ],
-    ids=["sampled, shared", "tracked", "int8", "run ahead", "mix", "by tokens"],
-)
-def test_a_run_goes_on_from_its_checkpoint(section, tmp_path):
+        {},
+    ),
+    "by tokens": ({**LOCAL, "loss_weighting": "token"}, {}),
+    "documents": (LOCAL, {"apart": True}),
+    "experts": (LOCAL, {"model": MIXTRAL}),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_goes_on_from_its_checkpoint(run, tmp_path):
+    section, settings = RUNS[run]
     section = {**section, "segments_per_stage": 2}
     folder = str(tmp_path)
-    whole = run_ranks(on_device.save_halfway, 2, folder, section, 2, timeout=200)
-    rest = run_ranks(on_device.go_on, 2, folder, section, 2, timeout=200)
+    whole = run_ranks(on_device.save_halfway, 2, folder, section, 2, timeout=200, **settings)
+    rest = run_ranks(on_device.go_on, 2, folder, section, 2, timeout=200, **settings)
     for (losses, state), (others, other) in zip(whole, rest, strict=True):
         assert others == (losses if None in losses else pytest.approx(losses, rel=1e-5))
         for name, tensor in state.items():

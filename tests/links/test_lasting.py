@@ -6,13 +6,17 @@ import json
 import socket
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from device_order import THREAD
 from fork_client import wait_for
+from standin import standin
 
 from ds_local.errors import TransportError
 from ds_local.links.buffers import Tag
+from ds_local.links.device import to_device
 from ds_local.links.frames import read_frame, send_frame
 from ds_local.links.lasting_receiver import LastingReceiver
 from ds_local.links.lasting_sender import LastingSender
@@ -29,12 +33,12 @@ def ends(tmp_path):
     """Makes ends of one link, and closes them."""
     with contextlib.ExitStack() as made:
 
-        def make(kind, **changes):
+        def make(kind, device=CPU, **changes):
             peer = "unit 1 (stage 1)" if kind is LastingSender else "unit 0 (stage 0)"
             name, folder = "activation link 0 -> 1", tmp_path / "links"
             line = replace(Line(name, folder, peer, "facts", 2, LONG, LONG, LONG), **changes)
             rest = [] if kind is LastingSender else ["127.0.0.1"]
-            end = kind(line, CPU, *rest)
+            end = kind(line, device, *rest)
             made.callback(end.close)
             return end
 
@@ -103,6 +107,46 @@ def test_all_comes_once_and_in_order_a_validation_before_its_step(ends):
     sending.ended()
     assert not receiver._come
     assert receiver.num_bytes == sending.sender.num_bytes > 0
+
+
+def test_on_a_device_its_thread_stands_there_and_pinned_memory_is_not_kept(ends):
+    device = torch.device("cuda", 1)
+    with standin(1) as faults:
+        sender, receiver = ends(LastingSender, device), ends(LastingReceiver)
+        versions = []
+
+        def receive():
+            receiver.begin_at(0)
+            versions.extend(take(receiver, tags(0, 2)))
+
+        thread = threading.Thread(target=receive, daemon=True)
+        thread.start()
+        sender.begin_at(sender.wants(0))
+        for tag in tags(0, 2):
+            sender.send(tag, {"x": to_device(value(tag, 7), device)})
+        thread.join(LONG)
+        assert faults == []
+        assert versions == [7] * len(tags(0, 2))
+        assert len(sender._held) == len(versions)  # until the receiver has a checkpoint
+        assert not any(held.buffer.is_pinned() for held in sender._held)
+
+
+def test_its_threads_stand_on_the_device_that_they_pin_memory_for(ends):
+    stands, device = [], torch.device("cuda", 1)
+
+    def buffer(size):
+        stands.append(THREAD.device)
+        return torch.empty(size, dtype=torch.uint8)
+
+    with standin(1):
+        receiver = ends(LastingReceiver)
+        moves = receiver._staging.to_device
+        receiver._staging = SimpleNamespace(device=device, buffer=buffer, to_device=moves)
+        sending = Sending(ends(LastingSender), 0, 1)
+        receiver.begin_at(0)
+        take(receiver, tags(0, 1))
+        sending.ended()
+    assert stands == [1] * NUMBERS
 
 
 def test_tensors_of_any_kind_and_shape_come_as_they_were(ends):
