@@ -102,7 +102,7 @@ class LocalPipelineEngine(UnitSteps):
             self.module.on_load.append(self.optimizer.refresh_fp32_params)
         self.keep_norms_local()
         always_check_overflow(self.optimizer)
-        self._scale_by_segment()
+        self._prepare_updates()
         self.plan = RunPlan.of(self.section, self.module.pipeline_stages, self.micro_batches)
         self._schedules: dict[Any, StageSchedule] = {}
         self._last_step: int | None = None

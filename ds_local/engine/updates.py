@@ -21,6 +21,7 @@ from ds_local.engine.average import Average
 from ds_local.engine.deepspeed_seam import PipelineEngineSeam, gradient_of, spoil_gradients
 from ds_local.engine.executor import Executor
 from ds_local.engine.finite import WEIGHTS, Events
+from ds_local.engine.kept_buffers import KeptBuffers
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.reports import Reports
 from ds_local.engine.unit_links import UnitLinks
@@ -55,6 +56,12 @@ class StageUpdates(PipelineEngineSeam):
     _learning: Sequence[torch.nn.Parameter] = ()
     _average_with_those_here: Any  # of `UnitSteps`
     _read: dict[int, dict[str, Any]]
+    kept_buffers: KeptBuffers
+
+    def _prepare_updates(self) -> None:
+        self.kept_buffers = KeptBuffers(self.module)
+        self.module.on_load.append(self.kept_buffers.keep)
+        self._scale_by_segment()
 
     def _scale_by_segment(self) -> None:
         """Learning rates of the config's factors, in the parameter groups by segment that
@@ -186,6 +193,7 @@ class StageUpdates(PipelineEngineSeam):
                 self.lr_scheduler.step(**(lr_kwargs or {}))
         elif kinds:
             self.skipped_steps += 1
+        self.kept_buffers.mend()
         average.update(self.global_steps)
         self.events.book(self.global_steps, kinds, self.skipped_steps)
 
