@@ -12,7 +12,7 @@ from deepspeed.utils import log_dist
 from ds_local.cluster.surroundings import builds_of, check_builds
 from ds_local.config.deepspeed import batch_sizes, bf16_enabled, zero_stage
 from ds_local.config.lr_schedule import scheduler_of
-from ds_local.engine.deepspeed_checks import checked
+from ds_local.engine.deepspeed_checks import checked, unread
 from ds_local.engine.deepspeed_seam import engine_config
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.loaders import data_for
@@ -106,7 +106,7 @@ def initialize(
         engine.set_dataloader(stream)
         engine.training_dataloader = stream  # on the stages between first and last too
     limit_waits(section.link.wait_seconds)
-    for note in engine.plan.notes:
+    for note in (*engine.plan.notes, *unread(ds_config)):
         log_dist(note, ranks=[0], level=logging.WARNING)
     engine.configure_garbage_collection()
     if section.compile:

@@ -129,7 +129,7 @@ class LocalPipelineModule(ModuleFiles):
                 dynamic_shape=dynamic_shape,
             )
             own = dict(zip(self.layer_numbers, self.forward_funcs, strict=True))
-            together(lambda: check_untied(layers, own, self.heads))
+            together(lambda: check_untied(layers, own, dict(self.heads.items())))
         del self._make_head
         self._foreign = ForeignWeights(self)
         self.register_load_state_dict_post_hook(self._loaded)
