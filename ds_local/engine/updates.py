@@ -6,7 +6,8 @@ What DeepSpeed computes over all stages here (norms, overflow) is computed per s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +26,7 @@ from ds_local.engine.kept_buffers import KeptBuffers
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.reports import Reports
 from ds_local.engine.unit_links import UnitLinks
-from ds_local.errors import ConfigError
+from ds_local.errors import ConfigError, RunError, first_line
 from ds_local.links.device import to_device
 from ds_local.replicas.head_copies import Copies
 from ds_local.replicas.sync import Together
@@ -57,6 +58,8 @@ class StageUpdates(PipelineEngineSeam):
     _average_with_those_here: Any  # of `UnitSteps`
     _read: dict[int, dict[str, Any]]
     kept_buffers: KeptBuffers
+    _broken: str = ""  # what ended a step that left something
+    _updates: bool = False  # the step is at its end, where weights change
 
     def _prepare_updates(self) -> None:
         self.kept_buffers = KeptBuffers(self.module)
@@ -109,8 +112,42 @@ class StageUpdates(PipelineEngineSeam):
     def _weights(self) -> dict[int, list[torch.nn.Parameter]]:
         return {s: list(self.module.segment_parameters(s)) for s in self.module.local_segments}
 
+    @contextmanager
+    def _whole_step(self) -> Iterator[None]:
+        """A step that fails on its way leaves nothing for the next one: neither gradients nor
+        micro-batches. Where that cannot be, no other step is made before a checkpoint is loaded.
+
+        Raises:
+            RunError: such a step came before.
+        """
+        if self._broken:
+            raise RunError(
+                f"step {self.global_steps + 1} of this engine ended on its way ({self._broken}), "
+                "and what it left cannot be taken back: load a checkpoint into a new engine and go "
+                "on from there"
+            )
+        ahead, self._updates = self.executor.stash.under_way, False
+        try:
+            yield
+        except BaseException as failure:
+            begun = bool(self.executor.live or self.executor.losses)
+            alone = dist.get_world_size() == 1 and self.units is None and not ahead
+            if alone and not self._updates and (self._one_by_one or not begun):
+                self.executor.leave_out()
+                for parameter in self.module.parameters():
+                    parameter.grad = None
+            else:
+                self._broken = first_line(failure)
+            raise
+
+    @property
+    def half_updated(self) -> bool:
+        """Did a step end where weights change?"""
+        return bool(self._broken) and self._updates
+
     def reduce_gradients(self) -> None:
         """Average gradients and losses over the replicas of this stage, unless they train apart."""
+        self._updates = True
         self.executor.stash.before_update()
         if self.units is not None and self.units.group is not None:
             self._average_with_those_here(self.units.group)
