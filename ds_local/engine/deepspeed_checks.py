@@ -33,7 +33,7 @@ from deepspeed.utils.logging import get_log_level_from_string
 from pydantic import BaseModel, ValidationError
 
 from ds_local.config.deepspeed import bf16_enabled, check_deepspeed, zero_stage
-from ds_local.config.deepspeed_rules import DEEPSPEED_KEYS, UNREAD
+from ds_local.config.deepspeed_rules import DEEPSPEED_KEYS
 from ds_local.config.files import load_config, local_parallel, must_be
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.strict import SECTION
@@ -91,6 +91,15 @@ _SCALARS: dict[str, Any] = {
     for name, key in vars(constants).items()
     if isinstance(key, str) and hasattr(constants, f"{name}_DEFAULT")
 }
+
+# what DeepSpeed reads in parts of it that do not run here, or not at all
+_UNREAD = (
+    "disable_allgather",
+    "seq_parallel_communication_data_type",
+    "use_data_before_expert_parallelism",
+    "vocabulary_size",
+    "zero_force_ds_cpu_optimizer",
+)
 
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
@@ -175,7 +184,7 @@ def _check_depth(config: Mapping[str, Any]) -> None:
 def unread(config: Mapping[str, Any]) -> list[str]:
     """What is at the top of a config and nothing reads, in sentences. Notes of one's own begin with
     $ or _."""
-    known = set(DEEPSPEED_KEYS) - {key for key in UNREAD if config.get(key)}
+    known = set(DEEPSPEED_KEYS) - {key for key in _UNREAD if config.get(key)}
     return [
         f"nothing reads {key!r}, which is {config[key]!r} in the DeepSpeed config"
         for key in config
