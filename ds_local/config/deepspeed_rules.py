@@ -70,7 +70,6 @@ DEEPSPEED_KEYS = (
     "zero_force_ds_cpu_optimizer",
 )
 
-
 # what is made by name -> the keys it takes, and an example of a name
 NAMED: dict[str, tuple[list[str], str]] = {
     "optimizer": (["type", "params", "legacy_fusion"], "AdamW"),
@@ -106,6 +105,7 @@ REFUSED: tuple[tuple[Path, Any, str], ...] = (
         "fp16 needs an overflow check over all stages, and DeepSpeed leaves the loss unscaled "
         "under ZeRO-0; use bf16",
     ),
+    (("bf16", "check_grad_overflow"), _is_not(True), "it is always checked; remove it"),
     (("torch_autocast", "enabled"), bool, "autocast is not wired into the stages; use bf16"),
     (
         ("zero_optimization", "stage"),

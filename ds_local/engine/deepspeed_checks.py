@@ -7,7 +7,7 @@ and defaults it has for it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from deepspeed.utils.logging import get_log_level_from_string
 from pydantic import BaseModel, ValidationError
 
 from ds_local.config.deepspeed import bf16_enabled, check_deepspeed, zero_stage
+from ds_local.config.deepspeed_rules import DEEPSPEED_KEYS
 from ds_local.config.files import load_config, local_parallel, must_be
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.strict import SECTION
@@ -91,6 +92,15 @@ _SCALARS: dict[str, Any] = {
     if isinstance(key, str) and hasattr(constants, f"{name}_DEFAULT")
 }
 
+# what DeepSpeed reads in parts of it that do not run here, or not at all
+_UNREAD = (
+    "disable_allgather",
+    "seq_parallel_communication_data_type",
+    "use_data_before_expert_parallelism",
+    "vocabulary_size",
+    "zero_force_ds_cpu_optimizer",
+)
+
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
 
@@ -124,6 +134,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming key, value and remedy.
     """
+    _check_depth(config)
     for path, value in _sections(config, _DEFAULTS):
         check_keys(path, value, _kinds(_DEFAULTS[path]))
     for path, value in _sections(config, _MODELS):
@@ -150,6 +161,35 @@ def check_settings(config: Mapping[str, Any]) -> None:
     check_builds("{}", "DeepSpeed refuses the config", read, rest)
     level = {"log_level": config["log_level"]} if config.get("log_level") else {}
     check_builds("{}", "", lambda log_level="info": get_log_level_from_string(log_level), level)
+
+
+def _check_depth(config: Mapping[str, Any]) -> None:
+    """Refuse a key at the top that would be read in a section."""
+    keys: dict[str, Iterable[str]] = {
+        SECTION: LocalParallelConfig.model_fields,
+        **{".".join(path): _DEFAULTS[path] for path in _DEFAULTS},
+        **{".".join(path): _MODELS[path].model_fields for path in _MODELS},
+        "optimizer.params": ("lr", "betas", "eps", "weight_decay", "momentum"),
+    }
+    for key in config.keys() - set(DEEPSPEED_KEYS):
+        places = [where for where, known in keys.items() if key in known]
+        if places:
+            more = f" or {len(places) - 1} other sections" if len(places) > 1 else ""
+            raise ConfigError(
+                f"{key} is {config[key]!r}, but nothing reads it at the top of the file; move it "
+                f"into {places[0]}{more}, or remove it"
+            )
+
+
+def unread(config: Mapping[str, Any]) -> list[str]:
+    """What is at the top of a config and nothing reads, in sentences. Notes of one's own begin with
+    $ or _."""
+    known = set(DEEPSPEED_KEYS) - {key for key in _UNREAD if config.get(key)}
+    return [
+        f"nothing reads {key!r}, which is {config[key]!r} in the DeepSpeed config"
+        for key in config
+        if key not in known and key[:1] not in ("$", "_")
+    ]
 
 
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

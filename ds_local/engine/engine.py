@@ -100,7 +100,7 @@ class LocalPipelineEngine(UnitSteps):
             self.module.on_load.append(self.optimizer.refresh_fp32_params)
         self.keep_norms_local()
         always_check_overflow(self.optimizer)
-        self._scale_by_segment()
+        self._prepare_updates()
         self.plan = RunPlan.of(self.section, self.module.pipeline_stages, self.micro_batches)
         self._schedules: dict[Any, StageSchedule] = {}
         self._last_step: int | None = None
@@ -239,7 +239,7 @@ class LocalPipelineEngine(UnitSteps):
             TransportError: when a neighbour is gone or silent.
             NonFiniteError: after more steps in a row that are not finite than "on_nonfinite"
                 allows.
-            OutOfData: when the data runs out.
+            OutOfData: when the data runs out; one process may go on, with another iterator.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError(
@@ -254,7 +254,8 @@ class LocalPipelineEngine(UnitSteps):
             schedule = self._schedule_of_step()
             self._see_whether_to_stop(schedule.whole)
             self.copies.take(self.global_steps)
-            self._run_or_leave_out(schedule)
+            with self._whole_step():
+                self._run_or_leave_out(schedule)
             self.executor.finish()
             self.replicas.after_step()
             self.copies.send(self.global_steps)

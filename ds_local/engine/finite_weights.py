@@ -32,7 +32,11 @@ def check_weights_finite(engine: Holder, what: str, remedy: str) -> None:
     Raises:
         CheckpointError: on every rank, naming what is not.
     """
-    named = [*engine.module.named_parameters(), *_optimizer_tensors(engine.basic_optimizer)]
+    named = [
+        *engine.module.named_parameters(),
+        *((name, _without_infinities(b)) for name, b in engine.module.named_buffers()),
+        *_optimizer_tensors(engine.basic_optimizer),
+    ]
     sums = [(name, tensor.detach().sum()) for name, tensor in named if tensor.is_floating_point()]
     device = next(engine.module.parameters()).device  # some optimizers count their steps on a CPU
     numbers = torch.stack([to_device(total, device) for _, total in sums])
@@ -46,6 +50,13 @@ def check_weights_finite(engine: Holder, what: str, remedy: str) -> None:
                 f"{what} stage {stage} (rank {rank}) holds numbers that are not finite in "
                 f"{', '.join(names)}{more}; {remedy}"
             )
+
+
+def _without_infinities(buffer: Tensor) -> Tensor:
+    """A mask may well hold them."""
+    if not buffer.is_floating_point():
+        return buffer
+    return buffer.nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0)
 
 
 def _optimizer_tensors(optimizer: Any) -> Iterable[tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ from deepspeed.utils import log_dist
 from ds_local.cluster.surroundings import builds_of, check_builds
 from ds_local.config.deepspeed import batch_sizes, bf16_enabled, zero_stage
 from ds_local.config.lr_schedule import scheduler_of
-from ds_local.engine.deepspeed_checks import checked
+from ds_local.engine.deepspeed_checks import checked, unread
 from ds_local.engine.deepspeed_seam import engine_config
 from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.engine.loaders import data_for
@@ -20,6 +20,7 @@ from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.optimizer_checks import check_client_parts
 from ds_local.engine.process_group import limit_waits
 from ds_local.errors import ConfigError
+from ds_local.links.agreement import together
 from ds_local.links.failures import meeting
 from ds_local.links.store_guard import store_guard
 from ds_local.replicas.subnets import make_sync
@@ -84,7 +85,7 @@ def initialize(
             {"params": list(model.segment_parameters(segment)), "segment": segment}
             for segment in model.local_segments
         ]
-    _check_learns(model, ds_config)
+    together(lambda: _check_learns(model, ds_config))
     what = "the making of the engine"
     with meeting(what), store_guard(what, section.link.wait_seconds):
         engine = LocalPipelineEngine(
@@ -105,7 +106,7 @@ def initialize(
         engine.set_dataloader(stream)
         engine.training_dataloader = stream  # on the stages between first and last too
     limit_waits(section.link.wait_seconds)
-    for note in engine.plan.notes:
+    for note in (*engine.plan.notes, *unread(ds_config)):
         log_dist(note, ranks=[0], level=logging.WARNING)
     engine.configure_garbage_collection()
     if section.compile:
@@ -114,6 +115,11 @@ def initialize(
 
 
 def _check_learns(model: LocalPipelineModule, ds_config: Mapping[str, Any]) -> None:
+    if "optimizer" in ds_config and not any(True for _ in model.parameters()):
+        raise ConfigError(
+            f"stage {model.stage_id} has no weights, and its optimizer needs some; cut the model "
+            "so that each stage has a layer with weights"
+        )
     shards = bf16_enabled(ds_config) or zero_stage(ds_config)
     if shards and not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(

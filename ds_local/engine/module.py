@@ -8,7 +8,7 @@ loss) is here; in which order stages do it is `schedule.py`, what travels betwee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ds_local.cluster.surroundings import complete_environment
 from ds_local.config.strict import SECTION
 from ds_local.engine.batches import TokenBatches, split_batch
 from ds_local.engine.deepspeed_checks import checked
+from ds_local.engine.foreign_weights import ForeignWeights, check_untied
 from ds_local.engine.layer_runs import run_layers
 from ds_local.engine.module_checks import (
     check_arguments,
@@ -31,6 +32,7 @@ from ds_local.engine.module_checks import (
 from ds_local.engine.module_files import ModuleFiles
 from ds_local.engine.process_group import start_processes
 from ds_local.errors import ConfigError
+from ds_local.links.agreement import together
 from ds_local.links.failures import meeting
 from ds_local.links.store_guard import store_guard
 from ds_local.model import blocks, heads
@@ -126,7 +128,10 @@ class LocalPipelineModule(ModuleFiles):
                 activation_checkpoint_interval=activation_checkpoint_interval,
                 dynamic_shape=dynamic_shape,
             )
+            own = dict(zip(self.layer_numbers, self.forward_funcs, strict=True))
+            together(lambda: check_untied(layers, own, dict(self.heads.items())))
         del self._make_head
+        self._foreign = ForeignWeights(self)
         self.register_load_state_dict_post_hook(self._loaded)
 
     # --- building ---------------------------------------------------------------------------------
@@ -222,6 +227,7 @@ class LocalPipelineModule(ModuleFiles):
                 inputs, layers = layers[0](inputs), layers[1:]
             self.shallow = hidden_of(inputs).detach().clone()
         outputs = run_layers(layers, inputs, self.activation_checkpoint_interval)
+        self._foreign.look("the layers", segment, outputs)
         outputs, self.router_loss = without_logits(outputs, self.routers)
         return outputs
 
@@ -232,6 +238,11 @@ class LocalPipelineModule(ModuleFiles):
         segment. To train it takes what `run_segment` left in `shallow`."""
         if self.token_batches:
             labels = labels.long()
+        loss = self._loss_of(segment, hidden, labels, shallow)
+        self._foreign.look("the loss", segment, loss)
+        return loss
+
+    def _loss_of(self, segment: int, hidden: Any, labels: Any, shallow: Tensor | None) -> Tensor:
         if segment < self.num_segments - 1:
             beside = () if shallow is None else (shallow,)
             return self.heads[str(segment)](hidden, labels, *beside)
@@ -307,10 +318,13 @@ class LocalPipelineModule(ModuleFiles):
         yield from found.values()
 
     def segment_parameters(self, segment: int) -> Iterator[nn.Parameter]:
-        """Parameters of the segment's layers and head that take gradients; one that segments of
-        this stage share is the lowest one's."""
+        """Parameters of the segment's layers and head that take gradients, each once; one that
+        segments of this stage share is the lowest one's."""
         lower = [s for s in self.local_segments if s < segment]
-        taken = {id(p) for one in lower for p in self.layer_parameters(one)}
-        yield from (p for p in self.layer_parameters(segment) if id(p) not in taken)
-        if str(segment) in self.heads:
-            yield from (p for p in self.heads[str(segment)].parameters() if p.requires_grad)
+        taken = {id(p) for one in lower for p in self._used_in(one)}
+        yield from (p for p in self._used_in(segment) if id(p) not in taken)
+
+    def _used_in(self, segment: int) -> Iterable[nn.Parameter]:
+        head = self.heads[str(segment)].parameters() if str(segment) in self.heads else ()
+        found = [*self.layer_parameters(segment), *(p for p in head if p.requires_grad)]
+        return {id(p): p for p in found}.values()

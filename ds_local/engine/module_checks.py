@@ -24,6 +24,13 @@ def check_arguments(loss_fn: Any, head: Any, activation_checkpoint_interval: Any
     for name, value in (("loss_fn", loss_fn), ("head", head)):
         if value is not None and not callable(value):
             raise ConfigError(f"{name} is a {type(value).__name__}; pass a function")
+    if isinstance(loss_fn, nn.Module):
+        learning = [name for name, p in loss_fn.named_parameters() if p.requires_grad]
+        if learning:
+            raise ConfigError(
+                f"loss_fn has weights that learn ({', '.join(learning[:3])}), and no checkpoint "
+                "would hold them; put them into the last layer, or freeze them"
+            )
     check_number("activation_checkpoint_interval", activation_checkpoint_interval, least=0)
 
 

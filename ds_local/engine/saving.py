@@ -162,7 +162,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _check_loadable(engine: StageUpdates, client_state: Mapping[str, Any]) -> None:
-    """Refuse what could be saved but not be loaded again."""
+    """Refuse what could be saved but not be loaded again, and weights of which some are updated."""
+    if engine.half_updated:
+        raise CheckpointError(
+            f"step {engine.global_steps + 1} ended in the middle of its update, so weights are of "
+            "two steps; what was saved before stays: go on from there"
+        )
     for key in client_state:
         if not isinstance(key, str) or key in RESERVED:
             raise CheckpointError(

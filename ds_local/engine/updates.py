@@ -6,7 +6,8 @@ What DeepSpeed computes over all stages here (norms, overflow) is computed per s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -21,9 +22,10 @@ from ds_local.engine.average import Average
 from ds_local.engine.deepspeed_seam import PipelineEngineSeam, gradient_of, spoil_gradients
 from ds_local.engine.executor import Executor
 from ds_local.engine.finite import WEIGHTS, Events
+from ds_local.engine.kept_buffers import KeptBuffers
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.reports import Reports
-from ds_local.errors import ConfigError
+from ds_local.errors import ConfigError, RunError, first_line
 from ds_local.links.device import to_device
 from ds_local.replicas.head_copies import Copies
 from ds_local.replicas.sync import Together
@@ -52,6 +54,14 @@ class StageUpdates(PipelineEngineSeam):
     _used: torch.Tensor = torch.zeros(0)  # of each of `_learning`, replicas that had a gradient
     _learning: Sequence[torch.nn.Parameter] = ()
     _read: dict[int, dict[str, Any]]
+    kept_buffers: KeptBuffers
+    _broken: str = ""  # what ended a step that left something
+    _updates: bool = False  # the step is at its end, where weights change
+
+    def _prepare_updates(self) -> None:
+        self.kept_buffers = KeptBuffers(self.module)
+        self.module.on_load.append(self.kept_buffers.keep)
+        self._scale_by_segment()
 
     def _scale_by_segment(self) -> None:
         """Learning rates of the config's factors, in the parameter groups by segment that
@@ -99,8 +109,42 @@ class StageUpdates(PipelineEngineSeam):
     def _weights(self) -> dict[int, list[torch.nn.Parameter]]:
         return {s: list(self.module.segment_parameters(s)) for s in self.module.local_segments}
 
+    @contextmanager
+    def _whole_step(self) -> Iterator[None]:
+        """A step that fails on its way leaves nothing for the next one: neither gradients nor
+        micro-batches. Where that cannot be, no other step is made before a checkpoint is loaded.
+
+        Raises:
+            RunError: such a step came before.
+        """
+        if self._broken:
+            raise RunError(
+                f"step {self.global_steps + 1} of this engine ended on its way ({self._broken}), "
+                "and what it left cannot be taken back: load a checkpoint into a new engine and go "
+                "on from there"
+            )
+        ahead, self._updates = self.executor.stash.under_way, False
+        try:
+            yield
+        except BaseException as failure:
+            begun = bool(self.executor.live or self.executor.losses)
+            alone = dist.get_world_size() == 1 and self.module.unit is None and not ahead
+            if alone and not self._updates and (self._one_by_one or not begun):
+                self.executor.leave_out()
+                for parameter in self.module.parameters():
+                    parameter.grad = None
+            else:
+                self._broken = first_line(failure)
+            raise
+
+    @property
+    def half_updated(self) -> bool:
+        """Did a step end where weights change?"""
+        return bool(self._broken) and self._updates
+
     def reduce_gradients(self) -> None:
         """Average gradients and losses over the replicas of this stage, unless they train apart."""
+        self._updates = True
         self.executor.stash.before_update()
         watch, norms = self.executor.watch, self._norms()
         for segment in self.module.local_segments:
@@ -181,6 +225,7 @@ class StageUpdates(PipelineEngineSeam):
                 self.lr_scheduler.step(**(lr_kwargs or {}))
         elif kinds:
             self.skipped_steps += 1
+        self.kept_buffers.mend()
         average.update(self.global_steps)
         self.events.book(self.global_steps, kinds, self.skipped_steps)
 

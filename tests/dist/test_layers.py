@@ -344,6 +344,79 @@ def test_a_layer_that_comes_twice_is_clipped_once():
     assert two == pytest.approx(2**0.5, rel=1e-4)
 
 
+def with_a_tied_head(stages):
+    """How far one step of SGD goes whose head has the weights of the layer above it."""
+    import ds_local
+
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(6, 6) for _ in range(2)]
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
+        "local_parallel": {"mode": "local", "segments_per_stage": 2 // stages},
+    }
+    head = nets.Head("one tensor", 0)
+    head.readout = layers[1]
+    try:
+        module = ds_local.LocalPipelineModule(
+            layers, stages, loss_fn=loud, head=lambda segment: head, config=config
+        )
+    except ds_local.ConfigError as error:
+        return str(error)
+    engine = ds_local.initialize(model=module, config=config)[0]
+    before = layers[1].weight.detach().clone()
+    bias = layers[1].bias.detach().clone()
+    engine.train_batch(iter([nets.data(0, 0)]))
+    moved = (layers[1].weight - before).square().sum() + (layers[1].bias - bias).square().sum()
+    return moved.sqrt().item()
+
+
+def test_a_head_that_has_weights_of_a_layer_is_clipped_once():
+    alone = run_ranks(with_a_tied_head, 1, 1)[0]
+    assert 0.5 < alone <= 1.0
+    for said in run_ranks(with_a_tied_head, 2, 2):
+        assert "the head of segment 0 shares weights with layer 1" in said
+
+
+def without_weights():
+    import ds_local
+
+    try:
+        build(2, [torch.nn.Linear(6, 6), torch.nn.Tanh()], parts=[0, 1, 2])
+    except ds_local.ConfigError as error:
+        return str(error)
+
+
+def test_a_stage_without_weights_is_refused_on_all_ranks():
+    for said in run_ranks(without_weights, 2):
+        assert "stage 1 has no weights" in said
+
+
+def with_a_tied_loss(stages):
+    """What is said of a loss that uses the weights of layer 0."""
+    import ds_local
+
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(6, 6) for _ in range(2)]
+    section = {"mode": "backprop", "segments_per_stage": 2 // stages}
+
+    def loss(outputs, labels):
+        return torch.nn.functional.linear(outputs, layers[0].weight).square().mean()
+
+    engine = build(stages, layers, section, loss=loss)
+    try:
+        engine.train_batch(iter([nets.data(0, 0)]))
+    except ds_local.DsLocalError as error:
+        return str(error)
+
+
+def test_a_loss_that_uses_weights_of_another_stage_is_refused():
+    assert run_ranks(with_a_tied_loss, 1, 1) == [None]
+    for said in run_ranks(with_a_tied_loss, 2, 2):
+        assert "in the loss of segment 1 are weights of shape [6, 6]" in said
+
+
 @pytest.mark.parametrize("tied", ["spec", "module"])
 def test_weights_that_stages_would_share_are_refused(tied, monkeypatch):
     from deepspeed.pipe import LayerSpec, TiedLayerSpec

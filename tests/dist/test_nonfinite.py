@@ -419,3 +419,53 @@ def test_neither_saved_nor_loaded(tmp_path, where):
             r"with \S+/bad stage 1 \(rank 1\) holds .*; use another checkpoint", said[1]
         )
         assert (names, latest) == (["global_step1", "latest"], "global_step1")
+
+
+# --- running statistics ---------------------------------------------------------------------------
+
+
+def with_statistics(folder):
+    """Losses of an evaluation after a step that is left out, and what a save says of statistics
+    that are not numbers."""
+    import functools
+
+    import nets
+    import torch
+    from torch import nn
+
+    import ds_local
+
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6)]
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "local_parallel": {"mode": "local", "segments_per_stage": 2},
+    }
+    module = ds_local.LocalPipelineModule(
+        layers,
+        1,
+        loss_fn=lambda outputs, labels: (outputs - labels).square().mean(),
+        head=functools.partial(nets.Head, "one tensor"),
+        config=config,
+        parts=[0, 2, 4],
+    )
+    engine = ds_local.initialize(model=module, config=config)[0]
+    bad = (torch.full((4, 6), torch.nan), torch.zeros(4, 6))
+    for batch in (nets.data(0, 0), bad, nets.data(1, 0)):
+        engine.train_batch(iter([batch]))
+    engine.eval_batch(iter([nets.data(2, 0)]))
+    losses = list(engine.eval_losses.values())
+    layers[1].running_mean.fill_(torch.nan)
+    try:
+        engine.save_checkpoint(folder)
+    except ds_local.DsLocalError as error:
+        return losses, engine.skipped_steps, str(error)
+
+
+def test_running_statistics_outlive_a_step_that_is_left_out(tmp_path):
+    losses, skipped, said = run_ranks(with_statistics, 1, str(tmp_path / "run"))[0]
+    assert skipped == 1
+    assert all(0 < loss < 10 for loss in losses)
+    assert "not finite in 1.running_mean" in said
+    assert not (tmp_path / "run" / "latest").exists()

@@ -40,6 +40,15 @@ SECTIONS = {
     "bf16 a number": ({"bf16": {"enabled": 1}}, "bf16.enabled must be true or false"),
     "bf16 misspelt": ({"bf16": {"enable": True}}, "bf16.enable", "'enabled'"),
     "bf16 twice": ({**BF16, "bfloat16": {}}, "bfloat16", "remove bfloat16"),
+    "overflow unchecked": ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow"),
+    "ours at the top": ({"window": 2}, "window is 2", "move it into local_parallel"),
+    "ZeRO at the top": ({"overlap_comm": True}, "move it into zero_optimization"),
+    "rate at the top": ({"lr": 1e-3}, "lr is 0.001", "move it into optimizer.params"),
+    "interval at the top": (
+        {"partition_method": "best", "seed_layers": True},
+        "seed_layers is True",
+        "move it into pipeline",
+    ),
     "ZeRO misspelt": ({"zero_optimization": {"stge": 1}}, "zero_optimization.stge", "'stage'"),
     "buckets negative": (
         {"zero_optimization": {"stage": 1, "reduce_bucket_size": -5}},
@@ -160,3 +169,14 @@ def test_a_device_without_bf16_is_named(monkeypatch):
     monkeypatch.setattr(type(accelerator), "is_bf16_supported", lambda _: False)
     with pytest.raises(ConfigError, match="this cpu has no bf16"):
         checked({**BASE, **BF16})
+
+
+def test_what_nothing_reads_is_said():
+    said = deepspeed_checks.unread(
+        {**BASE, "$schema": "x", "_why": "y", "clip_grad": 1.0, "vocabulary_size": 9}
+        | {"disable_allgather": False}
+    )
+    assert said == [
+        "nothing reads 'clip_grad', which is 1.0 in the DeepSpeed config",
+        "nothing reads 'vocabulary_size', which is 9 in the DeepSpeed config",
+    ]

@@ -1,6 +1,7 @@
 """What a pipeline module is asked for, without a module."""
 
 import pytest
+import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology, ProcessTopology
 from sentences import assert_one_sentence
@@ -31,6 +32,9 @@ def test_functions_are_functions():
     check_arguments(None, lambda segment: None, 0)
     refused(lambda: check_arguments("loss", None, 0), "loss_fn is a str; pass a function")
     refused(lambda: check_arguments(None, 3, 0), "head is a int")
+    check_arguments(nn.CrossEntropyLoss(weight=torch.ones(3)), None, 0)
+    check_arguments(nn.Linear(2, 2).requires_grad_(False), None, 0)
+    refused(lambda: check_arguments(nn.Linear(2, 2), None, 0), "loss_fn has weights", "bias")
     refused(lambda: check_arguments(None, None, -1), "activation_checkpoint_interval", "-1")
 
 
