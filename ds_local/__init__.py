@@ -20,7 +20,7 @@ Reading order, one room after the other; a room imports only from rooms above it
     cli          the commands
 
 Words
-    segment: the part trained by one row of the table; K of them · stage: pipeline rank, holds
+    segment: the part that a loss trains as a whole; K of them · stage: pipeline rank, holds
         `segments_per_stage` segments · unit: stages between which gradients cross, perhaps a
         job of its own ·
     replica: data-parallel copy of a stage · micro-batch · step: one optimizer step · tick: column

@@ -30,17 +30,18 @@ HEADER = """# Configuration
 change the docstrings there -->
 
 How a model is trained is in `ds_config.json`; what is trained, and where to, is on the command line
-([migrating](migrating.md)). DeepSpeed's own keys mean what they mean in DeepSpeed; what a pipeline
-of DeepSpeed 0.19 cannot do correctly is refused at start with the reason, and so are misspelt keys,
-unknown parameters and values of another kind in DeepSpeed's own sections. `scheduler` may also name
-`WSD` (or `WarmupStableDecayLR`), which DeepSpeed lacks: the rate rises over `warmup_num_steps`,
-stays, and falls in a line over the last `decay_num_steps` (a fifth) of `total_num_steps`, to
-`decay_min_ratio` (0) of it. Our section is `"local_parallel"`; a key it does not know is an error
-that names the nearest one. K is the number of segments: stages x segments_per_stage.
+([migrating](migrating.md)). K is the number of segments: stages x segments_per_stage.
 
-Editors complete and check the section by
-[a JSON schema](../configs/local_parallel.schema.json): write
-`"$schema": "configs/local_parallel.schema.json"` at the top of the file.
+- DeepSpeed's own keys mean what they mean in DeepSpeed. What a pipeline of DeepSpeed 0.19 cannot do
+  correctly is refused at start with the reason, and so are misspelt keys, unknown parameters and
+  values of another kind.
+- `scheduler` may also name `WSD` (or `WarmupStableDecayLR`), which DeepSpeed lacks: the rate rises
+  over `warmup_num_steps`, stays, and falls in a line over the last `decay_num_steps` (a fifth) of
+  `total_num_steps`, to `decay_min_ratio` (0) of it.
+- Our section is `"local_parallel"`, for example `{"mode": "chunked", "window": 2}`
+  ([by name](schemes.md)); a key it does not know is an error that names the nearest one.
+- Editors complete and check the section by [a JSON schema](../configs/local_parallel.schema.json):
+  write `"$schema": "configs/local_parallel.schema.json"` at the top of the file.
 """
 
 

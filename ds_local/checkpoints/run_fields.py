@@ -46,9 +46,9 @@ METRICS = {
         "what the segment's experts add to its loss, before `router_aux_loss_coef`; only of models "
         "with experts",
     ),
-    "tokens": Field(_ALL, "tokens", "trained on by then, all replicas together"),
+    "tokens": Field(_ALL, "tokens", "tokens trained on by then, all replicas together"),
     "seconds": Field(
-        _ALL, "s", "trained by then, without validations, saves and the first step of a start"
+        _ALL, "s", "time trained by then, without validations, saves and the first step of a start"
     ),
     "nonfinite": Field(
         _ALL,
@@ -57,28 +57,30 @@ METRICS = {
         "`from_below`, `from_above`; in other rows the fields it befell",
     ),
     "nonfinite_step": Field(_TOLD, "", "in which step"),
-    "skipped": Field(_TOLD, "steps", "left out by the stage so far"),
+    "skipped": Field(_TOLD, "steps", "steps left out by the stage so far"),
     "grad_norm": Field(
         (TRAIN,), "", "norm of the gradient before clipping; null where nobody needs to know it"
     ),
     "lr": Field((TRAIN,), "", "learning rate that the step was taken with"),
     "idle_share": Field(
-        (TRAIN,), "share", "of the step that the stage waited, for neighbours or replicas"
+        (TRAIN,), "share", "share of the step that the stage waited, for neighbours or replicas"
     ),
-    "step_seconds": Field((TRAIN,), "s", "of the step, on the stage"),
+    "step_seconds": Field((TRAIN,), "s", "length of the step on the stage"),
     "tokens_per_second": Field(
-        (TRAIN,), "tokens/s", "of the step on its slowest stage, all replicas together"
+        (TRAIN,), "tokens/s", "speed of the step on its slowest stage, all replicas together"
     ),
-    "device_tokens_per_second": Field((TRAIN,), "tokens/s", "that, for each rank"),
+    "device_tokens_per_second": Field(
+        (TRAIN,), "tokens/s", "the same, divided by the number of ranks"
+    ),
     "mfu": Field(
         (TRAIN,),
         "share",
-        "of the devices' peak in bf16 that the step's model operations use, heads not counted; "
-        "null on CPUs and on devices of which the peak is not known",
+        "share of the devices' peak in bf16 that the step's model operations use, heads not "
+        "counted; null on CPUs and on devices of which the peak is not known",
     ),
-    "sent_bytes": Field((TRAIN,), "bytes", "to neighbouring stages in the step"),
+    "sent_bytes": Field((TRAIN,), "bytes", "sent to neighbouring stages in the step"),
     "exchanged_bytes": Field(
-        (TRAIN,), "bytes", "to other replicas of the stage; null where DeepSpeed averages"
+        (TRAIN,), "bytes", "sent to other replicas of the stage; null where DeepSpeed averages"
     ),
     "slowest_link": Field((TRAIN,), "", "the link that the stage waited for longest; null: none"),
     "prompt": Field((SAMPLE,), "", "the beginning of a validation sequence"),
@@ -90,7 +92,9 @@ METRICS = {
         "that of the first replica",
     ),
     "gradient_cosine": Field(
-        (DIAGNOSTICS,), "", "between the gradient of the segment's losses and the true one"
+        (DIAGNOSTICS,),
+        "",
+        "cosine between the gradient of the segment's losses and that of backpropagation",
     ),
     "activation_norm": Field(
         (DIAGNOSTICS,), "", "mean norm of a position's hidden state at the segment's end"

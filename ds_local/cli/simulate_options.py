@@ -41,7 +41,7 @@ def parser_of(description: str | None) -> Parser:
         "--mode",
         required=True,
         choices=[*MODES, *PEERS],
-        help="a row of the route table, or another pipeline's schedule",
+        help="a mode, or another pipeline's schedule",
     )
     add("--window", type=whole(1), help="of modes that take one")
     add("--combine", choices=["sum", "mean"], default="sum", help="of overlapping")

@@ -34,7 +34,8 @@ def stage_hosts(stage: int) -> dict[str, list[int]]:
 
 def describe_hosts(hosts: Mapping[str, Any]) -> str:
     return "; ".join(
-        f"{stage} on {', '.join(e['hosts'])} (ranks {spans(e['ranks'])})"
+        f"{stage} on {', '.join(e['hosts'])} "
+        f"({'ranks' if len(e['ranks']) > 1 else 'rank'} {spans(e['ranks'])})"
         for stage, e in hosts.items()
     )
 

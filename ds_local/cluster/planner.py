@@ -43,7 +43,7 @@ def layouts(
         replicas = cluster.devices // stages
         if sequences % replicas:
             continue
-        one_placement = stages == 1 or replicas == 1 or cluster.nodes == 1
+        one_placement = 1 in (stages, replicas, cluster.nodes, cluster.devices_per_node)
         for micro_batch in (2**n for n in range(7)):
             if sequences // replicas % micro_batch:
                 break

@@ -29,7 +29,7 @@ DEFAULT_WINDOW = 2
 
 
 class Row(Strict):
-    """One row of the route table (see `routes.py`)."""
+    """A mode and its options, of which the route table follows (see `routes.py`)."""
 
     mode: Mode = "local"
     """Which loss trains which segment."""
@@ -48,23 +48,23 @@ class Row(Strict):
 
 
 class MixEntry(Row):
-    """A row that some micro-batches of each step follow."""
+    """An entry that some micro-batches of each step follow."""
 
     micro_batches: PositiveInt | Literal["auto"] | None = None
-    """How many micro-batches of a step follow this row. Left out in one entry: that one takes the
-    rest. "auto": as many as the pipeline can hide, one segment on each stage: half of them where
+    """How many micro-batches of a step follow this entry. Left out in one: that one takes the rest.
+    "auto": as many as the pipeline can hide, one segment on each stage: half of them where
     they are twice as many as the segments."""
 
 
 class Scheme(Row):
-    """One row for all micro-batches of a step, or a mix of rows."""
+    """One mode for all micro-batches of a step, or a mix of several."""
 
     mix: tuple[MixEntry, ...] | None = None
-    """Rows of the micro-batches of one step, those that should go first at the front. Replaces
+    """Entries for the micro-batches of one step, those that should go first at the front. Replaces
     `mode`."""
     correction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """How far the first of two rows in a mix makes up for what the second one learns from: 0, not
-    at all; 1, the mean gradient of a step is the first row's (a control variate), with more
+    """How far the first of two entries of a mix makes up for what the second one learns from: 0,
+    not at all; 1, the mean gradient of a step is the first one's (a control variate), with more
     noise."""
 
     run_ahead: Annotated[NonNegativeInt, Field(le=2**16)] | Literal["auto"] = 0

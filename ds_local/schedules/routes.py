@@ -6,7 +6,7 @@ segment l, by an auxiliary head, or by the model's own readout for l = K - 1. A 
 follow the heads to build, the gradient messages between segments and the autograd passes each
 segment runs; `schedule.py` orders them, `engine.py` executes them.
 
-The rows, with their sources:
+The modes, with their sources:
     backprop           loss K-1 trains everything (the reference)
     local              every loss trains its own segment (greedy; Laskin et al. 2020, arXiv
                        2012.03837)

@@ -46,6 +46,12 @@ def test_only_legal_layouts(small):
         plan(Pricing(small, Cluster(1024, 8, 100, 80, 10, 100), 7), ["full"])
 
 
+def test_nodes_of_one_device_have_one_placement(small):
+    found = list(layouts(small, Cluster(8, 1, 100, 80, 10, 100), 64, [""], ["local"]))
+    assert {layout.placement for layout in found} == {"across_nodes"}
+    assert len(found) == len(set(found))
+
+
 def test_a_thousand_nodes_from_the_command_line():
     result = command(
         "plan",

@@ -100,7 +100,7 @@ def check_equal_to_one_host(inputs, run, tmp_path, *more):
 def test_two_hosts_train_as_one_does(hosts, inputs, tmp_path):
     codes = wait(start_everywhere(hosts, "train.py", *training(inputs, tmp_path / "run", 4)), 600)
     assert codes == [0, 0], hosts.outputs()
-    assert f"stage 0 on {NAMES[0]} (ranks 0); stage 1 on {NAMES[1]} (ranks 1)" in hosts.outputs()[0]
+    assert f"stage 0 on {NAMES[0]} (rank 0); stage 1 on {NAMES[1]} (rank 1)" in hosts.outputs()[0]
     assert not hosts.processes_left()
     check_equal_to_one_host(inputs, tmp_path / "run", tmp_path)
 
