@@ -31,9 +31,9 @@ def config_of(
         ConfigError: when the scheme changes late in a run whose steps are not known.
     """
     section = _scheme_of(candidate, steps)
-    section |= {"num_stages": candidate.stages}
-    if candidate.heads:
-        section["head"] = head_of(HEADS[candidate.heads], vocab_size)
+    head = head_of(HEADS[candidate.heads], vocab_size) if candidate.heads else {}
+    # of the readout's loss too; a seventh of the time on a GPU (docs/gpu.md)
+    section |= {"num_stages": candidate.stages, "head": {"kernel": "compiled", **head}}
     if candidate.placement != "across_nodes":
         section["layout"] = {"stages": candidate.placement}
     config: dict[str, Any] = {

@@ -62,7 +62,7 @@ def test_a_tail_is_a_second_phase():
 
 def test_a_share_of_the_vocabulary_is_a_number_of_the_models():
     candidate = replace(PRICE.candidate, scheme="local", heads="1/8 of the vocabulary")
-    assert config_of(candidate, False, 500, 512)["local_parallel"]["head"] == {"vocabulary": 64}
+    assert config_of(candidate, False, 500, 512)["local_parallel"]["head"]["vocabulary"] == 64
 
 
 def test_the_command_is_that_of_the_cluster():
