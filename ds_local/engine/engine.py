@@ -426,7 +426,7 @@ class LocalPipelineEngine(UnitSteps):
     @property
     def should_stop(self) -> bool:
         """Every rank is to leave its loop after this step; see `request_stop`."""
-        return self.executor.last_step
+        return self.executor.run_ends
 
     def request_stop(self) -> None:
         """Ask all ranks to leave their training loop at the same step, two steps from now at the
@@ -445,7 +445,7 @@ class LocalPipelineEngine(UnitSteps):
         pending = self.module.unit is None and self._stopping.pending
         asked = torch.tensor(float(self.should_stop or pending), device=self.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        self.executor.last_step = bool(asked)
+        self.executor.run_ends = bool(asked)
 
     # --- stages meet ----------------------------------------------------------------------------
 
@@ -579,7 +579,7 @@ class LocalPipelineEngine(UnitSteps):
             what = f"the evaluation after step {self.global_steps}"
             with torch.no_grad(), self._failures_reported(what), self.replicas.whole():
                 self.executor.step = self.global_steps
-                asked_before, self.executor.last_step = self.executor.last_step, False
+                asked_before, self.executor.run_ends = self.executor.run_ends, False
                 try:
                     sums, logits = evaluate(
                         self.executor,
@@ -596,7 +596,7 @@ class LocalPipelineEngine(UnitSteps):
                     sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
                     logits = None
                     self.units.leave_out(self.global_steps, trains=False)
-                self.executor.last_step |= asked_before
+                self.executor.run_ends |= asked_before
                 dist.all_reduce(sums)
                 self.reports.flush()
                 self._agree_to_stop()

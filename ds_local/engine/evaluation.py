@@ -28,7 +28,7 @@ def evaluate(
         module: the `LocalPipelineModule`, in evaluation mode.
         data: micro-batches; read where the first segment is.
         stop: asked there before each micro-batch; once it says yes this is the last one of the
-            replica, and `executor.last_step` is set on all its ranks.
+            replica, and `executor.run_ends` is set on all its ranks.
 
     Returns:
         (sums [2, K] float64: of weighted losses and of weights, zero for other stages' segments;
@@ -37,9 +37,9 @@ def evaluate(
     sums = torch.zeros(2, module.num_segments, dtype=torch.float64, device=executor.device)
     logits = None
     for micro_batch in range(num_micro_batches):
-        if executor.last_step:
+        if executor.run_ends:
             break
-        executor.last_step = 0 in module.local_segments and stop()
+        executor.run_ends = 0 in module.local_segments and stop()
         for segment in module.local_segments:
             at = {"segment": segment, "micro_batch": -1 - micro_batch}  # never one of training
             hidden, labels = executor.forward_only(data, **at)

@@ -121,7 +121,7 @@ class Executor:
         self.mean_over_replicas = mean_over_replicas
         self.stash = stash
         self.step = 0
-        self.last_step = False  # the run ends after the newest step
+        self.run_ends = False  # the run ends after the newest step
         # steps after which it does, the data or the phase ends, if known; the first two ride along
         # with activations
         self.stop_after: int | None = None
@@ -175,7 +175,7 @@ class Executor:
         last = self.last_of_stretch
         if self.stash.start is not None and last is not None and self.step >= last:
             self.stash.end()
-        self.last_step |= self.stop_after is not None and self.step >= self.stop_after
+        self.run_ends |= self.stop_after is not None and self.step >= self.stop_after
 
     def abandon(self) -> None:
         """Forget what has run ahead, and take what is still on its way. All stages must do it after
@@ -260,9 +260,9 @@ class Executor:
     def recv_activation(self, segment: int, micro_batch: int, ahead: int = 0) -> None:
         link = self.activation_links[segment - 1]
         tag, message = link.receive(Tag(self.step + ahead, micro_batch))
-        if tag.last_step and micro_batch < 0:
-            self.last_step = True
-        elif tag.last_step:
+        if tag.run_ends and micro_batch < 0:
+            self.run_ends = True
+        elif tag.run_ends:
             self.stop_after = tag.step
         if tag.data_ends:
             self.data_end = tag.step
@@ -321,7 +321,7 @@ class Executor:
     def send_activation(self, segment: int, micro_batch: int, ahead: int = 0) -> None:
         step = self.step + ahead
         live = self.live[segment, step, micro_batch]
-        stops = self.last_step if micro_batch < 0 else step == self.stop_after
+        stops = self.run_ends if micro_batch < 0 else step == self.stop_after
         tag = Tag(step, micro_batch, stops, step == self.data_end)
         message = self.message(segment, live.outputs, live.labels, live.weight)
         self.activation_links[segment].send(tag, message)

@@ -24,7 +24,7 @@ class Tag(NamedTuple):
 
     step: int
     micro_batch: int
-    last_step: bool = False  # the sender will stop after this step
+    run_ends: bool = False  # the sender will stop after this step
     data_ends: bool = False  # there is none for another step
 
     def __str__(self) -> str:

@@ -72,7 +72,7 @@ class Sender(GroupEnd):
             form, packets = self._change_form(specs)
         buffer = self._buffer(form)
         copied = self._staging.to_host(buffer.tensors, tensors)
-        flags = tag.last_step + 2 * tag.data_ends + 4 * form.number
+        flags = tag.run_ends + 2 * tag.data_ends + 4 * form.number
         buffer.header[:] = MESSAGE, tag.step, tag.micro_batch, flags
         while len(self._under_way) >= self.depth:
             self._take_back(f"to take a message ({tag} is next)")

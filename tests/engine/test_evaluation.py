@@ -9,7 +9,7 @@ class Executor:
     """Hands on what the data holds, for every segment."""
 
     device = torch.device("cpu")
-    last_step = False
+    run_ends = False
 
     def __init__(self):
         self.seen = []
@@ -51,7 +51,7 @@ def test_who_stops_takes_this_micro_batch_and_no_other():
     )
     assert len(executor.seen) == 4
     assert sums[1, 1] == 2
-    assert executor.last_step
+    assert executor.run_ends
 
 
 def test_without_losses_only_the_layers_run():

@@ -89,4 +89,4 @@ def test_a_description_that_is_too_long_is_refused():
 
 
 def test_a_tag_names_step_and_micro_batch():
-    assert str(Tag(3, 1, last_step=True)) == "step 3, micro-batch 1"
+    assert str(Tag(3, 1, run_ends=True)) == "step 3, micro-batch 1"

@@ -22,7 +22,7 @@ def test_within_a_stage_nobody_sees_what_another_does_in_place():
 def test_messages_of_a_stage_come_in_any_order_with_their_tags():
     link = MemoryLink()
     for micro_batch in (0, 1):
-        link.send(Tag(4, micro_batch, last_step=True), {"x": torch.tensor(micro_batch)})
+        link.send(Tag(4, micro_batch, run_ends=True), {"x": torch.tensor(micro_batch)})
     for micro_batch in (1, 0):
         tag, message = link.receive(Tag(4, micro_batch))
-        assert (tag, message["x"].item()) == (Tag(4, micro_batch, last_step=True), micro_batch)
+        assert (tag, message["x"].item()) == (Tag(4, micro_batch, run_ends=True), micro_batch)
