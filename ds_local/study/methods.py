@@ -93,17 +93,23 @@ METHODS = {
     ),
 }
 METHODS |= {
+    f"{scheme}{tail}, WSD": of(scheme, share, schedule=WSD)
+    for scheme in ("local", "chunked 2")
+    for share, tail in (
+        (0.0, ""),
+        (0.1, ", backprop tail 10 %"),
+        (0.2, ", backprop tail 20 %"),
+        (0.4, ", backprop tail 40 %"),
+    )
+}
+METHODS |= {
     "backprop, WSD": of("backprop", schedule=WSD),
-    "chunked 2, WSD": of("chunked 2", schedule=WSD),
-    "chunked 2, backprop tail 40 %, WSD": of("chunked 2", 0.4, schedule=WSD),
     "first chunk alone, rest fresh, backprop tail 40 %, WSD": of(
         "chunked 2", 0.4, schedule=WSD, renew="fresh"
     ),
     "first chunk alone, rest copied, backprop tail 40 %, WSD": of(
         "chunked 2", 0.4, schedule=WSD, renew="copied"
     ),
-    "local, WSD": of("local", schedule=WSD),
-    "local, backprop tail 40 %, WSD": of("local", 0.4, schedule=WSD),
     "chunked 2, shared readout": of("chunked 2", head=SHARED),
     "chunked 2, shared readout, tail 40 %": of("chunked 2", 0.4, head=SHARED),
     "chunked 2, shared readout, adapter": of("chunked 2", head={**SHARED, "adapter": True}),
