@@ -396,10 +396,12 @@ def standin(device: int = 1) -> Iterator[list[Fault]]:
         "get_device_capability": lambda _=None: (8, 0),
         "_lazy_init": lambda: None,
     }
-    lifted = torch._C._only_lift_cpu_tensors()
+    lifted, histc = torch._C._only_lift_cpu_tensors(), torch.histc
     patches = [
         mock.patch.multiple(torch.cuda, **cuda),
         mock.patch.multiple(THREAD, device=device, computes=True),
+        # of whole numbers, as a device takes them
+        mock.patch.object(torch, "histc", lambda x, *how, **named: histc(x.float(), *how, **named)),
         mock.patch.object(dist, "isend", _seen(dist.isend, False)),
         mock.patch.object(dist, "irecv", _seen(dist.irecv, True)),
         mock.patch.object(HostGroup, "send", _seen_in_group(HostGroup.send, False)),

@@ -35,11 +35,13 @@ def rows_of_tests(args: argparse.Namespace) -> Iterator[Row]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", *few]
     began = time.perf_counter()
     ended = _run(command, args, CHECKOUT)
-    found = {what: int(count) for count, what in _COUNT.findall(ended.stdout.splitlines()[-1])}
+    lines = ended.stdout.splitlines() or [f"pytest said nothing and ended with {ended.returncode}"]
+    found = {what: int(count) for count, what in _COUNT.findall(lines[-1])}
     counts = {what: found.get(what, 0) for what in ("passed", "failed", "skipped")}
     counts["failed"] += found.get("error", 0)  # before or after a test
-    failed = [line for line in ended.stdout.splitlines() if line.startswith(("FAILED", "ERROR "))]
-    yield {"what": "tests", **counts, "seconds": time.perf_counter() - began, "said": failed}
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR "))]
+    said = failed if any(counts.values()) else lines[-1:]
+    yield {"what": "tests", **counts, "seconds": time.perf_counter() - began, "said": said}
 
 
 def rows_of_study(args: argparse.Namespace) -> Iterator[Row]:

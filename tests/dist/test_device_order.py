@@ -14,6 +14,7 @@ from unittest import mock
 import jobs
 import pytest
 import torch
+from families import MIXTRAL
 from ranks import RankError, run_ranks
 from samples import sampled
 
@@ -152,6 +153,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"folder": "", "steps": 3},
     ),
     "recomputed layers": ({**LOCAL, "mode": "backprop"}, {"recomputes": True}),
+    "experts": (LOCAL, {"model": MIXTRAL, **FEW}),
     "topk": ({**LOCAL, "link": {"codec": "topk", "keep": 0.25}}, {}),
     "lowrank": ({**LOCAL, "link": {"codec": "lowrank", "rank": 8}}, {}),
     "int4": ({**LOCAL, "link": {"codec": "int4"}}, {}),
@@ -170,7 +172,14 @@ ALONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # parts of those, b
 }
 
 
-SELDOM = ["overlapping", "recomputed layers", "int4", "topk", "frequent part of the vocabulary"]
+SELDOM = [
+    "overlapping",
+    "recomputed layers",
+    "experts",
+    "int4",
+    "topk",
+    "frequent part of the vocabulary",
+]
 
 
 def steps_of(result: dict[str, Any]) -> list[list[Any]]:

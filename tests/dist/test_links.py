@@ -62,6 +62,22 @@ def test_past_the_host_gives_the_same_bits(row):
         )
 
 
+def past(section):
+    """Of each link of this rank, does anything on it go past the host?"""
+    engine = jobs.build(section, 2)
+    ends = {name: end for name, end in engine.connections.ends.items() if end is not None}
+    return {name: end._direct is not None for name, end in ends.items()}
+
+
+def test_copies_for_heads_go_through_the_host():
+    """They are taken steps after they were sent."""
+    section = {"mode": "overlapping", "head": {"readout": "shared"}, "link": {"past_host": True}}
+    for found in run_ranks(past, 2, section):
+        assert found.pop("readout copy 1 -> 0") is False
+        assert len(found) == 2  # activations and gradients
+        assert all(found.values())
+
+
 def failing(past_host):
     """What stage 1 hears when stage 0 fails after a message."""
     import torch.distributed as dist
@@ -141,6 +157,7 @@ def crossed(rank, up, down):
         mine.send(Tag(step, 0), {"x": torch.full((2,), float(rank + step))})
         dist.barrier()
         yield other.receive(Tag(step, 0))[1]["x"].tolist()
+    mine.flush()  # what goes past the host leaves once it is asked for
 
 
 @pytest.mark.parametrize("past_host", [False, True])

@@ -142,11 +142,13 @@ def test_everything_is_on_the_device():
 
 @pytest.mark.device
 def test_past_host_needs_a_device_for_each_rank():
-    section = {"mode": "backprop", "link": {"past_host": True}}
-    if torch.cuda.device_count() > 1:
-        direct = run_ranks(jobs.train, 2, section, 2, 4, timeout=200)
-        staged = run_ranks(jobs.train, 2, {"mode": "backprop"}, 2, 4, timeout=200)
-        assert direct[0]["reports"] == staged[0]["reports"]
-    else:
-        with pytest.raises(Exception, match="2 ranks share 1 on this machine"):
-            run_ranks(jobs.train, 2, section, 2, 1, timeout=200)
+    shared = {**LOCAL, "head": {"readout": "shared", **COPIED}}  # taken steps after it is sent
+    for plain in ({"mode": "backprop"}, shared):
+        section = {**plain, "link": {"past_host": True}}
+        if torch.cuda.device_count() > 1:
+            direct = run_ranks(jobs.train, 2, section, 2, 12, timeout=200)
+            staged = run_ranks(jobs.train, 2, plain, 2, 12, timeout=200)
+            assert direct[0]["reports"] == staged[0]["reports"]
+        else:
+            with pytest.raises(Exception, match="2 ranks share 1 on this machine"):
+                run_ranks(jobs.train, 2, section, 2, 1, timeout=200)

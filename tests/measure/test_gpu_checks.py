@@ -42,6 +42,13 @@ def test_tests_are_counted_as_pytest_does_and_errors_are_failures(asked):
     assert environment["DS_ACCELERATOR"] == "cuda"
 
 
+def test_tests_that_cannot_begin_end_nothing_else(monkeypatch):
+    silent = subprocess.CompletedProcess([], 4, "")
+    monkeypatch.setattr(gpu_checks.subprocess, "run", lambda *_, **__: silent)
+    (row,) = gpu_checks.rows_of_tests(args())
+    assert row["said"] == ["pytest said nothing and ended with 4"]
+
+
 def test_a_dry_run_is_short_and_on_the_cpu(asked):
     list(gpu_checks.rows_of_tests(args(dry_run=True)))
     ((command, environment),) = asked
