@@ -59,10 +59,15 @@ class Connections:
         in the same order."""
         up = link.kind == "activation"
         source, target = (link.lower, link.lower + 1) if up else (link.lower + 1, link.lower)
-        return self.make_end(str(link), source, target, self._section.depth)
+        depth, past_host = self._section.depth, self._section.past_host
+        return self.make_end(str(link), source, target, depth, past_host)
 
-    def make_end(self, name: str, source: int, target: int, depth: int) -> End | None:
-        """The same for a link between any two segments."""
+    def make_end(
+        self, name: str, source: int, target: int, depth: int, past_host: bool = False
+    ) -> End | None:
+        """The same for a link between any two segments. One whose messages are taken much later
+        than they are sent goes through the host: past it, their kernels would wait on the
+        device."""
         ends = self._stage_of[source], self._stage_of[target]
         if self._outside is not None and not self._ranks[0].keys() >= set(ends):
             self.ends[name] = self._outside(name, *ends) if self._stage in ends else None
@@ -76,6 +81,6 @@ class Connections:
             self._section.wait_seconds,
             self._device,
             self.groups,
-            self._section.past_host,
+            past_host,
         )
         return self.ends[name]
