@@ -137,6 +137,9 @@ def _train(
             found = agreed_tag(run.checkpoints, newest_tag)
             moved = load_what_fits(engine, str(run.checkpoints), found, args.allow_change)
         run.say(f"resuming at step {engine.global_steps}{moved and '; ' + moved}")
+        if unit is None:  # units are at different steps
+            length = length.resumed(engine.global_steps, engine.global_samples, args.epochs)
+            args.max_steps = asked["max_steps"] = length.steps
     replica = unit.replica if unit else engine.replica_id
     shape = BatchShape(micro_batch_size, num_micro_batches, replicas, replica)
     with engine.meeting("the start of the run"):
