@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any, ClassVar
 
@@ -41,7 +41,7 @@ from ds_local.engine.stash import Stash
 from ds_local.engine.stopping import Stopping
 from ds_local.engine.unit_links import UnitLinks, WholePipeline
 from ds_local.engine.unit_steps import UnitSteps
-from ds_local.errors import CheckpointError, ConfigError
+from ds_local.errors import CheckpointError, ConfigError, TransportError
 from ds_local.links import notices
 from ds_local.links.device import peak_memory
 from ds_local.links.failures import Failures, meeting
@@ -624,6 +624,9 @@ class LocalPipelineEngine(UnitSteps):
             saves.settle()
         if (watchdog := made.get("watchdog")) is not None:
             watchdog.stop()
+        if (copies := made.get("copies")) is not None:
+            with suppress(TransportError):  # the other end waits until all it has sent is taken
+                copies.collect(self.global_steps)
         if (connections := made.get("connections")) is not None:
             for link in (one for one in connections.own if isinstance(one, Sender)):
                 link.flush()

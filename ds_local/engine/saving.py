@@ -162,7 +162,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _check_loadable(engine: StageUpdates, client_state: Mapping[str, Any]) -> None:
-    """Refuse what could be saved but not be loaded again, and weights of which some are updated."""
+    """Refuse what could be saved but not be loaded again, and weights that are half updated."""
     if engine.half_updated:
         raise CheckpointError(
             f"step {engine.global_steps + 1} ended in the middle of its update, so weights are of "

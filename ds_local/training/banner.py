@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,10 +25,25 @@ class Length(NamedTuple):
     per_step: int  # sequences of a step, all replicas together
     seq_len: int
     sequences: int  # of an epoch
+    begun: tuple[int, int] = (0, 0)  # steps and sequences before this start
+
+    def resumed(self, step: int, seen: int, epochs: float | None) -> Length:
+        """The length of a run that is at `step`, after `seen` sequences: its steps may have had
+        another size.
+
+        Args:
+            epochs: that the run takes, in all; None: its steps are as they are.
+        """
+        steps = self.steps
+        if epochs is not None:
+            left = math.ceil(epochs * self.sequences - seen)
+            steps = step + max(0, math.ceil(left / self.per_step))
+        return self._replace(steps=steps, begun=(step, seen))
 
     def __str__(self) -> str:
-        tokens = self.steps * self.per_step * self.seq_len
-        epochs = self.steps * self.per_step / self.sequences
+        step, seen = self.begun
+        seen += max(0, self.steps - step) * self.per_step
+        tokens, epochs = seen * self.seq_len, seen / self.sequences
         return (
             f"{self.steps:,} of {self.per_step} x {self.seq_len} tokens: {tokens:,} tokens, "
             f"{epochs:.3g} epochs of {self.sequences:,} sequences"

@@ -133,10 +133,10 @@ def _train(
     model = causal_lm(hf_config, stages, config, data.seq_len, **how)
     engine = initialize(model=model, config=config)[0]
     if args.resume:
-        with engine.meeting("the loading of a checkpoint"):
-            found = agreed_tag(run.checkpoints, newest_tag)
-            moved = load_what_fits(engine, str(run.checkpoints), found, args.allow_change)
-        run.say(f"resuming at step {engine.global_steps}{moved and '; ' + moved}")
+        _load(engine, run, args)
+        if unit is None:  # units are at different steps
+            length = length.resumed(engine.global_steps, engine.global_samples, args.epochs)
+            args.max_steps = asked["max_steps"] = length.steps
     replica = unit.replica if unit else engine.replica_id
     shape = BatchShape(micro_batch_size, num_micro_batches, replicas, replica)
     with engine.meeting("the start of the run"):
@@ -155,6 +155,14 @@ def _train(
     if signals is not None:
         signals.stop_with(engine.request_stop, may_die_alone=unit is not None)
     return _run(Loop(args, run, engine, data, shape, callbacks), engine)
+
+
+def _load(engine: LocalPipelineEngine, run: RunFolder, args: Namespace) -> None:
+    """The newest checkpoint of a run. A collective call."""
+    with engine.meeting("the loading of a checkpoint"):
+        found = agreed_tag(run.checkpoints, newest_tag)
+        moved = load_what_fits(engine, str(run.checkpoints), found, args.allow_change)
+    run.say(f"resuming at step {engine.global_steps}{moved and '; ' + moved}")
 
 
 def _run(loop: Loop, engine: LocalPipelineEngine) -> Validation | None:

@@ -16,17 +16,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ds_local.checkpoints.facts import read_facts
+from ds_local.checkpoints.facts import FACTS, read_facts
 from ds_local.checkpoints.folder import complete_tags, locate, newest_tag
 from ds_local.checkpoints.run_file import RUN_FILE, run_facts
 from ds_local.config import strict_json
 from ds_local.config.changes import CHANGES
 from ds_local.errors import CheckpointError, DataError, RunError
-from ds_local.outputs import reason, scratch_name, write_whole
+from ds_local.outputs import FILES, reason, scratch_name, write_whole
 from ds_local.schedules.units import unit_folders
 from ds_local.training.differences import UNKNOWN, by_kind, differences, in_words, of_checkpoint
 from ds_local.training.run_lock import RunLock
 
+_OF_OTHER_FOLDERS = (FILES, FACTS, "latest")  # of data and models, checkpoints, folders of these
 _MADE = (
     RUN_FILE,
     "metrics.jsonl",
@@ -82,6 +83,12 @@ class RunFolder:
                 "--output"
             )
         if self.is_first and self.recorded() is None:
+            ours = [name for name in _OF_OTHER_FOLDERS if (self.path / name).exists()]
+            if ours:
+                raise RunError(
+                    f"{self.path} holds {', '.join(ours)}: it is no folder of a run but one of "
+                    "data, a model or checkpoints; give --output the run's own folder"
+                )
             foreign = [name for name in _MADE if (self.path / name).exists()]
             if foreign:
                 raise RunError(

@@ -234,3 +234,17 @@ def test_diagnostics_are_the_cosines_of_one_process_autograd_and_change_nothing(
         figures,
         losses,
     )
+
+
+def ended(stages: int) -> list[str]:
+    """What is said where a script ends while weights are on their way to a head."""
+    engine = jobs.build({"head": HEAD}, stages, gas=4)
+    data = jobs.batches(engine)
+    for _ in range(3):
+        engine.train_batch(data)
+    engine.destroy()
+    return [str(copy) for copy in engine.module.copies]
+
+
+def test_an_engine_may_end_while_copies_are_on_their_way():
+    assert len(run_ranks(ended, 2, 2)[0]) == 2

@@ -110,3 +110,15 @@ def test_phases_are_forecast_one_by_one():
     local, backprop = forecast(plan, config, [0, 3, families.num_blocks(config) + 2], 128)
     assert (local.first_step, backprop.first_step) == (0, 6)
     assert min(local.idle) == 0 < min(backprop.idle)
+
+
+def test_epochs_count_the_sequences_that_steps_of_another_size_had():
+    length = Length(steps=13, per_step=8, seq_len=10, sequences=100)
+    assert str(length) == "13 of 8 x 10 tokens: 1,040 tokens, 1.04 epochs of 100 sequences"
+    resumed = length.resumed(step=10, seen=40, epochs=1)
+    assert resumed.steps == 18
+    assert str(resumed) == "18 of 8 x 10 tokens: 1,040 tokens, 1.04 epochs of 100 sequences"
+    assert length.resumed(10, 40, None).steps == 13
+    assert str(length.resumed(10, 40, None)).startswith("13 of 8 x 10 tokens: 640 tokens, 0.64 ")
+    assert length.resumed(50, 200, 1).steps == 50  # there is nothing left to do
+    assert length.resumed(5, 40, 1).steps == 13  # as from the start

@@ -230,6 +230,14 @@ def test_files_of_others_are_left_alone(tmp_path, name, resume):
         RunFolder(tmp_path, print).begins_at(resume)
 
 
+@pytest.mark.parametrize("name", ["ds_local_files.json", "ds_local.json", "latest"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_data_or_checkpoints_is_no_run(tmp_path, name, resume):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(RunError, match=f"holds {name}: it is no folder of a run"):
+        RunFolder(tmp_path, print).begins_at(resume)
+
+
 def test_a_folder_with_other_files_will_do(tmp_path):
     (tmp_path / "slurm-12.out").write_text("")
     assert RunFolder(tmp_path, print).begins_at(resume=False) is None
