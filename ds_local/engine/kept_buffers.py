@@ -21,6 +21,8 @@ class KeptBuffers:
         self.keep()
 
     def _buffers(self) -> dict[str, Tensor]:
+        if not self._is_first and not self._kept:
+            return {}  # most models: no walk through all modules in each step
         found = dict(self._module.named_buffers())
         return found if self._is_first else {n: b for n, b in found.items() if n in self._kept}
 
