@@ -24,10 +24,11 @@ class Length(NamedTuple):
     per_step: int  # sequences of a step, all replicas together
     seq_len: int
     sequences: int  # of an epoch
+    more: int = 0  # sequences that steps before this start had more than as many have now
 
     def __str__(self) -> str:
-        tokens = self.steps * self.per_step * self.seq_len
-        epochs = self.steps * self.per_step / self.sequences
+        seen = self.steps * self.per_step + self.more
+        tokens, epochs = seen * self.seq_len, seen / self.sequences
         return (
             f"{self.steps:,} of {self.per_step} x {self.seq_len} tokens: {tokens:,} tokens, "
             f"{epochs:.3g} epochs of {self.sequences:,} sequences"

@@ -88,6 +88,20 @@ def length_of(args: Namespace, data: TokenData, per_step: int) -> Length:
     return Length(steps, per_step, data.seq_len, sequences)
 
 
+def length_from(length: Length, epochs: float | None, step: int, seen: int) -> Length:
+    """The length of a run that goes on: the number of sequences in a step may have changed.
+
+    Args:
+        epochs: that were asked for, if not a number of steps.
+        step: that it goes on from.
+        seen: sequences in the steps before.
+    """
+    steps, more = length.steps, seen - step * length.per_step
+    if epochs is not None:
+        steps = max(1, math.ceil((epochs * length.sequences - more) / length.per_step))
+    return length._replace(steps=steps, more=more)
+
+
 def facts_of_start(
     args: Namespace,
     asked: Mapping[str, Any],

@@ -39,7 +39,7 @@ from ds_local.schedules.run_plan import RunPlan
 from ds_local.training.banner import banner, forecast
 from ds_local.training.callbacks import Callback, Validation, check_callbacks
 from ds_local.training.dry_run import dry_run
-from ds_local.training.inputs import facts_of_start, layout_of, length_of, read_inputs
+from ds_local.training.inputs import facts_of_start, layout_of, length_from, length_of, read_inputs
 from ds_local.training.run_folder import RunFolder, opened, tokenizer_test
 from ds_local.training.signals import Signals
 from ds_local.training.steps import Loop
@@ -137,6 +137,9 @@ def _train(
             found = agreed_tag(run.checkpoints, newest_tag)
             moved = load_what_fits(engine, str(run.checkpoints), found, args.allow_change)
         run.say(f"resuming at step {engine.global_steps}{moved and '; ' + moved}")
+        if unit is None:  # the steps of units are told to one another before
+            length = length_from(length, args.epochs, engine.global_steps, engine.global_samples)
+            args.max_steps = asked["max_steps"] = length.steps
     replica = unit.replica if unit else engine.replica_id
     shape = BatchShape(micro_batch_size, num_micro_batches, replicas, replica)
     with engine.meeting("the start of the run"):

@@ -12,7 +12,8 @@ from ds_local.cli.train import parse_arguments
 from ds_local.data.corpus import prepare
 from ds_local.errors import ConfigError, UnsupportedModel
 from ds_local.model import document_mask
-from ds_local.training.inputs import VOCABULARY_PADDING, facts_of_start, read_inputs
+from ds_local.training.banner import Length
+from ds_local.training.inputs import VOCABULARY_PADDING, facts_of_start, length_from, read_inputs
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +87,13 @@ def test_a_start_is_told_before_there_is_an_engine(tmp_path, data):
     assert facts["weights"] is None  # a config file has none
     assert {"ds_local", "torch", "deepspeed", "python"} <= facts["versions"].keys()
     json.dumps(facts)
+
+
+def test_epochs_count_what_earlier_steps_have_seen():
+    halved = length_from(Length(200, 4, 16, 800), 1.0, step=50, seen=400)
+    assert (halved.steps, halved.more) == (150, 200)  # 400 sequences are left, of 4 a step
+    assert str(halved) == "150 of 4 x 16 tokens: 12,800 tokens, 1 epochs of 800 sequences"
+    doubled = length_from(Length(50, 16, 16, 800), 1.0, step=50, seen=400)
+    assert doubled.steps == 75
+    assert length_from(Length(100, 8, 16, 800), 1.0, step=50, seen=400) == Length(100, 8, 16, 800)
+    assert length_from(Length(60, 16, 16, 800), None, step=50, seen=400).steps == 60
