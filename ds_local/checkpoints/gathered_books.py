@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,29 @@ from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.checkpoints.run_file import RUN_FILE, run_facts
 from ds_local.config import strict_json
 from ds_local.config.strict import SECTION
-from ds_local.errors import CheckpointError
+from ds_local.errors import CheckpointError, RunError
 from ds_local.outputs import scratch_name, write_whole
 
 GATHERED = "gathered"  # key of a run.json that no job has written
+METRICS = "metrics.jsonl"
+
+
+def check_same_run(units: Mapping[int, Sequence[Path]], output: Path) -> None:
+    """What was gathered to `output` before is of the same run.
+
+    Args:
+        units: folders of the replicas of each.
+
+    Raises:
+        RunError: when none of its starts is one of theirs.
+    """
+    before = run_facts(output).get("starts")
+    known = [s for n, runs in units.items() for run in runs for s in _starts(n, run_facts(run))]
+    if before and not any(start in known for start in before):
+        raise RunError(
+            f"{output} holds what was gathered from another run, so it is left alone; choose "
+            "another --output"
+        )
 
 
 def write_books(step: int, runs: Sequence[Path], output: Path) -> None:
@@ -34,11 +53,11 @@ def write_books(step: int, runs: Sequence[Path], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     facts = _run_of_whole(step, runs)
     write_whole(output / RUN_FILE, strict_json.dumps(facts, indent=1, default=str) + "\n")
-    rows = [row for run in runs for row in MetricsFile(run / "metrics.jsonl").read()]
+    rows = [row for run in runs for row in MetricsFile(run / METRICS).read()]
     rows = [row for row in rows if row["step"] <= step]
     rows.sort(key=lambda row: (row["step"], row["split"] != "train", row["segment"]))
     text = "".join(strict_json.dumps(row) + "\n" for row in rows)
-    write_whole(output / "metrics.jsonl", text)
+    write_whole(output / METRICS, text)
     source, copy = runs[0] / "checkpoints" / "tokenizer", output / "checkpoints" / "tokenizer"
     if source.is_dir() and not copy.is_dir():
         scratch = copy.with_name(scratch_name(copy.name))
@@ -63,11 +82,7 @@ def _run_of_whole(step: int, runs: Sequence[Path]) -> dict[str, Any]:
     link = config[SECTION].pop("link", {})
     link.pop("reconnect_seconds", None)
     config[SECTION] |= {"link": link} if link else {}
-    starts = [
-        {**start, "unit": number}
-        for number, unit in enumerate(units)
-        for start in unit.get("starts", [])
-    ]
+    starts = [start for number, unit in enumerate(units) for start in _starts(number, unit)]
     return {
         **first,
         "arguments": {**first["arguments"], "unit": None},
@@ -76,3 +91,8 @@ def _run_of_whole(step: int, runs: Sequence[Path]) -> dict[str, Any]:
         "starts": sorted(starts, key=lambda start: str(start.get("time"))),
         GATHERED: {"step": step, "runs": [str(run) for run in runs]},
     }
+
+
+def _starts(number: int, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of a unit."""
+    return [{**start, "unit": number} for start in facts.get("starts", [])]

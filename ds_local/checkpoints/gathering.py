@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ds_local.checkpoints.facts import FACTS, read_facts, write_facts
 from ds_local.checkpoints.folder import Writing, complete_tags, latest_tag, locate
-from ds_local.checkpoints.gathered_books import GATHERED, write_books
+from ds_local.checkpoints.gathered_books import GATHERED, METRICS, check_same_run, write_books
 from ds_local.checkpoints.run_file import RUN_FILE, run_facts
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
@@ -55,13 +55,15 @@ def gather_units(run: str | Path, output: str | Path | None = None) -> Path:
     Raises:
         CheckpointError: when there is no such step, naming a unit that lacks one, or files are
             damaged.
-        RunError: when `run` has no units, or a job has a run of its own in `output`.
+        RunError: when `run` has no units, or `output` holds a job's run, what was gathered from
+            another one, or a file that no command of ours wrote.
         SaveError: when the disk does not take it.
     """
     run, output = Path(run), Path(run if output is None else output)
     if not unit_folders(run):
         raise RunError(f"{run} holds no unit-N folder; give the --output of a run with --unit")
     _check_free(output)
+    check_same_run(unit_folders(run), output)
     return _trying(run, lambda found: _written(found, output))
 
 
@@ -174,6 +176,11 @@ def _check_free(output: Path) -> None:
     if there and GATHERED not in run_facts(output):
         raise RunError(
             f"{output} holds the run of one job, so it is left alone; choose another --output"
+        )
+    if not there and (output / METRICS).exists():
+        raise RunError(
+            f"{output} holds {METRICS} but no run of ds_local, so it is left alone; choose another "
+            "--output"
         )
 
 

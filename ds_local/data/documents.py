@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,12 +44,19 @@ class Reading:
     fields: Sequence[str] = TEXT_FIELDS
     render: Chat = plain_chat
     on_bytes: Callable[[int], object] = lambda count: None
+    _names: dict[str, str] = field(default_factory=dict)  # real path -> name of a file
+
+    def name_of(self, path: Path, root: Path) -> str:
+        """Of a file of the source whose place is `root`. One that is met again, by another place or
+        a link, keeps its name: whether its documents are held out depends on that."""
+        name = printable(path.relative_to(root) if path != root else path.name)
+        return self._names.setdefault(os.path.realpath(path), name)
 
 
 def documents_of(root: Path, files: Iterable[Path], reading: Reading) -> Iterator[Document]:
     """All documents of the files of a source, whose place is `root`."""
     for path in files:
-        short = printable(path.relative_to(root) if path != root else path.name)
+        short = reading.name_of(path, root)
         try:
             file = Input(path)
             read = READERS.get(endings(path)[0])

@@ -17,6 +17,7 @@ class Clock:
     def __init__(self, seconds: float = 0.0) -> None:
         self._earlier, self._depth = seconds, 0
         self._began: float | None = None
+        self._paused_at = 0.0  # when the outermost pause began
 
     def start(self) -> None:
         """The first step, which pays for the start, is done; later calls change nothing."""
@@ -24,16 +25,19 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        own = 0.0 if self._began is None else time.perf_counter() - self._began
+        now = self._paused_at if self._depth else time.perf_counter()
+        own = 0.0 if self._began is None else now - self._began
         return round(self._earlier + own, 3)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What is done inside does not count."""
-        began, self._depth = time.perf_counter(), self._depth + 1
+        if not self._depth:
+            self._paused_at = time.perf_counter()
+        self._depth += 1
         try:
             yield
         finally:
             self._depth -= 1
             if not self._depth and self._began is not None:
-                self._began += time.perf_counter() - began
+                self._began += time.perf_counter() - self._paused_at

@@ -225,6 +225,29 @@ def test_a_run_of_one_job_is_left_alone(run, tmp_path):
         assert same == run
 
 
+def test_files_of_the_user_are_left_alone(run, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "metrics.jsonl").write_text("notes\n")
+    with pytest.raises(RunError, match=r"holds metrics.jsonl but no run of ds_local"):
+        gather_units(run, own)
+    assert [path.name for path in own.iterdir()] == ["metrics.jsonl"]
+    assert (own / "metrics.jsonl").read_text() == "notes\n"
+
+
+def test_two_runs_are_not_gathered_into_one(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    for path in other.glob("unit-*/run.json"):
+        path.write_text(path.read_text().replace("2026-01-01", "2026-01-02"))
+    gather_units(run, tmp_path / "whole")
+    before = (tmp_path / "whole" / "run.json").read_text()
+    with pytest.raises(RunError, match=r"holds what was gathered from another run"):
+        gather_units(other, tmp_path / "whole")
+    assert (tmp_path / "whole" / "run.json").read_text() == before
+    save(run, 2, 6)
+    assert gather_units(run, tmp_path / "whole").name == "global_step6"
+
+
 def test_a_replica_stands_in_for_another(run):
     for unit in range(3):
         (run / f"unit-{unit}").rename(run / f"unit-{unit}-replica-0")

@@ -40,6 +40,18 @@ def test_documents_are_held_out_by_their_names_alone(tmp_path):
     assert 0.15 < sum(held_out[0]) / len(held_out[0]) < 0.35
 
 
+def test_a_file_that_comes_twice_is_in_one_split(tmp_path):
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    for number in range(40):
+        write(inner / f"{number}.txt", f"text {number}")
+        (inner / f"link-{number}.txt").symlink_to(f"{number}.txt")
+    found, _ = pieces([tmp_path, inner, inner / "0.txt"], share=0.3)
+    split = {held_out: {t for p, t in found if p.held_out == held_out} for held_out in (0, 1)}
+    assert len(found) == 161
+    assert split[0] and split[1] and not split[0] & split[1]
+
+
 def test_with_validation_text_nothing_is_held_out(tmp_path):
     one, two = write(tmp_path / "a.jsonl", LINES), write(tmp_path / "b.jsonl", LINES)
     found, _ = pieces([one], [two], share=0.5)

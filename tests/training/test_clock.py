@@ -40,3 +40,15 @@ def test_pauses_do_not_count_and_may_lie_in_each_other(now):
         now.now += 16
     now.now += 1
     assert made.seconds == 3
+
+
+def test_it_stands_during_a_pause(now):
+    made = clock.Clock()
+    made.start()
+    now.now += 2
+    with made.paused():
+        now.now += 4
+        with made.paused():
+            now.now += 8
+            assert made.seconds == 2
+    assert made.seconds == 2
