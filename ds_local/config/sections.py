@@ -178,6 +178,32 @@ class HeadConfig(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _copies_in_use(self) -> HeadConfig:
+        tracks, default = self.blocks_from == "next_tracked", HeadConfig.model_fields
+        if self.tracking != default["tracking"].default and not tracks:
+            raise ValueError(
+                f"tracking means nothing with blocks_from {self.blocks_from!r}; remove it, or set "
+                "blocks_from to next_tracked"
+            )
+        copies = tracks or self.readout == "shared"
+        if self.refresh_every != default["refresh_every"].default and not copies:
+            raise ValueError(
+                f"refresh_every is {self.refresh_every}, and nothing is copied time and again; "
+                "remove it, or set readout to shared or blocks_from to next_tracked"
+            )
+        if self.blocks_from != "new" and not self.blocks:
+            raise ValueError(
+                f"blocks_from is {self.blocks_from!r} without private blocks; set blocks, such as "
+                "to 1, or remove it"
+            )
+        return self
+
+    def chosen(self) -> list[str]:
+        """The options that are not as they are by default."""
+        fields = HeadConfig.model_fields.items()
+        return [name for name, field in fields if getattr(self, name) != field.default]
+
     def classes(self, vocab_size: int) -> int:
         """Columns of the readout, of a model with so many tokens."""
         return vocab_size if self.vocabulary is None else self.vocabulary + 1

@@ -14,6 +14,7 @@ from torch import nn
 from ds_local.config.deepspeed import batch_sizes, check_number
 from ds_local.config.degrees import num_stages_and_replicas
 from ds_local.config.schema import LocalParallelConfig
+from ds_local.config.strict import SECTION
 from ds_local.errors import ConfigError
 from ds_local.model import blocks
 from ds_local.replicas.cuts import check_cut
@@ -76,6 +77,17 @@ def world_size() -> int:
     )
 
 
+def _check_of_use(section: LocalParallelConfig) -> None:
+    """Refuse what only `causal_lm` reads, for layers of one's own."""
+    unread = [f"head.{name}" for name in section.head.chosen() if name != "every"]
+    unread += ["partition"] if section.partition != "cost" else []
+    if unread:
+        raise ConfigError(
+            f"{SECTION}.{unread[0]} is for the language models that causal_lm makes, and nothing "
+            "reads it with layers and heads of your own; remove it"
+        )
+
+
 def check_layers(
     layers: Sequence[Any],
     num_stages: int,
@@ -103,6 +115,7 @@ def check_layers(
         )
     if not any(getattr(layer, "typename", None) is blocks.Block for layer in layers):
         check_cut(None, section.replicas, 1)
+        _check_of_use(section)
     if parts is not None:
         rising = all(a < b for a, b in pairwise(parts))
         if (

@@ -133,7 +133,7 @@ def _train(
     model = causal_lm(hf_config, stages, config, data.seq_len, **how)
     engine = initialize(model=model, config=config)[0]
     if args.resume:
-        _load(engine, run, args)
+        _load(run, engine, args.allow_change)
         if unit is None:  # units are at different steps
             length = length.resumed(engine.global_steps, engine.global_samples, args.epochs)
             args.max_steps = asked["max_steps"] = length.steps
@@ -157,11 +157,11 @@ def _train(
     return _run(Loop(args, run, engine, data, shape, callbacks), engine)
 
 
-def _load(engine: LocalPipelineEngine, run: RunFolder, args: Namespace) -> None:
-    """The newest checkpoint of a run. A collective call."""
+def _load(run: RunFolder, engine: LocalPipelineEngine, allowed: Sequence[str]) -> None:
+    """Go on from the run's latest checkpoint. A collective call."""
     with engine.meeting("the loading of a checkpoint"):
         found = agreed_tag(run.checkpoints, newest_tag)
-        moved = load_what_fits(engine, str(run.checkpoints), found, args.allow_change)
+        moved = load_what_fits(engine, str(run.checkpoints), found, allowed)
     run.say(f"resuming at step {engine.global_steps}{moved and '; ' + moved}")
 
 

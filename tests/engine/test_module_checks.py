@@ -99,3 +99,13 @@ def test_losses_inside_need_heads():
     local = local_parallel({"local_parallel": {"mode": "local"}})
     check_layers(layers(), 2, local, None, True)
     refused(lambda: check_layers(layers(), 2, local, None, False), "pass head=make_head")
+
+
+def test_options_of_language_models_are_none_of_other_layers():
+    check_layers(layers(), 2, section(head={"every": 2}), None, False)
+    for options in ({"head": {"token_fraction": 0.5}}, {"partition": "uniform"}):
+        found = section(**options)
+        refused(
+            lambda found=found: check_layers(layers(), 2, found, None, False),
+            "is for the language models that causal_lm makes",
+        )

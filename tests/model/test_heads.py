@@ -254,6 +254,9 @@ def test_an_adapter_starts_as_nothing_and_learns(config, readout):
         ({"token_fraction": 0}, "greater than 0"),
         ({"token_fracton": 0.5}, "did you mean 'token_fraction'"),
         ({"tracking": 1.0}, "less than 1"),
+        ({"tracking": 0.5}, "tracking means nothing with blocks_from 'new'"),
+        ({"refresh_every": 5}, "refresh_every is 5, and nothing is copied"),
+        ({"blocks_from": "next"}, "blocks_from is 'next' without private blocks"),
     ],
 )
 def test_heads_that_make_no_sense_are_refused(head, message):
