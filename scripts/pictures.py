@@ -29,7 +29,7 @@ from ds_local.schedules.drawing import band_of, draw_routes
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import Event, Schedule
 from ds_local.schedules.simulator import Costs, Timeline, several_steps, simulate
-from ds_local.study.picture import curves_chart, gaps_chart
+from ds_local.study.picture import AT_THE_RATIO, curves_chart, gaps_chart
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "pictures"
@@ -315,7 +315,9 @@ def study() -> Iterator[tuple[Path, str]]:
     rows = json.loads((ROOT / "docs" / "quality.json").read_text())
     runs = (ROOT / "docs" / "quality-runs.jsonl").read_text().splitlines()
     yield FOLDER / "quality.svg", gaps_chart(rows)
-    yield FOLDER / "quality-curves.svg", curves_chart(list(map(json.loads, runs)), rows)
+    results = list(map(json.loads, runs))
+    yield FOLDER / "quality-curves.svg", curves_chart(results, rows)
+    yield FOLDER / "quality-ratio-curves.svg", curves_chart(results, rows, AT_THE_RATIO)
 
 
 def pictures() -> Iterator[tuple[Path, str]]:

@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def table(folder: Path, docs: Path) -> int:
     """Add the finished runs in a folder to those in `docs`, and write the pages."""
-    from ds_local.study.picture import SMALL, compared, curves_chart, gaps_chart
+    from ds_local.study.picture import AT_THE_RATIO, SMALL, compared, curves_chart, gaps_chart
     from ds_local.study.results import all_runs
     from ds_local.study.summary import summary
     from ds_local.study.tables import markdown, ratio_markdown, short_markdown, write_between
@@ -101,6 +101,8 @@ def table(folder: Path, docs: Path) -> int:
     others = {name: rows for name, rows in rows_of.items() if name not in at_ratio}
     if at_ratio:
         write_between(docs / "quality-ratio.md", ratio_markdown(at_ratio))
+        drawn = curves_chart(results, rows, AT_THE_RATIO)
+        write_file(docs / "pictures" / "quality-ratio-curves.svg", drawn)
     if others:
         write_between(docs / "results" / "quality.md", markdown(others))
     if compared(rows, SMALL):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from ds_local.charts.dots import Dot, DotPanel, draw_dots
 from ds_local.charts.plots import Curve, chart
@@ -29,14 +29,47 @@ COMPARED = (
     "mixed 1/4",
     "local",
 )
-HIGHEST = 2.25  # loss that the curves begin at
 FAST, SLOW = "M=4, c/F=0", "M=4, c/F=1"
-CURVES = (
-    "backprop",
-    "chunked 2",
-    "chunked 2, backprop tail 40 %",
-    "mixed 1/4, tail 40 %",
-    "local",
+
+
+class Curves(NamedTuple):
+    """What a chart of losses against tokens and against time shows."""
+
+    preset: str
+    methods: tuple[str, ...]
+    limits: tuple[float, float]  # of the loss
+    titles: tuple[str, str]
+
+
+CURVES = Curves(
+    "cpu",
+    (
+        "backprop",
+        "chunked 2",
+        "chunked 2, backprop tail 40 %",
+        "mixed 1/4, tail 40 %",
+        "local",
+    ),
+    (1.8, 2.25),
+    (
+        "At equal tokens backpropagation is ahead",
+        "At equal time chunks of two are level with it",
+    ),
+)
+AT_THE_RATIO = Curves(
+    "cpu-gpt2-ratio",
+    (
+        "backprop, WSD",
+        "chunked 2, WSD",
+        "chunked 2, backprop tail 40 %, WSD",
+        "local, backprop tail 40 %, WSD",
+        "local, 1/8 of the vocabulary, tail 40 %, WSD",
+    ),
+    (2.35, 3.1),
+    (
+        "At equal tokens chunks of two with a tail are ahead",
+        "At equal time all chunks are",
+    ),
 )
 
 
@@ -86,13 +119,20 @@ def gaps_chart(rows: Sequence[Row]) -> str:
     ).file()
 
 
-def curves_chart(results: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> str:
-    """Validation loss against tokens, and against predicted time, in small steps."""
-    known, (preset, factor) = compared(rows, SMALL), SMALL
-    of_preset = [dict(r) for r in results if r["preset"] == preset]
+def curves_chart(
+    results: Sequence[Mapping[str, Any]], rows: Sequence[Row], wanted: Curves = CURVES
+) -> str:
+    """Validation loss against tokens, and against predicted time."""
+    of_preset = [dict(r) for r in results if r["preset"] == wanted.preset]
+    kind = wanted.preset, 1.0, SEGMENTS
+    known = {
+        row["method"]: row
+        for row in rows
+        if (row["preset"], row["step_factor"], row["segments"]) == kind
+    }
     runs = {
-        method: {run["seed"]: run["curve"] for run in runs_of(of_preset, method, SEGMENTS, factor)}
-        for method in CURVES
+        method: {run["seed"]: run["curve"] for run in runs_of(of_preset, method, SEGMENTS, 1.0)}
+        for method in wanted.methods
         if method in known
     }
     longest = max(len(curve) for curves in runs.values() for curve in curves.values())
@@ -105,22 +145,22 @@ def curves_chart(results: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> s
         name, scale = shown(method), known[method]["predicted_time_ratios_split"][FAST]
         together = zip(*(curves[seed] for seed in seeds), strict=True)
         points = [(points[0][0] / 1e6, mean(loss for _, loss in points)) for points in together]
-        points = [(x, loss) for x, loss in points if loss < HIGHEST]
+        points = [(x, loss) for x, loss in points if loss < wanted.limits[1]]
         by_tokens.append(Curve(name, colors[name], points))
         by_time.append(Curve(name, colors[name], [(x * scale, y) for x, y in points]))
     both = Svg(860, 0, "Validation loss against tokens and against time")
-    y_name = f"validation loss, nats, mean of {len(seeds)} seeds; the later part of the runs"
-    for n, (title, shown_curves, x_name) in enumerate(
+    which = f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    y_name = f"validation loss, nats, {which}; the later part of the runs"
+    for n, (shown_curves, x_name) in enumerate(
         (
-            ("At equal tokens backpropagation is ahead", by_tokens, "million tokens"),
+            (by_tokens, "million tokens"),
             (
-                "At equal time chunks of two are level with it",
                 by_time,
                 "simulated time, 4 stages, 4 micro-batches, split; 1F1B takes 1 a million tokens",
             ),
         )
     ):
-        size, limits = (860.0, 270.0), (1.8, HIGHEST)
-        part = chart(title, shown_curves, x_name, y_name, size=size, y_range=limits)
+        size, limits = (860.0, 270.0), wanted.limits
+        part = chart(wanted.titles[n], shown_curves, x_name, y_name, size=size, y_range=limits)
         both.embed(part, 0, n * 276)
     return both.file()

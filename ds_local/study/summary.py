@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -99,7 +100,7 @@ def _row(
         "gaps_percent": [percent(one) for one in gaps],
         "schedule": method.schedule,
         "depth_pays": None,
-        "exits": first.get("exits", {}) if method.has_exits else {},
+        "exits": _exits(runs) if method.has_exits else {},
         "aux_flops_share": round(forecast.aux_share, 4),
         "predicted_time_ratio": ratios_of(forecast.time).get("M=8, c/F=0"),
         "device": first["machine"]["device"],
@@ -113,6 +114,12 @@ def _row(
         "time_to_equal_loss": to_equal_loss(forecast.time),
         "time_to_equal_loss_split": to_equal_loss(forecast.split),
     }
+
+
+def _exits(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Segment -> mean loss after it, of the runs that have kept them."""
+    kept = [run["exits"] for run in runs if run.get("exits")]
+    return {segment: mean(one[segment] for one in kept) for segment in (kept[0] if kept else ())}
 
 
 def _parameters(model: dict[str, Any]) -> int:

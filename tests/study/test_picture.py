@@ -48,7 +48,7 @@ def test_curves_end_where_the_runs_do(rows):
     results[-1]["curve"] = curve[-1:]  # only its end was kept: the other seed is drawn alone
     text = curves_chart(results, rows)
     ElementTree.fromstring(text)
-    assert "mean of 1 seeds" in text
+    assert "seed 1;" in text
     paths = re.findall(r'<path d="([^"]+)"', text)
     assert len(paths) == 6  # three curves against tokens, three against time
     assert all(path.count("L") == 1 for path in paths)  # the first point is above the chart
