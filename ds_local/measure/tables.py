@@ -218,6 +218,9 @@ def gpu_tables(rows: Sequence[Row]) -> list[str]:
     def tokens(row: Row) -> str:
         return f"{row['tokens_per_second']:,.0f}"
 
+    def dry(row: Row) -> bool:
+        return row.get("dry_run", False)
+
     def ms(*names: str) -> Callable[[Row], str]:
         return lambda row: number(1000 * sum(row[name] for name in names), ".2f")
 
@@ -243,7 +246,9 @@ def gpu_tables(rows: Sequence[Row]) -> list[str]:
             "peak GiB": gibibytes,
         },
         "tests": {
-            "tests of a device": lambda r: f"{r['passed']} passed, {r['failed']} failed",
+            "tests of a device": lambda r: (
+                f"{r['passed']} passed, {r['failed']} failed{', dry run' * dry(r)}"
+            ),
             "seconds": lambda r: number(r["seconds"], ".0f"),
         },
         "study": {
@@ -255,6 +260,10 @@ def gpu_tables(rows: Sequence[Row]) -> list[str]:
             "head": lambda r: f"{r['model']}: {r['head']}",
             "forward + backward ms": ms("seconds"),
             "in blocks": lambda r: number(r["seconds"] / r["block_seconds"], ".2f"),
+            "a block": lambda r: (
+                f"{1000 * r['block_seconds']:.2f} ms, "
+                f"{'compiled' if r.get('block_compiled') else 'eager'}"
+            ),
             "peak GiB": gibibytes,
         },
     }
