@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from ds_local.measure.gpu_checks import METHODS
-from ds_local.measure.gpu_rows import is_done, merged, has_failed_tests
+from ds_local.measure.gpu_rows import has_failed_tests, is_done, merged
 
 TESTS = {"task": "tests", "what": "tests", "passed": 12, "failed": 0, "dry_run": False}
 RUN = {"task": "study", "what": "study", "preset": "gpu-10m", "segments": 4, "seed": 1}
