@@ -295,7 +295,9 @@ def gpu() -> str:
     ]
     links = list(dict.fromkeys(row["link"]["name"] for row in rows))
     found = {
-        (row["link"]["name"], row["schedule"]): row["tokens_per_second"] / 1000 for row in rows
+        (row["link"]["name"], row["schedule"]): row["tokens_per_second"] / 1000
+        for row in rows
+        if row["schedule"] in names
     }
     most = max(map(round, found.values()))
     panels = [

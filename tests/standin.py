@@ -348,7 +348,7 @@ def _seen_in_group(operation: Callable[..., Any], writes: bool) -> Callable[...,
 
 
 def _over_gloo(new_group: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda ranks, backend=None, **how: new_group(ranks, backend="gloo", **how)
+    return lambda ranks=None, backend=None, **how: new_group(ranks, backend="gloo", **how)
 
 
 def _applied(apply: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,9 @@
 """Benchmarks run, count right and say what they cannot do. Times are tiny here and never judged."""
 
 import json
+import re
+import subprocess
+from datetime import UTC, date, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +15,8 @@ from ranks import run_ranks
 from ds_local.cli import benchmark
 from ds_local.errors import DsLocalError
 from ds_local.measure import (
+    gpu,
+    gpu_checks,
     network,
     pictures,
     real,
@@ -21,6 +26,7 @@ from ds_local.measure import (
 )
 from ds_local.measure.sweep import Setting, sweep
 from ds_local.measure.systems import SYSTEMS, choose
+from ds_local.measure.tables import gpu_tables
 
 POOL = SimpleNamespace(run=run_ranks)
 QUICK = sleeping.Times(0.001, 0.001, 0.001)
@@ -65,6 +71,49 @@ def test_tables_take_repetitions_of_several_runs_together():
     row |= {"efficiency_lowest": 0.5, "efficiency_highest": 0.5}
     faster = row | {"repetitions": [1.25, 1.0], "efficiency": 0.8, "step_seconds": 1.25}
     assert "| a b | 80.0 (50-100) / 100 |" in report.markdown([row, faster])
+
+
+def test_rows_say_day_and_commit_and_keep_them(tmp_path, monkeypatch):
+    path, row = tmp_path / "rows.json", {"machine": "m", "command": "c", "benchmark": "gpu"}
+    monkeypatch.setattr(report, "commit", lambda: "0123456789ab+changes")
+    report.save([{"task": "new"}, row], path, "gpu")  # the second as an older file has it
+    first, second = report.load([path])
+    assert date.fromisoformat(first["date"]) <= datetime.now(UTC).date()
+    assert (first["benchmark"], first["commit"]) == ("gpu", "0123456789ab+changes")
+    assert second == row
+    monkeypatch.setattr(report, "commit", lambda: "another")
+    report.save([first, second], path, "gpu")
+    assert report.load([path]) == [first, second]
+    said = report.markdown([{**first, "what": "tests"} | TESTS, {**row, "what": "tests"} | TESTS])
+    assert f", {first['date']}, commit 0123456789ab+changes\n`c` on a m\n" in said
+
+
+TESTS = {"passed": 1, "failed": 0, "seconds": 2.0}
+
+
+def git(folder, *words):
+    who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    subprocess.run(["git", "-C", folder, *who, *words], check=True, capture_output=True)
+
+
+def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "ds_local" / "measure" / "report.py"))
+    asked = report.commit.__wrapped__
+    assert asked() is None
+    git(tmp_path, "init")
+    assert asked() is None  # nothing is in it
+    (tmp_path / "a").write_text("a")
+    git(tmp_path, "add", "a")
+    git(tmp_path, "commit", "-m", "a")
+    clean = asked()
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    (tmp_path / "beside").write_text("b")
+    assert asked() == clean
+    (tmp_path / "a").write_text("b")
+    assert asked() == f"{clean}+changes"
+    inside = tmp_path / "venv" / "ds_local" / "measure" / "report.py"
+    monkeypatch.setattr(report, "__file__", str(inside))
+    assert asked() is None  # an installed package, within a checkout of something
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -196,6 +245,49 @@ def test_gpu_dry_run_on_the_cpu(tmp_path, monkeypatch, capsys):
     }
     assert all(0 < r["efficiency"] <= 1 for r in predictions)
     assert "predicted efficiency" in said.out
+    assert all(r["dry_run"] and r["date"] and "commit" in r for r in rows)
+    heads = [r for r in rows if r["what"] == "head"]
+    assert {(r["kernel"], r["block_compiled"]) for r in heads} >= {("torch", False)}
+
+
+def test_gpu_tests_that_failed_run_again_and_the_command_says_so(tmp_path, monkeypatch, capsys):
+    file, answers = tmp_path / "gpu.json", iter([(1, "1 failed, 2 passed"), (0, "3 passed")])
+
+    def run(words, **_):
+        code, said = next(answers)
+        return subprocess.CompletedProcess(words, code, f"{said} in 1s\n")
+
+    monkeypatch.setattr(gpu_checks, "subprocess", SimpleNamespace(run=run, PIPE=-1))
+    options = ("gpu", "--dry-run", "--parts", "tests", "--json", file)
+    code, said = command(monkeypatch, capsys, *options)
+    assert code == 1
+    assert "| 2 passed, 1 failed, dry run |" in said.out
+    for _ in range(2):  # the second time nothing is left to do
+        code, _ = command(monkeypatch, capsys, *options)
+        (row,) = json.loads(file.read_text())
+        assert (code, row["passed"], row["failed"]) == (0, 3, 0)
+
+
+def test_heads_are_timed_beside_a_block_that_is_compiled_as_they_are(monkeypatch):
+    arguments = ["gpu", "--dry-run", "--sequences", "1", "--tokens", "8"]
+    bench = gpu._Bench(benchmark.parse_arguments(arguments))
+    compiled, ready = [], bench.device.ready
+
+    def recorded(module, is_compiled=False):
+        compiled.append((type(module).__name__, is_compiled))
+        return ready(module)
+
+    monkeypatch.setattr(bench.device, "ready", recorded)
+    monkeypatch.setattr(bench.device, "seconds", lambda _: 2.0 if compiled[-1][1] else 6.0)
+    rows = {row["head"]: row for row in bench.heads("tiny", bench.config("tiny"))}
+    assert bench.args.kernel == "compiled"
+    full, checkpointed = rows["full"], rows["full, checkpointed chunks"]
+    kept = ("kernel", "block_compiled", "block_seconds", "seconds")
+    assert [full[name] for name in kept] == ["compiled", True, 2.0, 2.0]
+    assert [checkpointed[name] for name in kept] == ["checkpointed", False, 6.0, 6.0]
+    assert compiled.count(("Layers", True)) == compiled.count(("Layers", False)) == 1
+    (table,) = gpu_tables([full | {"peak_bytes": None}])
+    assert "| tiny: full | 2000.00 | 1.00 | 2000.00 ms, compiled | - |" in table
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from ds_local.cli.arguments import PICTURE, Parser, output_file
 from ds_local.measure import network, pictures, report
+from ds_local.measure.gpu_rows import has_failed_tests
 from ds_local.measure.ranks import Pool
 from ds_local.measure.relay import Relay
 from ds_local.measure.sleeping import Times
@@ -268,7 +269,8 @@ def _add_gpu(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         gpu,
         "one device: times and MFU of each stage, what they predict for more devices, heads, and "
-        "the engine beside a plain loop; goes on with the rows that --json holds",
+        "the engine beside a plain loop; goes on with the rows that --json holds; ends with 1 "
+        "where tests failed",
     )
     sub.add_argument(
         "--models",
@@ -315,11 +317,11 @@ def main(arguments: list[str] | None = None) -> int:
         if args.png:
             pictures.draw_bars([row for row in rows if row["benchmark"] == "schedules"], args.png)
         return 0
+    report.commit()  # before the code may change beside a long run
     rows = args.run(args)
     report.save(rows, args.json, args.benchmark)
     if rows:
-        facts = {"command": report.command(), "machine": report.machine()}
-        print(report.markdown([{"benchmark": args.benchmark, **facts, **row} for row in rows]))
+        print(report.markdown(report.stamped(rows, args.benchmark)))
     if rows and getattr(args, "png", None):
         pictures.draw_bars(rows, args.png)
-    return 0
+    return int(args.benchmark == "gpu" and has_failed_tests(rows, args))

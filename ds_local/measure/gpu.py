@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -31,6 +31,7 @@ from ds_local.measure.device import SEED, Device, Layers
 from ds_local.measure.gpu_checks import rows_of_study, rows_of_tests
 from ds_local.measure.gpu_engine import engine_rows
 from ds_local.measure.gpu_predictions import predictions
+from ds_local.measure.gpu_rows import is_done, merged
 from ds_local.measure.heads import PARTS, VARIANTS, loss_of
 from ds_local.model import blocks, families
 from ds_local.model.flops import choose_parts
@@ -66,14 +67,15 @@ def measure(args: argparse.Namespace) -> list[Row]:
             "benchmark.py gpu needs a CUDA device; --dry-run shows on the CPU that it works"
         )
     rows = report.load([args.json]) if args.json and args.json.exists() else []
-    done = {row["task"] for row in rows}
     for task, run in _tasks(_Bench(args), args):
-        if task in done:
+        if is_done(task, rows, args):
             continue
+        new = []
         for row in run():
-            rows.append({"task": task, **row})
+            new.append({"task": task, "dry_run": args.dry_run, **row})
             said = ", ".join(f"{k} {row[k]:.3g}" for k in _SAID if isinstance(row.get(k), float))
             print(f"{task}, {row['what']}: {said}", file=sys.stderr, flush=True)
+        rows = merged(rows, new)
         report.save(rows, args.json, "gpu")
     return rows
 
@@ -260,35 +262,37 @@ class _Bench:
         return self.device.seconds(step)
 
     def heads(self, model: str, config: Any) -> Iterator[Row]:
-        """Time and memory of each kind of head, beside a block."""
+        """Time and memory of each kind of head, beside a block that is compiled where it is."""
         ids = self.device.ids(config, self.args.sequences, self.args.tokens)
-        hidden = self.device.hidden(config, *ids.shape)
-        block = self.device.ready(Layers(self.device.blocks(config, 1)))
-        weights = list(block.parameters())
-        reached = hidden.clone().requires_grad_()
-        one_block = self.device.seconds(
-            lambda: torch.autograd.grad(block(reached).sum(), [reached, *weights])
-        )
+        reached = self.device.hidden(config, *ids.shape).requires_grad_()
+
+        @cache
+        def one_block(compiled: bool) -> float:
+            block = self.device.ready(Layers(self.device.blocks(config, 1)), compiled)
+            wanted = [reached, *block.parameters()]
+            return self.device.seconds(lambda: torch.autograd.grad(block(reached).sum(), wanted))
+
         kernels = ["torch", *(kernel for kernel, package in KERNELS.items() if find_spec(package))]
         variants = VARIANTS | {f"full, kernel {kernel}": {"kernel": kernel} for kernel in kernels}
         for name, given in variants.items():
+            whole = {"kernel": self.args.kernel, **head_of(given, config.vocab_size)}
+            section, compiled = HeadConfig(**whole), whole["kernel"] == "compiled"
+            block_seconds = one_block(compiled)
             self.device.forget_peak()
-            section = HeadConfig(
-                **{"kernel": self.args.kernel, **head_of(given, config.vocab_size)}
-            )
-            head = self.device.ready(blocks.make_head(config, 0, SEED, section, PARTS))
+            head = self.device.ready(blocks.make_head(config, 0, SEED, section, PARTS), compiled)
             learning = [p for p in head.parameters() if p.requires_grad]
             run = partial(_gradients, partial(loss_of, head), reached, ids, [reached, *learning])
-            seconds = self.device.seconds(run)
             yield {
                 "what": "head",
                 "model": model,
                 "head": name,
                 "section": given,
-                "seconds": seconds,
-                "block_seconds": one_block,
+                "seconds": self.device.seconds(run),
+                "block_seconds": block_seconds,
+                "block_compiled": compiled,
                 "peak_bytes": self.device.peak(),
                 **self._size(),
+                "kernel": section.kernel,
             }
 
 

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ METHODS = (
     "chunked 2, run ahead",
     "chunked 2, backprop tail 40 %",
 )
+RUN = ("method", "segments", "seed", "step_factor")  # what tells runs of a preset apart
 _COUNT = re.compile(r"(\d+) (passed|failed|skipped|error)")
 
 
@@ -41,22 +42,48 @@ def rows_of_tests(args: argparse.Namespace) -> Iterator[Row]:
     counts["failed"] += found.get("error", 0)  # before or after a test
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR "))]
     said = failed if any(counts.values()) else lines[-1:]
-    yield {"what": "tests", **counts, "seconds": time.perf_counter() - began, "said": said}
+    print("\n".join(said), file=sys.stderr)
+    seconds = time.perf_counter() - began
+    yield {
+        "what": "tests",
+        **counts,
+        "exit_code": ended.returncode,
+        "seconds": seconds,
+        "said": said,
+    }
+
+
+def methods_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """Of the study."""
+    return METHODS[:1] if args.dry_run else METHODS
 
 
 def rows_of_study(args: argparse.Namespace) -> Iterator[Row]:
     """The quality study's runs of about ten million parameters, as far as the minutes go."""
     preset = "tiny" if args.dry_run else "gpu-10m"
     folder = Path(args.study_folder)
-    methods = METHODS[:1] if args.dry_run else METHODS
     words = ["--preset", preset, "--folder", folder, "--minutes", args.study_minutes]
-    words += ["--step-factors", args.study_steps, "--methods", *methods]
+    words += ["--step-factors", args.study_steps, "--methods", *methods_of(args)]
     command = [sys.executable, "-m", "ds_local", "study", "run", *map(str, words)]
     print(_run(command, args, Path.cwd()).stdout, file=sys.stderr)
-    for path in sorted(folder.glob(f"{preset}/*/result.json")):
-        kept = ("method", "segments", "seed", "loss", "tokens", "seconds", "versions")
-        result = json.loads(path.read_text())
+    kept = (*RUN, "loss", "tokens", "seconds", "versions")
+    results = [json.loads(p.read_text()) for p in sorted(folder.glob(f"{preset}/*/result.json"))]
+    for result in results:
         yield {"what": "study", "preset": preset, **{key: result[key] for key in kept}}
+    if missing := missing_methods(results, args):
+        print(
+            f"the study is not finished, it lacks {'; '.join(missing)}. The same command with this "
+            f"--study-folder ({folder}) goes on with it, for --study-minutes "
+            f"{args.study_minutes:g} more",
+            file=sys.stderr,
+        )
+
+
+def missing_methods(results: Iterable[Row], args: argparse.Namespace) -> list[str]:
+    """Methods of the study without a finished run of the length that is asked for."""
+    length = args.study_steps
+    found = {one["method"] for one in results if one.get("step_factor", length) == length}
+    return [method for method in methods_of(args) if method not in found]
 
 
 def _run(

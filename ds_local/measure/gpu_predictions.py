@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ds_local.schedules.list_scheduler import make_schedule
-from ds_local.schedules.peers import PEERS
 from ds_local.schedules.routes import make_routes
 from ds_local.schedules.simulator import Costs, simulate
 
@@ -17,16 +16,24 @@ LINKS = {
     "10 Gb/s": 1e10,
     "1 Gb/s": 1e9,
 }  # bits per second
-# name -> of the peers' schedules; None for our own
-PREDICTED = {"local": None, "backprop": "1f1b", "backprop, split 1": "zero_bubble"}
+# name -> mode, split_backward; "backprop" is 1F1B, with a split ZB-H1 or ZB-H2
+PREDICTED = {
+    "local": ("local", 0),
+    "chunked 2": ("chunked", 0),
+    "chunked 2, split 2": ("chunked", 2),
+    "backprop": ("backprop", 0),
+    "backprop, split 1": ("backprop", 1),
+    "backprop, split 2": ("backprop", 2),
+}
 
 
 def predictions(rows: list[Row], tokens: int, micro_batches: int) -> list[Row]:
     """What the simulator makes of measured stages on that many devices.
 
-    Others' schedules are given the same cut without the heads, the readout's loss with the last
-    stage's work. Efficiency is the mean stage's useful time over the time of a step, the update
-    left out; tokens a second count it.
+    All have the cut of `local`. `backprop` is given it without the heads, the readout's loss with
+    the last stage's work; chunks pay for the heads of those stages that have a loss. Efficiency is
+    the mean stage's useful time over the time of a step, the update left out; tokens a second count
+    it.
 
     Args:
         rows: of the stages of a model.
@@ -45,12 +52,11 @@ def predictions(rows: list[Row], tokens: int, micro_batches: int) -> list[Row]:
     found = []
     for link, rate in LINKS.items():
         seconds = rows[0]["activation_bytes"] * 8 / rate
-        for schedule, peer in PREDICTED.items():
-            costs = Costs(**(plain if peer else times), link=seconds)  # type: ignore[arg-type]
-            if peer is None:
-                order = make_schedule([(make_routes("local", stages), micro_batches)], stages)
-            else:
-                order = PEERS[peer](stages, micro_batches)
+        for schedule, (mode, split) in PREDICTED.items():
+            heads = mode != "backprop"
+            costs = Costs(**(times if heads else plain), link=seconds)  # type: ignore[arg-type]
+            mix = [(make_routes(mode, stages), micro_batches)]
+            order = make_schedule(mix, stages, split_backward=split)
             period = simulate(order, costs).steady_period
             kept = ("model", "stages", "compiled")
             found.append(

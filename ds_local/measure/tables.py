@@ -204,6 +204,22 @@ def head_tables(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def _ms(*names: str) -> Callable[[Row], str]:
+    return lambda row: number(1000 * sum(row[name] for name in names), ".2f")
+
+
+def _counts(row: Row) -> str:
+    """Of tests."""
+    dry = ", dry run" if row.get("dry_run") else ""
+    return f"{row['passed']} passed, {row['failed']} failed{dry}"
+
+
+def _block(row: Row) -> str:
+    """What a head is compared with; in older rows always an eager one."""
+    how = "compiled" if row.get("block_compiled") else "eager"
+    return f"{1000 * row['block_seconds']:.2f} ms, {how}"
+
+
 def gpu_tables(rows: Sequence[Row]) -> list[str]:
     def of(what: str) -> list[Row]:
         return [r for r in rows if r["what"] == what]
@@ -217,9 +233,6 @@ def gpu_tables(rows: Sequence[Row]) -> list[str]:
 
     def tokens(row: Row) -> str:
         return f"{row['tokens_per_second']:,.0f}"
-
-    def ms(*names: str) -> Callable[[Row], str]:
-        return lambda row: number(1000 * sum(row[name] for name in names), ".2f")
 
     shapes: dict[str, dict[str, Callable[[Row], str]]] = {
         "whole model": {
@@ -235,15 +248,15 @@ def gpu_tables(rows: Sequence[Row]) -> list[str]:
         },
         "stage": {
             "stage": lambda r: f"{model(r)}, {r['stage'] + 1} of {r['stages']}",
-            "forward ms": ms("forward"),
-            "backward ms": ms("input_grad", "weight_grad"),
-            "head ms": ms("head"),
-            "update ms": ms("optimizer"),
+            "forward ms": _ms("forward"),
+            "backward ms": _ms("input_grad", "weight_grad"),
+            "head ms": _ms("head"),
+            "update ms": _ms("optimizer"),
             "useful MFU %": lambda r: percent(r["useful_mfu"]),
             "peak GiB": gibibytes,
         },
         "tests": {
-            "tests of a device": lambda r: f"{r['passed']} passed, {r['failed']} failed",
+            "tests of a device": _counts,
             "seconds": lambda r: number(r["seconds"], ".0f"),
         },
         "study": {
@@ -253,8 +266,9 @@ def gpu_tables(rows: Sequence[Row]) -> list[str]:
         },
         "head": {
             "head": lambda r: f"{r['model']}: {r['head']}",
-            "forward + backward ms": ms("seconds"),
+            "forward + backward ms": _ms("seconds"),
             "in blocks": lambda r: number(r["seconds"] / r["block_seconds"], ".2f"),
+            "a block": _block,
             "peak GiB": gibibytes,
         },
     }

@@ -116,6 +116,7 @@ def watched(
         faults.clear()
         if folder is not None:
             engine.save_checkpoint(folder)
+            engine.wait_for_save()
             engine = jobs.build(section, stages, **settings)
             engine.load_checkpoint(folder)
             beside = list(faults)
@@ -158,9 +159,18 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lowrank": ({**LOCAL, "link": {"codec": "lowrank", "rank": 8}}, {}),
     "int4": ({**LOCAL, "link": {"codec": "int4"}}, {}),
     "past the host": ({**LOCAL, "link": {"past_host": True}}, {}),
-    "llama, weighted by tokens, factors on rates": (
-        {**LOCAL, "loss_weighting": "token", "lr_multipliers": [1, 0.5, 1, 0.25]},
+    "llama, weighted by tokens, factors on rates and on clipping": (
+        {
+            **LOCAL,
+            "loss_weighting": "token",
+            "lr_multipliers": [1, 0.5, 1, 0.25],
+            "clip_multipliers": [1, 0.5, 2, 1],
+        },
         {"family": "llama", **FEW},
+    ),
+    "averaged weights, saved beside, resumed": (
+        {**LOCAL, "ema": 0.9, "async_save": True},
+        {"folder": "", **FEW},
     ),
 }
 ALONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # parts of those, by themselves

@@ -2,7 +2,10 @@
 
 import pytest
 
+from ds_local.config.catalog import name_of
 from ds_local.measure.gpu_predictions import LINKS, PREDICTED, predictions
+from ds_local.schedules.peers import PEERS
+from ds_local.schedules.simulator import Costs, simulate
 
 ROW = {
     "model": "m",
@@ -45,6 +48,33 @@ def test_only_local_training_pays_for_heads_and_all_for_the_readout():
     local, true = of(rows, "local"), of(rows, "backprop")
     assert local["efficiency"] == pytest.approx(4 * useful / (4 * 6))
     assert true["step_seconds"] - 0.5 == pytest.approx(4 * 6 + 3)  # filled and drained over stage 0
+
+
+def test_chunks_pay_for_the_heads_of_stages_with_a_loss():
+    headless = [ROW | {"stages": 4}] * 4
+    heads = [ROW | {"stages": 4, "head": head} for head in (9.0, 1.0, 9.0, 0.0)]
+    for schedule in ("chunked 2", "chunked 2, split 2"):
+        plain, paid = (of(predictions(rows, 10, 4), schedule) for rows in (headless, heads))
+        assert plain["step_seconds"] < paid["step_seconds"] < plain["step_seconds"] + 9
+    assert of(predictions(headless, 10, 8), "chunked 2, split 2")["efficiency"] == pytest.approx(1)
+
+
+def test_names_are_those_of_the_other_tables():
+    for name, (mode, split) in PREDICTED.items():
+        section = {"mode": mode} | ({"split_backward": split} if split else {})
+        assert name_of(section) == name
+
+
+def test_backprop_is_what_peers_run():
+    rows = predictions([ROW] * 4, tokens=10, micro_batches=8)
+    for schedule, peer in {
+        "backprop": "1f1b",
+        "backprop, split 1": "zero_bubble",
+        "backprop, split 2": "zero_bubble_2",
+    }.items():
+        found, order = of(rows, schedule), PEERS[peer](4, 8)
+        assert found["peak_live_micro_batches"] == list(order.peak_live)
+        assert found["step_seconds"] == pytest.approx(simulate(order, Costs()).steady_period + 0.5)
 
 
 def test_a_slow_link_is_waited_for():
