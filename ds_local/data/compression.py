@@ -23,11 +23,52 @@ def _zstd(file: BinaryIO) -> Any:
     return io.BufferedReader(pa.CompressedInputStream(file, "zstd"), _BUFFER)
 
 
+class _Streams(io.RawIOBase):
+    """Compressed streams, one behind the other. Python's own readers take a second one that is
+    damaged for something else, and leave out the rest of the file.
+
+    Args:
+        begin: makes what decompresses one stream.
+    """
+
+    def __init__(self, file: BinaryIO, begin: Callable[[], Any]) -> None:
+        self._file, self._begin = file, begin
+        self._stream, self._following = begin(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = b""
+        while not found:
+            if self._stream.eof and not self._next():
+                return 0
+            taken, self._following = self._following, b""
+            if self._stream.needs_input and not taken:
+                taken = self._file.read(_BUFFER)
+                if not taken:
+                    raise EOFError("it ends in the middle of a stream")
+            found = self._stream.decompress(taken, len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+    def _next(self) -> bool:
+        """Go on with the next stream, behind zeros if there are some. False at the end."""
+        following = self._stream.unused_data.lstrip(b"\0")
+        while not following:
+            more = self._file.read(_BUFFER)
+            if not more:
+                return False
+            following = more.lstrip(b"\0")
+        self._stream, self._following = self._begin(), following
+        return True
+
+
 # ending -> a stream of what is inside
 PACKED: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": lambda file: io.BufferedReader(gzip.GzipFile(fileobj=file), _BUFFER),
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
+    ".bz2": lambda file: io.BufferedReader(_Streams(file, bz2.BZ2Decompressor), _BUFFER),
+    ".xz": lambda file: io.BufferedReader(_Streams(file, lzma.LZMADecompressor), _BUFFER),
     ".zst": _zstd,
 }
 _FAULTS = (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException)

@@ -30,6 +30,9 @@ class WholePipeline:
 
     def inform(self, notices: Notices | None, number: int) -> None: ...
 
+    def had_ended(self, step: int) -> bool:
+        return False
+
     def join(self, step: int) -> int:
         return step
 
@@ -127,6 +130,19 @@ class UnitLinks:
 
     def _told(self, question: Mapping[str, Any]) -> None:
         self._above = max(self._above, int(question["step"]))
+
+    def had_ended(self, step: int) -> bool:
+        """Had this unit ended well before it was started again, and those above too? Then those
+        below may be gone for good. A collective call of this unit.
+
+        Args:
+            step: that this unit has done, the last of the run.
+        """
+        self._done = step
+        if not any(gather(self.receiver is not None and self.receiver.had_ended)):
+            return False
+        wanted = gather(None if self.sender is None else self.sender.wants(step))
+        return all(one in (None, END) for one in wanted)
 
     def join(self, step: int) -> int:
         """Agree with the units below and above on where the stream goes on. A collective call of

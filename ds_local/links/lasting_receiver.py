@@ -45,9 +45,17 @@ class LastingReceiver(LineEnd):
         self._sender = ""  # the newest to have come
         self._former: set[str] = set()  # whose place another has taken
         self._forms: dict[str, Form] = {}
+        self.had_ended = self._had_ended()
         self._listener = Listener(
             host, line.card, line.reconnect_seconds, CONNECT_SECONDS, self._welcome, self._lost
         )
+
+    def _had_ended(self) -> bool:
+        """Did a process that was here before leave word that this part of the run has ended?"""
+        try:
+            return bool(json.loads(self.line.card.read_text())["ended"] == self.line.facts)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     # --- the main thread --------------------------------------------------------------------------
 

@@ -121,6 +121,8 @@ class Loop:
     def run(self) -> None:
         engine, args = self.engine, self.args
         batches = None
+        if self.step >= self.max_steps and engine.units.had_ended(self.step):
+            return self._finish(None)
         join_replicas(self)
         first = engine.units.join(self.step)
         if engine.module.unit is not None:

@@ -121,6 +121,10 @@ def test_two_neighbours_at_once(folder, alone, tmp_path):
         assert [units.runs[unit].pids for unit in (0, 1)] == others
         assert not differ(units, 0, alone[1]) | differ(units, 1, alone[1]), said
         assert set(lost(said)) <= {2, 3}
+        # as one that is killed while it draws its pictures, when the others have left
+        units.start(3)
+        units.start(1)
+        units.end()
 
 
 def test_a_request_to_stop_ends_all_units_at_one_step_and_all_go_on(folder, alone, tmp_path):

@@ -458,6 +458,18 @@ def test_a_sender_that_was_away_hears_of_the_end(ends):
     again.drain()
 
 
+def test_a_receiver_knows_that_one_before_it_has_ended(ends):
+    first = ends(LastingReceiver)
+    assert not first.had_ended
+    first.end(finished=False)
+    second = ends(LastingReceiver)
+    assert not second.had_ended
+    second.end(finished=True)
+    assert not ends(LastingReceiver, facts="of a longer run").had_ended  # its address is there now
+    ends(LastingReceiver).end(finished=True)
+    assert ends(LastingReceiver).had_ended
+
+
 def test_the_end_of_an_earlier_run_is_no_end_of_this_one(ends):
     """A sender at its beginning, beside files of a run that has ended."""
     ends(LastingReceiver).end(finished=True)
