@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_local.checkpoints.folder import complete_tags
 from ds_local.checkpoints.metrics_file import MetricsFile
 from ds_local.checkpoints.run_file import RUN_FILE, run_facts
 from ds_local.config import strict_json
@@ -20,16 +21,27 @@ GATHERED = "gathered"  # key of a run.json that no job has written
 METRICS = "metrics.jsonl"
 
 
-def check_same_run(units: Mapping[int, Sequence[Path]], output: Path) -> None:
-    """What was gathered to `output` before is of the same run.
+def check_free(units: Mapping[int, Sequence[Path]], output: Path) -> None:
+    """In `output` is nothing, or what was gathered of the same run before.
 
     Args:
         units: folders of the replicas of each.
 
     Raises:
-        RunError: when none of its starts is one of theirs.
+        RunError: when there is something else.
     """
-    before = run_facts(output).get("starts")
+    facts = run_facts(output)
+    there = (output / RUN_FILE).exists() or complete_tags(output / "checkpoints")
+    if there and GATHERED not in facts:
+        raise RunError(
+            f"{output} holds the run of one job, so it is left alone; choose another --output"
+        )
+    if not there and (output / METRICS).exists():
+        raise RunError(
+            f"{output} holds {METRICS} but no run of ds_local, so it is left alone; choose another "
+            "--output"
+        )
+    before = facts.get("starts")
     known = [s for n, runs in units.items() for run in runs for s in _starts(n, run_facts(run))]
     if before and not any(start in known for start in before):
         raise RunError(

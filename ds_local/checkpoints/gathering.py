@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ds_local.checkpoints.facts import FACTS, read_facts, write_facts
 from ds_local.checkpoints.folder import Writing, complete_tags, latest_tag, locate
-from ds_local.checkpoints.gathered_books import GATHERED, METRICS, check_same_run, write_books
+from ds_local.checkpoints.gathered_books import GATHERED, check_free, write_books
 from ds_local.checkpoints.run_file import RUN_FILE, run_facts
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
@@ -62,8 +62,7 @@ def gather_units(run: str | Path, output: str | Path | None = None) -> Path:
     run, output = Path(run), Path(run if output is None else output)
     if not unit_folders(run):
         raise RunError(f"{run} holds no unit-N folder; give the --output of a run with --unit")
-    _check_free(output)
-    check_same_run(unit_folders(run), output)
+    check_free(unit_folders(run), output)
     return _trying(run, lambda found: _written(found, output))
 
 
@@ -169,19 +168,6 @@ def _gathered_step(run: Path) -> int | None:
     with suppress(CheckpointError):
         return int(read_facts(locate(checkpoints, latest_tag(checkpoints)))["step"])
     return -1
-
-
-def _check_free(output: Path) -> None:
-    there = (output / RUN_FILE).exists() or complete_tags(output / "checkpoints")
-    if there and GATHERED not in run_facts(output):
-        raise RunError(
-            f"{output} holds the run of one job, so it is left alone; choose another --output"
-        )
-    if not there and (output / METRICS).exists():
-        raise RunError(
-            f"{output} holds {METRICS} but no run of ds_local, so it is left alone; choose another "
-            "--output"
-        )
 
 
 def _trying(run: Path, write: Any) -> Path:
