@@ -21,14 +21,19 @@ METRICS = "metrics.jsonl"
 
 
 def check_same_run(units: Mapping[int, Sequence[Path]], output: Path) -> None:
-    """What was gathered to `output` before is of the same run.
+    """What is in `output`, if anything, was gathered from the same run.
 
     Args:
         units: folders of the replicas of each.
 
     Raises:
-        RunError: when none of its starts is one of theirs.
+        RunError: when none of its starts is one of theirs, or metrics.jsonl is of somebody else.
     """
+    if GATHERED not in run_facts(output) and (output / METRICS).exists():
+        raise RunError(
+            f"{output} holds {METRICS} but no run of ds_local, so it is left alone; choose another "
+            "--output"
+        )
     before = run_facts(output).get("starts")
     known = [s for n, runs in units.items() for run in runs for s in _starts(n, run_facts(run))]
     if before and not any(start in known for start in before):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ds_local.checkpoints.facts import FACTS, read_facts, write_facts
 from ds_local.checkpoints.folder import Writing, complete_tags, latest_tag, locate
-from ds_local.checkpoints.gathered_books import GATHERED, METRICS, check_same_run, write_books
+from ds_local.checkpoints.gathered_books import GATHERED, check_same_run, write_books
 from ds_local.checkpoints.run_file import RUN_FILE, run_facts
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
@@ -53,17 +53,15 @@ def gather_units(run: str | Path, output: str | Path | None = None) -> Path:
         The checkpoint's folder, which appears whole or not at all.
 
     Raises:
-        CheckpointError: when there is no such step, naming a unit that lacks one, or files are
-            damaged.
-        RunError: when `run` has no units, or `output` holds a job's run, what was gathered from
-            another one, or a file that no command of ours wrote.
-        SaveError: when the disk does not take it.
+        CheckpointError: when there is no such step, naming a unit, or files are damaged.
+        RunError: when `run` has no units, or `output` holds something else.
+        SaveError: when it cannot be written.
     """
     run, output = Path(run), Path(run if output is None else output)
-    if not unit_folders(run):
+    if not (units := unit_folders(run)):
         raise RunError(f"{run} holds no unit-N folder; give the --output of a run with --unit")
     _check_free(output)
-    check_same_run(unit_folders(run), output)
+    check_same_run(units, output)
     return _trying(run, lambda found: _written(found, output))
 
 
@@ -176,11 +174,6 @@ def _check_free(output: Path) -> None:
     if there and GATHERED not in run_facts(output):
         raise RunError(
             f"{output} holds the run of one job, so it is left alone; choose another --output"
-        )
-    if not there and (output / METRICS).exists():
-        raise RunError(
-            f"{output} holds {METRICS} but no run of ds_local, so it is left alone; choose another "
-            "--output"
         )
 
 

@@ -49,7 +49,9 @@ def test_a_file_that_comes_twice_is_in_one_split(tmp_path):
     found, _ = pieces([tmp_path, inner, inner / "0.txt"], share=0.3)
     split = {held_out: {t for p, t in found if p.held_out == held_out} for held_out in (0, 1)}
     assert len(found) == 161
-    assert split[0] and split[1] and not split[0] & split[1]
+    assert split[0]
+    assert split[1]
+    assert not split[0] & split[1]
 
 
 def test_with_validation_text_nothing_is_held_out(tmp_path):
