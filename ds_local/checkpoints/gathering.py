@@ -53,16 +53,14 @@ def gather_units(run: str | Path, output: str | Path | None = None) -> Path:
         The checkpoint's folder, which appears whole or not at all.
 
     Raises:
-        CheckpointError: when there is no such step, naming a unit that lacks one, or files are
-            damaged.
-        RunError: when `run` has no units, or `output` holds a job's run, what was gathered from
-            another one, or a file that no command of ours wrote.
-        SaveError: when the disk does not take it.
+        CheckpointError: when there is no such step, naming a unit, or files are damaged.
+        RunError: when `run` has no units, or `output` holds something else.
+        SaveError: when it cannot be written.
     """
     run, output = Path(run), Path(run if output is None else output)
-    if not unit_folders(run):
+    if not (units := unit_folders(run)):
         raise RunError(f"{run} holds no unit-N folder; give the --output of a run with --unit")
-    check_free(unit_folders(run), output)
+    check_free(units, output)
     return _trying(run, lambda found: _written(found, output))
 
 

@@ -33,7 +33,6 @@ from ds_local.links.agreement import together
 from ds_local.links.failures import around, meeting
 from ds_local.links.logs import LOG, start_log
 from ds_local.links.waiting import is_late, is_lost
-from ds_local.model import families
 from ds_local.model.pretrained import find_weights
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.training.banner import banner, forecast
@@ -125,8 +124,8 @@ def _train(
     if tag is not None:
         test = tokenizer_test(check_same_tokenizer, data.tokenizer_folder)
         run.check_same(tag, facts, args.allow_change, test)
-    here = (world_size, 1) if unit else (stages, replicas)
-    _check_start(args, section, [config, families.config_dict(hf_config)], here)
+    settings, here = [config, facts["model"]], (world_size, 1) if unit else (stages, replicas)
+    _check_start(args, section, settings, here)
 
     weights = None if args.from_scratch or args.resume else find_weights(args.model)
     how: dict[str, Any] = {"weights": weights, "token_counts": data.folder, "unit": unit}
@@ -141,15 +140,14 @@ def _train(
     shape = BatchShape(micro_batch_size, num_micro_batches, replicas, replica)
     with engine.meeting("the start of the run"):
         hosts = stage_hosts(model.stage)
-        step = engine.global_steps
         phases = forecast(plan, hf_config, model.segment_parts, data.seq_len)
         facts |= layout_of(engine, data, hosts, phases)
-        told = banner(facts, phases, length, step, engine.gradient_clipping(), args)
+        told = banner(facts, phases, length, engine.global_steps, engine.gradient_clipping(), args)
         run.say(f"{describe_hosts(hosts)}\n{told}")
         if args.dry_run:
             run.say(dry_run(engine, data, shape, args))
             return None
-        together(lambda: run.start(facts, step, tag, data.tokenizer_folder))
+        together(lambda: run.start(facts, engine.global_steps, tag, data.tokenizer_folder))
         clean(run.checkpoints)
     start_log(run.path / "logs", model.stage, engine.global_rank)
     if signals is not None:
