@@ -2,7 +2,7 @@
 
 Measured by `python scripts/benchmark.py heads --repeats 3`: width 768, vocabulary 50,257, 512
 tokens, one thread of a CPU (docs/benchmarks.md#heads). On an H200 with compiled losses
-(docs/results/gpu.md) heads on few positions took 1.5 to 2.7 times what their operations say, a
+(docs/results/gpu.md) heads on few positions took 1.5 to 3.6 times what their operations say, a
 bottleneck of 128 6.5 times.
 """
 
