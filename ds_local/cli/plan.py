@@ -28,7 +28,6 @@ from ds_local.cluster.candidates import (
 )
 from ds_local.cluster.job import CONFIG, START, config_of, start_of, steps_for
 from ds_local.cluster.layout_table import report
-from ds_local.cluster.learning import outside
 from ds_local.cluster.planner import plan
 from ds_local.cluster.prices import Price
 from ds_local.cluster.pricing import Pricing
@@ -181,9 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
         }
         write_figures(result, args)
     if not _for_programs(args):
-        print(report(found, args.memory_gib, args.tokens, args.best, sources=not args.tokens_only))
-        if not args.tokens_only and (warning := outside(model.ratio)):
-            print(f"careful: {warning}")
+        ratio = None if args.tokens_only else model.ratio
+        print(report(found, args.memory_gib, args.tokens, args.best, ratio))
         print(
             f"{found.considered} layouts of {cluster.devices} devices, {found.simulated} "
             f"simulated, {time.perf_counter() - started:.1f} s; 8 x 4 sequences: 8 micro-batches "

@@ -44,6 +44,7 @@ HEADS: dict[str, Section] = {
     "shared": {"readout": "shared", "temperature": True},
     "shared, 1/4 of tokens": {"readout": "shared", "token_fraction": 0.25},
     "rank 128, 1/4 of tokens": {"rank": 128, "token_fraction": 0.25},
+    "1/8 of the tokens": {"token_fraction": 0.125},
     "1/8 of the vocabulary": {"vocabulary": 1 / 8},
 }
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 DATA = Path(__file__).with_name("learning.json")
 EXACT = ("data parallel", "backprop")
 FULL: dict[str, Any] = {}  # the head that has no options
+FAR = 2  # a row more times above or below a model's vocabulary / width says little about the model
 
 
 class Measured(NamedTuple):
@@ -41,10 +42,12 @@ class Learning:
     Attributes:
         tokens: for a loss, in parts of those that backpropagation needs; None: not known.
         source: where that comes from, in words.
+        far: a row that it comes from has a vocabulary / width more than `FAR` times off.
     """
 
     tokens: float | None = 1.0
     source: str = "gradients of backprop"
+    far: bool = False
 
     @property
     def times(self) -> float:
@@ -69,50 +72,52 @@ def learning_of(
     Of those with this tail and gradients no younger, the row nearest in delay is taken, then the
     one nearest in segments, then in vocabulary / width, then the one with the most seeds. A head
     that was not measured with the scheme is taken to cost as much as it cost local learning, and
-    more segments with a tail what they cost without one.
+    more segments than were measured what they cost with full heads and no tail.
     """
     scheme = name.partition(", split")[0]
     if scheme in EXACT:
         return BACKPROPS
-    ratio, whole = vocabulary_over_width, _named(scheme, tail)
-    base = _nearest(scheme, FULL, stages, ratio, delay, tail)
-    if base is None or base.tokens is None:
-        return Learning(None, _why_not(whole, base, delay))
-    source, tokens = f"{whole} on {_where(base)}", base.tokens
-    if tail and (further := _further(scheme, base.segments, stages, ratio)) != 1:
+    ratio = vocabulary_over_width
+    alike = _nearest(scheme, head, stages, ratio, delay, tail)
+    row = alike or _nearest(scheme, FULL, stages, ratio, delay, tail)
+    whole = _named(scheme, row.head if row else FULL, tail)
+    if row is None or row.tokens is None:
+        return Learning(None, _why_not(whole, row, delay))
+    source, tokens, used = f"{whole} on {_where(row)}", row.tokens, [row]
+    more = _nearest(scheme, FULL, stages, ratio)
+    if more and (further := _times(more, row.segments) or 1.0) > 1:
         tokens *= further
-        source += f"; times {further:.2f} for more segments, as without the tail"
+        source += f"; times {further:.2f} for more segments, as with full heads and no tail"
+        used.append(more)
     if delay:
-        source += f", gradients up to {base.delay:.2f} steps old, here {delay:.2f}"
-    if not head:
-        return Learning(tokens, source)
-    of, end = scheme, tail
-    with_head = _nearest(of, head, stages, ratio, tail=end)
-    if with_head is None:
-        of, end = "local", 0.0
-        with_head = _nearest(of, head, stages, ratio)
-    if with_head is None or with_head.tokens is None:
-        return Learning(None, _why_not(f"{_named(of, end)} with this head", with_head))
-    full = _nearest(of, FULL, with_head.segments, with_head.vocabulary_over_width, tail=end)
-    if full is None or full.tokens is None:
-        return Learning(None, _why_not(f"{_named(of, end)} with a full head", full))
-    more = with_head.tokens / full.tokens
-    cost = f"times {more:.2f} for the head, of {_named(of, end)} on {_where(with_head)}"
-    return Learning(tokens * more, f"{source}; {cost}")
+        source += f", gradients up to {row.delay:.2f} steps old, here {delay:.2f}"
+    if alike is None:
+        with_head = _nearest("local", head, stages, ratio)
+        if with_head is None or with_head.tokens is None:
+            return Learning(None, _why_not("local with this head", with_head))
+        dearer = _times(with_head, with_head.segments)
+        if dearer is None:
+            at = f"vocabulary / width {with_head.vocabulary_over_width:g}"
+            return Learning(None, f"local with full heads at {at}: not measured")
+        tokens *= dearer
+        source += f"; times {dearer:.2f} for the head, of local on {_where(with_head)}"
+        used.append(with_head)
+    off = max(abs(math.log(one.vocabulary_over_width / ratio)) for one in used)
+    return Learning(tokens, source, far=off > math.log(FAR))
 
 
-def _further(scheme: str, measured_on: int, stages: int, vocabulary_over_width: float) -> float:
-    """How many times the tokens the scheme needs on `stages` segments, if they are more than it was
-    measured on; 1 for fewer."""
-    there = _nearest(scheme, FULL, stages, vocabulary_over_width)
-    if there is None or there.tokens is None:
-        return 1.0
-    here = _nearest(scheme, FULL, measured_on, there.vocabulary_over_width)
-    return 1.0 if here is None or here.tokens is None else max(1.0, there.tokens / here.tokens)
+def _times(row: Measured, segments: int) -> float | None:
+    """How many times the tokens that its scheme needs with full heads on so many segments, at the
+    same vocabulary / width; None where one of the two is not known."""
+    full = _nearest(row.scheme, FULL, segments, row.vocabulary_over_width)
+    if full is None or full.vocabulary_over_width != row.vocabulary_over_width:
+        return None
+    return row.tokens / full.tokens if row.tokens and full.tokens else None
 
 
-def _named(scheme: str, tail: float) -> str:
-    return f"{scheme} with a tail of {tail:.0%}" if tail else scheme
+def _named(scheme: str, head: Mapping[str, Any], tail: float) -> str:
+    added = [*(["this head"] if head else []), *([f"a tail of {tail:.0%}"] if tail else [])]
+    return " with ".join([scheme, *([" and ".join(added)] if added else [])])
 
 
 def _nearest(
@@ -156,22 +161,3 @@ def _why_not(what: str, found: Measured | None, delay: float = 0.0) -> str:
 @cache
 def measured() -> tuple[Measured, ...]:
     return tuple(Measured(**row) for row in json.loads(DATA.read_text()))
-
-
-def ratios() -> tuple[float, float]:
-    """The lowest and the highest vocabulary / width among rows that are known."""
-    found = [row.vocabulary_over_width for row in measured() if row.tokens is not None]
-    return min(found), max(found)
-
-
-def outside(vocabulary_over_width: float) -> str:
-    """A warning where a model's heads are dearer or cheaper than any that was measured; ""
-    elsewhere."""
-    low, high = ratios()
-    if low / 2 <= vocabulary_over_width <= high * 2:
-        return ""
-    known = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-    return (
-        f"vocabulary / width is {vocabulary_over_width:.0f} here, and what schemes need in tokens "
-        f"was measured at {known}: read it as an order, not as a figure"
-    )

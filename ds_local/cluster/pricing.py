@@ -34,6 +34,7 @@ from ds_local.config.scheme import Scheme
 from ds_local.config.sections import HeadConfig
 from ds_local.config.strict import SECTION
 from ds_local.model.flops import UnitCosts, choose_parts, unit_flops, with_heads
+from ds_local.model.head_times import time_over_flops
 
 
 class Pricing:
@@ -158,14 +159,16 @@ class Pricing:
         model = self.model
         if model.costs is not None:
             known = model.costs._replace(heads=model.costs.heads[:1] * (segments - 1))
-            if model.config is None:
+            if model.config is None or any(known.heads):
                 return known
-            return with_heads(known, model.config, head, segments, model.seq_len)
-        flops = unit_flops(model.config, head, segments, model.seq_len)
-        second = self.cluster.tflops * 1e12 / model.seq_len
-        return UnitCosts(
-            flops.block / second, flops.readout / second, [head / second for head in flops.heads]
-        )
+            unit = with_heads(known, model.config, head, segments, model.seq_len)
+        else:
+            flops = unit_flops(model.config, head, segments, model.seq_len)
+            second = self.cluster.tflops * 1e12 / model.seq_len
+            heads = [one / second for one in flops.heads]
+            unit = UnitCosts(flops.block / second, flops.readout / second, heads)
+        factor = time_over_flops(head, model.config.vocab_size)
+        return unit._replace(heads=[one * factor for one in unit.heads])
 
     def cuts(self, candidate: Candidate) -> list[int]:
         """First block of each stage, and the depth, of a candidate with one scheme to its end."""

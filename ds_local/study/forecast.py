@@ -27,7 +27,8 @@ def predict(model: dict[str, Any], method: Method, num_segments: int, seq_len: i
     """One segment on each of as many stages, each method with boundaries of its own."""
     config = load_model_config(dict(model))
     prediction = Prediction(0.0, {}, {})
-    for count in (4, 8, 16):
+    mixes = "mix" in {**method.scheme, **method.end}  # of two micro-batches at least
+    for count in (4, 8, 16) if mixes else (1, 4, 8, 16):
         yardstick, _ = _forecast(config, METHODS["backprop"], num_segments, count, seq_len, 0)
         deferral = 0 if method.scheme.get("run_ahead") else 2
         for ratios, split_backward in ((prediction.time, 0), (prediction.split, deferral)):

@@ -92,35 +92,34 @@ METHODS = {
         "mixed 1/4", 0.2, head={"blocks": 1, **EIGHTH}
     ),
 }
-METHODS |= {
+METHODS |= {"backprop, WSD": of("backprop", schedule=WSD)} | {
     f"{scheme}{tail}, WSD": of(scheme, share, schedule=WSD)
     for scheme in ("local", "chunked 2")
     for share, tail in (
         (0.0, ""),
         (0.1, ", backprop tail 10 %"),
         (0.2, ", backprop tail 20 %"),
+        (0.3, ", backprop tail 30 %"),
         (0.4, ", backprop tail 40 %"),
     )
 }
 METHODS |= {
-    "backprop, WSD": of("backprop", schedule=WSD),
     "first chunk alone, rest fresh, backprop tail 40 %, WSD": of(
         "chunked 2", 0.4, schedule=WSD, renew="fresh"
     ),
     "first chunk alone, rest copied, backprop tail 40 %, WSD": of(
         "chunked 2", 0.4, schedule=WSD, renew="copied"
     ),
-    "chunked 2, shared readout": of("chunked 2", head=SHARED),
-    "chunked 2, shared readout, tail 40 %": of("chunked 2", 0.4, head=SHARED),
-    "chunked 2, shared readout, adapter": of("chunked 2", head={**SHARED, "adapter": True}),
-    "chunked 2, 1/4 of the tokens": of("chunked 2", head=QUARTER),
-    "chunked 2, rank 16": of("chunked 2", head={"rank": 16}),
 }
 # tried in both schemes, under both schedules, with a tail and without
 HEADS: dict[str, dict[str, Any]] = {
     "1/8 of the vocabulary": {"vocabulary": 1 / 8},
     "1/8 of the tokens": EIGHTH,
+    "1/4 of the tokens": QUARTER,
     "1/8 of the tokens, companion": {**EIGHTH, "companion": 1.0},
+    "shared readout": SHARED,
+    "shared readout, refreshed every 10": {**SHARED, "refresh_every": 10},
+    "shared readout, refreshed every 50": {**SHARED, "refresh_every": 50},
     "shared readout, adapter": {**SHARED, "adapter": True},
     "rank 16": {"rank": 16},
     "one private block": {"blocks": 1},

@@ -27,8 +27,9 @@ steps, for M micro-batches a step; on slow links a message takes as long as a fo
 Split is the same with `"split_backward": 2`. The time to equal loss is the method's time by that
 which 1F1B needs for a backprop run that ends with the method's loss, of those seeds that have whole
 backprop runs of other lengths. The last column is the time, at M = 4 and 8, until the loss is down
-at the last of the backprop runs of equal steps. Where it is cut changes nothing of a backprop run,
-so one serves for every K.
+at the last of the backprop runs of equal steps. A dash is what is not known, or not simulated: the
+first part of the control that trains the first chunk alone. Where it is cut changes nothing of a
+backprop run, so one serves for every K.
 """
 
 

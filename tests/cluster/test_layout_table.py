@@ -27,8 +27,18 @@ def test_a_layout_is_a_line_of_figures():
 
 
 def test_the_best_of_every_row_and_what_does_not_fit():
-    text = report(Plan([BEST, WORSE], {}, {"data parallel": HUGE}, 3, 2), 8, None, 3, True)
+    text = report(Plan([BEST, WORSE], {}, {"data parallel": HUGE}, 3, 2), 8, None, 3, 65)
     assert "50% of the best  backprop: 2 stages" in text
     assert "does not fit    data parallel" in text
     assert "90 GiB on a device of 8" in text
-    assert report(Plan([], {}, {}, 0, 0), 8, None, 3, True).startswith("nothing fits")
+    assert report(Plan([], {}, {}, 0, 0), 8, None, 3, 65).startswith("nothing fits")
+
+
+def test_what_was_measured_far_from_the_model_has_a_sign():
+    far = replace(BEST, learning=Learning(1.5, "local on 4 segments", far=True))
+    assert line(far, 3.6e6).split()[4] == "1.50*"
+    text = report(Plan([far, WORSE], {}, {}, 2, 2), 8, None, 3, 65)
+    assert "1.50*  local: local on 4 segments" in text
+    assert text.endswith("a factor of 2 from the 65 of this model: an order, not a figure")
+    assert "*" not in report(Plan([BEST, WORSE], {}, {}, 2, 2), 8, None, 3, 65)
+    assert "an order" not in report(Plan([far], {}, {}, 1, 1), 8, None, 3, None)

@@ -4,7 +4,7 @@ import pytest
 
 from ds_local.cluster import learning
 from ds_local.cluster.candidates import HEADS, PLANNED, TAILS
-from ds_local.cluster.learning import Measured, learning_of, outside
+from ds_local.cluster.learning import Measured, learning_of
 
 ROWS_KNOWN = (
     Measured("local", {}, 2, 8.0, 1, 1.1),
@@ -36,7 +36,7 @@ def known(monkeypatch):
         ("local", {}, 4, 50, 2.0),  # the nearest ratio
         ("chunked 2, split 2", {}, 8, 8, 1.2),
         ("local", {"readout": "shared"}, 4, 8, 1.56),
-        ("local", {"readout": "shared"}, 2, 8, 1.1 * 1.56 / 1.3),
+        ("local", {"readout": "shared"}, 2, 8, 1.56),  # what was measured, on more segments
         ("chunked 2", {"readout": "shared"}, 4, 8, 1.2 * 1.56 / 1.3),  # as it cost local learning
         ("chunked 2", {"blocks": 1}, 4, 8, 1.25),
         ("local", {"rank": 16}, 4, 8, None),
@@ -86,10 +86,44 @@ def test_the_source_names_the_row():
     assert learning_of("overlapping 2", {}, 4, 8).source.endswith("not measured")
 
 
-def test_a_model_unlike_those_measured_is_warned_of():
-    assert outside(8) == outside(100) == ""
-    assert "vocabulary / width is 2 here" in outside(2)
-    assert "measured at 8 to 64" in outside(200)
+def test_a_row_of_exactly_this_run_is_taken_as_it_is(monkeypatch):
+    """Its full head was measured at another vocabulary / width, so the two are not divided."""
+    eighth = {"vocabulary": 0.125}
+    rows = (
+        Measured("local", {}, 4, 8.0, 1, 1.2, tail=0.4),
+        Measured("local", {}, 4, 8.0, 3, 1.3),
+        Measured("local", {}, 8, 8.0, 1, 1.56),
+        Measured("local", eighth, 4, 64.0, 1, 1.7),
+        Measured("local", eighth, 4, 64.0, 1, 1.1, tail=0.4),
+        Measured("chunked 2", {}, 4, 8.0, 1, 1.2),
+    )
+    monkeypatch.setattr(learning, "measured", lambda: rows)
+    found = learning_of("local", eighth, 4, 65, tail=0.4)
+    assert found.tokens == 1.1
+    assert found.source == (
+        "local with this head and a tail of 40% on 4 segments (vocabulary / width 64, 1 seed)"
+    )
+    more = learning_of("local", eighth, 8, 65, tail=0.4)
+    assert more.tokens == pytest.approx(1.1 * 1.56 / 1.3)
+    assert "times 1.20 for more segments" in more.source
+    unknown = learning_of("chunked 2", eighth, 4, 65)
+    assert unknown.tokens is None
+    assert unknown.source == "local with full heads at vocabulary / width 64: not measured"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "head", "ratio", "far"),
+    [
+        ("local", {}, 15, False),  # the row of 8, as near as that of 64 on a scale of factors
+        ("local", {}, 130, True),
+        ("chunked 2", {}, 65, True),
+        ("chunked 2", {}, 16, False),
+        ("chunked 2", {"readout": "shared"}, 3.9, True),
+        ("backprop", {}, 1000, False),  # exact at any
+    ],
+)
+def test_rows_unlike_the_model_are_known_as_such(scheme, head, ratio, far):
+    assert learning_of(scheme, head, 4, ratio).far is far
 
 
 def test_every_scheme_and_head_of_the_planner_is_looked_up(monkeypatch):

@@ -3,12 +3,13 @@ from dataclasses import replace
 import pytest
 from reference import GPT2
 
-from ds_local.cluster.candidates import PLANNED, TAILS, Candidate, Cluster, Model
+from ds_local.cluster.candidates import HEADS, PLANNED, TAILS, Candidate, Cluster, Model
 from ds_local.cluster.pricing import Pricing, expected_memory
 from ds_local.cluster.scheme_samples import delay_of, sample_of, schedule_for
 from ds_local.config.sections import HeadConfig
 from ds_local.model.families import load_model_config
 from ds_local.model.flops import UnitCosts, stage_flops, unit_flops
+from ds_local.model.head_times import time_over_flops
 from ds_local.schedules.list_scheduler import make_schedule
 from ds_local.schedules.routes import make_routes
 from ds_local.schedules.simulator import Costs, StepTimer, simulate
@@ -190,11 +191,20 @@ def test_heads_that_no_run_has_measured_are_not_free(known):
     pricing = Pricing(replace(sized, costs=UnitCosts(2.0, 1.0, known)), Cluster(1, 4, *[1] * 4), 8)
     head = 2.0 * flops.heads[0] / flops.block
     assert pricing.unit("full", 4) == UnitCosts(2.0, 1.0, [head] * 3)
-    assert pricing.unit("shared", 4).heads == [pytest.approx(head * 2 / 3)] * 3
+    shared = head * 2 / 3 * time_over_flops(HeadConfig(**HEADS["shared"]), config.vocab_size)
+    assert pricing.unit("shared", 4).heads == [pytest.approx(shared)] * 3
     price = pricing.price(Candidate(4, 1, "local", "full", 1, 8))
     assert price.parts["auxiliary heads"] == pytest.approx(8 * head * 3 / 4)
     measured = Pricing(replace(sized, costs=UnitCosts(2.0, 1.0, [0.5])), pricing.cluster, 8)
     assert measured.unit("full", 4).heads == [0.5] * 3
+
+
+def test_heads_take_longer_than_their_operations_say_where_that_was_measured():
+    config = load_model_config(GPT2)
+    pricing = Pricing(Model.of(config), Cluster(1, 4, *[1] * 4), 8)
+    full, few = (pricing.unit(heads, 4).heads[0] for heads in ("full", "1/8 of the tokens"))
+    assert few / full == pytest.approx(time_over_flops(HeadConfig(token_fraction=0.125), 9) / 8)
+    assert few > 1.5 * full / 8
 
 
 def test_memory_goes_by_the_sequences_of_the_data():

@@ -42,3 +42,15 @@ def test_exits_are_compared_where_heads_learn_all_tokens_to_the_end():
     assert not any(METHODS[name].has_exits for name in without)
     assert METHODS["chunked 2"].has_exits
     assert METHODS["local, 1/8 of the tokens, companion"].has_exits
+
+
+def test_every_head_is_named_with_both_schemes_and_schedules():
+    for scheme in ("local", "chunked 2"):
+        for end in ("", ", tail 40 %", ", WSD", ", tail 40 %, WSD"):
+            assert METHODS[f"{scheme}, 1/4 of the tokens{end}"].head == {"token_fraction": 0.25}
+            shared = METHODS[f"{scheme}, shared readout{end}"].head
+            assert shared == {"readout": "shared", "temperature": True}
+            for steps in (10, 50):
+                found = METHODS[f"{scheme}, shared readout, refreshed every {steps}{end}"]
+                assert found.head == {**shared, "refresh_every": steps}
+        assert METHODS[f"{scheme}, backprop tail 30 %, WSD"].tail == 0.3
