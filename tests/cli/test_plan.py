@@ -62,7 +62,7 @@ def test_the_winner_is_written_ready_to_start(tmp_path, capsys):
     assert main([*ARGUMENTS, *schemes, "--write", str(folder)]) == 0
     said = capsys.readouterr().out
     assert f"bash {folder}/{START}" in said
-    assert "1.10  local: local on 2 segments (vocabulary / width 8, 1 seed)" in said
+    assert "1.10*  local: local on 2 segments (vocabulary / width 8, 1 seed)" in said
     config = json.loads((folder / CONFIG).read_text())
     assert config["scheduler"]["params"]["total_num_steps"] == 12  # 10 x 1.1048, rounded up
     assert config["local_parallel"]["mode"] == "local"
