@@ -137,7 +137,7 @@ def edited(path: Path, **changes: Any) -> None:
 RUNS = {
     "half a run.json": (lambda p: (p / "run.json").write_text("{"), "run.json is damaged"),
     "no text": (lambda p: (p / "run.json").write_bytes(b"\xff\xfe"), "run.json is damaged"),
-    "a list": (lambda p: (p / "run.json").write_text("[]"), "run.json is not what training wrote"),
+    "a list": (lambda p: (p / "run.json").write_text("[]"), "run.json is damaged"),
     "data of a kind": (
         lambda p: edited(p / "run.json", data=[3]),
         "run.json or metrics.jsonl is not what training wrote",
