@@ -34,8 +34,10 @@ class ForeignWeights:
         Args:
             what: computed the outputs, for the sentence.
         """
+        if (what, segment) in self._seen:
+            return
         learning = [slot for slot in Tree.of(outputs, strict=False).slots if slot.requires_grad]
-        if not learning or (what, segment) in self._seen:
+        if not learning:
             return
         self._seen.add((what, segment))
         own = {id(parameter) for parameter in self._module.parameters()}
