@@ -3,7 +3,7 @@
 import json
 import re
 import subprocess
-from datetime import UTC, date, datetime
+from datetime import date, datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,7 +78,7 @@ def test_rows_say_day_and_commit_and_keep_them(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "commit", lambda: "0123456789ab+changes")
     report.save([{"task": "new"}, row], path, "gpu")  # the second as an older file has it
     first, second = report.load([path])
-    assert date.fromisoformat(first["date"]) <= datetime.now(UTC).date()
+    assert date.fromisoformat(first["date"]) <= datetime.now(timezone.utc).date()
     assert (first["benchmark"], first["commit"]) == ("gpu", "0123456789ab+changes")
     assert second == row
     monkeypatch.setattr(report, "commit", lambda: "another")

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def stamped(rows: Sequence[Row], benchmark: str) -> list[Row]:
         "benchmark": benchmark,
         "command": command(),
         "machine": machine(),
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": commit(),
     }
     return [row if "benchmark" in row else own | row for row in rows]
