@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_local.checkpoints.folder import complete_tags
-from ds_local.checkpoints.metrics_file import MetricsFile
+from ds_local.checkpoints.metrics_file import METRICS_FILE, MetricsFile
 from ds_local.checkpoints.run_file import RUN_FILE, run_facts
 from ds_local.config import strict_json
 from ds_local.config.strict import SECTION
@@ -18,7 +18,6 @@ from ds_local.errors import CheckpointError, RunError
 from ds_local.outputs import scratch_name, write_whole
 
 GATHERED = "gathered"  # key of a run.json that no job has written
-METRICS = "metrics.jsonl"
 
 
 def check_free(units: Mapping[int, Sequence[Path]], output: Path) -> None:
@@ -36,10 +35,10 @@ def check_free(units: Mapping[int, Sequence[Path]], output: Path) -> None:
         raise RunError(
             f"{output} holds the run of one job, so it is left alone; choose another --output"
         )
-    if not there and (output / METRICS).exists():
+    if not there and (output / METRICS_FILE).exists():
         raise RunError(
-            f"{output} holds {METRICS} but no run of ds_local, so it is left alone; choose another "
-            "--output"
+            f"{output} holds {METRICS_FILE} but no run of ds_local, so it is left alone; choose "
+            "another --output"
         )
     before = facts.get("starts")
     known = [s for n, runs in units.items() for run in runs for s in _starts(n, run_facts(run))]
@@ -65,11 +64,11 @@ def write_books(step: int, runs: Sequence[Path], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     facts = _run_of_whole(step, runs)
     write_whole(output / RUN_FILE, strict_json.dumps(facts, indent=1, default=str) + "\n")
-    rows = [row for run in runs for row in MetricsFile(run / METRICS).read()]
+    rows = [row for run in runs for row in MetricsFile(run / METRICS_FILE).read()]
     rows = [row for row in rows if row["step"] <= step]
     rows.sort(key=lambda row: (row["step"], row["split"] != "train", row["segment"]))
     text = "".join(strict_json.dumps(row) + "\n" for row in rows)
-    write_whole(output / METRICS, text)
+    write_whole(output / METRICS_FILE, text)
     source, copy = runs[0] / "checkpoints" / "tokenizer", output / "checkpoints" / "tokenizer"
     if source.is_dir() and not copy.is_dir():
         scratch = copy.with_name(scratch_name(copy.name))

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ds_local.checkpoints.gathering import whole_run
-from ds_local.checkpoints.metrics_file import MetricsFile
+from ds_local.checkpoints.metrics_file import METRICS_FILE, MetricsFile
 from ds_local.checkpoints.model_card import model_card
 from ds_local.checkpoints.source import Checkpoint
 from ds_local.data.tokenizers import fingerprint, load_tokenizer, save_tokenizer
@@ -102,7 +102,7 @@ def _write(checkpoint: Checkpoint, segment: int, folder: Path, heads: bool) -> N
                 folder / HEADS_FILE,
                 {"format": "pt", "segment_parts": json.dumps(checkpoint.parts)},
             )
-    metrics = MetricsFile(checkpoint.run / "metrics.jsonl").read()
+    metrics = MetricsFile(checkpoint.run / METRICS_FILE).read()
     size = sum(tensor.numel() for tensor in state.values())
     try:
         card = model_card(

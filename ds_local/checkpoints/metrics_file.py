@@ -17,6 +17,8 @@ from typing import Any
 from ds_local.config import strict_json
 from ds_local.outputs import write_whole
 
+METRICS_FILE = "metrics.jsonl"
+
 
 def of_full_model(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Of every step the row of its highest segment: how many there are may change on the way.

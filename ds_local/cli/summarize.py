@@ -15,10 +15,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("run", type=Path, help="run folder")
     args = parser.parse_args(arguments)
-    from ds_local.checkpoints.metrics_file import MetricsFile
+    from ds_local.checkpoints.metrics_file import METRICS_FILE, MetricsFile
     from ds_local.training.pictures import draw_losses, summary_table
 
-    metrics = MetricsFile(args.run / "metrics.jsonl")
+    metrics = MetricsFile(args.run / METRICS_FILE)
     rows = metrics.read()
     if not rows:
         print(f"no metrics in {args.run}; is it a run folder?", file=sys.stderr)

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
 
+from ds_local.checkpoints.metrics_file import METRICS_FILE
 from ds_local.measure.fleet import Fleet, Job, lost_steps, train_words
 from ds_local.schedules.units import folder_of
 
@@ -108,7 +109,7 @@ class Campaign:
                 replicas=self.layout.replicas,
                 most_starts_per_hour=0,
             )
-            jobs[own] = Job(own, words, output / own / "metrics.jsonl", logs)
+            jobs[own] = Job(own, words, output / own / METRICS_FILE, logs)
         return Fleet(jobs)
 
     def one_job(self, name: str, port: int) -> Fleet:
@@ -119,7 +120,7 @@ class Campaign:
         words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(number)]
         words += ["--max-restarts", "1000", "--master-port", str(port), "-m", "ds_local", "train"]
         words += train_words(**self._options(output, 0))[4:]
-        return Fleet({"all": Job("all", words, output / "metrics.jsonl", logs)})
+        return Fleet({"all": Job("all", words, output / METRICS_FILE, logs)})
 
 
 def undisturbed(fleet: Fleet) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ds_local.checkpoints.facts import FACTS
+from ds_local.checkpoints.metrics_file import METRICS_FILE
 from ds_local.checkpoints.run_file import RUN_FILE
 from ds_local.outputs.checkpoint_names import HEAD_FILE, LAYER_FILE, STAGE_FILE, step_of, tag_of
 from ds_local.study.methods import COSINE, DECAY, METHODS, switch_step
@@ -31,7 +32,7 @@ def leave_trunk(run: Run, place: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     for part in (tag, "tokenizer"):
         shutil.copytree(trunk / "checkpoints" / part, partial / "checkpoints" / part)
-    for part in (RUN_FILE, "metrics.jsonl"):
+    for part in (RUN_FILE, METRICS_FILE):
         shutil.copy(trunk / part, partial / part)
     (partial / "checkpoints" / "latest").write_text(tag)
     if METHODS[run.method].renew:

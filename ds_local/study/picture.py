@@ -73,14 +73,16 @@ AT_THE_RATIO = Curves(
 )
 
 
-def compared(rows: Sequence[Row], setting: tuple[str, float]) -> dict[str, Row]:
-    """Method -> its row, of what the page of the study compares, in that order."""
+def compared(
+    rows: Sequence[Row], setting: tuple[str, float], methods: Sequence[str] = COMPARED
+) -> dict[str, Row]:
+    """Method -> its row, by default of what the page of the study compares, in that order."""
     found = {
         row["method"]: row
         for row in rows
         if (row["preset"], row["step_factor"], row["segments"]) == (*setting, SEGMENTS)
     }
-    return {method: found[method] for method in COMPARED if method in found}
+    return {method: found[method] for method in methods if method in found}
 
 
 def gaps_chart(rows: Sequence[Row]) -> str:
@@ -124,16 +126,10 @@ def curves_chart(
 ) -> str:
     """Validation loss against tokens, and against predicted time."""
     of_preset = [dict(r) for r in results if r["preset"] == wanted.preset]
-    kind = wanted.preset, 1.0, SEGMENTS
-    known = {
-        row["method"]: row
-        for row in rows
-        if (row["preset"], row["step_factor"], row["segments"]) == kind
-    }
+    known = compared(rows, (wanted.preset, 1.0), wanted.methods)
     runs = {
         method: {run["seed"]: run["curve"] for run in runs_of(of_preset, method, SEGMENTS, 1.0)}
-        for method in wanted.methods
-        if method in known
+        for method in known
     }
     longest = max(len(curve) for curves in runs.values() for curve in curves.values())
     # of a few runs only the end was kept

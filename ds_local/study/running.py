@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ds_local.checkpoints.metrics_file import MetricsFile
+from ds_local.checkpoints.metrics_file import METRICS_FILE, MetricsFile
 from ds_local.checkpoints.run_file import run_facts
 from ds_local.config import strict_json
 from ds_local.outputs import write_file
@@ -77,7 +77,7 @@ def _train(run: Run, place: Path, data: Path, deadline: float) -> bool:
     if code:
         print(f"{run.name}: failed, see {place / 'log.txt'}", file=sys.stderr)
         return False
-    rows = MetricsFile(place / "run" / "metrics.jsonl").read()
+    rows = MetricsFile(place / "run" / METRICS_FILE).read()
     if code is None or rows[-1]["step"] < run.steps:  # or somebody else asked it to stop
         print(f"{run.name}: to be continued")
         return False

@@ -18,6 +18,7 @@ from typing import Any
 
 from ds_local.checkpoints.facts import FACTS, read_facts
 from ds_local.checkpoints.folder import complete_tags, locate, newest_tag
+from ds_local.checkpoints.metrics_file import METRICS_FILE
 from ds_local.checkpoints.run_file import RUN_FILE, run_facts
 from ds_local.config import strict_json
 from ds_local.config.changes import CHANGES
@@ -30,7 +31,7 @@ from ds_local.training.run_lock import RunLock
 _OF_OTHER_FOLDERS = (FILES, FACTS, "latest")  # of data and models, checkpoints, folders of these
 _MADE = (
     RUN_FILE,
-    "metrics.jsonl",
+    METRICS_FILE,
     "checkpoints",
     "logs",
     "loss.png",
@@ -184,7 +185,7 @@ class RunFolder:
             self._set_aside(RUN_FILE, was is None, "run.damaged.json")
             text = {**facts, "weights": origin, "starts": [*starts, own]}
             write_whole(self.path / RUN_FILE, strict_json.dumps(text, indent=1, default=str) + "\n")
-            self._set_aside("metrics.jsonl", tag is None, f"metrics-start-{len(starts)}.jsonl")
+            self._set_aside(METRICS_FILE, tag is None, f"metrics-start-{len(starts)}.jsonl")
             self.checkpoints.mkdir(exist_ok=True)  # a folder without run.json is not known again
             self._keep_tokenizer(tokenizer)
         except OSError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_local.charts.timelines import Band, Piece
-from ds_local.checkpoints.metrics_file import MetricsFile, of_full_model
+from ds_local.checkpoints.metrics_file import METRICS_FILE, MetricsFile, of_full_model
 from ds_local.checkpoints.run_file import run_facts
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
@@ -47,7 +47,7 @@ class RunRecord:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.rows = MetricsFile(self.path / "metrics.jsonl").read()
+        self.rows = MetricsFile(self.path / METRICS_FILE).read()
         if not self.rows:
             raise RunError(f"{self.path} holds no metrics.jsonl with rows; is it a run folder?")
         self.name = self.path.resolve().name

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_local.checkpoints.metrics_file import MetricsFile
+from ds_local.checkpoints.metrics_file import METRICS_FILE, MetricsFile
 from ds_local.checkpoints.run_fields import TRAIN, VALIDATION
 from ds_local.data.dataset import BatchShape, TokenData, training_batches, validation_batches
 from ds_local.engine.engine import LocalPipelineEngine
@@ -56,7 +56,7 @@ class Loop:
         self.is_first = engine.global_rank == 0
         self.ending = ""  # why the run ends, once it does
         self.validation: Validation | None = None  # the last one
-        metrics, seconds = MetricsFile(run.path / "metrics.jsonl"), 0.0
+        metrics, seconds = MetricsFile(run.path / METRICS_FILE), 0.0
         if self.is_first:
             self._continue_points(metrics.read())
             seconds, damaged = metrics.keep_until(engine.global_steps)
