@@ -191,6 +191,7 @@ _HEAD_OPTIONS = (
     "adapter",
     "temperature",
     "vocabulary",
+    "rare_rank",
 )
 
 

@@ -114,7 +114,8 @@ def _losses(
         "| exit after segment | step | validation loss (nats per token) | perplexity |",
         "| --- | --- | --- | --- |",
     ]
-    if classes := checkpoint.get("local_parallel", {}).get("head", {}).get("vocabulary"):
+    head = checkpoint.get("local_parallel", {}).get("head", {})
+    if (classes := head.get("vocabulary")) and not head.get("rare_rank"):
         told = f"Exits before the last tell {classes:,} tokens apart and have one class for all "
         table += ["", f"{told}others: their losses are lower for that."]
     return [*header, *table]

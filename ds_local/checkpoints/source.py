@@ -158,10 +158,12 @@ class Checkpoint:
             )
         head = self.head(segment)
         if self._vocabulary:
+            rare = self.facts[SECTION]["head"]["rare_rank"]
+            others = "a second readout for the" if rare else "one class for all"
             raise ExportError(
-                f"the head of segment {segment} tells {self._vocabulary} tokens apart and has one "
-                "class for all others (head.vocabulary), so it is no language model; export the "
-                "full model"
+                f"the head of segment {segment} tells {self._vocabulary} tokens apart and has "
+                f"{others} others (head.vocabulary), as no Hugging Face model has; export the full "
+                "model"
             )
         depth = self.parts[segment + 1]
         config, layers = _prefix_with(

@@ -21,6 +21,8 @@ Seconds = Annotated[PositiveFloat, Field(le=1e7)]  # four months
 
 CodecName = Literal["none", "bf16", "int8", "int4", "topk", "lowrank"]
 
+RARE_SHARE = 0.25  # of the positions, at most: where a head with `rare_rank` tells rare tokens apart
+
 
 class LinkConfig(Strict):
     """Messages between stages."""
@@ -138,8 +140,12 @@ class HeadConfig(Strict):
     vocabulary: PositiveInt | None = None
     """Classes of the readout: so many tokens, those that come most often in the training data, and
     one class for all the others. `scripts/train.py` counts them in its data, `causal_lm` takes
-    `token_counts`. The loss is over these classes and not comparable with one over all tokens.
-    Default: all tokens."""
+    `token_counts`. The loss is over these classes and not comparable with one over all tokens,
+    unless `rare_rank` is given. Default: all tokens."""
+    rare_rank: PositiveInt | None = None
+    """Beside `vocabulary`: the other tokens are told apart too, by a second readout behind a
+    bottleneck of this width, so that the loss is one over all tokens (adaptive softmax). In
+    training on a quarter of the positions at most, drawn from those with such a token."""
     companion: NonNegativeFloat = 0.0
     """Weight of a second loss, over all positions and without a vocabulary: 1 minus the cosine
     between a linear map of the head's normed hidden state and what the segment takes in at the next
@@ -176,6 +182,11 @@ class HeadConfig(Strict):
                 f"the model's readout has all tokens, and vocabulary is {self.vocabulary}; leave "
                 "vocabulary out, or init"
             )
+        if self.rare_rank is not None and self.vocabulary is None:
+            raise ValueError(
+                f"rare_rank is {self.rare_rank}, and without vocabulary no token is rare; give "
+                "vocabulary too, or leave rare_rank out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -207,6 +218,12 @@ class HeadConfig(Strict):
     def classes(self, vocab_size: int) -> int:
         """Columns of the readout, of a model with so many tokens."""
         return vocab_size if self.vocabulary is None else self.vocabulary + 1
+
+    def rare_weights(self, hidden_size: int, vocab_size: int) -> int:
+        """Parameters of what tells rare tokens apart: of its bottleneck and its readout."""
+        if self.vocabulary is None or self.rare_rank is None:
+            return 0
+        return self.rare_rank * ((self.rank or hidden_size) + vocab_size - self.vocabulary)
 
     def blocks_of(self, segment: int, blocks_above: int) -> int:
         """Private blocks in the head of `segment`."""

@@ -37,11 +37,17 @@ from ds_local.schedules.units import Unit
 
 def _check_widths(hf_config: Any, section: LocalParallelConfig, num_stages: int) -> None:
     """A bottleneck is narrower than the model, and a stage's weights fit the machine's memory."""
-    if section.head.rank is not None and section.head.rank > hf_config.hidden_size:
-        raise ConfigError(
-            f"{SECTION}.head.rank is {section.head.rank}, wider than the model's hidden state of "
-            f"{hf_config.hidden_size}; lower it, or leave it out"
-        )
+    head, width = section.head, hf_config.hidden_size
+    for name, rank, most in (
+        ("rank", head.rank, width),
+        ("rare_rank", head.rare_rank, head.rank or width),
+    ):
+        if rank is not None and rank > most:
+            what = "head.rank" if most < width else "the model's hidden state"
+            raise ConfigError(
+                f"{SECTION}.head.{name} is {rank}, wider than {what} of {most}; lower it, or leave "
+                "it out"
+            )
     needed = 4 * sum(p.numel() for p in families.skeleton(hf_config).parameters()) // num_stages
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:

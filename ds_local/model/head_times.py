@@ -42,7 +42,7 @@ MEASURED: list[tuple[Section, float]] = [
 ]
 _WORK = {
     *("blocks", "blocks_from", "readout", "rank", "adapter", "temperature"),
-    *("token_fraction", "vocabulary"),
+    *("token_fraction", "vocabulary", "rare_rank"),
 }
 
 

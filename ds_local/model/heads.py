@@ -198,6 +198,7 @@ class AuxiliaryHead(nn.Module):
         rule: what becomes of the readout's product.
         routers: of the private blocks; their loss is a part of the head's in training.
         frequent: token ids -> classes, see `frequent.py`.
+        rare: what tells the tokens of the last class apart, see `frequent.py`.
         companion: a second loss in training, see `companion.py`.
     """
 
@@ -213,6 +214,7 @@ class AuxiliaryHead(nn.Module):
         rule: LogitRule = PLAIN,
         routers: Routers | None = None,
         frequent: nn.Module | None = None,
+        rare: nn.Module | None = None,
         companion: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -225,7 +227,7 @@ class AuxiliaryHead(nn.Module):
         self.log_temperature = nn.Parameter(torch.zeros(1)) if temperature else None
         self.token_fraction = token_fraction
         self.kernel = kernel
-        self.frequent, self.companion = frequent, companion
+        self.frequent, self.rare, self.companion = frequent, rare, companion
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """`torch.compile` the private blocks; the loss has kernels of its own."""
@@ -248,9 +250,10 @@ class AuxiliaryHead(nn.Module):
             chosen = to_device(torch.randperm(total)[:count], targets_N.device)
             hidden_ND, targets_N, factor = hidden_ND[chosen], targets_N[chosen], total / count
         classes_N = targets_N if self.frequent is None else self.frequent(targets_N)
-        loss = readout_loss(
-            self._before_readout(hidden_ND), self.readout, classes_N, self.kernel, self.rule
-        )
+        hidden_ND = self._before_readout(hidden_ND)
+        loss = readout_loss(hidden_ND, self.readout, classes_N, self.kernel, self.rule)
+        if self.rare is not None:
+            loss = loss + self.rare(hidden_ND, targets_N, self.kernel, self.rule)
         loss = loss * factor / count_targets(labels_BT).clamp(min=1)
         if self.training and self.companion is not None and shallow_BTD is not None:
             beside = self.companion(self.norm(hidden_BTD), shallow_BTD, labels_BT)

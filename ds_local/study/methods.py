@@ -31,7 +31,8 @@ class Method(NamedTuple):
     @property
     def has_exits(self) -> bool:
         """Do auxiliary heads learn to the end, and the whole vocabulary?"""
-        return not (self.tail or self.dropped_by or self.head.get("vocabulary"))
+        partial = "vocabulary" in self.head and "rare_rank" not in self.head
+        return not (self.tail or self.dropped_by or partial)
 
 
 def of(scheme: str, tail: float = 0.0, **more: Any) -> Method:
@@ -114,6 +115,8 @@ METHODS |= {
 # tried in both schemes, under both schedules, with a tail and without
 HEADS: dict[str, dict[str, Any]] = {
     "1/8 of the vocabulary": {"vocabulary": 1 / 8},
+    "1/16 of the vocabulary, rare tokens of rank 8": {"vocabulary": 1 / 16, "rare_rank": 8},
+    "1/32 of the vocabulary, rare tokens of rank 8": {"vocabulary": 1 / 32, "rare_rank": 8},
     "1/8 of the tokens": EIGHTH,
     "1/4 of the tokens": QUARTER,
     "1/8 of the tokens, companion": {**EIGHTH, "companion": 1.0},

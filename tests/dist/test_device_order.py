@@ -136,7 +136,7 @@ OWN = ["deepspeed_seam.step_optimizer", "updates.take_step"]  # DeepSpeed's own 
 
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "frequent part of the vocabulary": (
-        {**LOCAL, "head": {"vocabulary": 8}},
+        {**LOCAL, "head": {"vocabulary": 8, "rare_rank": 4}},
         {"token_counts": [1] * 64, **FEW},
     ),
     "sampled head with a companion": (

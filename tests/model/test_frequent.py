@@ -57,12 +57,76 @@ def test_the_class_of_the_rest_learns():
     assert norms.argmax() == 8
 
 
-@pytest.mark.parametrize("options", [{"rank": 4}, {"adapter": True}, {"token_fraction": 0.5}])
+def silent(linear, *logits):
+    """A layer whose outputs are these wherever the first of its inputs is 2 (0 where none)."""
+    with torch.no_grad():
+        linear.weight.zero_()
+        if logits:
+            linear.weight[:, 0] = torch.tensor(logits) / 2
+
+
+def test_rare_tokens_have_the_probability_of_their_class_times_their_own():
+    counts = torch.zeros(64, dtype=torch.int64)
+    counts[[5, 7]] = torch.tensor([2, 9])  # classes: 7, 5, the rest; 0, 1, 2, 3, 4, 6, 8, ...
+    head = make_head(counts, vocabulary=2, rare_rank=3).eval()
+    assert head.rare.readout.weight.shape == (62, 3)
+    assert head.rare.number_of[[0, 4, 5, 6, 7, 8, 63]].tolist() == [0, 4, IGNORE, 5, IGNORE, 6, 61]
+    silent(head.readout, math.log(1), math.log(2), math.log(3))  # 1/6, 2/6 and 3/6
+    silent(head.rare.down, 2.0, 0.0, 0.0)
+    # token 6 has 39 of 100, the others 1 each
+    silent(head.rare.readout, *[math.log(39) if number == 5 else 0.0 for number in range(62)])
+    with torch.no_grad():
+        head.norm.weight.zero_()
+        head.norm.bias.zero_()
+        head.norm.bias[0] = 2.0
+    labels = torch.tensor([[0, 7, 6, 63, IGNORE, 5]])
+    probabilities = [1 / 6, 3 / 6 * 39 / 100, 3 / 6 / 100, 2 / 6]
+    expected = -sum(map(math.log, probabilities)) / 4
+    assert head(torch.randn(1, 6, 32), labels).item() == pytest.approx(expected, rel=1e-6)
+
+
+def rare_labels(rare):
+    """One sequence of 40 predictions; with counts that rise with the id, 8 frequent tokens are
+    those above 55."""
+    return torch.tensor([[0] + [60] * (40 - rare) + [3] * rare])
+
+
+@pytest.mark.parametrize("rare", [0, 4, 10])
+def test_up_to_a_quarter_of_rare_tokens_the_loss_is_exact(rare):
+    head = make_head(torch.arange(64), vocabulary=8, rare_rank=4)
+    hidden, labels = torch.randn(1, 41, 32), rare_labels(rare)
+    trained = head.train()(hidden, labels).item()
+    assert trained == pytest.approx(head.eval()(hidden, labels).item(), rel=1e-6)
+
+
+def test_of_more_a_quarter_of_the_positions_is_drawn_without_bias():
+    head = make_head(torch.arange(64), vocabulary=8, rare_rank=4)
+    torch.nn.init.normal_(head.rare.readout.weight, std=4.0)
+    hidden, labels = torch.randn(1, 41, 32), rare_labels(30)
+    whole = head.eval()(hidden, labels).item()
+    torch.manual_seed(0)
+    drawn = torch.tensor([head.train()(hidden, labels).item() for _ in range(600)])
+    assert drawn.std() > 0.01
+    assert abs(drawn.mean().item() - whole) < 4 * drawn.std().item() / 600**0.5
+
+
+def test_no_rare_token_is_no_gradient_and_no_nan():
+    head = make_head(torch.arange(64), vocabulary=8, rare_rank=4)
+    head(torch.randn(1, 41, 32), rare_labels(0)).backward()
+    assert head.rare.readout.weight.grad.eq(0).all()
+    head(torch.randn(1, 4, 32), torch.full((1, 4), IGNORE)).backward()
+    assert all(p.grad.isfinite().all() for p in head.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rank": 4}, {"adapter": True}, {"token_fraction": 0.5}, {"rare_rank": 3}],
+)
 def test_it_goes_with_other_options(options):
     head = make_head(torch.arange(64), vocabulary=8, **options)
     labels = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
     loss = head(torch.randn(2, 9, 32), labels)
-    assert 0 < loss.item() < 2 * math.log(9)
+    assert 0 < loss.item() < 2 * math.log(64)
     assert head.readout.out_features == 9
 
 
