@@ -21,7 +21,9 @@ Seconds = Annotated[PositiveFloat, Field(le=1e7)]  # four months
 
 CodecName = Literal["none", "bf16", "int8", "int4", "topk", "lowrank"]
 
-RARE_SHARE = 0.25  # of the positions, at most: where a head with `rare_rank` tells rare tokens apart
+RARE_SHARE = (
+    0.25  # of the positions, at most: where a head with `rare_rank` tells rare tokens apart
+)
 
 
 class LinkConfig(Strict):

@@ -16,53 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_local.config.catalog import head_of
+from ds_local.config.catalog import Section, head_of
 from ds_local.config.sections import HeadConfig
 from ds_local.measure.live import LiveTensors
 from ds_local.model import blocks, families
 from ds_local.model.flops import unit_flops
+from ds_local.model.head_times import MEASURED
 
 SEED = 1234
 PARTS = [0, 2, 4, 6]  # an embedding, a block | two blocks | a block, a readout
 
-# name -> the "head" section; "vocabulary" is a share
-VARIANTS: dict[str, dict[str, Any]] = {
+# name -> options of "head", see `catalog.head_of`
+VARIANTS: dict[str, Section] = {
     "full": {},
     "full, checkpointed chunks": {"kernel": "checkpointed"},
-    "shared readout": {"readout": "shared"},
-    "shared readout, adapter": {"readout": "shared", "adapter": True},
-    "shared readout, temperature": {"readout": "shared", "temperature": True},
-    "1/4 of the tokens": {"token_fraction": 0.25},
-    "1/8 of the tokens": {"token_fraction": 0.125},
-    "1/16 of the tokens": {"token_fraction": 0.0625},
-    "rank 128": {"rank": 128},
-    "rank 192": {"rank": 192},
-    "1/8 of the vocabulary": {"vocabulary": 1 / 8},
-    "1/8 of the vocabulary, 1/4 of the tokens": {"vocabulary": 1 / 8, "token_fraction": 0.25},
-    "1/8 of the vocabulary, rank 128": {"vocabulary": 1 / 8, "rank": 128},
-    "1/8 of the tokens, companion": {"token_fraction": 0.125, "companion": 1.0},
-    "shared readout, 1/8 of the tokens, companion": {
-        "readout": "shared",
-        "token_fraction": 0.125,
-        "companion": 1.0,
-    },
-    "rank 128, 1/8 of the tokens": {"rank": 128, "token_fraction": 0.125},
-    "rank 128, 1/4 of the tokens": {"rank": 128, "token_fraction": 0.25},
-    "shared readout, 1/4 of the tokens": {"readout": "shared", "token_fraction": 0.25},
-    "shared readout, 1/8 of the tokens": {"readout": "shared", "token_fraction": 0.125},
-    "shared readout, adapter, 1/8 of the tokens": {
-        "readout": "shared",
-        "adapter": True,
-        "token_fraction": 0.125,
-    },
-    "a private block": {"blocks": 1},
-    "a private block, 1/8 of the tokens": {"blocks": 1, "token_fraction": 0.125},
-    "a tracked block, shared readout, 1/8": {
-        "blocks": 1,
-        "blocks_from": "next_tracked",
-        "readout": "shared",
-        "token_fraction": 0.125,
-    },
+    **{name: options for name, (options, _) in MEASURED.items()},
 }
 
 
@@ -104,7 +72,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     hidden = torch.randn(1, args.tokens, args.width)
     labels = torch.randint(args.vocabulary, (1, args.tokens))
     sections = {
-        name: HeadConfig(**head_of(given, args.vocabulary))
+        name: HeadConfig(**head_of(given, config))
         for name, given in VARIANTS.items()
         if given.get("rank", 0) < args.width
     }

@@ -10,46 +10,68 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_local.config.catalog import Section, head_of
+from ds_local.config.catalog import Section, Sizes, head_of
 from ds_local.config.sections import HeadConfig
 
-# options of "head", "vocabulary" as a share -> time by operations
-MEASURED: list[tuple[Section, float]] = [
-    ({"readout": "shared"}, 1.01),
-    ({"readout": "shared", "adapter": True}, 1.03),
-    ({"readout": "shared", "temperature": True}, 1.04),
-    ({"token_fraction": 0.25}, 1.36),
-    ({"token_fraction": 0.125}, 1.89),
-    ({"token_fraction": 0.0625}, 2.86),
-    ({"rank": 128}, 1.48),
-    ({"rank": 192}, 1.30),
-    ({"vocabulary": 0.125}, 0.99),
-    ({"vocabulary": 0.125, "token_fraction": 0.25}, 1.24),
-    ({"vocabulary": 0.125, "rank": 128}, 1.31),
-    ({"token_fraction": 0.125, "companion": 1.0}, 1.79),
-    ({"readout": "shared", "token_fraction": 0.125, "companion": 1.0}, 1.20),
-    ({"rank": 128, "token_fraction": 0.125}, 2.15),
-    ({"rank": 128, "token_fraction": 0.25}, 1.58),
-    ({"readout": "shared", "token_fraction": 0.25}, 1.11),
-    ({"readout": "shared", "token_fraction": 0.125}, 1.23),
-    ({"readout": "shared", "adapter": True, "token_fraction": 0.125}, 1.25),
-    ({"blocks": 1}, 0.98),
-    ({"blocks": 1, "token_fraction": 0.125}, 1.33),
-    (
-        {"blocks": 1, "blocks_from": "next_tracked", "readout": "shared", "token_fraction": 0.125},
+# name -> (options of "head", see `catalog.head_of`; time by operations)
+MEASURED: dict[str, tuple[Section, float]] = {
+    "shared readout": ({"readout": "shared"}, 1.01),
+    "shared readout, adapter": ({"readout": "shared", "adapter": True}, 1.03),
+    "shared readout, temperature": ({"readout": "shared", "temperature": True}, 1.04),
+    "1/4 of the tokens": ({"token_fraction": 0.25}, 1.36),
+    "1/8 of the tokens": ({"token_fraction": 0.125}, 1.89),
+    "1/16 of the tokens": ({"token_fraction": 0.0625}, 2.86),
+    "rank 128": ({"rank": 128}, 1.48),
+    "rank 192": ({"rank": 192}, 1.30),
+    "1/8 of the vocabulary": ({"vocabulary": 1 / 8}, 0.99),
+    "1/8 of the vocabulary, 1/4 of the tokens": (
+        {"vocabulary": 1 / 8, "token_fraction": 0.25},
+        1.24,
+    ),
+    "1/8 of the vocabulary, rank 128": ({"vocabulary": 1 / 8, "rank": 128}, 1.31),
+    "1/16 of the vocabulary, rare tokens apart": (
+        {"vocabulary": 1 / 16, "rare_rank": 1 / 8},
+        1.0,
+    ),
+    "1/32 of the vocabulary, rare tokens apart": (
+        {"vocabulary": 1 / 32, "rare_rank": 1 / 8},
+        1.0,
+    ),
+    "1/8 of the tokens, companion": ({"token_fraction": 0.125, "companion": 1.0}, 1.79),
+    "shared readout, 1/8 of the tokens, companion": (
+        {"readout": "shared", "token_fraction": 0.125, "companion": 1.0},
+        1.20,
+    ),
+    "rank 128, 1/8 of the tokens": ({"rank": 128, "token_fraction": 0.125}, 2.15),
+    "rank 128, 1/4 of the tokens": ({"rank": 128, "token_fraction": 0.25}, 1.58),
+    "shared readout, 1/4 of the tokens": ({"readout": "shared", "token_fraction": 0.25}, 1.11),
+    "shared readout, 1/8 of the tokens": ({"readout": "shared", "token_fraction": 0.125}, 1.23),
+    "shared readout, adapter, 1/8 of the tokens": (
+        {"readout": "shared", "adapter": True, "token_fraction": 0.125},
+        1.25,
+    ),
+    "a private block": ({"blocks": 1}, 0.98),
+    "a private block, 1/8 of the tokens": ({"blocks": 1, "token_fraction": 0.125}, 1.33),
+    "a tracked block, shared readout, 1/8": (
+        {
+            "blocks": 1,
+            "blocks_from": "next_tracked",
+            "readout": "shared",
+            "token_fraction": 0.125,
+        },
         1.08,
     ),
-]
+}
 _WORK = {
     *("blocks", "blocks_from", "readout", "rank", "adapter", "temperature"),
     *("token_fraction", "vocabulary", "rare_rank"),
 }
 
 
-def time_over_flops(head: HeadConfig, vocab_size: int) -> float:
-    """Of a model with so many tokens; 1 for a head that was not measured."""
+def time_over_flops(head: HeadConfig, model: Sizes | Any) -> float:
+    """Of a model of such sizes; 1 for a head that was not measured."""
     wanted = _work(head)
-    known = ((HeadConfig(**head_of(given, vocab_size)), factor) for given, factor in MEASURED)
+    known = ((HeadConfig(**head_of(given, model)), factor) for given, factor in MEASURED.values())
     return next((factor for one, factor in known if _work(one) == wanted), 1.0)
 
 

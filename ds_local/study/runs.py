@@ -64,9 +64,7 @@ def ds_config(run: Run) -> dict[str, Any]:
         "optimizer": adamw(preset.learning_rate * run.lr_factor),
         "scheduler": _scheduler(run),
         "local_parallel": {
-            **section_of(
-                method, run.segments, micro_batches, run.steps, preset.model["vocab_size"]
-            ),
+            **section_of(method, run.segments, micro_batches, run.steps, preset.sizes),
             "seed": run.seed,
         },
         **preset.precision,

@@ -107,7 +107,9 @@ def test_a_head_for_a_part_of_the_vocabulary_is_no_exit(run):
     assert (source.exits, source.heads) == ([1], [0])
     assert source.head(0)["readout.weight"].shape == (9, 32)
     assert source.model(1)[0].num_hidden_layers == 4
-    with pytest.raises(ExportError, match=r"tells 8 tokens apart and has .* others .*export the full"):
+    with pytest.raises(
+        ExportError, match=r"tells 8 tokens apart and has .* others .*export the full"
+    ):
         source.model(0)
 
 
