@@ -238,7 +238,7 @@ class SavedState:
         if own and set(own) <= set(there):
             return list(own)
         head = self._facts[SECTION]["head"]
-        others = ["frequent.", "rare.number_of"] + ["readout."] * (head["readout"] == "shared")
+        others = ["frequent."] + ["readout."] * (head["readout"] == "shared")
         others += ["blocks."] * (head["blocks_from"] == "next_tracked")
         prefixes = tuple(f"{head_name(cut)}.{prefix}" for prefix in others)
         return [name for name in there if not name.startswith(prefixes)]

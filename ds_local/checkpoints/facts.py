@@ -190,15 +190,23 @@ _HEAD_OPTIONS = (
     "rank",
     "adapter",
     "temperature",
-    "vocabulary",
-    "rare_rank",
 )
 
 
 def head_options(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What the tensors of an auxiliary head depend on."""
     head = facts[SECTION]["head"]
-    return {key: head[key] for key in _HEAD_OPTIONS} | {"companion": bool(head["companion"])}
+    return {
+        **{key: head[key] for key in _HEAD_OPTIONS},
+        "vocabulary": classes_of(facts),
+        "companion": bool(head["companion"]),
+    }
+
+
+def classes_of(facts: Mapping[str, Any]) -> int | None:
+    """Tokens with a class of their own in the auxiliary heads of a checkpoint; None: all."""
+    head = facts[SECTION]["head"]
+    return None if head["rare_samples"] else head["vocabulary"]
 
 
 def layout_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

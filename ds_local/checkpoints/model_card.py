@@ -115,7 +115,7 @@ def _losses(
         "| --- | --- | --- | --- |",
     ]
     head = checkpoint.get("local_parallel", {}).get("head", {})
-    if (classes := head.get("vocabulary")) and not head.get("rare_rank"):
+    if (classes := head.get("vocabulary")) and not head.get("rare_samples"):
         told = f"Exits before the last tell {classes:,} tokens apart and have one class for all "
         table += ["", f"{told}others: their losses are lower for that."]
     return [*header, *table]

@@ -37,8 +37,8 @@ METRICS = {
         _ALL,
         "nats a token",
         "mean over micro-batches and replicas, of training before the update; null: none, or not "
-        "finite. With `head.vocabulary`, and no `rare_rank`, over the classes of the head, in all "
-        "but the last segment",
+        "finite. With `head.vocabulary` and no `rare_samples` over the classes of the head, in "
+        "all but the last segment",
     ),
     "has_loss": Field((TRAIN,), "", "false where the routes give the segment no loss"),
     "router_loss": Field(

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ds_local.checkpoints.facts import FACTS, read_facts
+from ds_local.checkpoints.facts import FACTS, classes_of, read_facts
 from ds_local.checkpoints.folder import latest_tag, locate
 from ds_local.checkpoints.hf_layers import State, check_layer, to_hf
 from ds_local.checkpoints.run_file import RUN_FILE, run_facts
 from ds_local.checkpoints.sums import check_file
-from ds_local.config.strict import SECTION
 from ds_local.errors import ExportError, first_line
 from ds_local.model import families
 from ds_local.model.small_models import prefix
@@ -111,12 +110,7 @@ class Checkpoint:
     def exits(self) -> list[int]:
         """Segments that can be exported: those with a head for the whole vocabulary, and the
         last."""
-        return [*([] if self._vocabulary else self.heads), self.last_segment]
-
-    @property
-    def _vocabulary(self) -> int | None:
-        """Tokens with a class of their own in auxiliary heads; None: all."""
-        return self.facts[SECTION]["head"]["vocabulary"]
+        return [*([] if classes_of(self.facts) else self.heads), self.last_segment]
 
     @property
     def run(self) -> Path:
@@ -157,13 +151,11 @@ class Checkpoint:
                 self.config, {n: self.layer(n) for n in range(families.num_blocks(self.config) + 2)}
             )
         head = self.head(segment)
-        if self._vocabulary:
-            rare = self.facts[SECTION]["head"]["rare_rank"]
-            others = "a second readout for the" if rare else "one class for all"
+        if classes := classes_of(self.facts):
             raise ExportError(
-                f"the head of segment {segment} tells {self._vocabulary} tokens apart and has "
-                f"{others} others (head.vocabulary), as no Hugging Face model has; export the full "
-                "model"
+                f"the head of segment {segment} tells {classes} tokens apart and has one "
+                "class for all others (head.vocabulary), so it is no language model; export the "
+                "full model"
             )
         depth = self.parts[segment + 1]
         config, layers = _prefix_with(

@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
             "step"
         )
     if args.write and found.best:
-        write_job(found.best[0], cluster, args, model.config)
+        write_job(found.best[0], cluster, args, model.config.vocab_size)
     elif args.write:
         print(f"no layout fits, so {args.write} is not written", file=sys.stderr)
     return 0 if found.best else 1
@@ -224,10 +224,10 @@ def show_scaling(model: Model, cluster: Cluster, sequences: int, args: argparse.
     return 0 if any(cell.price for cell in cells) else 1
 
 
-def write_job(price: Price, cluster: Cluster, args: argparse.Namespace, model: Any) -> None:
+def write_job(price: Price, cluster: Cluster, args: argparse.Namespace, vocab_size: int) -> None:
     """The layout as files, and the command that starts it."""
     steps = steps_for(price, args.tokens)
-    config = config_of(price.candidate, args.fp32, steps, model)
+    config = config_of(price.candidate, args.fp32, steps, vocab_size)
     with new_folder(args.write, "plan") as folder:
         (folder / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
         (folder / START).write_text(start_of(price, cluster, args.model, args.write, steps))

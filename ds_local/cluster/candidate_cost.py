@@ -106,7 +106,6 @@ class CandidateCost:
         ):
             return 0, 0
         trained = model.hidden**2 * (head.adapter + bool(head.companion))
-        trained += head.rare_weights(model.hidden, model.config.vocab_size)
         copied, classes = 0, head.classes(model.config.vocab_size)
         blocks = head.blocks_of(stage, sum(self.blocks[stage + 1 :])) * model.block_params
         if head.blocks_from == "next_tracked":

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ds_local.config.catalog import SCHEMES, Section, Sizes, head_of
+from ds_local.config.catalog import SCHEMES, Section, head_of
 from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
 from ds_local.model import families
@@ -46,7 +46,6 @@ HEADS: dict[str, Section] = {
     "rank 128, 1/4 of tokens": {"rank": 128, "token_fraction": 0.25},
     "1/8 of the tokens": {"token_fraction": 0.125},
     "1/8 of the vocabulary": {"vocabulary": 1 / 8},
-    "1/32 of the vocabulary, rare tokens apart": {"vocabulary": 1 / 32, "rare_rank": 1 / 8},
 }
 
 
@@ -83,9 +82,9 @@ def has_heads(scheme: str) -> bool:
     return any(PLANNED[part].get("mode") != "backprop" for _, part in parts_of(scheme))
 
 
-def head_config(options: Section, model: Sizes | Any) -> HeadConfig:
-    """One of `HEADS`, of a model of such sizes."""
-    return HeadConfig(**head_of(options, model))
+def head_config(options: Section, vocab_size: int) -> HeadConfig:
+    """One of `HEADS`, of a model with so many tokens."""
+    return HeadConfig(**head_of(options, vocab_size))
 
 
 @dataclass(frozen=True)

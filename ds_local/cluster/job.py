@@ -9,7 +9,7 @@ from typing import Any
 from ds_local.cluster.candidates import HEADS, TAILS, Candidate, Cluster, parts_of
 from ds_local.cluster.prices import Price
 from ds_local.cluster.scheme_samples import section_for
-from ds_local.config.catalog import Section, Sizes, head_of
+from ds_local.config.catalog import Section, head_of
 from ds_local.config.deepspeed import adamw, cosine, stable_decay
 from ds_local.errors import ConfigError
 
@@ -18,20 +18,20 @@ _LEARNING_RATE = 3e-4  # of a model of some hundred million weights; the planner
 
 
 def config_of(
-    candidate: Candidate, fp32: bool, steps: int | None, model: Sizes | Any
+    candidate: Candidate, fp32: bool, steps: int | None, vocab_size: int
 ) -> dict[str, Any]:
     """What DeepSpeed reads.
 
     Args:
         fp32: instead of bf16 with fp32 master weights.
         steps: of the run; None: not known, so the learning rate stays as it is.
-        model: its config, or its sizes.
+        vocab_size: of the model.
 
     Raises:
         ConfigError: when the scheme changes late in a run whose steps are not known.
     """
     section = _scheme_of(candidate, steps)
-    head = head_of(HEADS[candidate.heads], model) if candidate.heads else {}
+    head = head_of(HEADS[candidate.heads], vocab_size) if candidate.heads else {}
     # of the readout's loss too; a seventh of the time on a GPU (docs/gpu.md)
     section |= {"num_stages": candidate.stages, "head": {"kernel": "compiled", **head}}
     if candidate.placement != "across_nodes":

@@ -26,7 +26,7 @@ from ds_local.cluster.candidates import (
 from ds_local.cluster.learning import BACKPROPS, Learning, learning_of
 from ds_local.cluster.prices import Price, over_the_run
 from ds_local.cluster.scheme_samples import delay_of, sample_of, section_for
-from ds_local.config.catalog import Section, Sizes
+from ds_local.config.catalog import Section
 from ds_local.config.deepspeed import batch_sizes, bf16_enabled, zero_stage
 from ds_local.config.files import local_parallel
 from ds_local.config.schema import LocalParallelConfig
@@ -58,8 +58,10 @@ class Pricing:
         self.model, self.cluster, self.sequences = model, cluster, sequences
         self.zero_stage, self.tokens_only = zero_stage, tokens_only
         self._options: dict[str, Section] = {"": {}, **heads}  # schemes without: as with a full one
-        sizes = model.config or Sizes(1, 1)
-        self._heads = {name: head_config(options, sizes) for name, options in self._options.items()}
+        vocabulary = 1 if model.config is None else model.config.vocab_size
+        self._heads = {
+            name: head_config(options, vocabulary) for name, options in self._options.items()
+        }
         self._cuts: dict[tuple[str, int, str], list[int]] = {}
         self._units: dict[tuple[str, int], UnitCosts] = {}
 
@@ -165,7 +167,7 @@ class Pricing:
             second = self.cluster.tflops * 1e12 / model.seq_len
             heads = [one / second for one in flops.heads]
             unit = UnitCosts(flops.block / second, flops.readout / second, heads)
-        factor = time_over_flops(head, model.config)
+        factor = time_over_flops(head, model.config.vocab_size)
         return unit._replace(heads=[one * factor for one in unit.heads])
 
     def cuts(self, candidate: Candidate) -> list[int]:

@@ -156,19 +156,11 @@ def fewest_micro_batches(section: Mapping[str, Any]) -> int:
     return round(1 / min(shares)) if shares else 1
 
 
-class Sizes(NamedTuple):
-    """Of a model; a Hugging Face config has them too."""
-
-    vocab_size: int
-    hidden_size: int
-
-
-def head_of(head: Mapping[str, Any], model: Sizes | Any) -> Section:
-    """A "head" section in which "vocabulary" and "rare_rank" may be shares of the model's tokens
-    and of its width: as numbers."""
-    wholes = {"vocabulary": model.vocab_size, "rare_rank": model.hidden_size}
-    shares = {key: size for key, size in wholes.items() if isinstance(head.get(key), float)}
-    return {**head, **{key: max(1, round(head[key] * size)) for key, size in shares.items()}}
+def head_of(head: Mapping[str, Any], vocab_size: int) -> Section:
+    """A "head" section in which "vocabulary" and "rare_samples" may be shares of a model's tokens:
+    as numbers."""
+    shares = [key for key in ("vocabulary", "rare_samples") if isinstance(head.get(key), float)]
+    return {**head, **{key: max(1, round(head[key] * vocab_size)) for key in shares}}
 
 
 def dropped_losses(num_segments: int, steps: int, by: float = 0.5) -> list[Section]:

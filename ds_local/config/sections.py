@@ -21,10 +21,6 @@ Seconds = Annotated[PositiveFloat, Field(le=1e7)]  # four months
 
 CodecName = Literal["none", "bf16", "int8", "int4", "topk", "lowrank"]
 
-RARE_SHARE = (
-    0.25  # of the positions, at most: where a head with `rare_rank` tells rare tokens apart
-)
-
 
 class LinkConfig(Strict):
     """Messages between stages."""
@@ -143,11 +139,11 @@ class HeadConfig(Strict):
     """Classes of the readout: so many tokens, those that come most often in the training data, and
     one class for all the others. `scripts/train.py` counts them in its data, `causal_lm` takes
     `token_counts`. The loss is over these classes and not comparable with one over all tokens,
-    unless `rare_rank` is given. Default: all tokens."""
-    rare_rank: PositiveInt | None = None
-    """Beside `vocabulary`: the other tokens are told apart too, by a second readout behind a
-    bottleneck of this width, so that the loss is one over all tokens (adaptive softmax). In
-    training on a quarter of the positions at most, drawn from those with such a token."""
+    unless `rare_samples` is given. Default: all tokens."""
+    rare_samples: PositiveInt | None = None
+    """Beside `vocabulary`: the readout has all tokens, and in training so many draws from the
+    others, each as likely as it comes in the data, stand for all of these beside the token that
+    comes (sampled softmax). The loss is then one over all tokens; an evaluation draws nothing."""
     companion: NonNegativeFloat = 0.0
     """Weight of a second loss, over all positions and without a vocabulary: 1 minus the cosine
     between a linear map of the head's normed hidden state and what the segment takes in at the next
@@ -174,21 +170,20 @@ class HeadConfig(Strict):
 
     @model_validator(mode="after")
     def _classes_of_its_own(self) -> HeadConfig:
-        if self.vocabulary is not None and self.readout == "shared":
-            raise ValueError(
-                f"a shared readout has all tokens, and vocabulary is {self.vocabulary}; leave "
-                "vocabulary out, or use a private readout"
-            )
-        if self.vocabulary is not None and self.init == "model":
-            raise ValueError(
-                f"the model's readout has all tokens, and vocabulary is {self.vocabulary}; leave "
-                "vocabulary out, or init"
-            )
-        if self.rare_rank is not None and self.vocabulary is None:
-            raise ValueError(
-                f"rare_rank is {self.rare_rank}, and without vocabulary no token is rare; give "
-                "vocabulary too, or leave rare_rank out"
-            )
+        if self.vocabulary is None:
+            if self.rare_samples is not None:
+                raise ValueError(
+                    f"rare_samples is {self.rare_samples}, and without vocabulary no token is "
+                    "rare; give vocabulary too, or leave rare_samples out"
+                )
+        elif self.rare_samples is None:
+            whose = {"shared": "a shared readout"}.get(self.readout)
+            whose = whose or {"model": "the model's readout"}.get(self.init)
+            if whose:
+                raise ValueError(
+                    f"{whose} has all tokens, and vocabulary is {self.vocabulary}; leave "
+                    "vocabulary out, add rare_samples, or use a readout of its own"
+                )
         return self
 
     @model_validator(mode="after")
@@ -219,13 +214,15 @@ class HeadConfig(Strict):
 
     def classes(self, vocab_size: int) -> int:
         """Columns of the readout, of a model with so many tokens."""
-        return vocab_size if self.vocabulary is None else self.vocabulary + 1
+        if self.vocabulary is None or self.rare_samples is not None:
+            return vocab_size
+        return self.vocabulary + 1
 
-    def rare_weights(self, hidden_size: int, vocab_size: int) -> int:
-        """Parameters of what tells rare tokens apart: of its bottleneck and its readout."""
-        if self.vocabulary is None or self.rare_rank is None:
-            return 0
-        return self.rare_rank * ((self.rank or hidden_size) + vocab_size - self.vocabulary)
+    def classes_in_training(self, vocab_size: int) -> int:
+        """Of these, those that a position's loss is computed with."""
+        if self.vocabulary is None or self.rare_samples is None:
+            return self.classes(vocab_size)
+        return self.vocabulary + self.rare_samples + 1  # the token that comes
 
     def blocks_of(self, segment: int, blocks_above: int) -> int:
         """Private blocks in the head of `segment`."""

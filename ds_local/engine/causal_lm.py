@@ -37,17 +37,11 @@ from ds_local.schedules.units import Unit
 
 def _check_widths(hf_config: Any, section: LocalParallelConfig, num_stages: int) -> None:
     """A bottleneck is narrower than the model, and a stage's weights fit the machine's memory."""
-    head, width = section.head, hf_config.hidden_size
-    for name, rank, most in (
-        ("rank", head.rank, width),
-        ("rare_rank", head.rare_rank, head.rank or width),
-    ):
-        if rank is not None and rank > most:
-            what = "head.rank" if most < width else "the model's hidden state"
-            raise ConfigError(
-                f"{SECTION}.head.{name} is {rank}, wider than {what} of {most}; lower it, or leave "
-                "it out"
-            )
+    if section.head.rank is not None and section.head.rank > hf_config.hidden_size:
+        raise ConfigError(
+            f"{SECTION}.head.rank is {section.head.rank}, wider than the model's hidden state of "
+            f"{hf_config.hidden_size}; lower it, or leave it out"
+        )
     needed = 4 * sum(p.numel() for p in families.skeleton(hf_config).parameters()) // num_stages
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
@@ -107,6 +101,12 @@ def _counts(
         raise ConfigError(
             f"{SECTION}.head.vocabulary is {size}, and the model's vocabulary has no more than "
             f"{hf_config.vocab_size} tokens; lower it, or leave it out"
+        )
+    others, samples = hf_config.vocab_size - size, section.head.rare_samples
+    if samples is not None and samples > others:
+        raise ConfigError(
+            f"{SECTION}.head.rare_samples is {samples}, and there are {others} tokens beside the "
+            f"{size} of head.vocabulary; lower one of the two, or leave both out"
         )
     if given is None:
         raise ConfigError(

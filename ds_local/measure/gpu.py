@@ -275,7 +275,7 @@ class _Bench:
         kernels = ["torch", *(kernel for kernel, package in KERNELS.items() if find_spec(package))]
         variants = VARIANTS | {f"full, kernel {kernel}": {"kernel": kernel} for kernel in kernels}
         for name, given in variants.items():
-            whole = {"kernel": self.args.kernel, **head_of(given, config)}
+            whole = {"kernel": self.args.kernel, **head_of(given, config.vocab_size)}
             section, compiled = HeadConfig(**whole), whole["kernel"] == "compiled"
             block_seconds = one_block(compiled)
             self.device.forget_peak()

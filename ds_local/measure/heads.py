@@ -72,7 +72,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     hidden = torch.randn(1, args.tokens, args.width)
     labels = torch.randint(args.vocabulary, (1, args.tokens))
     sections = {
-        name: HeadConfig(**head_of(given, config))
+        name: HeadConfig(**head_of(given, args.vocabulary))
         for name, given in VARIANTS.items()
         if given.get("rank", 0) < args.width
     }

@@ -32,7 +32,7 @@ from ds_local.model.anatomy import (
 )
 from ds_local.model.companion import Companion
 from ds_local.model.frames import Call
-from ds_local.model.frequent import FrequentPart, RareReadout
+from ds_local.model.frequent import FrequentPart, SampledSoftmax
 from ds_local.model.heads import AuxiliaryHead, count_targets, readout_loss
 from ds_local.model.logits import LogitRule
 from ds_local.model.routers import listen, routers_of, with_logits
@@ -242,22 +242,21 @@ def make_head(
         )
     else:
         with seeded(seed, "head readout", segment):
-            width = head.rank or config.hidden_size
-            readout = _new_readout(config, width, head.classes(config.vocab_size))
+            bias = skeleton(config).get_output_embeddings().bias is not None
+            width, classes = head.rank or config.hidden_size, head.classes(config.vocab_size)
+            readout = _new_linear(config, width, classes, bias)
             if head.rank:
                 down = _new_linear(config, config.hidden_size, head.rank)
     if head.adapter:
         down = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         nn.init.eye_(down.weight)
-    frequent = rare = companion = None
+    frequent = sampled = companion = None
     if head.vocabulary is not None:
         counts_V = torch.zeros(config.vocab_size) if counts_V is None else counts_V
-        frequent = FrequentPart(counts_V, head.vocabulary)
-        if head.rare_rank is not None:
-            with seeded(seed, "head rare readout", segment):
-                down_to = _new_linear(config, head.rank or config.hidden_size, head.rare_rank)
-                others = _new_readout(config, head.rare_rank, config.vocab_size - head.vocabulary)
-            rare = RareReadout(counts_V, down_to, others)
+        if head.rare_samples is None:
+            frequent = FrequentPart(counts_V, head.vocabulary)
+        else:
+            sampled = SampledSoftmax(counts_V, head.vocabulary, head.rare_samples)
     if head.companion:
         with seeded(seed, "head companion", segment):
             foresee = _new_linear(config, config.hidden_size, config.hidden_size)
@@ -273,14 +272,9 @@ def make_head(
         LogitRule.of(config),
         routers_of(config),
         frequent,
-        rare,
+        sampled,
         companion,
     )
-
-
-def _new_readout(config: PretrainedConfig, width: int, classes: int) -> nn.Linear:
-    bias = skeleton(config).get_output_embeddings().bias is not None
-    return _new_linear(config, width, classes, bias)
 
 
 def _new_linear(

@@ -15,7 +15,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from ds_local.config.schema import LocalParallelConfig
-from ds_local.config.sections import RARE_SHARE, HeadConfig
+from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
 from ds_local.model import blocks, families
 from ds_local.model.cut import balance
@@ -45,10 +45,9 @@ def _head_flops(config: Any, head: HeadConfig, segment: int, block: float) -> fl
         * block
         * (2 if head.blocks_from == "next_tracked" else 3)
     )
-    width, classes = config.hidden_size, head.classes(config.vocab_size)
+    width, classes = config.hidden_size, head.classes_in_training(config.vocab_size)
     readout = 2.0 * (head.rank * (width + classes) if head.rank else width * classes)
     read = readout * (2 if head.readout == "shared" else 3)
-    read += 3 * 2.0 * RARE_SHARE * head.rare_weights(width, config.vocab_size)
     square = 3 * 2.0 * width**2  # of a matrix that learns
     sampled = head.token_fraction * (read + square * head.adapter)
     return private + sampled + square * bool(head.companion)

@@ -1,8 +1,7 @@
-"""The frequent part of a vocabulary: the tokens that come most often, and one class for the rest,
-the rare ones, which a cheaper readout may tell apart.
+"""Losses over the frequent part of a vocabulary, the tokens that come most often: with one class
+for all others, or with a sample of these.
 
-Which tokens these are is kept beside a head's weights, in its checkpoints too, so that a column of
-its readout means the same token for as long as it lives. N positions, D hidden, V vocabulary.
+N positions, D hidden, V vocabulary, C classes: the tokens that a loss is computed with.
 """
 
 from __future__ import annotations
@@ -13,16 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ds_local.config.sections import RARE_SHARE
 from ds_local.errors import ConfigError
 from ds_local.links.device import to_device
-from ds_local.model.heads import IGNORE, readout_loss
+from ds_local.model.heads import IGNORE, by_slices
 from ds_local.model.logits import LogitRule
 
 
 class FrequentPart(nn.Module):
     """Token ids -> classes: 0 is the most frequent token, `size` the class of the rest.
+
+    Which tokens these are is kept beside a head's weights, in its checkpoints too, so that a column
+    of its readout means the same token for as long as it lives.
 
     Args:
         counts_V: how often each token comes; of equals the lower id is the more frequent one.
@@ -42,45 +44,74 @@ class FrequentPart(nn.Module):
         return torch.where(targets_N == IGNORE, targets_N, self.class_of[targets_N.clamp(min=0)])
 
 
-class RareReadout(nn.Module):
-    """The second part of the loss over all tokens: which of the rare ones it is, where it is one.
+class SampledSoftmax(nn.Module):
+    """Cross-entropy of a readout of all tokens, of which few are computed: the frequent ones, draws
+    from the others that stand for all of these, and at each position the token that comes.
 
-    This is adaptive softmax (Grave et al. 2017, arXiv 1609.04309) with two clusters, and with a
-    fixed number of positions in training, so that no shape depends on the data: a device never has
-    to wait until its host has read how many there are.
+    This is the sampled softmax of Jean et al. 2015 (arXiv 1412.2007) with the frequent tokens kept
+    out of the draw. The others are drawn with repetition, each as likely as it comes in the data,
+    and count in the sum of exponentials for as many as they stand for. That sum has no bias, its
+    logarithm a small one. No shape depends on the data, so a device never waits for its host.
 
     Args:
-        counts_V: as in `FrequentPart`.
-        down: D -> a smaller width, linear.
-        readout: that width -> the rare tokens, which are the last in the order of counts.
+        counts_V: as in `FrequentPart`; not kept, since the readout's columns are the token ids.
+        size: how many tokens are frequent.
+        samples: how many draws there are, at each call anew from torch's CPU generator.
     """
 
-    number_of: Tensor
+    ranking_V: Tensor
+    place_V: Tensor
 
-    def __init__(self, counts_V: Tensor, down: nn.Linear, readout: nn.Linear) -> None:
+    def __init__(self, counts_V: Tensor, size: int, samples: int) -> None:
         super().__init__()
-        self.down, self.readout = down, readout
-        count = readout.out_features
-        number_of = torch.full_like(counts_V, IGNORE, dtype=torch.int64)
-        number_of[_ranking(counts_V)[-count:]] = torch.arange(count)
-        self.register_buffer("number_of", number_of)
+        self.size, self.samples = size, samples
+        ranking_V = _ranking(counts_V)
+        self.register_buffer("ranking_V", ranking_V, persistent=False)
+        self.register_buffer("place_V", ranking_V.argsort(), persistent=False)
+        # stays on the CPU; tokens that never came are drawn too
+        odds = counts_V[ranking_V[size:]].double() + 1
+        self.odds = (odds / odds.sum()).float()
 
-    def forward(self, hidden_ND: Tensor, targets_N: Tensor, kernel: str, rule: LogitRule) -> Tensor:
-        """The summed cross-entropy over the positions with a rare token (float32 scalar); in
-        training an unbiased estimate of it, where these are more than `RARE_SHARE` of all."""
-        numbers_N = torch.where(
-            targets_N == IGNORE, targets_N, self.number_of[targets_N.clamp(min=0)]
-        )
-        if not self.training:
-            return readout_loss(self.down(hidden_ND), self.readout, numbers_N, kernel, rule)
-        rare_N = numbers_N != IGNORE
-        room = math.ceil(RARE_SHARE * len(numbers_N))
-        # drawn on the CPU: the same positions on any device; those with a rare token come first
-        drawn_N = to_device(torch.rand(len(numbers_N)), rare_N.device) + rare_N
-        chosen = drawn_N.topk(room).indices
-        factor = rare_N.sum() / rare_N[chosen].sum().clamp(min=1)
-        hidden = self.down(hidden_ND[chosen])
-        return factor * readout_loss(hidden, self.readout, numbers_N[chosen], kernel, rule)
+    def forward(
+        self, hidden_ND: Tensor, readout: nn.Linear, targets_N: Tensor, rule: LogitRule
+    ) -> Tensor:
+        """The summed loss, a float32 scalar."""
+        size, device = self.size, targets_N.device
+        picks = torch.multinomial(self.odds, self.samples, replacement=True)
+        log_weights = to_device(-(self.samples * self.odds[picks]).log(), device)
+        ids_C = self.ranking_V[to_device(torch.cat([torch.arange(size), size + picks]), device)]
+        known_N = targets_N.clamp(min=0)
+        # one look-up, so that the gradient of the readout is made once
+        rows = F.embedding(torch.cat([ids_C, known_N]), readout.weight)
+        weight_CD, own_ND = rows.split([len(ids_C), len(known_N)])
+        bias_C, own_N = None, torch.zeros(len(known_N), device=device)
+        if readout.bias is not None:
+            bias_C, own_N = readout.bias[ids_C], readout.bias[known_N]
+
+        def loss(
+            hidden: Tensor, targets: Tensor, classes: Tensor, own: Tensor, bias: Tensor
+        ) -> Tensor:
+            logits = rule(F.linear(hidden, weight_CD, bias_C)).float()
+            itself = rule((hidden.float() * own.float()).sum(1) + bias)
+            drawn_again = ids_C[size:] == targets[:, None]
+            return F.cross_entropy(
+                torch.cat(
+                    [
+                        logits[:, :size],
+                        (logits[:, size:] + log_weights).masked_fill(drawn_again, -math.inf),
+                        itself.masked_fill(classes < size, -math.inf)[:, None],
+                    ],
+                    dim=1,
+                ),
+                classes,
+                ignore_index=IGNORE,
+                reduction="sum",
+            )
+
+        places_N = self.place_V[known_N]
+        classes_N = torch.where(places_N < size, places_N, len(ids_C))
+        classes_N = torch.where(targets_N == IGNORE, IGNORE, classes_N)
+        return by_slices(loss, len(ids_C), hidden_ND, targets_N, classes_N, own_ND, own_N)
 
 
 def _ranking(counts_V: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_local.config.catalog import Section, Sizes, head_of
+from ds_local.config.catalog import Section, head_of
 from ds_local.config.sections import HeadConfig
 
 # name -> (options of "head", see `catalog.head_of`; time by operations)
@@ -29,12 +29,10 @@ MEASURED: dict[str, tuple[Section, float]] = {
         1.24,
     ),
     "1/8 of the vocabulary, rank 128": ({"vocabulary": 1 / 8, "rank": 128}, 1.31),
-    "1/16 of the vocabulary, rare tokens apart": (
-        {"vocabulary": 1 / 16, "rare_rank": 1 / 8},
-        1.0,
-    ),
-    "1/32 of the vocabulary, rare tokens apart": (
-        {"vocabulary": 1 / 32, "rare_rank": 1 / 8},
+    "1/16 of the vocabulary, 1/32 drawn": ({"vocabulary": 1 / 16, "rare_samples": 1 / 32}, 1.0),
+    "1/32 of the vocabulary, 1/32 drawn": ({"vocabulary": 1 / 32, "rare_samples": 1 / 32}, 1.0),
+    "shared readout, 1/32 of the vocabulary, 1/32 drawn": (
+        {"readout": "shared", "vocabulary": 1 / 32, "rare_samples": 1 / 32},
         1.0,
     ),
     "1/8 of the tokens, companion": ({"token_fraction": 0.125, "companion": 1.0}, 1.79),
@@ -64,15 +62,17 @@ MEASURED: dict[str, tuple[Section, float]] = {
 }
 _WORK = {
     *("blocks", "blocks_from", "readout", "rank", "adapter", "temperature"),
-    *("token_fraction", "vocabulary", "rare_rank"),
+    *("token_fraction", "vocabulary", "rare_samples"),
 }
 
 
-def time_over_flops(head: HeadConfig, model: Sizes | Any) -> float:
-    """Of a model of such sizes; 1 for a head that was not measured."""
+def time_over_flops(head: HeadConfig, vocab_size: int) -> float:
+    """Of a model with so many tokens; 1 for a head that was not measured."""
     wanted = _work(head)
-    known = ((HeadConfig(**head_of(given, model)), factor) for given, factor in MEASURED.values())
-    return next((factor for one, factor in known if _work(one) == wanted), 1.0)
+    for options, factor in MEASURED.values():
+        if _work(HeadConfig(**head_of(options, vocab_size))) == wanted:
+            return factor
+    return 1.0
 
 
 def _work(head: HeadConfig) -> dict[str, Any]:

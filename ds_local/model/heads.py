@@ -74,9 +74,7 @@ def readout_loss(
         logits = rule(readout(hidden)).float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
-    if hidden_ND.shape[0] * readout.weight.shape[0] <= _PLAIN_LOGITS:
-        return plain(hidden_ND, targets_N)
-    return _by_slices(plain, hidden_ND, targets_N)
+    return by_slices(plain, readout.weight.shape[0], hidden_ND, targets_N)
 
 
 def linear_cross_entropy(
@@ -126,16 +124,20 @@ def _checkpointed_kernel(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
             F.linear(hidden, weight_VD).float(), targets, ignore_index=IGNORE, reduction="sum"
         )
 
-    return _by_slices(slice_loss, hidden_ND, targets_N)
+    return by_slices(slice_loss, weight_VD.shape[0], hidden_ND, targets_N)
 
 
-def _by_slices(
-    slice_loss: Callable[[Tensor, Tensor], Tensor], hidden_ND: Tensor, targets_N: Tensor
-) -> Tensor:
-    losses = [
-        checkpoint(slice_loss, hidden, targets, use_reentrant=False)
-        for hidden, targets in zip(hidden_ND.split(_SLICE), targets_N.split(_SLICE), strict=True)
-    ]
+def by_slices(slice_loss: Callable[..., Tensor], classes: int, *of_positions: Tensor) -> Tensor:
+    """The sum of a loss over slices of positions, whose logits are computed twice; over all at once
+    where these are few.
+
+    Args:
+        slice_loss: what `of_positions` have of a slice -> a scalar.
+    """
+    if len(of_positions[0]) * classes <= _PLAIN_LOGITS:
+        return slice_loss(*of_positions)
+    slices = zip(*(tensor.split(_SLICE) for tensor in of_positions), strict=True)
+    losses = [checkpoint(slice_loss, *one, use_reentrant=False) for one in slices]
     return torch.stack(losses).sum()
 
 
@@ -198,7 +200,7 @@ class AuxiliaryHead(nn.Module):
         rule: what becomes of the readout's product.
         routers: of the private blocks; their loss is a part of the head's in training.
         frequent: token ids -> classes, see `frequent.py`.
-        rare: what tells the tokens of the last class apart, see `frequent.py`.
+        sampled: the loss in training, instead of that over all classes of the readout.
         companion: a second loss in training, see `companion.py`.
     """
 
@@ -214,7 +216,7 @@ class AuxiliaryHead(nn.Module):
         rule: LogitRule = PLAIN,
         routers: Routers | None = None,
         frequent: nn.Module | None = None,
-        rare: nn.Module | None = None,
+        sampled: nn.Module | None = None,
         companion: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -227,7 +229,7 @@ class AuxiliaryHead(nn.Module):
         self.log_temperature = nn.Parameter(torch.zeros(1)) if temperature else None
         self.token_fraction = token_fraction
         self.kernel = kernel
-        self.frequent, self.rare, self.companion = frequent, rare, companion
+        self.frequent, self.sampled, self.companion = frequent, sampled, companion
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """`torch.compile` the private blocks; the loss has kernels of its own."""
@@ -249,11 +251,12 @@ class AuxiliaryHead(nn.Module):
             # drawn on the CPU: the same positions on any device
             chosen = to_device(torch.randperm(total)[:count], targets_N.device)
             hidden_ND, targets_N, factor = hidden_ND[chosen], targets_N[chosen], total / count
-        classes_N = targets_N if self.frequent is None else self.frequent(targets_N)
         hidden_ND = self._before_readout(hidden_ND)
-        loss = readout_loss(hidden_ND, self.readout, classes_N, self.kernel, self.rule)
-        if self.rare is not None:
-            loss = loss + self.rare(hidden_ND, targets_N, self.kernel, self.rule)
+        if self.training and self.sampled is not None:
+            loss = self.sampled(hidden_ND, self.readout, targets_N, self.rule)
+        else:
+            classes_N = targets_N if self.frequent is None else self.frequent(targets_N)
+            loss = readout_loss(hidden_ND, self.readout, classes_N, self.kernel, self.rule)
         loss = loss * factor / count_targets(labels_BT).clamp(min=1)
         if self.training and self.companion is not None and shallow_BTD is not None:
             beside = self.companion(self.norm(hidden_BTD), shallow_BTD, labels_BT)

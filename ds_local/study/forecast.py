@@ -46,7 +46,7 @@ def _forecast(
     in the first step)."""
     # one segment on each stage
     layout = {"num_stages": num_segments, "segments_per_stage": 1, "split_backward": split_backward}
-    given = {**section_of(method, num_segments, count, _STEPS, config), **layout}
+    given = {**section_of(method, num_segments, count, _STEPS, config.vocab_size), **layout}
     sections = [
         local_parallel({"local_parallel": {**given, "link": {"transfer": transfer}}})
         for transfer in (0.0, 1.0)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ds_local.config.catalog import BACKPROP, SCHEMES, Sizes, dropped_losses, head_of
+from ds_local.config.catalog import BACKPROP, SCHEMES, dropped_losses, head_of
 from ds_local.config.catalog import section_of as scheme_of
 
 COSINE, WSD = "cosine", "WSD"  # warm-up, stable, decay: a line to nothing over the last part
@@ -31,7 +31,7 @@ class Method(NamedTuple):
     @property
     def has_exits(self) -> bool:
         """Do auxiliary heads learn to the end, and the whole vocabulary?"""
-        partial = "vocabulary" in self.head and "rare_rank" not in self.head
+        partial = "vocabulary" in self.head and "rare_samples" not in self.head
         return not (self.tail or self.dropped_by or partial)
 
 
@@ -115,8 +115,8 @@ METHODS |= {
 # tried in both schemes, under both schedules, with a tail and without
 HEADS: dict[str, dict[str, Any]] = {
     "1/8 of the vocabulary": {"vocabulary": 1 / 8},
-    "1/16 of the vocabulary, rare tokens apart": {"vocabulary": 1 / 16, "rare_rank": 1 / 8},
-    "1/32 of the vocabulary, rare tokens apart": {"vocabulary": 1 / 32, "rare_rank": 1 / 8},
+    "1/16 of the vocabulary, 1/32 drawn": {"vocabulary": 1 / 16, "rare_samples": 1 / 32},
+    "1/32 of the vocabulary, 1/32 drawn": {"vocabulary": 1 / 32, "rare_samples": 1 / 32},
     "1/8 of the tokens": EIGHTH,
     "1/4 of the tokens": QUARTER,
     "1/8 of the tokens, companion": {**EIGHTH, "companion": 1.0},
@@ -173,7 +173,7 @@ def switch_step(steps: int, tail: float) -> int:
 
 
 def section_of(
-    method: Method, num_segments: int, num_micro_batches: int, steps: int, model: Sizes | Any
+    method: Method, num_segments: int, num_micro_batches: int, steps: int, vocab_size: int
 ) -> dict[str, Any]:
     """The "local_parallel" section of a method, for one process that holds all segments."""
     scheme, end = (scheme_of(one, num_micro_batches) for one in (method.scheme, method.end))
@@ -185,5 +185,5 @@ def section_of(
         **scheme,
         "num_stages": 1,
         "segments_per_stage": num_segments,
-        "head": head_of(method.head, model),
+        "head": head_of(method.head, vocab_size),
     }

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from ds_local.config.catalog import Sizes
-
 PACKAGES = "installed packages"  # a source: see `texts.package_text`
 TRIAL = "tiny"  # to try the command; `table` leaves it out
 BF16 = {"bf16": {"enabled": True}}
@@ -23,10 +21,6 @@ class Preset(NamedTuple):
     micro_batches: int  # per step, unless a method needs another number
     learning_rate: float
     precision: dict[str, Any]
-
-    @property
-    def sizes(self) -> Sizes:
-        return Sizes(int(self.model["vocab_size"]), int(self.model["n_embd"]))
 
     @property
     def step_tokens(self) -> int:

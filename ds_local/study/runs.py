@@ -64,7 +64,9 @@ def ds_config(run: Run) -> dict[str, Any]:
         "optimizer": adamw(preset.learning_rate * run.lr_factor),
         "scheduler": _scheduler(run),
         "local_parallel": {
-            **section_of(method, run.segments, micro_batches, run.steps, preset.sizes),
+            **section_of(
+                method, run.segments, micro_batches, run.steps, preset.model["vocab_size"]
+            ),
             "seed": run.seed,
         },
         **preset.precision,

@@ -191,7 +191,7 @@ def test_heads_that_no_run_has_measured_are_not_free(known):
     pricing = Pricing(replace(sized, costs=UnitCosts(2.0, 1.0, known)), Cluster(1, 4, *[1] * 4), 8)
     head = 2.0 * flops.heads[0] / flops.block
     assert pricing.unit("full", 4) == UnitCosts(2.0, 1.0, [head] * 3)
-    shared = head * 2 / 3 * time_over_flops(HeadConfig(**HEADS["shared"]), config)
+    shared = head * 2 / 3 * time_over_flops(HeadConfig(**HEADS["shared"]), config.vocab_size)
     assert pricing.unit("shared", 4).heads == [pytest.approx(shared)] * 3
     price = pricing.price(Candidate(4, 1, "local", "full", 1, 8))
     assert price.parts["auxiliary heads"] == pytest.approx(8 * head * 3 / 4)
@@ -203,9 +203,7 @@ def test_heads_take_longer_than_their_operations_say_where_that_was_measured():
     config = load_model_config(GPT2)
     pricing = Pricing(Model.of(config), Cluster(1, 4, *[1] * 4), 8)
     full, few = (pricing.unit(heads, 4).heads[0] for heads in ("full", "1/8 of the tokens"))
-    assert few / full == pytest.approx(
-        time_over_flops(HeadConfig(token_fraction=0.125), config) / 8
-    )
+    assert few / full == pytest.approx(time_over_flops(HeadConfig(token_fraction=0.125), 9) / 8)
     assert few > 1.5 * full / 8
 
 

@@ -5,7 +5,6 @@ import pytest
 from ds_local.cluster.candidates import PLANNED
 from ds_local.config.catalog import (
     SCHEMES,
-    Sizes,
     dropped_losses,
     fewest_micro_batches,
     head_of,
@@ -95,10 +94,8 @@ def test_losses_that_cannot_be_dropped_one_by_one_are_refused(steps, by):
         dropped_losses(8, steps, by)
 
 
-def test_shares_of_a_vocabulary_and_of_a_width_are_numbers():
-    model = Sizes(4096, 64)
-    assert head_of({"vocabulary": 0.125, "rank": 4}, model) == {"vocabulary": 512, "rank": 4}
-    assert head_of({"vocabulary": 0.0001}, model) == {"vocabulary": 1}
-    assert head_of({"vocabulary": 8, "rare_rank": 4}, model) == {"vocabulary": 8, "rare_rank": 4}
-    assert head_of({"vocabulary": 8, "rare_rank": 0.125}, model)["rare_rank"] == 8
-    assert head_of({}, model) == {}
+def test_a_share_of_a_vocabulary_is_a_number_of_tokens():
+    assert head_of({"vocabulary": 0.125, "rank": 4}, 4096) == {"vocabulary": 512, "rank": 4}
+    assert head_of({"vocabulary": 0.001}, 64) == {"vocabulary": 1}
+    assert head_of({"vocabulary": 8}, 64) == {"vocabulary": 8}
+    assert head_of({}, 64) == {}

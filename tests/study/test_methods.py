@@ -1,13 +1,10 @@
 """Sections of the methods, with shares made counts."""
 
-from ds_local.config.catalog import Sizes
 from ds_local.study.methods import METHODS, section_of
-
-SIZES = Sizes(512, 64)
 
 
 def test_shares_become_numbers_of_micro_batches():
-    section = section_of(METHODS["mixed 1/4, tail 20 %"], 4, 8, 100, SIZES)
+    section = section_of(METHODS["mixed 1/4, tail 20 %"], 4, 8, 100, 512)
     first, end = section["phases"]
     assert first == {
         "mix": [{"mode": "backprop", "micro_batches": 2}, {"mode": "local"}],
@@ -15,26 +12,26 @@ def test_shares_become_numbers_of_micro_batches():
     }
     assert end == {"mode": "backprop"}
     assert (section["num_stages"], section["segments_per_stage"]) == (1, 4)
-    assert section_of(METHODS["mixed 1/8"], 4, 4, 100, SIZES)["mix"][0]["micro_batches"] == 1
+    assert section_of(METHODS["mixed 1/8"], 4, 4, 100, 512)["mix"][0]["micro_batches"] == 1
 
 
 def test_a_method_is_not_changed_by_what_is_made_of_it():
     method = METHODS["mixed 1/4, last 40 % half corrected"]
-    assert section_of(method, 4, 8, 100, SIZES) == section_of(method, 4, 8, 100, SIZES)
+    assert section_of(method, 4, 8, 100, 512) == section_of(method, 4, 8, 100, 512)
     assert method.scheme["mix"][0] == {"mode": "backprop", "share": 0.25}
     assert method.end["mix"][0] == {"mode": "backprop", "share": 0.5}
 
 
 def test_a_share_of_the_vocabulary_becomes_a_number_of_tokens():
     method = METHODS["chunked 2, 1/8 of the vocabulary, tail 40 %"]
-    section = section_of(method, 4, 8, 100, Sizes(4096, 64))
+    section = section_of(method, 4, 8, 100, 4096)
     assert section["head"] == {"vocabulary": 512}
     assert section["phases"][0] == {"mode": "chunked", "window": 2, "until_step": 60}
     assert method.head == {"vocabulary": 0.125}
 
 
 def test_losses_are_dropped_over_the_first_half_of_the_steps():
-    section = section_of(METHODS["deep supervision, dropped by half"], 4, 8, 800, SIZES)
+    section = section_of(METHODS["deep supervision, dropped by half"], 4, 8, 800, 512)
     assert [phase.get("until_step") for phase in section["phases"]] == [100, 200, 300, None]
     assert section["phases"][-1] == {"mode": "backprop"}
 
@@ -45,7 +42,6 @@ def test_exits_are_compared_where_heads_learn_all_tokens_to_the_end():
     assert not any(METHODS[name].has_exits for name in without)
     assert METHODS["chunked 2"].has_exits
     assert METHODS["local, 1/8 of the tokens, companion"].has_exits
-    assert METHODS["local, 1/32 of the vocabulary, rare tokens apart"].has_exits
 
 
 def test_every_head_is_named_with_both_schemes_and_schedules():
