@@ -106,7 +106,9 @@ def test_every_flipped_bit_of_the_section_is_found_or_harmless(checkpoint):
         assert files == wanted_files or files.keys() == wanted_files.keys() or files != wanted_files
 
 
-@pytest.mark.parametrize("option", ["temperature", "kernel", "every", "vocabulary", "companion"])
+@pytest.mark.parametrize(
+    "option", ["temperature", "every", "vocabulary", "rare_samples", "companion"]
+)
 def test_an_option_that_is_newer_than_the_checkpoint_has_its_default(checkpoint, option):
     wanted = read_facts(checkpoint)["local_parallel"]["head"][option]
     path = Path(checkpoint, FACTS)
@@ -166,6 +168,7 @@ def test_heads_differ_by_what_their_tensors_depend_on():
         return layout_changes(theirs, ours)
 
     assert changes(vocabulary=8) == {"head.vocabulary": (8, None)}
+    assert changes(vocabulary=8, rare_samples=4) == {}  # a readout of all tokens
     assert changes(companion=0.5) == {"head.companion": (True, False)}
     assert changes(token_fraction=0.5) == {}
 

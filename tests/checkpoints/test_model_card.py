@@ -50,7 +50,7 @@ def test_losses_over_a_part_of_the_vocabulary_are_told():
     assert told not in model_card(CHECKPOINT, {}, METRICS, 1, 4, 1)
     some = {**CHECKPOINT, "local_parallel": {"head": {"vocabulary": 8}}}
     assert told in model_card(some, {}, METRICS, 1, 4, 1)
-    whole = {**CHECKPOINT, "local_parallel": {"head": {"vocabulary": 8, "rare_rank": 4}}}
+    whole = {**CHECKPOINT, "local_parallel": {"head": {"vocabulary": 8, "rare_samples": 4}}}
     assert told not in model_card(whole, {}, METRICS, 1, 4, 1)
 
 

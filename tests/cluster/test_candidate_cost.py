@@ -93,6 +93,7 @@ def test_parts_of_a_step_are_those_of_the_price():
         ({}, 8 * 64),
         ({"vocabulary": 7}, 8 * 8),
         ({"vocabulary": 7, "rank": 2}, 2 * (8 + 8)),
+        ({"vocabulary": 7, "rare_samples": 2}, 8 * 64),
         ({"companion": 0.5, "token_fraction": 0.125}, 8 * 64 + 8 * 8),
         ({"readout": "shared", "companion": 0.5}, 8 * 8),
         ({"readout": "shared", "adapter": True}, 8 * 8),

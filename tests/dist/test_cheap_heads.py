@@ -19,15 +19,15 @@ COUNTS = [(7 * token) % 64 for token in range(64)]  # not in the order of the id
 FREQUENT = {"vocabulary": 8}
 FORESEES = {"companion": 0.5}
 SAMPLED = {"companion": 0.5, "token_fraction": 0.5}
-RARE = {"vocabulary": 60, "rare_rank": 4}  # so few rare tokens that none is left out
-BOTH = {**SAMPLED, **FREQUENT, "rank": 8, "rare_rank": 4}
+BOTH = {**SAMPLED, **FREQUENT, "rank": 8}
+DRAWN = {**FREQUENT, "rare_samples": 4, "token_fraction": 0.5}
 STEPS = 4
 HEADS = {
     "frequent": FREQUENT,
-    "rare": RARE,
     "companion": FORESEES,
     "sampled": SAMPLED,
     "both": BOTH,
+    "drawn": DRAWN,
 }
 FAMILIES = {"local": "gpt2", "chunked": "llama", "overlapping": "gpt2"}
 
@@ -35,8 +35,8 @@ FAMILIES = {"local": "gpt2", "chunked": "llama", "overlapping": "gpt2"}
 @pytest.mark.parametrize(
     ("mode", "head"),
     sampled(  # every head, and both families
-        [("overlapping", "companion"), ("chunked", "frequent"), ("local", "rare")],
-        [(mode, head) for mode in FAMILIES for head in ("frequent", "rare", "companion")],
+        [("overlapping", "companion"), ("chunked", "frequent")],
+        [(mode, head) for mode in FAMILIES for head in ("frequent", "companion")],
     ),
 )
 def test_a_run_equals_one_process_autograd(mode, head):
@@ -60,8 +60,8 @@ ROWS = {
 @pytest.mark.parametrize(
     ("name", "head"),
     sampled(  # all that a head can have
-        [("local", "both"), ("ahead", "both"), ("mixed", "both")],
-        [(row, head) for row in ROWS for head in ("frequent", "sampled", "both")],
+        [("local", "both"), ("ahead", "both"), ("mixed", "both"), ("local", "drawn")],
+        [(row, head) for row in ROWS for head in ("frequent", "sampled", "both", "drawn")],
     ),
 )
 def test_the_same_bits_on_1_2_and_4_ranks(name, head):
@@ -132,8 +132,11 @@ def test_columns_mean_the_same_tokens_after_a_resume_on_other_data(extra, tmp_pa
         (FREQUENT, [1] * 65, "token_counts has 65 entries"),
         (FREQUENT, "/nowhere", "/nowhere is not a complete data folder"),
         ({"vocabulary": 64}, COUNTS, "head.vocabulary is 64.*lower it, or leave it out"),
-        ({**FREQUENT, "rare_rank": 33}, COUNTS, "rare_rank is 33, wider than the model's hidden"),
-        ({**RARE, "rank": 2}, COUNTS, "rare_rank is 4, wider than head.rank of 2; lower it"),
+        (
+            {**FREQUENT, "rare_samples": 57},
+            COUNTS,
+            "rare_samples is 57, and there are 56 tokens beside the 8 of head.vocabulary; lower",
+        ),
     ],
 )
 def test_counts_that_do_not_fit_are_refused(head, counts, said):

@@ -136,7 +136,11 @@ OWN = ["deepspeed_seam.step_optimizer", "updates.take_step"]  # DeepSpeed's own 
 
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "frequent part of the vocabulary": (
-        {**LOCAL, "head": {"vocabulary": 8, "rare_rank": 4}},
+        {**LOCAL, "head": {"vocabulary": 8}},
+        {"token_counts": [1] * 64, **FEW},
+    ),
+    "sampled softmax": (
+        {**LOCAL, "head": {"vocabulary": 8, "rare_samples": 4}},
         {"token_counts": [1] * 64, **FEW},
     ),
     "sampled head with a companion": (
@@ -188,6 +192,7 @@ SELDOM = [
     "experts",
     "int4",
     "topk",
+    "sampled softmax",
     "frequent part of the vocabulary",
 ]
 

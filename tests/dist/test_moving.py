@@ -57,7 +57,7 @@ SECTIONS = {
         },
     },
     "cheap heads": {
-        "mode": "local", "head": {"vocabulary": 8, "rare_rank": 4, "companion": 0.5},
+        "mode": "local", "head": {"vocabulary": 8, "token_fraction": 0.5, "companion": 0.5},
     },
     "ahead": {"mode": "backprop", "run_ahead": "auto"},
 }  # fmt: skip

@@ -153,7 +153,7 @@ PLACES = (
     _section("head.temperature", False, FLAG),
     _section("head.token_fraction", 0.5, (*SHARE, 0)),
     _section("head.vocabulary", 8, (*SIZE, 10**9)),
-    _section("head.rare_rank", 8, SIZE, head__vocabulary=8),
+    _section("head.rare_samples", 8, (*SIZE, 10**9), head__vocabulary=8),
     _section("head.companion", 0.5, NOT_NEGATIVE),
     _section("head.every", 1, COUNT),
     _section("head.kernel", "torch", (*CHOICE, "liger", "cce")),

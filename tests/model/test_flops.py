@@ -41,6 +41,7 @@ def test_two_micro_batches_on_two_stages(mode, auxiliary):
         ({"vocabulary": 7}, 3 * 2 * 32 * 8),  # and the class of the rest
         ({"vocabulary": 7, "rank": 8}, 3 * 2 * 8 * (32 + 8)),
         ({"vocabulary": 7, "token_fraction": 0.25}, 3 * 2 * 32 * 8 / 4),
+        ({"vocabulary": 7, "rare_samples": 4}, 3 * 2 * 32 * (7 + 4 + 1)),  # and the next token
         # the companion is at every position
         ({"companion": 0.5}, 3 * 2 * 32 * 64 + 3 * 2 * 32 * 32),
         ({"companion": 2.0, "token_fraction": 0.25}, 3 * 2 * 32 * 64 / 4 + 3 * 2 * 32 * 32),

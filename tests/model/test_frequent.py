@@ -57,77 +57,112 @@ def test_the_class_of_the_rest_learns():
     assert norms.argmax() == 8
 
 
-def silent(linear, *logits):
-    """A layer whose outputs are these wherever the first of its inputs is 2 (0 where none)."""
+def sampled_head(samples=2):
+    """Of 64 tokens 7 and 5 are frequent; all others come equally often. The logit of token 6 is
+    that of 39 tokens, of 7 of 3, of 5 of 2, of each other one of 1."""
+    counts = torch.ones(64, dtype=torch.int64)
+    counts[[5, 7]] = torch.tensor([2, 9])
+    head = make_head(counts, vocabulary=2, rare_samples=samples)
     with torch.no_grad():
-        linear.weight.zero_()
-        if logits:
-            linear.weight[:, 0] = torch.tensor(logits) / 2
-
-
-def test_rare_tokens_have_the_probability_of_their_class_times_their_own():
-    counts = torch.zeros(64, dtype=torch.int64)
-    counts[[5, 7]] = torch.tensor([2, 9])  # classes: 7, 5, the rest; 0, 1, 2, 3, 4, 6, 8, ...
-    head = make_head(counts, vocabulary=2, rare_rank=3).eval()
-    assert head.rare.readout.weight.shape == (62, 3)
-    assert head.rare.number_of[[0, 4, 5, 6, 7, 8, 63]].tolist() == [0, 4, IGNORE, 5, IGNORE, 6, 61]
-    silent(head.readout, math.log(1), math.log(2), math.log(3))  # 1/6, 2/6 and 3/6
-    silent(head.rare.down, 2.0, 0.0, 0.0)
-    # token 6 has 39 of 100, the others 1 each
-    silent(head.rare.readout, *[math.log(39) if number == 5 else 0.0 for number in range(62)])
-    with torch.no_grad():
+        head.readout.weight.zero_()
+        head.readout.weight[[5, 6, 7], 0] = torch.tensor([2.0, 39.0, 3.0]).log() / 2
         head.norm.weight.zero_()
         head.norm.bias.zero_()
         head.norm.bias[0] = 2.0
-    labels = torch.tensor([[0, 7, 6, 63, IGNORE, 5]])
-    probabilities = [1 / 6, 3 / 6 * 39 / 100, 3 / 6 / 100, 2 / 6]
+    return head
+
+
+def loss_at(head, *tokens):
+    labels = torch.tensor([[0, *tokens]])
+    return head(torch.randn(1, len(tokens) + 1, 32), labels).item()
+
+
+def test_an_evaluation_is_over_all_tokens():
+    head = sampled_head().eval()
+    assert head.readout.weight.shape == (64, 32)
+    probabilities = [x / (2 + 3 + 39 + 61) for x in (3, 39, 2, 1)]
     expected = -sum(map(math.log, probabilities)) / 4
-    assert head(torch.randn(1, 6, 32), labels).item() == pytest.approx(expected, rel=1e-6)
+    assert loss_at(head, 7, 6, 5, IGNORE, 63) == pytest.approx(expected, rel=1e-6)
 
 
-def rare_labels(rare):
-    """One sequence of 40 predictions; with counts that rise with the id, 8 frequent tokens are
-    those above 55."""
-    return torch.tensor([[0] + [60] * (40 - rare) + [3] * rare])
+def test_draws_stand_for_all_other_tokens(monkeypatch):
+    """Two draws from 62 tokens, numbers 1 and 5 of them: tokens 1 and 6 with 1 and 39."""
+    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: torch.tensor([1, 5]))
+    head = sampled_head().train()
+    for token, others, itself in (
+        (7, 2 + 31 * (1 + 39), 3),
+        (5, 3 + 31 * (1 + 39), 2),
+        (2, 5 + 31 * (1 + 39), 1),  # was not drawn
+        (6, 5 + 31 * 1, 39),  # was, and counts once
+    ):
+        expected = math.log(others + itself) - math.log(itself)
+        assert loss_at(head, token) == pytest.approx(expected, rel=1e-5)
+    assert loss_at(head, 7, IGNORE, 7) == pytest.approx(loss_at(head, 7), rel=1e-6)
 
 
-@pytest.mark.parametrize("rare", [0, 4, 10])
-def test_up_to_a_quarter_of_rare_tokens_the_loss_is_exact(rare):
-    head = make_head(torch.arange(64), vocabulary=8, rare_rank=4)
-    hidden, labels = torch.randn(1, 41, 32), rare_labels(rare)
-    trained = head.train()(hidden, labels).item()
-    assert trained == pytest.approx(head.eval()(hidden, labels).item(), rel=1e-6)
+def test_tokens_are_drawn_as_often_as_they_come():
+    counts = torch.zeros(64, dtype=torch.int64)
+    counts[:4] = torch.tensor([50, 40, 29, 9])
+    odds = make_head(counts, vocabulary=2, rare_samples=4).sampled.odds
+    assert len(odds) == 62
+    assert odds[:3].tolist() == pytest.approx([30 / 100, 10 / 100, 1 / 100])
 
 
-def test_of_more_a_quarter_of_the_positions_is_drawn_without_bias():
-    head = make_head(torch.arange(64), vocabulary=8, rare_rank=4)
-    torch.nn.init.normal_(head.rare.readout.weight, std=4.0)
-    hidden, labels = torch.randn(1, 41, 32), rare_labels(30)
+def test_many_draws_come_near_the_loss_over_all_tokens():
+    head = make_head(torch.arange(64) + 64, vocabulary=8, rare_samples=2000)
+    torch.nn.init.normal_(head.readout.weight, std=0.3)
+    hidden, labels = torch.randn(2, 21, 32), torch.randint(0, 64, (2, 21))
     whole = head.eval()(hidden, labels).item()
     torch.manual_seed(0)
-    drawn = torch.tensor([head.train()(hidden, labels).item() for _ in range(600)])
-    assert drawn.std() > 0.01
-    assert abs(drawn.mean().item() - whole) < 4 * drawn.std().item() / 600**0.5
+    assert head.train()(hidden, labels).item() == pytest.approx(whole, rel=0.02)
 
 
-def test_no_rare_token_is_no_gradient_and_no_nan():
-    head = make_head(torch.arange(64), vocabulary=8, rare_rank=4)
-    head(torch.randn(1, 41, 32), rare_labels(0)).backward()
-    assert head.rare.readout.weight.grad.eq(0).all()
+def test_only_what_is_computed_learns():
+    head = make_head(torch.arange(64), vocabulary=8, rare_samples=4)
+    torch.manual_seed(0)
+    head(torch.randn(1, 9, 32), torch.full((1, 9), 3)).backward()
+    learning = head.readout.weight.grad.abs().sum(dim=1).nonzero().flatten().tolist()
+    assert {3, *range(56, 64)} <= set(learning)
+    assert len(learning) <= 1 + 8 + 4
     head(torch.randn(1, 4, 32), torch.full((1, 4), IGNORE)).backward()
     assert all(p.grad.isfinite().all() for p in head.parameters() if p.grad is not None)
 
 
+def test_slices_of_positions_are_the_same_loss(monkeypatch):
+    head = make_head(torch.arange(64), vocabulary=8, rare_samples=4)
+    hidden, labels = torch.randn(2, 700, 32), torch.randint(0, 64, (2, 700))
+
+    def run():
+        torch.manual_seed(0)
+        head.zero_grad()
+        loss = head(hidden, labels)
+        loss.backward()
+        return loss.item(), head.readout.weight.grad.clone()
+
+    whole, gradient = run()
+    monkeypatch.setattr("ds_local.model.heads._PLAIN_LOGITS", 1)
+    sliced, other = run()
+    assert sliced == pytest.approx(whole, rel=1e-6)
+    assert torch.allclose(gradient, other, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"rank": 4}, {"adapter": True}, {"token_fraction": 0.5}, {"rare_rank": 3}],
+    [
+        {"rank": 4},
+        {"adapter": True},
+        {"token_fraction": 0.5},
+        {"rank": 4, "rare_samples": 3},
+        {"readout": "shared", "adapter": True, "rare_samples": 3},
+        {"init": "model", "rare_samples": 3},
+    ],
 )
 def test_it_goes_with_other_options(options):
     head = make_head(torch.arange(64), vocabulary=8, **options)
     labels = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
     loss = head(torch.randn(2, 9, 32), labels)
     assert 0 < loss.item() < 2 * math.log(64)
-    assert head.readout.out_features == 9
+    assert head.readout.out_features == (64 if "rare_samples" in options else 9)
 
 
 def test_counts_of_a_model_whose_vocabulary_is_padded():

@@ -249,9 +249,15 @@ def test_an_adapter_starts_as_nothing_and_learns(config, readout):
     [
         ({"rank": 4, "readout": "shared"}, "full width"),
         ({"rank": 4, "adapter": True}, "leave rank out, or adapter"),
-        ({"vocabulary": 9, "readout": "shared"}, "vocabulary is 9; leave vocabulary out, or use a"),
-        ({"rare_rank": 4}, "rare_rank is 4, and without vocabulary no token is rare; give vocab"),
-        ({"vocabulary": 9, "init": "model"}, "vocabulary is 9; leave vocabulary out, or init"),
+        (
+            {"vocabulary": 9, "readout": "shared"},
+            "a shared readout has all tokens",
+        ),
+        ({"rare_samples": 4}, "rare_samples is 4, and without vocabulary no token is rare; give"),
+        (
+            {"vocabulary": 9, "init": "model"},
+            "model's readout has all tokens.*add rare_samples",
+        ),
         ({"token_fraction": 0}, "greater than 0"),
         ({"token_fracton": 0.5}, "did you mean 'token_fraction'"),
         ({"tracking": 1.0}, "less than 1"),
