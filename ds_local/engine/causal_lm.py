@@ -85,7 +85,7 @@ def _check_correction(hf_config: Any, section: LocalParallelConfig) -> None:
     for _, scheme in section.schemes():
         if scheme.correction:
             raise ConfigError(
-                f"{SECTION}.correction is {scheme.correction}, and it cannot make up for the router "
+                f"{SECTION}.correction is {scheme.correction}, which cannot make up for the router "
                 f"loss of {hf_config.model_type}'s experts; leave it out, or set the model's "
                 "router_aux_loss_coef to 0"
             )

@@ -88,5 +88,5 @@ def test_a_pass_that_trains_nothing_hands_the_router_loss_of_its_loss_down():
     assert (down.weights, own.weights) == (False, True)
     assert share_of(overlapping, 1, 0, PARTS) == pytest.approx(2 / 3)
     through = make_routes("interlocking", 4, window=3)  # loss 2 trains segment 0 alone
-    assert [one.sends for one in through.passes[1]][0] == 2
+    assert next(one.sends for one in through.passes[1]) == 2
     assert share_of(through, 1, 0, [0, 2, 3, 4, 6]) == 0
