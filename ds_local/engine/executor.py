@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.engine import finite
+from ds_local.engine.layer_runs import BuffersAsTheyAre
 from ds_local.engine.stash import Stash, Used
 from ds_local.errors import ConfigError, OutOfData
 from ds_local.links.buffers import Tag
@@ -57,6 +58,8 @@ class Segments(Protocol):
     def split_batch(self, batch: Any) -> tuple[Any, Any]: ...
 
     def weight_of(self, labels: Any) -> float | Tensor: ...
+
+    def layers_of(self, segment: int) -> list[Callable[[Any], Any]]: ...
 
     def run_segment(self, segment: int, inputs: Any) -> Any: ...
 
@@ -300,7 +303,9 @@ class Executor:
             inputs = inputs.map(_writable)
         dropout = self._seeded("dropout", segment, micro_batch, step)
         weights = self.stash.weights(segment, live.used)
-        with dropout, weights, torch.set_grad_enabled(bool(passes)):
+        again = self.stash.is_again(segment)
+        buffers = BuffersAsTheyAre(self.segments.layers_of(segment)) if again else nullcontext()
+        with dropout, weights, buffers, torch.set_grad_enabled(bool(passes)):
             self._run(segment, live, inputs)
         if segment in self._routes(micro_batch).weights:
             live.shallow = self.segments.shallow

@@ -22,7 +22,7 @@ from ds_local.engine.average import Average
 from ds_local.engine.deepspeed_seam import PipelineEngineSeam, gradient_of, spoil_gradients
 from ds_local.engine.executor import Executor
 from ds_local.engine.finite import WEIGHTS, Events
-from ds_local.engine.kept_buffers import KeptBuffers
+from ds_local.engine.kept_buffers import KeptBuffers, Replicas
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.reports import Reports
 from ds_local.errors import ConfigError, RunError, first_line
@@ -59,7 +59,9 @@ class StageUpdates(PipelineEngineSeam):
     _updates: bool = False  # the step is at its end, where weights change
 
     def _prepare_updates(self) -> None:
-        self.kept_buffers = KeptBuffers(self.module)
+        group, first = self.grid.get_data_parallel_group(), self.rank_of(self.stage_id, 0)
+        replicas = Replicas(group, first, self.device) if self.is_data_parallel else None
+        self.kept_buffers = KeptBuffers(self.module, replicas)
         self.module.on_load.append(self.kept_buffers.keep)
         self._scale_by_segment()
 
@@ -225,7 +227,8 @@ class StageUpdates(PipelineEngineSeam):
                 self.lr_scheduler.step(**(lr_kwargs or {}))
         elif kinds:
             self.skipped_steps += 1
-        self.kept_buffers.mend()
+        meets = not self.global_steps % self.section.replicas.every
+        self.kept_buffers.mend(shares=self.replicas.reduces_gradients or meets)
         average.update(self.global_steps)
         self.events.book(self.global_steps, kinds, self.skipped_steps)
 
