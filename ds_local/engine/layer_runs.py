@@ -44,7 +44,7 @@ class BuffersAsTheyAre:
     def __init__(self, layers: Layers) -> None:
         modules = [layer for layer in layers if isinstance(layer, nn.Module)]
         owners = {id(m): m for one in modules for m in one.modules() if m._buffers}
-        self._found = [
+        self._found: list[tuple[nn.Module, str, Tensor]] = [
             (module, name, buffer.detach().clone())
             for module in owners.values()
             for name, buffer in module._buffers.items()
@@ -57,7 +57,7 @@ class BuffersAsTheyAre:
         for module, name, before in self._found:
             module._buffers[name] = before.clone()
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *failure: Any) -> None:
         for (module, name, _), buffer in zip(self._found, self._own, strict=True):
             module._buffers[name] = buffer
 
