@@ -76,6 +76,21 @@ def _check_exits(hf_config: Any, section: LocalParallelConfig, parts: Sequence[i
             ) from error
 
 
+def _check_correction(hf_config: Any, section: LocalParallelConfig) -> None:
+    """A control variate weighs losses segment by segment; the router loss that one loss has is
+    shared by segments."""
+    routers = routers_of(hf_config)
+    if routers is None or not routers.coefficient:
+        return
+    for _, scheme in section.schemes():
+        if scheme.correction:
+            raise ConfigError(
+                f"{SECTION}.correction is {scheme.correction}, which cannot make up for the router "
+                f"loss of {hf_config.model_type}'s experts; leave it out, or set the model's "
+                "router_aux_loss_coef to 0"
+            )
+
+
 def _sequence_length(hf_config: Any, seq_len: int | None) -> int:
     """Tokens in a sequence: as given, or as many as the model takes."""
     longest = families.num_positions(hf_config)
@@ -174,6 +189,7 @@ def causal_lm(
     replicas = 1 if unit else world_size() // stages
     _check_depth(hf_config, section, stages)
     _check_widths(hf_config, section, stages)
+    _check_correction(hf_config, section)
     check_cut(hf_config, section.replicas, replicas, pretrained is not None)
     length = _sequence_length(hf_config, seq_len)
     num_micro_batches = batch_sizes(ds_config, replicas)[1]

@@ -332,6 +332,7 @@ class LocalPipelineEngine(UnitSteps):
         if key not in self._schedules:
             whole = self.plan.schedule_at(step).at(is_first)
             self._schedules[key] = StageSchedule(whole, self.module.stage)
+            self.kept_buffers.watch()
         return self._schedules[key]
 
     def _change_plan(self) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.engine import finite
+from ds_local.engine.layer_runs import BuffersAsTheyAre
 from ds_local.engine.stash import Stash, Used
 from ds_local.errors import ConfigError, OutOfData
 from ds_local.links.buffers import Tag
@@ -57,6 +58,8 @@ class Segments(Protocol):
     def split_batch(self, batch: Any) -> tuple[Any, Any]: ...
 
     def weight_of(self, labels: Any) -> float | Tensor: ...
+
+    def layers_of(self, segment: int) -> list[Callable[[Any], Any]]: ...
 
     def run_segment(self, segment: int, inputs: Any) -> Any: ...
 
@@ -300,7 +303,9 @@ class Executor:
             inputs = inputs.map(_writable)
         dropout = self._seeded("dropout", segment, micro_batch, step)
         weights = self.stash.weights(segment, live.used)
-        with dropout, weights, torch.set_grad_enabled(bool(passes)):
+        again = self.stash.is_again(segment)
+        buffers = BuffersAsTheyAre(self.segments.layers_of(segment)) if again else nullcontext()
+        with dropout, weights, buffers, torch.set_grad_enabled(bool(passes)):
             self._run(segment, live, inputs)
         if segment in self._routes(micro_batch).weights:
             live.shallow = self.segments.shallow
@@ -402,15 +407,15 @@ class Executor:
         live.passes_left -= 1
         keep_graph = live.passes_left > 0
         found: Sequence[Tensor | None] = [None] * len(inputs)
+        routed = self._router_gradient(segment, micro_batch, which, live) if outputs else ([], [])
+        roots, seeds = [[*a, *b] for a, b in zip((outputs, given), routed, strict=True)]
         if outputs and inputs and not one.weights:
             with no_weight_grads(), self.stash.weights(segment, live.used):
                 found = torch.autograd.grad(
-                    outputs, inputs, given, retain_graph=keep_graph, allow_unused=True
+                    roots, inputs, seeds, retain_graph=keep_graph, allow_unused=True
                 )
         elif outputs and one.weights:
             weights = self.stash.weights(segment, live.used)
-            routed = self._router_gradient(segment, micro_batch, which, live)
-            roots, seeds = [[*a, *b] for a, b in zip((outputs, given), routed, strict=True)]
             with defer_weight_grads() if split else nullcontext() as deferred, weights:
                 torch.autograd.backward(roots, seeds, retain_graph=keep_graph)
             if deferred is not None:
@@ -429,14 +434,19 @@ class Executor:
     def _router_gradient(
         self, segment: int, micro_batch: int, which: int, live: _Live
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The segment's router loss, where it has one, and its share in what the pass learns."""
-        loss, live.router_loss = live.router_loss, None
+        """The segment's router loss, where it has one, and its share in what the pass learns, or
+        hands down."""
+        loss, routes = live.router_loss, self._routes(micro_batch)
         if loss is None or not loss.requires_grad:
             return [], []
-        mean, count = self.router_losses.get(segment, (loss.detach(), 0))
-        mean = torch.lerp(mean, loss.detach(), 1.0 / (count + 1))
-        self.router_losses[segment] = mean, count + 1
-        factor = self.segments.router_factor(self._routes(micro_batch), segment, which)
+        factor = self.segments.router_factor(routes, segment, which)
+        if routes.passes[segment][which].weights:
+            live.router_loss = None
+            mean, count = self.router_losses.get(segment, (loss.detach(), 0))
+            mean = torch.lerp(mean, loss.detach(), 1.0 / (count + 1))
+            self.router_losses[segment] = mean, count + 1
+        elif not factor:  # it belongs to no loss in this pass
+            return [], []
         scale = factor * live.weight / self._schedule.num_micro_batches
         return [loss], [torch.full_like(loss, scale)]
 

@@ -53,6 +53,8 @@ class Stash:
         self._schedule: Schedule | None = None
         self.start: int | None = None  # first step of the stretch; None: there is none
         self.under_way = False  # have forwards run ahead of the next step, in this process?
+        self._loaded = False  # has no step begun since?
+        self._again: dict[int, int] = {}  # of each segment the forwards before a checkpoint
 
     def begin(self, step: int, schedule: Schedule, predicts: bool) -> None:
         """Get ready for a step of a schedule whose forwards run ahead.
@@ -64,11 +66,16 @@ class Stash:
         self._step, self._schedule, self.under_way = step, schedule, True
         if self.start is None:
             self.start = step
+        if self._loaded:
+            begun = (step - self.start) * schedule.num_micro_batches
+            self._again = {s: begun + schedule.leads[s] for s in self._weights}
+            self._loaded = False
 
     def end(self) -> None:
         """The stretch is over, or given up: no copy is needed any more."""
         self.start, self._schedule, self.under_way = None, None, False
-        for forgotten in (self._copies, self._done, self._before):
+        self._loaded = False
+        for forgotten in (self._copies, self._done, self._before, self._again):
             forgotten.clear()
 
     def forward(self, segment: int, step: int, micro_batch: int) -> Used | None:
@@ -89,6 +96,10 @@ class Stash:
         if seen == self._step:
             self._keep(segment, used)
         return used
+
+    def is_again(self, segment: int) -> bool:
+        """Was the forward that `forward` was asked about last computed before a checkpoint too?"""
+        return self._done.get(segment, 0) <= self._again.get(segment, 0) > 0
 
     def _seen(self, segment: int, position: int) -> int:
         schedule, start = self._schedule, self.start
@@ -238,6 +249,7 @@ class Stash:
                 self._copies[segment, Used(*used)] = _beside(parameters, copy)
             if "before" in state:
                 self._before[segment] = _beside(parameters, state["before"])
+        self._loaded = self.start is not None
 
 
 def stash_file(segment: int) -> str:

@@ -7,7 +7,7 @@ What DeepSpeed computes over all stages here (norms, overflow) is computed per s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -22,9 +22,10 @@ from ds_local.engine.average import Average
 from ds_local.engine.deepspeed_seam import PipelineEngineSeam, gradient_of, spoil_gradients
 from ds_local.engine.executor import Executor
 from ds_local.engine.finite import WEIGHTS, Events
-from ds_local.engine.kept_buffers import KeptBuffers
+from ds_local.engine.kept_buffers import KeptBuffers, Replicas
 from ds_local.engine.module import LocalPipelineModule
 from ds_local.engine.reports import Reports
+from ds_local.engine.resting import at_rest
 from ds_local.errors import ConfigError, RunError, first_line
 from ds_local.links.device import to_device
 from ds_local.replicas.head_copies import Copies
@@ -59,7 +60,9 @@ class StageUpdates(PipelineEngineSeam):
     _updates: bool = False  # the step is at its end, where weights change
 
     def _prepare_updates(self) -> None:
-        self.kept_buffers = KeptBuffers(self.module)
+        group, first = self.grid.get_data_parallel_group(), self.rank_of(self.stage_id, 0)
+        replicas = Replicas(group, first, self.device) if self.is_data_parallel else None
+        self.kept_buffers = KeptBuffers(self.module, replicas)
         self.module.on_load.append(self.kept_buffers.keep)
         self._scale_by_segment()
 
@@ -213,7 +216,7 @@ class StageUpdates(PipelineEngineSeam):
                     first = not self.optimizer.state.get(parameter)
                     apart = not self.replicas.reduces_gradients
                     parameter.grad = torch.zeros_like(parameter) if first and apart else None
-        with self.executor.stash.during_update():
+        with self.executor.stash.during_update(), self._others_at_rest():
             self.step_optimizer(lr_kwargs)
         if not self._one_by_one:
             norm = self.get_global_grad_norm()  # read once for all segments
@@ -225,9 +228,24 @@ class StageUpdates(PipelineEngineSeam):
                 self.lr_scheduler.step(**(lr_kwargs or {}))
         elif kinds:
             self.skipped_steps += 1
-        self.kept_buffers.mend()
+        meets = not self.global_steps % self.section.replicas.every
+        self.kept_buffers.mend(shares=self.replicas.reduces_gradients or meets)
         average.update(self.global_steps)
         self.events.book(self.global_steps, kinds, self.skipped_steps)
+
+    def _others_at_rest(self) -> AbstractContextManager[None]:
+        """Around an update: heads that are not in use keep their weights and moments. The optimizer
+        leaves out what has no gradient by itself where it steps weights one by one."""
+        resting = [
+            parameter
+            for segment, head in self.module.heads.items()
+            if int(segment) not in self.segment_losses
+            for parameter in head.parameters()
+            if parameter.requires_grad
+        ]
+        if self._one_by_one or not resting:
+            return nullcontext()
+        return at_rest(self.optimizer, self.basic_optimizer.state, resting)
 
     @cached_property
     def average(self) -> Average:

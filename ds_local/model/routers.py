@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from ds_local.errors import UnsupportedModel
 from ds_local.model.anatomy import config_json, config_of, family_of, skeleton
 from ds_local.model.state import HIDDEN, State
-from ds_local.schedules.routes import Routes
+from ds_local.schedules.routes import Pass, Routes
 
 _LOGITS = "router_logits"  # the library's name; in a state the block's number follows
 _COUNTS = ("num_experts", "num_experts_per_tok")  # attributes of its causal LMs
@@ -127,9 +127,10 @@ def without_logits(state: Any, routers: Routers | None) -> tuple[Any, Tensor | N
 
 
 def share_of(routes: Routes, segment: int, which: int, parts: Sequence[int]) -> float:
-    """How much a segment's router loss counts in one of its passes: as the losses that the pass
-    reads, each dealt out among the blocks that it trains. So a segment that learns from one loss of
-    its own has its router loss whole, and a model that learns from one loss has one router loss.
+    """How much a segment's router loss counts in one of its passes. Each loss has one router loss,
+    dealt out among the blocks that it trains: so a segment that learns from one loss of its own has
+    its router loss whole, and a model that learns from one loss has one router loss. A pass counts
+    the losses that its gradient is made of; what it sends on trains the segments below.
 
     Args:
         which: number of the pass.
@@ -142,5 +143,21 @@ def share_of(routes: Routes, segment: int, which: int, parts: Sequence[int]) -> 
         * routes.loss_weights[loss]
         * sizes[segment]
         / sum(sizes[trained] for trained in routes.weights[loss])
-        for loss, factor in routes.passes[segment][which].reads
+        for loss, factor in _made_of(routes, segment, routes.passes[segment][which]).items()
+        if segment in routes.weights[loss]
     )
+
+
+def _made_of(routes: Routes, segment: int, one: Pass) -> dict[int, float]:
+    """The losses, and how often each counts, in the gradient that a pass reads. A message may carry
+    several under the name of the nearest."""
+    found: dict[int, float] = {}
+    for name, factor in one.reads:
+        carried = {name: 1.0}
+        if name != segment:
+            above = next(p for p in routes.passes[segment + 1] if p.sends == name)
+            inner = _made_of(routes, segment + 1, above)
+            carried = {loss: number * above.send_scale for loss, number in inner.items()}
+        for loss, number in carried.items():
+            found[loss] = found.get(loss, 0.0) + factor * number
+    return found

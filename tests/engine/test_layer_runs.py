@@ -38,3 +38,25 @@ def test_layers_are_called_again_only_for_gradients():
 
 def test_no_layer_hands_on_what_it_is_given():
     assert run_layers([], "inputs", 2) == run_layers([], "inputs") == "inputs"
+
+
+class Counting(nn.Module):
+    """Multiplies by the number of calls, which it keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.calls.clone()
+
+
+def test_what_is_computed_again_reads_the_buffers_of_the_first_time():
+    layer = Counting()
+    x = torch.ones(1, requires_grad=True)
+    first, second = (run_layers([layer], x, 1) for _ in range(2))
+    for out, factor in ((first, 1.0), (second, 2.0)):
+        for keep in (True, False):  # two passes over one micro-batch
+            assert torch.autograd.grad(out, x, retain_graph=keep)[0] == factor
+    assert layer.calls == 2

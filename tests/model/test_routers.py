@@ -65,6 +65,8 @@ PARTS = [0, 2, 4, 8]  # 1, 2 and 3 blocks
         ("chunked", 2, [1 / 3, 2 / 3, 1]),
         # segment 0 hears losses 0 and 1, segment 1 losses 1 and 2
         ("overlapping", 2, [1 + 1 / 3, 2 / 3 + 2 / 5, 3 / 5]),
+        # one message has losses 1 and 2
+        ("deep_supervision", None, [1 + 1 / 3 + 1 / 6, 2 / 3 + 2 / 6, 3 / 6]),
     ],
 )
 def test_shares_of_a_loss_are_dealt_out_among_the_blocks_it_trains(mode, window, expected):
@@ -78,3 +80,13 @@ def test_shares_of_a_loss_are_dealt_out_among_the_blocks_it_trains(mode, window,
         for segment, passes in enumerate(routes.passes)
     ]
     assert found == pytest.approx(expected)
+
+
+def test_a_pass_that_trains_nothing_hands_the_router_loss_of_its_loss_down():
+    overlapping = make_routes("overlapping", 3, window=2)
+    down, own = overlapping.passes[1]
+    assert (down.weights, own.weights) == (False, True)
+    assert share_of(overlapping, 1, 0, PARTS) == pytest.approx(2 / 3)
+    through = make_routes("interlocking", 4, window=3)  # loss 2 trains segment 0 alone
+    assert next(one.sends for one in through.passes[1]) == 2
+    assert share_of(through, 1, 0, [0, 2, 3, 4, 6]) == 0
