@@ -20,6 +20,7 @@ from ds_local.charts.svg import Svg
 from ds_local.charts.timelines import draw_bands
 from ds_local.checkpoints.metrics_file import of_full_model
 from ds_local.outputs import write_file
+from ds_local.training.differences import flat
 from ds_local.training.report_advice import what_next
 from ds_local.training.report_charts import (
     draw_idle,
@@ -37,7 +38,7 @@ from ds_local.training.report_tables import (
     samples_table,
     waits_table,
 )
-from ds_local.training.run_record import Points, RunRecord, differences, thinned
+from ds_local.training.run_record import Points, RunRecord, thinned
 
 
 def write(runs: Sequence[RunRecord], path: str | Path) -> None:
@@ -231,11 +232,13 @@ def _overview(runs: Sequence[RunRecord]) -> str:
 
 def _what_differs(runs: Sequence[RunRecord]) -> str:
     heads = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
-    rows = [
-        f"<tr><td>{escape(name)}</td>{''.join(f'<td>{escape(one)}</td>' for one in values)}</tr>"
-        for part in ("config", "model", "data", "layout", "versions")
-        for name, values in differences(runs, part)
-    ]
+    rows = []
+    for part in ("config", "model", "data", "layout", "versions"):
+        told = [flat(run.facts.get(part, {})) for run in runs]
+        for name in dict.fromkeys(name for one in told for name in one):
+            values = [json.dumps(one[name]) if name in one else "-" for one in told]
+            cells = "".join(f"<td>{escape(one)}</td>" for one in values)
+            rows += [f"<tr><td>{escape(name)}</td>{cells}</tr>"] * (len(set(values)) > 1)
     if not rows:
         return "<h2>Settings</h2><p class='lead'>The same in all runs.</p>"
     return (

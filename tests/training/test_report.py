@@ -98,7 +98,9 @@ def test_several_runs_beside_each_other(tmp_path, capsys):
         "<td>local_parallel.mode</td><td>&quot;local&quot;</td><td>&quot;backprop&quot;</td>"
         in page
     )
+    assert page.count("<tr><td>local_parallel.") == 1  # all else is the same
     assert page.count("<details><summary>two</summary>") == 1
+    assert "The same in all runs." in report([RunRecord(one)] * 2)
 
 
 def test_it_opens_in_a_browser(tmp_path):
