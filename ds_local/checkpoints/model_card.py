@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_local.config.deepspeed import precision_of
+from ds_local.errors import counted
 
 
 def model_card(
@@ -139,7 +140,8 @@ def _training(checkpoint: Mapping[str, Any], run: Mapping[str, Any]) -> list[str
             lines.append(f"- {key}: {config[key]}")
     lines.append(f"- precision: {precision_of(config)}")
     lines.append(
-        f"- layout: {checkpoint['num_stages']} stages, {checkpoint['num_replicas']} replicas, "
+        f"- layout: {counted(checkpoint['num_stages'], 'stage')}, "
+        f"{counted(checkpoint['num_replicas'], 'replica')}, "
         f"segments cut at layers {checkpoint['segment_parts']}"
     )
     if run.get("weights"):

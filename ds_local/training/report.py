@@ -19,6 +19,7 @@ from ds_local.charts.style import color_of
 from ds_local.charts.svg import Svg
 from ds_local.charts.timelines import draw_bands
 from ds_local.checkpoints.metrics_file import of_full_model
+from ds_local.errors import counted
 from ds_local.outputs import write_file
 from ds_local.training.differences import flat
 from ds_local.training.report_advice import what_next
@@ -99,7 +100,8 @@ def _lead(run: RunRecord) -> str:
     layout = run.facts.get("layout", {})
     words = [f"{run.last_step:,} steps, {run.tokens:,} tokens"]
     if layout:
-        words.insert(0, f"{layout['stages']} stages x {layout['replicas']} replicas")
+        stages, replicas = counted(layout["stages"], "stage"), layout["replicas"]
+        words.insert(0, f"{stages} x {counted(replicas, 'replica')}")
     if run.phases:
         words.insert(0, ", then ".join(dict.fromkeys(name for *_, name in run.phases)))
     asked = run.facts.get("arguments", {}).get("max_steps")

@@ -17,7 +17,7 @@ def test_the_figures_are_those_of_the_folder(tmp_path):
     phases = [{"until_step": 30, "mode": "local"}, {"mode": "backprop"}]
     page = report([RunRecord(write_run(tmp_path / "run", event=13, phases=phases))])
     assert "local, then backprop" in page
-    assert "2 stages x 1 replicas" in page
+    assert "2 stages x 1 replica \u00b7" in page
     assert "40 steps, 20,480 tokens" in page
     data = json.loads(re.search(r'id="data">(.*?)</script>', page).group(1))
     losses, *_ = data
