@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_local.cli.arguments import Parser, output_file, whole
-from ds_local.cli.exits import exits_of
+from ds_local.cli.exits import add_model, exits_of
 from ds_local.config import strict_json
 
 if TYPE_CHECKING:
@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "model",
-        help="a Hugging Face folder or name, a folder of all exits, a run folder or a checkpoint "
-        "folder",
-    )
+    add_model(parser)
     parser.add_argument(
         "--data",
         required=True,
