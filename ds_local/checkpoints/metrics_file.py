@@ -20,6 +20,11 @@ from ds_local.outputs import write_whole
 METRICS_FILE = "metrics.jsonl"
 
 
+def perplexity(loss: float) -> float:
+    """Of a loss in nats a token; of one that is far too large, a very large number."""
+    return math.exp(min(loss, 700.0))
+
+
 def of_full_model(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Of every step the row of its highest segment: how many there are may change on the way.
 

@@ -7,11 +7,11 @@ No torch, no transformers.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_local.checkpoints.metrics_file import perplexity
 from ds_local.config.deepspeed import precision_of
 from ds_local.errors import counted
 
@@ -108,7 +108,7 @@ def _losses(
         return []
     table = [
         f"| {'**' if s == segment else ''}{s}{' (this model)**' if s == segment else ''} | "
-        f"{row['step']} | {row['loss']:.4f} | {math.exp(row['loss']):.2f} |"
+        f"{row['step']} | {row['loss']:.4f} | {perplexity(row['loss']):.2f} |"
         for s, row in sorted(last.items())
     ]
     header = [

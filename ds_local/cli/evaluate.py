@@ -114,6 +114,7 @@ def evaluate(folder: Path, data: TokenData, indices: list[int], batch_size: int)
     import torch
     from torch.nn import functional as F
 
+    from ds_local.checkpoints.metrics_file import perplexity
     from ds_local.data.dataset import micro_batch_of
     from ds_local.data.tokenizers import load_tokenizer
     from ds_local.errors import DataError, WeightsError
@@ -151,7 +152,7 @@ def evaluate(folder: Path, data: TokenData, indices: list[int], batch_size: int)
         "blocks": model.config.num_hidden_layers,
         "parameters": sum(p.numel() for p in model.parameters()),
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
+        "perplexity": perplexity(loss),
         "bits_per_byte": loss / math.log(2) * len(indices) * data.seq_len / max(1, num_bytes),
         "sequences": len(indices),
     }

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ds_local.checkpoints.metrics_file import MetricsFile
+from ds_local.checkpoints.metrics_file import MetricsFile, perplexity
 from ds_local.outputs import new_file
 
 
@@ -64,7 +63,7 @@ def _loss_words(row: dict[str, Any] | None) -> tuple[str, str]:
         return "-", "-"
     if row["loss"] is None:
         return "not finite", "-"
-    return f"{row['loss']:.4f}", f"{math.exp(min(row['loss'], 700.0)):.2f}"
+    return f"{row['loss']:.4f}", f"{perplexity(row['loss']):.2f}"
 
 
 def _events(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
