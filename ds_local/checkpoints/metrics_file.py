@@ -39,6 +39,11 @@ def of_full_model(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list(found.values())
 
 
+def not_finite(rows: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """Rows that tell of a step that was not finite."""
+    return [row for row in rows if row.get("nonfinite_step") is not None]
+
+
 class MetricsFile:
     """metrics.jsonl: one object a line.
 

@@ -77,6 +77,7 @@ class UnitLinks:
     ) -> None:
         self.unit = unit
         self._section, self._device = section, device
+        self._links = Path(unit.meets_in, "links")
         self.sender: LastingSender | None = None
         self.receiver: LastingReceiver | None = None
         self._above = 0  # ranks of this unit have told that nothing before this step is needed
@@ -92,7 +93,7 @@ class UnitLinks:
         unit = self.unit
         place = MeetingPlace(
             f"unit {unit.number}",
-            Path(unit.meets_in, "links", f"unit-{unit.number}"),
+            self._links / f"unit-{unit.number}",
             unit.facts,
             self._section.timeout_seconds,
             self._section.reconnect_seconds,
@@ -106,7 +107,7 @@ class UnitLinks:
         peer = f"{self.unit.name_of(other)} (stage {target if sends else source})"
         line = Line(
             name,
-            Path(self.unit.meets_in, "links") / f"replica-{self.unit.replica}",
+            self._links / f"replica-{self.unit.replica}",
             peer,
             self.unit.facts,
             section.depth,
@@ -235,4 +236,4 @@ class UnitLinks:
     @property
     def handover(self) -> Path:
         """Where the replica that leads leaves its state for one that comes back."""
-        return Path(self.unit.meets_in, "links", f"unit-{self.unit.number}", "state")
+        return self._links / f"unit-{self.unit.number}" / "state"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_local.charts.timelines import Band, Piece
-from ds_local.checkpoints.metrics_file import METRICS_FILE, MetricsFile, of_full_model
+from ds_local.checkpoints.metrics_file import METRICS_FILE, MetricsFile, not_finite, of_full_model
 from ds_local.checkpoints.run_file import run_facts
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
@@ -54,7 +54,7 @@ class RunRecord:
         self.train = [row for row in self.rows if row["split"] == "train"]
         self.validation = [row for row in self.rows if row["split"] == "validation"]
         self.samples = [row for row in self.rows if row["split"] == "sample"]
-        self.events = [row for row in self.rows if row.get("nonfinite_step") is not None]
+        self.events = not_finite(self.rows)
 
     # --- curves --------------------------------------------------------------------------------
 
