@@ -102,3 +102,8 @@ def first_line(error: BaseException) -> str:
     """What a foreign error says, for a sentence of ours: its first line, or else its kind."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def counted(number: int, noun: str) -> str:
+    """For a sentence: "1 stage", "4 stages"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -54,7 +54,7 @@ API_HEAD = f"""# API
 
 The public names of `ds_local`, imported on first use. A script of a few lines is in
 [the front page](index.md) and in `examples/`; what may travel between layers of your own is in
-[migrating](migrating.md#layers-of-ones-own).
+[ports](ports.md#layers-of-ones-own).
 
 """
 OPTIONS_HEAD = f"""# Options

@@ -1,12 +1,13 @@
-"""Pages of one file each, which need nothing else and no network."""
+"""Pages of one file each, which need nothing else and no network, and tables in them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import Element, SubElement, tostring
 
 from ds_local.charts.style import CSS, KINDS, page_variables
 from ds_local.charts.timelines import Band, draw_bands
@@ -28,7 +29,7 @@ table{border-collapse:collapse}td,th{padding:3px 12px 3px 0;text-align:left;vert
 th{color:var(--faint);font-weight:500}td.n,th.n{text-align:right}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:12px;margin:0}
 summary{cursor:pointer;color:var(--faint)}
-.bad{color:#d65a5a;font-weight:600}
+td.bad{color:#d65a5a;font-weight:600}
 #tip{position:absolute;z-index:9;background:var(--ink);color:var(--card);border-radius:5px;
   padding:4px 8px;font-size:12.5px;pointer-events:none;white-space:pre}
 #lanes{width:100%;display:block;cursor:crosshair}
@@ -57,6 +58,25 @@ def page(title: str, body: str, script: str = "", data: Any = None) -> str:
         f"<title>{escape(title)}</title><style>{page_variables()}{_CSS}{CSS}</style></head>\n"
         f'<body><main>{body}</main><div id="tip" hidden></div>{kept}{code}</body></html>\n'
     )
+
+
+def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[object]]) -> str:
+    """A table in a box, as HTML.
+
+    Args:
+        columns: (head, class of the cells), "n" for numbers.
+        rows: cells, texts or elements.
+    """
+    made = Element("table")
+    for tag, cells in (("th", [head for head, _ in columns]), *(("td", row) for row in rows)):
+        line = SubElement(made, "tr")
+        for (_, kind), cell in zip(columns, cells, strict=True):
+            place = SubElement(line, tag, {"class": kind} if kind else {})
+            if isinstance(cell, Element):
+                place.append(cell)
+            else:
+                place.text = str(cell)
+    return f"<div class='box'>{tostring(made, 'unicode', method='html')}</div>"
 
 
 _STILL = 5_000  # pieces of a still picture

@@ -20,6 +20,11 @@ from ds_local.outputs import write_whole
 METRICS_FILE = "metrics.jsonl"
 
 
+def perplexity(loss: float) -> float:
+    """Of a loss in nats a token; of one that is far too large, a very large number."""
+    return math.exp(min(loss, 700.0))
+
+
 def of_full_model(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Of every step the row of its highest segment: how many there are may change on the way.
 
@@ -32,6 +37,11 @@ def of_full_model(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         if row["segment"] >= before["segment"]:
             found[row["step"]] = row
     return list(found.values())
+
+
+def not_finite(rows: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """Rows that tell of a step that was not finite."""
+    return [row for row in rows if row.get("nonfinite_step") is not None]
 
 
 class MetricsFile:

@@ -7,12 +7,13 @@ No torch, no transformers.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_local.checkpoints.metrics_file import perplexity
 from ds_local.config.deepspeed import precision_of
+from ds_local.errors import counted
 
 
 def model_card(
@@ -107,7 +108,7 @@ def _losses(
         return []
     table = [
         f"| {'**' if s == segment else ''}{s}{' (this model)**' if s == segment else ''} | "
-        f"{row['step']} | {row['loss']:.4f} | {math.exp(row['loss']):.2f} |"
+        f"{row['step']} | {row['loss']:.4f} | {perplexity(row['loss']):.2f} |"
         for s, row in sorted(last.items())
     ]
     header = [
@@ -140,7 +141,8 @@ def _training(checkpoint: Mapping[str, Any], run: Mapping[str, Any]) -> list[str
             lines.append(f"- {key}: {config[key]}")
     lines.append(f"- precision: {precision_of(config)}")
     lines.append(
-        f"- layout: {checkpoint['num_stages']} stages, {checkpoint['num_replicas']} replicas, "
+        f"- layout: {counted(checkpoint['num_stages'], 'stage')}, "
+        f"{counted(checkpoint['num_replicas'], 'replica')}, "
         f"segments cut at layers {checkpoint['segment_parts']}"
     )
     if run.get("weights"):

@@ -11,11 +11,11 @@ from transformers import PretrainedConfig
 
 from ds_local.checkpoints.facts import FACTS, classes_of, read_facts
 from ds_local.checkpoints.folder import latest_tag, locate
-from ds_local.checkpoints.hf_layers import State, check_layer, to_hf
 from ds_local.checkpoints.run_file import RUN_FILE, run_facts
 from ds_local.checkpoints.sums import check_file
 from ds_local.errors import ExportError, first_line
 from ds_local.model import families
+from ds_local.model.hf_layers import State, check_layer, to_hf
 from ds_local.model.small_models import prefix
 from ds_local.outputs.checkpoint_names import AVERAGE_FILE, AVERAGE_HEAD_FILE, HEAD_FILE, LAYER_FILE
 from ds_local.replicas.cuts import scale_outputs

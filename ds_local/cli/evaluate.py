@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_local.cli.arguments import Parser, output_file, whole
-from ds_local.cli.exits import exits_of
+from ds_local.cli.exits import add_model, exits_of
 from ds_local.config import strict_json
 
 if TYPE_CHECKING:
@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "model",
-        help="a Hugging Face folder or name, a folder of all exits, a run folder or a checkpoint "
-        "folder",
-    )
+    add_model(parser)
     parser.add_argument(
         "--data",
         required=True,
@@ -118,6 +114,7 @@ def evaluate(folder: Path, data: TokenData, indices: list[int], batch_size: int)
     import torch
     from torch.nn import functional as F
 
+    from ds_local.checkpoints.metrics_file import perplexity
     from ds_local.data.dataset import micro_batch_of
     from ds_local.data.tokenizers import load_tokenizer
     from ds_local.errors import DataError, WeightsError
@@ -155,7 +152,7 @@ def evaluate(folder: Path, data: TokenData, indices: list[int], batch_size: int)
         "blocks": model.config.num_hidden_layers,
         "parameters": sum(p.numel() for p in model.parameters()),
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
+        "perplexity": perplexity(loss),
         "bits_per_byte": loss / math.log(2) * len(indices) * data.seq_len / max(1, num_bytes),
         "sequences": len(indices),
     }

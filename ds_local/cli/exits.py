@@ -3,7 +3,16 @@ checkpoint folder."""
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from pathlib import Path
+
+
+def add_model(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        help="a Hugging Face folder or name, a folder of all exits, a run folder or a checkpoint "
+        "folder",
+    )
 
 
 def exits_of(model: str, scratch: str) -> dict[int, Path]:

@@ -13,16 +13,12 @@ import time
 from typing import Any
 
 from ds_local.cli.arguments import Parser, number, whole
-from ds_local.cli.exits import exits_of
+from ds_local.cli.exits import add_model, exits_of
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "model",
-        help="a Hugging Face folder or name, a folder of all exits, a run folder or a checkpoint "
-        "folder",
-    )
+    add_model(parser)
     parser.add_argument("--prompt", default="def main(")
     parser.add_argument("--max-new-tokens", type=whole(1), default=80)
     parser.add_argument(

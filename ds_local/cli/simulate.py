@@ -47,12 +47,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def section_for(
-    mode: str, args: argparse.Namespace, main: bool, **options: Any
+    mode: str, args: argparse.Namespace, is_main: bool, **options: Any
 ) -> LocalParallelConfig:
     """The "local_parallel" section of `mode`; the other options of the command line are the main
     one's."""
     scheme: dict[str, Any] = {"mode": mode}
-    if main:
+    if is_main:
         scheme |= {"combine": args.combine} | (
             {"window": args.window} if args.window is not None else {}
         )
@@ -79,12 +79,12 @@ def section_for(
     return local_parallel({SECTION: section})
 
 
-def build(mode: str, args: argparse.Namespace, main: bool) -> list[Schedule]:
+def build(mode: str, args: argparse.Namespace, is_main: bool) -> list[Schedule]:
     """The schedules of `mode` until they repeat."""
     if mode in PEERS:
         check_size(LocalParallelConfig(), args.stages, args.micro_batches)
         return [PEERS[mode](args.stages, args.micro_batches)]
-    plan = RunPlan(section_for(mode, args, main), args.stages, args.micro_batches)
+    plan = RunPlan(section_for(mode, args, is_main), args.stages, args.micro_batches)
     for note in plan.notes:
         print(note, file=sys.stderr)
     return plan.schedules
@@ -126,7 +126,7 @@ def measured_costs(profile: Path, schedule: Schedule) -> Costs:
 
 
 def of_model(
-    schedule: Schedule, mode: str, args: argparse.Namespace, main: bool
+    schedule: Schedule, mode: str, args: argparse.Namespace, is_main: bool
 ) -> tuple[Costs, list[float]]:
     """Costs in floating-point operations of a block's forward, and the auxiliary share of each
     stage."""
@@ -137,7 +137,7 @@ def of_model(
     config = families.load_model_config(args.model)
     given = local_parallel(load_config(args.deepspeed_config) if args.deepspeed_config else {})
     options = {"head": given.head.model_dump(), "partition": given.partition}
-    section = section_for(mode if mode in MODES else "backprop", args, main, **options)
+    section = section_for(mode if mode in MODES else "backprop", args, is_main, **options)
     seq_len = args.seq_len or families.num_positions(config)
     num_segments = len(schedule.stage_of)
     parts = choose_parts(config, section, num_segments, args.micro_batches, seq_len)
@@ -150,10 +150,10 @@ def of_model(
     )
 
 
-def title_of(schedule: Schedule, mode: str, args: argparse.Namespace, main: bool) -> str:
+def title_of(schedule: Schedule, mode: str, args: argparse.Namespace, is_main: bool) -> str:
     if mode in PEERS:
         return TITLES[mode]
-    section = section_for(mode, args, main)
+    section = section_for(mode, args, is_main)
     if section.mix is None:
         return name_of(section.model_dump())
     return schedule.name + (f", split {args.split_backward}" if args.split_backward else "")
@@ -195,11 +195,11 @@ def _write_order(path: Path, schedules: list[Schedule]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     modes = [(args.mode, True), *((mode, False) for mode in args.compare)]
-    schedules = [build(mode, args, main) for mode, main in modes]
+    schedules = [build(mode, args, is_main) for mode, is_main in modes]
     modelled = (
         [
-            of_model(steps[0], mode, args, main)
-            for steps, (mode, main) in zip(schedules, modes, strict=True)
+            of_model(steps[0], mode, args, is_main)
+            for steps, (mode, is_main) in zip(schedules, modes, strict=True)
         ]
         if args.model
         else []
@@ -234,9 +234,9 @@ def main(arguments: list[str] | None = None) -> int:
             band_of(
                 timeline,
                 several_steps(steps, cost, args.steps, args.link_depth),
-                title_of(timeline.schedule, mode, args, main),
+                title_of(timeline.schedule, mode, args, is_main),
             )
-            for timeline, steps, cost, (mode, main) in zip(
+            for timeline, steps, cost, (mode, is_main) in zip(
                 timelines, schedules, costs, modes, strict=True
             )
         ]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ds_local.config.catalog import SCHEMES, Section, head_of
 from ds_local.config.sections import HeadConfig
-from ds_local.errors import ConfigError
+from ds_local.errors import ConfigError, counted
 from ds_local.model import families
 from ds_local.model.flops import UnitCosts, unit_times
 
@@ -178,7 +178,8 @@ class Candidate:
         )
         heads = f" ({self.heads} heads)" if self.heads else ""
         return (
-            f"{self.scheme}{heads}: {self.stages} stages{where} x {self.replicas} replicas, "
+            f"{self.scheme}{heads}: {counted(self.stages, 'stage')}{where} x "
+            f"{counted(self.replicas, 'replica')}, "
             f"{self.micro_batches} x {self.micro_batch} "
             f"sequences{', recomputing' if self.recompute else ''}"
         )

@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ds_local.errors import counted
+
 DATA = Path(__file__).with_name("learning.json")
 EXACT = ("data parallel", "backprop")
 FULL: dict[str, Any] = {}  # the head that has no options
@@ -148,8 +150,8 @@ def _nearest(
 
 
 def _where(row: Measured) -> str:
-    seeds = f"{row.seeds} seed{'s' if row.seeds > 1 else ''}"
-    return f"{row.segments} segments (vocabulary / width {row.vocabulary_over_width:g}, {seeds})"
+    seeds, ratio = counted(row.seeds, "seed"), row.vocabulary_over_width
+    return f"{row.segments} segments (vocabulary / width {ratio:g}, {seeds})"
 
 
 def _why_not(what: str, found: Measured | None, delay: float = 0.0) -> str:

@@ -41,9 +41,8 @@ def scaling(
     heads: Sequence[str],
     schemes: Sequence[str],
     growing: bool,
-    most: int = MOST_DEVICES,
 ) -> list[Cell]:
-    """Every scheme on every number of stages and replicas, up to so many devices.
+    """Every scheme on every number of stages and replicas, up to `MOST_DEVICES`.
 
     Args:
         cluster: what its nodes and links are like; it has as many nodes as are needed.
@@ -54,7 +53,7 @@ def scaling(
     cells = []
     for scheme in schemes:
         for stages in (n for n in STAGES if (n == 1) == (scheme == ALONE) and n <= model.depth):
-            for replicas in (n for n in REPLICAS if n * stages <= most):
+            for replicas in (n for n in REPLICAS if n * stages <= MOST_DEVICES):
                 asked = sequences * (replicas if growing else 1)
                 cells.append(_cell(model, cluster, asked, heads, scheme, stages, replicas))
     return cells

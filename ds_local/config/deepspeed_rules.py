@@ -87,14 +87,18 @@ def _is_not(*values: Any) -> Any:
     return lambda value: value not in values
 
 
-def _above(limit: int) -> Any:
-    return lambda value: isinstance(value, int) and value > limit
+def _several(value: Any) -> bool:
+    return isinstance(value, int) and value > 1
 
 
 _CHECKPOINTING = (
     "layers are recomputed by torch's checkpointing, which does not know it; remove it, and set "
     "pipeline.activation_checkpoint_interval"
 )
+_OPTIMIZER_OFFLOAD = (
+    "optimizer offload relies on backward hooks that a pipeline stage does not run; remove it"
+)
+_PARAMETER_OFFLOAD = "parameter offload is a ZeRO-3 feature; remove it"
 
 # (keys from the top down, is this value refused?, reason and remedy); a key that is absent is never
 # refused
@@ -112,26 +116,10 @@ REFUSED: tuple[tuple[Path, Any, str], ...] = (
         _is_not(0, 1),
         "DeepSpeed's pipelines work with ZeRO stages 0 and 1 only; use 0 or 1",
     ),
-    (
-        ("zero_optimization", "offload_optimizer"),
-        _offloads,
-        "optimizer offload relies on backward hooks that a pipeline stage does not run; remove it",
-    ),
-    (
-        ("zero_optimization", "cpu_offload"),
-        bool,
-        "optimizer offload relies on backward hooks that a pipeline stage does not run; remove it",
-    ),
-    (
-        ("zero_optimization", "offload_param"),
-        _offloads,
-        "parameter offload is a ZeRO-3 feature; remove it",
-    ),
-    (
-        ("zero_optimization", "cpu_offload_param"),
-        bool,
-        "parameter offload is a ZeRO-3 feature; remove it",
-    ),
+    (("zero_optimization", "offload_optimizer"), _offloads, _OPTIMIZER_OFFLOAD),
+    (("zero_optimization", "cpu_offload"), bool, _OPTIMIZER_OFFLOAD),
+    (("zero_optimization", "offload_param"), _offloads, _PARAMETER_OFFLOAD),
+    (("zero_optimization", "cpu_offload_param"), bool, _PARAMETER_OFFLOAD),
     (
         ("zero_optimization", "zenflow"),
         bool,
@@ -199,10 +187,10 @@ REFUSED: tuple[tuple[Path, Any, str], ...] = (
     ),
     (
         ("tensor_parallel", "autotp_size"),
-        _above(1),
+        _several,
         "stages are not split by tensor parallelism; set it to 1",
     ),
-    (("sequence_parallel_size",), _above(1), "stages do not split sequences; set it to 1"),
+    (("sequence_parallel_size",), _several, "stages do not split sequences; set it to 1"),
     (
         ("flops_profiler", "enabled"),
         bool,

@@ -104,13 +104,12 @@ class LocalPipelineEngine(UnitSteps):
         self.plan = RunPlan.of(self.section, self.module.pipeline_stages, self.micro_batches)
         self._schedules: dict[Any, StageSchedule] = {}
         self._last_step: int | None = None
-        unit = self.module.unit
-        self.units = (
-            WholePipeline()
-            if unit is None
-            else UnitLinks(unit, self.section.link, self.device, self.request_stop)
-        )
-        self.units.inform(self._notices, self._number)
+        unit, link = self.module.unit, self.section.link
+        self.units = WholePipeline()
+        if unit is not None:
+            self.units = UnitLinks(
+                unit, link, self.device, self.request_stop, self._notices, self._number
+            )
         self.connections = self._connect()
         self.groups = self.connections.groups
         self.activation_links, self.gradient_links = self._make_links()

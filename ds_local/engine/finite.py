@@ -9,7 +9,6 @@ stage where it arose is the one that got nothing but finite numbers.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +17,7 @@ from torch import Tensor
 
 from ds_local.errors import NonFiniteError
 from ds_local.links.device import to_device
-
-LOG = logging.getLogger("ds_local")
+from ds_local.links.logs import LOG
 
 # what a segment's step can suffer from, first causes first; all but the last two arose in it
 KINDS = ("batch", "activation", "loss", "gradient", "from_below", "from_above")

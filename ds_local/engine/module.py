@@ -1,9 +1,8 @@
 """`LocalPipelineModule`: a DeepSpeed `PipelineModule` whose layers are cut into segments, each with
 a head of its own.
 
-A stage holds one or more consecutive segments. What a segment does (run its layers, compute its
-loss) is here; in which order stages do it is `schedule.py`, what travels between them is
-`transport.py`.
+A stage holds one or more segments. What a segment does (run its layers, compute its loss) is here;
+in which order stages do it is in `schedule.py`, what travels between them in `messages.py`.
 """
 
 from __future__ import annotations

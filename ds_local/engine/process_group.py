@@ -19,7 +19,7 @@ from ds_local.cluster.surroundings import own_address
 from ds_local.engine.deepspeed_seam import ENGINES
 from ds_local.links import notices
 from ds_local.links.agreement import gather
-from ds_local.links.failures import around, meeting
+from ds_local.links.failures import Failures, meeting
 from ds_local.links.notices import Notices
 from ds_local.links.staging import ranks_here
 from ds_local.links.store_guard import store_guard
@@ -88,7 +88,7 @@ def group_backend() -> str:
 
 def _begin(rank: int, exchange: Any) -> None:
     own = Notices(rank, own_address())
-    around(own)  # hears from the start what failed
+    Failures(own)  # hears from the start what failed
     own.meet(exchange(own.card))
     notices.begin(own)
 

@@ -169,7 +169,7 @@ class Reports:
         self._mailbox = None
         if self._reads or self._writes:
             group = groups.pair(source if self._reads else 0) if source else None
-            self._mailbox = Mailbox(group, 0, (len(self._here), _COLUMNS), timeout_seconds)
+            self._mailbox = Mailbox(group, (len(self._here), _COLUMNS), timeout_seconds)
 
     def note(self) -> None:
         """New figures of other segments have come."""

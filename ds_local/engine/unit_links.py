@@ -28,8 +28,6 @@ class WholePipeline:
 
     group = make_end = None
 
-    def inform(self, notices: Notices | None, number: int) -> None: ...
-
     def had_ended(self, step: int) -> bool:
         return False
 
@@ -63,6 +61,9 @@ class UnitLinks:
         section: "local_parallel.link".
         device: that the tensors of messages are on.
         ask_to_stop: called when a unit above wants the run to end.
+        notices: by which ranks of this unit tell each other, beside the steps, what is needed no
+            more.
+        number: of the engine.
     """
 
     def __init__(
@@ -71,15 +72,19 @@ class UnitLinks:
         section: LinkConfig,
         device: torch.device,
         ask_to_stop: Callable[[], None],
+        notices: Notices | None,
+        number: int,
     ) -> None:
         self.unit = unit
         self._section, self._device = section, device
+        self._links = Path(unit.meets_in, "links")
         self.sender: LastingSender | None = None
         self.receiver: LastingReceiver | None = None
         self._above = 0  # ranks of this unit have told that nothing before this step is needed
         self.group = self._meet_replicas() if unit.num_replicas > 1 else None
-        self._topic = ""
-        self._notices: Notices | None = None
+        self._topic, self._notices = f"needed/{number}", notices
+        if notices is not None:
+            notices.answer(self._topic, self._told)
         self._done = 0
         self._asked_to_stop = False
         self._ask_to_stop = ask_to_stop
@@ -88,7 +93,7 @@ class UnitLinks:
         unit = self.unit
         place = MeetingPlace(
             f"unit {unit.number}",
-            Path(unit.meets_in, "links", f"unit-{unit.number}"),
+            self._links / f"unit-{unit.number}",
             unit.facts,
             self._section.timeout_seconds,
             self._section.reconnect_seconds,
@@ -102,7 +107,7 @@ class UnitLinks:
         peer = f"{self.unit.name_of(other)} (stage {target if sends else source})"
         line = Line(
             name,
-            Path(self.unit.meets_in, "links") / f"replica-{self.unit.replica}",
+            self._links / f"replica-{self.unit.replica}",
             peer,
             self.unit.facts,
             section.depth,
@@ -121,12 +126,6 @@ class UnitLinks:
     def _asked_from_above(self) -> None:
         LOG.info("the unit above asks to let the run end")
         self._ask_to_stop()
-
-    def inform(self, notices: Notices | None, number: int) -> None:
-        """Ranks of this unit tell each other, beside the steps, what is needed no more."""
-        self._topic, self._notices = f"needed/{number}", notices
-        if notices is not None:
-            notices.answer(self._topic, self._told)
 
     def _told(self, question: Mapping[str, Any]) -> None:
         self._above = max(self._above, int(question["step"]))
@@ -237,4 +236,4 @@ class UnitLinks:
     @property
     def handover(self) -> Path:
         """Where the replica that leads leaves its state for one that comes back."""
-        return Path(self.unit.meets_in, "links", f"unit-{self.unit.number}", "state")
+        return self._links / f"unit-{self.unit.number}" / "state"

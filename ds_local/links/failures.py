@@ -159,11 +159,6 @@ def _reasons_of(notices: Notices) -> dict[int, str]:
     return _reasons[notices]
 
 
-def around(notices: Notices | None) -> Failures:
-    """The failures of a process around its engines."""
-    return Failures(notices)
-
-
 @contextmanager
 def meeting(what: str, failures: Failures | None = None) -> Iterator[None]:
     """Around collectives of all ranks: others see what this rank is in, and a break names who is
@@ -178,7 +173,7 @@ def meeting(what: str, failures: Failures | None = None) -> Iterator[None]:
             yield
         except Exception as error:
             if failures is None:
-                failures = around(the_notices.current())  # they may have met inside
+                failures = Failures(the_notices.current())  # they may have met inside
             explained = failures.explained(error)
             if explained is error:
                 raise
@@ -188,7 +183,7 @@ def meeting(what: str, failures: Failures | None = None) -> Iterator[None]:
 
 def report_uncaught(error: BaseException) -> None:
     """Tell the others of an error that ends this process."""
-    for failures in [*Failures._alive, around(the_notices.current())]:
+    for failures in [*Failures._alive, Failures(the_notices.current())]:
         rank = failures._notices.rank if failures._notices else 0
         failures.report_error(error, failures.name(rank))
 

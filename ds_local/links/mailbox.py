@@ -1,4 +1,4 @@
-"""A mailbox for small reports from one rank to another, off the step path."""
+"""A mailbox of rank 0 for small reports, off the step path."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from ds_local.links.groups import HostGroup
 
+_READER = 0  # global rank
+
 
 class Mailbox:
-    """Small reports from one rank to another, off the step path: the sender never waits, the reader
+    """Small reports from a rank to rank 0, off the step path: the sender never waits, the reader
     only looks.
 
     Args:
         group: of writer and reader; None when they are the same rank.
-        reader: global rank that reads.
         shape: of a report (float64).
         timeout_seconds: longest wait of a reader that asks for more than has come.
     """
@@ -30,7 +31,6 @@ class Mailbox:
     def __init__(
         self,
         group: HostGroup | None,
-        reader: int,
         shape: tuple[int, ...],
         timeout_seconds: float = 300.0,
     ) -> None:
@@ -38,10 +38,9 @@ class Mailbox:
         self._limit = timedelta(seconds=timeout_seconds)
         self._group = group
         self._tag = 0 if group is None else group.take_tags()
-        self._reader = reader
         self._shape = shape
         self._kept: deque[tuple[dist.Work | None, Tensor]] = deque()
-        if group is not None and dist.get_rank() == reader:
+        if group is not None and dist.get_rank() == _READER:
             for _ in range(self._RING):
                 self._post()
 
@@ -50,7 +49,7 @@ class Mailbox:
         # receive is complete
         buffer = torch.zeros(math.prod(self._shape) + 1, dtype=torch.float64)
         assert self._group is not None, "within a rank nothing is received"
-        (writer,) = self._group.places.keys() - {self._reader}
+        (writer,) = self._group.places.keys() - {_READER}
         self._kept.append((self._group.receive(buffer, writer, self._tag), buffer))
 
     def write(self, report: Tensor) -> None:
@@ -58,7 +57,7 @@ class Mailbox:
         try:
             work = None
             if self._group is not None:
-                work = self._group.send(buffer, self._reader, self._tag)
+                work = self._group.send(buffer, _READER, self._tag)
         except RuntimeError:
             # the reader has finished and left; if it died, those who need its work will say so
             return

@@ -118,7 +118,7 @@ def torch_pipelining(
 
     order = getattr(runner, "pipeline_order", None) or {}
     return _run(step, steps, times, link) | {
-        "order": {rank: list(map(str, actions)) for rank, actions in order.items()}
+        "order": {rank: [str(one or "") for one in actions] for rank, actions in order.items()}
     }
 
 

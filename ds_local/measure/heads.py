@@ -34,23 +34,22 @@ VARIANTS: dict[str, Section] = {
 }
 
 
-def model_config(width: int, vocabulary: int, tokens: int, depth: int = 4) -> Any:
-    return families.load_model_config(
-        {
-            "model_type": "gpt2",
-            "vocab_size": vocabulary,
-            "n_positions": tokens,
-            "n_embd": width,
-            "n_layer": depth,
-            "n_head": max(1, width // 64),
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-            "tie_word_embeddings": False,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
-    )
+def gpt2_of(width: int, vocabulary: int, tokens: int, depth: int = 4) -> dict[str, Any]:
+    """A config.json without dropout."""
+    return {
+        "model_type": "gpt2",
+        "vocab_size": vocabulary,
+        "n_positions": tokens,
+        "n_embd": width,
+        "n_layer": depth,
+        "n_head": max(1, width // 64),
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
 class _Naive(nn.Module):
@@ -67,7 +66,7 @@ class _Naive(nn.Module):
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of `benchmark.py heads`: every repetition takes each variant once."""
-    config = model_config(args.width, args.vocabulary, args.tokens)
+    config = families.load_model_config(gpt2_of(args.width, args.vocabulary, args.tokens))
     torch.manual_seed(SEED)
     hidden = torch.randn(1, args.tokens, args.width)
     labels = torch.randint(args.vocabulary, (1, args.tokens))

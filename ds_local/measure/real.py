@@ -22,6 +22,7 @@ import torch
 
 from ds_local.data.dataset import TokenData
 from ds_local.errors import ConfigError
+from ds_local.measure.heads import gpt2_of
 from ds_local.measure.ranks import Pool
 from ds_local.measure.real_systems import RANKS, SEED, SYSTEMS, Job
 
@@ -129,22 +130,8 @@ def _job(args: argparse.Namespace, micro_batches: int) -> Job:
     if args.data is not None:
         data = TokenData(args.data)
         tokens, vocabulary = data.seq_len, data.vocab_size
-    model = {
-        "model_type": "gpt2",
-        "vocab_size": vocabulary,
-        "n_positions": tokens,
-        "n_embd": args.width,
-        "n_layer": args.blocks,
-        "n_head": max(1, args.width // 64),
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": False,
-    }
     return Job(
-        model,
+        gpt2_of(args.width, vocabulary, tokens, args.blocks),
         None if args.data is None else str(Path(args.data).resolve()),
         tokens,
         args.sequences,

@@ -8,6 +8,7 @@ from typing import Any
 
 from ds_local.charts.plots import Curve, Mark, chart
 from ds_local.charts.style import SERIES
+from ds_local.measure.tables import grid
 
 _HEADER = (
     "stages x replicas, depth of links",
@@ -28,9 +29,8 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         "Written by `scripts/stage_alone.py`; every kill is in",
         "[stage-alone.json](stage-alone.json). What it means: [when a node dies](../units.md).",
         "",
-        "| " + " | ".join(_HEADER) + " |",
-        "|" + "---|" * len(_HEADER),
     ]
+    table = []
     for row in rows:
         outages = [kill["outage_seconds"] for kill in row["kills"] if "outage_seconds" in kill]
         base = row.get("restart_all")
@@ -43,8 +43,8 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['lost_stage_seconds']:.1f}",
             "-" if base is None else f"{base['lost_stage_seconds']:.1f} ({base['kills']} kills)",
         )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines.append("")
+        table.append(cells)
+    lines += [grid(_HEADER, table), ""]
     for row in rows:
         lines += [_told(row), ""]
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from ds_local.config.catalog import SCHEMES, fewest_micro_batches, section_of
 from ds_local.config.files import local_parallel
 from ds_local.errors import ConfigError
 from ds_local.measure import emulated, sleeping
+from ds_local.schedules.cells import read_cell
 from ds_local.schedules.peers import gpipe, one_f_one_b
 from ds_local.schedules.routes import make_routes
 from ds_local.schedules.run_plan import RunPlan
@@ -126,17 +127,9 @@ def from_torch(name: str, order: dict[int, Sequence[str]]) -> Schedule:
     stages: list[tuple[Action, ...]] = []
     stage_of: dict[int, int] = {}
     for rank in sorted(order):
-        actions = []
-        for text in order[rank]:
-            for part in text.removesuffix("OVERLAP_F_B").strip("()").split(";"):
-                kind = next((letter for letter in "FIWB" if letter in part), "")
-                segment, _, micro_batch = part.partition(kind) if kind else ("", "", "")
-                if (
-                    segment.isdigit() and micro_batch.isdigit()
-                ):  # anything else is communication or an empty slot
-                    actions.append(Action(kind, int(segment), int(micro_batch)))
-                    stage_of[int(segment)] = rank
-        stages.append(tuple(actions))
+        cells = [cell for text in order[rank] for cell in read_cell(text, rank)]
+        stages.append(tuple(Action(cell.kind, cell.segment, cell.micro_batch) for cell in cells))
+        stage_of |= {cell.segment: rank for cell in cells}
     micro_batches = 1 + max(action.micro_batch for actions in stages for action in actions)
     rows = (make_routes("backprop", len(stage_of)),) * micro_batches
     return Schedule(name, tuple(stages), tuple(stage_of[s] for s in range(len(stage_of))), rows)

@@ -18,6 +18,7 @@ from ds_local.errors import UnsupportedModel
 from ds_local.model import anatomy
 from ds_local.model.blocks import Block, Context, Embedding, Readout
 from ds_local.model.config_file import last_line
+from ds_local.model.hf_layers import State, from_hf, to_hf
 from ds_local.model.routers import routers_of, without_logits
 from ds_local.model.seeds import seeded
 from ds_local.model.small_models import NoPrefix, prefix, shrunk
@@ -110,27 +111,22 @@ def random_model(config: PretrainedConfig) -> Any:
 
 def layers_of(whole: Any) -> list[nn.Module]:
     """Pipeline layers with the weights of a whole model."""
-    config, state = whole.config, whole.state_dict()
+    config, states = whole.config, from_hf(whole.config, whole.state_dict())
     layers: list[nn.Module] = [
         Embedding(config, 0),
         *(Block(config, index, 0) for index in range(anatomy.num_blocks(config))),
         Readout(config, 0),
     ]
-    for number, layer in enumerate(layers):
+    for layer, state in zip(layers, states.values(), strict=True):
         if isinstance(layer, Block):
             layer.context = Context(config)  # as on a stage of its own
-        names = anatomy.tensor_names(config, number)
-        layer.load_state_dict({own: state[name] for own, name in names.items()})
+        layer.load_state_dict(state)
     return [layer.eval() for layer in layers]
 
 
-def state_of(config: PretrainedConfig, layers: Sequence[nn.Module]) -> dict[str, Tensor]:
+def state_of(config: PretrainedConfig, layers: Sequence[nn.Module]) -> State:
     """The state dict of the whole model that layers make."""
-    state: dict[str, Tensor] = {}
-    for number, layer in enumerate(layers):
-        names = anatomy.tensor_names(config, number)
-        state |= {names[own]: tensor for own, tensor in layer.state_dict().items()}
-    return state
+    return to_hf(config, {number: layer.state_dict() for number, layer in enumerate(layers)})
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:

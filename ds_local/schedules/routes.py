@@ -4,7 +4,7 @@ A model of K segments (in depth order) has up to K losses: loss l is computed fr
 segment l, by an auxiliary head, or by the model's own readout for l = K - 1. A scheme is a table
 `weights[l][s]`: how much the gradient of loss l counts in the update of segment s. From the table
 follow the heads to build, the gradient messages between segments and the autograd passes each
-segment runs; `schedule.py` orders them, `engine.py` executes them.
+segment runs; `list_scheduler.py` orders them, `executor.py` executes them.
 
 The modes, with their sources:
     backprop           loss K-1 trains everything (the reference)

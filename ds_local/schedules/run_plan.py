@@ -14,7 +14,7 @@ from itertools import takewhile
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.scheme import Row, Scheme
 from ds_local.config.strict import SECTION
-from ds_local.errors import ConfigError
+from ds_local.errors import ConfigError, counted
 from ds_local.schedules.list_scheduler import make_schedule
 from ds_local.schedules.routes import Routes, corrected, make_routes
 from ds_local.schedules.run_ahead import make_run_ahead
@@ -136,7 +136,7 @@ class RunPlan:
         count = self.num_segments
         rows = (row for _, scheme in self.section.schemes() for row in scheme.mix or [scheme])
         found = dict.fromkeys((routes_of(row, count).mode, _plainer(row, count)) for row in rows)
-        where = f"on {count} segment{'s' if count > 1 else ''}"
+        where = f"on {counted(count, 'segment')}"
         notes = [f"{where} {row} is the same as {plain}" for row, plain in found if plain]
         for path, schedule in zip(files_of(self.section), self.schedules, strict=False):
             live = ", ".join(map(str, schedule.peak_live))
@@ -263,7 +263,7 @@ def check_size(section: LocalParallelConfig, num_segments: int, num_micro_batche
     if number * num_segments * num_micro_batches > MOST_FORWARDS:
         raise ConfigError(
             f"gradient_accumulation_steps of {num_micro_batches} on {num_segments} segments in "
-            f"{number} schedule{'s' if number > 1 else ''} are "
+            f"{counted(number, 'schedule')} are "
             f"{number * num_segments * num_micro_batches} forwards to plan, more than "
             f"{MOST_FORWARDS}; use fewer and larger micro-batches"
         )

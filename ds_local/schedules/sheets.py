@@ -20,10 +20,10 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from ds_local.errors import ScheduleError
-from ds_local.schedules.cells import cell_of, halves_of, handing_on
+from ds_local.schedules.cells import Cell, cell_of, halves_of, handing_on, read_cell
 from ds_local.schedules.replay import Program, expected_actions, validate
 from ds_local.schedules.schedule import (
     BACKWARD,
@@ -35,9 +35,6 @@ from ds_local.schedules.schedule import (
     successive,
 )
 
-_CELL = re.compile(r"(\d*)([FBIW])(\d+)(\+*)(?:/(\d+))?")
-_SKIPPED = re.compile(r"[.']?|\d+(SEND_F|RECV_F|SEND_B|RECV_B|UNSHARD|RESHARD|REDUCE_GRAD)\d*")
-_TOGETHER = re.compile(r"\((.*)\)OVERLAP_F_B")  # a forward and a backward that torch overlaps
 _LANE = re.compile(r"stage (\d+) +(.*)")
 _WIDE = 24  # cells of a row that a message shows
 
@@ -57,18 +54,6 @@ def csv_of(schedule: Schedule) -> str:
 # --- reading ------------------------------------------------------------------------------------
 
 
-class _Cell(NamedTuple):
-    """An action as it is written."""
-
-    stage: int
-    text: str
-    segment: int
-    kind: str
-    micro_batch: int
-    ahead: int
-    which: int | None
-
-
 def placement_in(path: str | Path, num_stages: int, num_segments: int) -> tuple[int, ...]:
     """Segment -> stage, as a file deals them.
 
@@ -76,7 +61,7 @@ def placement_in(path: str | Path, num_stages: int, num_segments: int) -> tuple[
         ScheduleError: when it cannot be read, or deals them unevenly.
     """
     sheet = _Sheet(path, num_stages)
-    found: dict[int, _Cell] = {}
+    found: dict[int, Cell] = {}
     for cell in sheet.cells:
         other = found.setdefault(cell.segment, cell)
         if other.stage != cell.stage:
@@ -114,7 +99,7 @@ def read_schedule(path: str | Path, own: Schedule, link_depth: int) -> Schedule:
         )
     split = {(c.segment, c.micro_batch) for c in sheet.cells if c.kind == WEIGHT_GRADIENT}
     stages: list[list[Action]] = [[] for _ in own.stages]
-    cells: dict[Action, _Cell] = {}
+    cells: dict[Action, Cell] = {}
     for cell in sheet.cells:
         for action in sheet.actions_of(cell, own, split):
             if action in cells:
@@ -165,31 +150,18 @@ class _Sheet:
         lanes = filter(None, map(_LANE.fullmatch, map(str.rstrip, text.splitlines())))
         return [lane[2].split() for lane in lanes]
 
-    def _parsed(self, stage: int, row: Sequence[str]) -> Iterator[_Cell]:
-        for number, written in enumerate(row):
-            whole = written.strip()
-            together = _TOGETHER.fullmatch(whole)
-            for text in map(str.strip, together[1].split(";") if together else [whole]):
-                if _SKIPPED.fullmatch(text):
-                    continue
-                match = _CELL.fullmatch(text)
-                if match is None or (self.is_csv and not match[1]):
-                    raise ScheduleError(
-                        f"{self.path}: stage {stage}, cell {number + 1}: {whole!r} is no action; "
-                        "write segment, kind (F, B, I or W) and micro-batch, as in 2F0"
-                    )
-                yield _Cell(
-                    stage,
-                    text,
-                    int(match[1] or stage),
-                    match[2],
-                    int(match[3]),
-                    len(match[4]),
-                    int(match[5]) if match[5] else None,
-                )
+    def _parsed(self, stage: int, row: Sequence[str]) -> Iterator[Cell]:
+        for number, written in enumerate(row, 1):
+            try:
+                yield from read_cell(written, stage, with_segment=self.is_csv)
+            except ValueError as error:
+                raise ScheduleError(
+                    f"{self.path}: stage {stage}, cell {number}: {error}; write segment, kind (F, "
+                    "B, I or W) and micro-batch, as in 2F0"
+                ) from None
 
     def actions_of(
-        self, cell: _Cell, own: Schedule, split: Collection[tuple[int, int]]
+        self, cell: Cell, own: Schedule, split: Collection[tuple[int, int]]
     ) -> list[Action]:
         """What a cell stands for; nothing for a first half that has nothing to send."""
         _, _, segment, kind, micro_batch, ahead, which = cell
@@ -216,13 +188,13 @@ class _Sheet:
             kind = BACKWARD  # with nothing to send, the other half is all of it
         return [Action(kind, segment, micro_batch, training)]
 
-    def refuse(self, why: str, *at: _Cell) -> NoReturn:
+    def refuse(self, why: str, *at: Cell) -> NoReturn:
         """Say what is wrong, with the grid and the places in brackets."""
         place = f": stage {at[0].stage}, {at[0].text}" if at else ""
         raise ScheduleError(f"{self.path}{place}: {why}\n{self._grid(at)}")
 
-    def _grid(self, at: Sequence[_Cell]) -> str:
-        rows: dict[int, list[_Cell]] = defaultdict(list)
+    def _grid(self, at: Sequence[Cell]) -> str:
+        rows: dict[int, list[Cell]] = defaultdict(list)
         for cell in self.cells:
             rows[cell.stage].append(cell)
         first = max(0, min((rows[c.stage].index(c) for c in at), default=0) - _WIDE // 2)

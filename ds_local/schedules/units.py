@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.strict import SECTION
-from ds_local.errors import ConfigError
+from ds_local.errors import ConfigError, counted
 from ds_local.schedules.run_plan import RunPlan, stages_of_segments
 
 KEY = f"{SECTION}.link.reconnect_seconds"
@@ -147,7 +147,7 @@ def unit_of(
     stages = units[number]
     if processes != len(stages):
         raise ConfigError(
-            f"unit {number} has {len(stages)} stage{'s' if len(stages) > 1 else ''} "
+            f"unit {number} has {counted(len(stages), 'stage')} "
             f"({', '.join(map(str, stages))}) but this job has {processes} processes; start one "
             "process for each stage"
         )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ds_local.config.catalog import in_words
 from ds_local.config.deepspeed import precision_of
 from ds_local.engine.engine import LocalPipelineEngine
+from ds_local.errors import counted
 from ds_local.links.agreement import gather
 from ds_local.model.flops import segment_times, unit_flops
 from ds_local.schedules.run_plan import RunPlan
@@ -130,7 +131,7 @@ def _model(facts: Mapping[str, Any], step: int) -> str:
 def _stages(layout: Mapping[str, Any], device: str) -> str:
     pairs = list(zip(layout["parameters"], layout["head_parameters"], strict=True))
     count, replicas = layout["stages"], layout["replicas"]
-    size = f"{count} x {replicas} replica{'s' if replicas > 1 else ''} on {device}: "
+    size = f"{count} x {counted(replicas, 'replica')} on {device}: "
     if count > _SHOWN:
         whole = [own + head for own, head in pairs]
         return size + f"{min(whole):,} to {max(whole):,} parameters each, heads included"

@@ -65,7 +65,7 @@ def by_kind(facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "data": {key: data.get(key, UNKNOWN) for key in ("fingerprint", "seq_len")},
         "tokenizer": {"fingerprint": data.get("tokenizer_fingerprint")},
         "batch": sizes,
-        "settings": _flat(settings),
+        "settings": flat(settings),
     }
 
 
@@ -91,17 +91,17 @@ def _of_section(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if "link" in scheme:
         links = scheme["link"].items()
         scheme["link"] = {key: value for key, value in links if key not in _FREE_OF_LINKS}
-    return {"seed": {"seed": section.get("seed", UNKNOWN)}, "scheme": _flat(scheme)}
+    return {"seed": {"seed": section.get("seed", UNKNOWN)}, "scheme": flat(scheme)}
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested settings by their full names."""
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested settings by their full names: "optimizer.params.lr" -> 0.002."""
     if not isinstance(value, Mapping):
         return {path: value}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, inner in value.items():
-        flat |= _flat(inner, f"{path}.{key}" if path else str(key))
-    return flat
+        found |= flat(inner, f"{path}.{key}" if path else str(key))
+    return found
 
 
 # of the model's config: what versions and file formats write there

@@ -30,7 +30,7 @@ from ds_local.engine.initialize import initialize
 from ds_local.engine.loading import load_what_fits
 from ds_local.links import notices
 from ds_local.links.agreement import together
-from ds_local.links.failures import around, meeting
+from ds_local.links.failures import Failures, meeting
 from ds_local.links.logs import LOG, start_log
 from ds_local.links.waiting import is_late, is_lost
 from ds_local.model.pretrained import find_weights
@@ -209,7 +209,7 @@ def end_quietly() -> None:
             try:
                 dist.barrier()
             except RuntimeError as error:
-                known = around(notices.current()).first
+                known = Failures(notices.current()).first
                 if known or not is_lost(error) or is_late(error):
                     raise
                 # whoever is gone had nothing left to do, and those it took along have ended well

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ds_local.checkpoints.metrics_file import MetricsFile
+from ds_local.checkpoints.metrics_file import MetricsFile, not_finite, perplexity
 from ds_local.outputs import new_file
 
 
@@ -33,7 +32,7 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
     lines += [
         f"not finite: {row['nonfinite']} of segment {row['segment']} (stage {row['stage']}) at "
         f"step {row['nonfinite_step']}"
-        for row in _events(rows)[-_LISTED:]
+        for row in not_finite(rows)[-_LISTED:]
     ]
     if train:
         last, speed = train[-1], tokens_per_second(train)
@@ -64,12 +63,7 @@ def _loss_words(row: dict[str, Any] | None) -> tuple[str, str]:
         return "-", "-"
     if row["loss"] is None:
         return "not finite", "-"
-    return f"{row['loss']:.4f}", f"{math.exp(min(row['loss'], 700.0)):.2f}"
-
-
-def _events(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that tell of steps that were not finite."""
-    return [row for row in rows if row.get("nonfinite_step") is not None]
+    return f"{row['loss']:.4f}", f"{perplexity(row['loss']):.2f}"
 
 
 def draw_losses(metrics: str | Path, picture: str | Path) -> None:
@@ -100,7 +94,7 @@ def draw_losses(metrics: str | Path, picture: str | Path) -> None:
                     label=f"segment {segment}, {split}",
                     **style,
                 )
-    events = _events(everything)
+    events = not_finite(everything)
     for segment in sorted({row["segment"] for row in events}):
         steps = [row for row in events if row["segment"] == segment]
         axis.plot(

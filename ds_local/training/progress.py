@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm
 
+from ds_local.checkpoints.metrics_file import perplexity
 from ds_local.engine.reports import SegmentReport
 from ds_local.links.logs import say
 from ds_local.training.callbacks import Callback, Run, Validation
@@ -105,7 +106,7 @@ def validation_line(validation: Validation) -> str:
     losses = " ".join(_loss(loss) for _, loss in sorted(validation.losses.items()))
     words = f"step {validation.step}: validation loss {losses}"
     if math.isfinite(validation.loss):
-        words += f", perplexity {math.exp(min(validation.loss, 700.0)):,.2f}"
+        words += f", perplexity {perplexity(validation.loss):,.2f}"
     bad = [s for s, loss in sorted(validation.losses.items()) if not math.isfinite(loss)]
     if bad:
         words += f"; that of segments {bad} is not finite"

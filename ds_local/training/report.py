@@ -13,13 +13,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ds_local.charts.pages import page
+from ds_local.charts.pages import page, table
 from ds_local.charts.plots import Curve, chart
 from ds_local.charts.style import color_of
 from ds_local.charts.svg import Svg
 from ds_local.charts.timelines import draw_bands
 from ds_local.checkpoints.metrics_file import of_full_model
+from ds_local.errors import counted
 from ds_local.outputs import write_file
+from ds_local.training.differences import flat
 from ds_local.training.report_advice import what_next
 from ds_local.training.report_charts import (
     draw_idle,
@@ -37,7 +39,7 @@ from ds_local.training.report_tables import (
     samples_table,
     waits_table,
 )
-from ds_local.training.run_record import Points, RunRecord, differences, thinned
+from ds_local.training.run_record import Points, RunRecord, thinned
 
 
 def write(runs: Sequence[RunRecord], path: str | Path) -> None:
@@ -98,7 +100,8 @@ def _lead(run: RunRecord) -> str:
     layout = run.facts.get("layout", {})
     words = [f"{run.last_step:,} steps, {run.tokens:,} tokens"]
     if layout:
-        words.insert(0, f"{layout['stages']} stages x {layout['replicas']} replicas")
+        stages, replicas = counted(layout["stages"], "stage"), layout["replicas"]
+        words.insert(0, f"{stages} x {counted(replicas, 'replica')}")
     if run.phases:
         words.insert(0, ", then ".join(dict.fromkeys(name for *_, name in run.phases)))
     asked = run.facts.get("arguments", {}).get("max_steps")
@@ -124,12 +127,11 @@ def _settings(run: RunRecord) -> str:
         return "<p class='lead'>run.json is missing or damaged.</p>"
     versions = ", ".join(f"{name} {v}" for name, v in facts.get("versions", {}).items())
     machine = ", ".join(f"{name} {v}" for name, v in facts.get("machine", {}).items())
-    starts = "".join(
-        f"<tr><td class=n>{start.get('step')}</td><td>{escape(str(start.get('time')))}</td>"
-        f"<td>{escape(str(start.get('host')))}</td>"
-        f"<td>{escape(', '.join(start.get('changed') or []) or '-')}</td></tr>"
+    starts = [
+        [*map(start.get, ("step", "time", "host")), ", ".join(start.get("changed") or []) or "-"]
         for start in facts.get("starts", [])
-    )
+    ]
+    columns = [("started at step", "n"), ("time", ""), ("host", ""), ("changed", "")]
     blocks = "".join(
         f"<details><summary>{name}</summary><pre>{escape(json.dumps(facts[key], indent=1))}</pre>"
         "</details>"
@@ -147,9 +149,8 @@ def _settings(run: RunRecord) -> str:
     drawn = f"<pre>{escape(tables)}\n\n{escape(grids)}</pre>"
     shown = f"<details><summary>routes and schedules</summary>{drawn}</details>"
     return (
-        f"<div class='box'><p>{escape(versions)}<br>{escape(machine)}</p><table><tr>"
-        "<th class=n>started at step</th><th>time</th><th>host</th><th>changed</th></tr>"
-        f"{starts}</table>{blocks}{shown}</div>"
+        f"{table(columns, starts)}<div class='box'><p>{escape(versions)}<br>{escape(machine)}</p>"
+        f"{blocks}{shown}</div>"
     )
 
 
@@ -217,28 +218,28 @@ def _overview(runs: Sequence[RunRecord]) -> str:
         loss = run.final_loss
         scheme = ", then ".join(dict.fromkeys(name for *_, name in run.phases)) or "-"
         rows.append(
-            f"<tr><td>{escape(run.name)}</td><td>{escape(scheme)}</td><td class=n>{run.last_step:,}"
-            f"</td><td class=n>{'-' if loss is None else f'{loss:.4f}'}</td><td class=n>{pace:,.0f}"
-            f"</td><td class=n>{f'{sum(idle) / len(idle):.1%}' if idle else '-'}</td>"
-            f"<td class=n>{len(run.events)}</td></tr>"
+            [
+                run.name,
+                scheme,
+                f"{run.last_step:,}",
+                "-" if loss is None else f"{loss:.4f}",
+                f"{pace:,.0f}",
+                f"{sum(idle) / len(idle):.1%}" if idle else "-",
+                len(run.events),
+            ]
         )
-    return (
-        "<div class='box'><table><tr><th>run</th><th>scheme</th><th class=n>steps</th>"
-        "<th class=n>last validation loss</th><th class=n>tokens/s</th><th class=n>idle</th>"
-        f"<th class=n>not finite</th></tr>{''.join(rows)}</table></div>"
-    )
+    numbers = ("steps", "last validation loss", "tokens/s", "idle", "not finite")
+    return table([("run", ""), ("scheme", ""), *((name, "n") for name in numbers)], rows)
 
 
 def _what_differs(runs: Sequence[RunRecord]) -> str:
-    heads = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
-    rows = [
-        f"<tr><td>{escape(name)}</td>{''.join(f'<td>{escape(one)}</td>' for one in values)}</tr>"
-        for part in ("config", "model", "data", "layout", "versions")
-        for name, values in differences(runs, part)
-    ]
+    rows: list[list[str]] = []
+    for part in ("config", "model", "data", "layout", "versions"):
+        told = [flat(run.facts.get(part, {})) for run in runs]
+        for name in dict.fromkeys(name for one in told for name in one):
+            values = [json.dumps(one[name]) if name in one else "-" for one in told]
+            rows += [[name, *values]] if len(set(values)) > 1 else []
     if not rows:
         return "<h2>Settings</h2><p class='lead'>The same in all runs.</p>"
-    return (
-        "<h2>Settings that differ</h2><div class='box'><table><tr><th>setting</th>"
-        f"{heads}</tr>{''.join(rows)}</table></div>"
-    )
+    columns = [(head, "") for head in ("setting", *(run.name for run in runs))]
+    return f"<h2>Settings that differ</h2>{table(columns, rows)}"

@@ -11,19 +11,13 @@ from ds_local.charts.svg import Svg, text_width
 from ds_local.training.run_record import RunRecord, thinned
 
 
-def by_segment(run: RunRecord, name: str) -> list[Curve]:
-    count = max(run.segments) + 1
+def curves_of(run: RunRecord, name: str, per: str = "segment") -> list[Curve]:
+    """A figure of every segment, or (`per` "stage") of every stage."""
+    numbers = run.segments if per == "segment" else run.stages
+    count = max(numbers, default=0) + 1
     return [
-        Curve(f"segment {s}", color_of(s, count), thinned(run.points("train", s, name)))
-        for s in run.segments
-    ]
-
-
-def by_stage(run: RunRecord, name: str) -> list[Curve]:
-    count = max(run.stages, default=0) + 1
-    return [
-        Curve(f"stage {s}", color_of(s, count), thinned(run.points("train", s, name, per="stage")))
-        for s in run.stages
+        Curve(f"{per} {n}", color_of(n, count), thinned(run.points("train", n, name, per=per)))
+        for n in numbers
     ]
 
 
@@ -62,14 +56,14 @@ def without_start(curves: Sequence[Curve]) -> float | None:
 
 
 def draw_rates(run: RunRecord) -> Svg:
-    curves = by_segment(run, "lr")
+    curves = curves_of(run, "lr")
     if len({tuple(c.points) for c in curves}) == 1:
         curves = [curves[0]._replace(name="all segments")]
     return chart("Learning rate", curves, "step", "", y_range=(0.0, None), size=(560, 260))
 
 
 def draw_norms(run: RunRecord) -> Svg:
-    curves = by_segment(run, "grad_norm")
+    curves = curves_of(run, "grad_norm")
     high = without_start(curves)
     title = "Gradient norm before clipping"
     return chart(title, curves, "step", "", y_range=(0.0, high), size=(560, 260))
@@ -86,7 +80,7 @@ def draw_pace(run: RunRecord) -> Svg:
 
 
 def draw_idle(run: RunRecord) -> Svg:
-    curves = by_stage(run, "idle_share")
+    curves = curves_of(run, "idle_share", "stage")
     return chart(
         "Idle share of every stage",
         curves,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from html import escape
+from xml.etree.ElementTree import Element, SubElement
 
+from ds_local.charts.pages import table
 from ds_local.charts.plots import number
 from ds_local.training.run_record import RunRecord
 
@@ -15,50 +16,44 @@ _GIB = 2**30
 def waits_table(run: RunRecord) -> str:
     rows = []
     for stage in run.stages_now:
-        share = run.mean("idle_share", stage)
-        links = "; ".join(f"{escape(link)} ({part:.0%})" for link, part in run.waits(stage).items())
-        sent = run.mean("sent_bytes", stage)
-        cells = (
-            f"<td>{stage}</td><td class=n>{'-' if share is None else f'{share:.1%}'}</td>"
-            f"<td class=n>{'-' if sent is None else number(float(f'{sent:.3g}'))}</td>"
-            f"<td>{links or '-'}</td>"
+        share, sent = run.mean("idle_share", stage), run.mean("sent_bytes", stage)
+        links = "; ".join(f"{link} ({part:.0%})" for link, part in run.waits(stage).items())
+        idle = "-" if share is None else f"{share:.1%}"
+        rows.append(
+            [stage, idle, "-" if sent is None else number(float(f"{sent:.3g}")), links or "-"]
         )
-        rows.append(f"<tr>{cells}</tr>")
-    return (
-        "<div class='box'><table><tr><th>stage</th><th class=n>idle</th><th class=n>bytes sent a "
-        "step</th><th>waits longest for (share of the reports)</th></tr>"
-        + "".join(rows)
-        + "</table></div>"
-    )
+    waits = "waits longest for (share of the reports)"
+    return table([("stage", ""), ("idle", "n"), ("bytes sent a step", "n"), (waits, "")], rows)
 
 
 def samples_table(run: RunRecord) -> str:
     """The newest ones, the newest first."""
-    rows = "".join(
-        f"<tr><td class=n>{row['step']:,}</td><td><pre>{escape(str(row.get('prompt')))}"
-        f"<b>{escape(str(row.get('text')))}</b></pre></td></tr>"
-        for row in run.samples[: -_SAMPLES - 1 : -1]
-    )
-    return (
-        "<div class='box'><table><tr><th class=n>step</th><th>beginning of a validation sequence, "
-        f"and <b>how the model goes on</b></th></tr>{rows}</table></div>"
-    )
+    rows = []
+    for row in run.samples[: -_SAMPLES - 1 : -1]:
+        text = Element("pre")
+        text.text = str(row.get("prompt"))
+        SubElement(text, "b").text = str(row.get("text"))
+        rows.append([f"{row['step']:,}", text])
+    told = "beginning of a validation sequence, and in bold how the model goes on"
+    return table([("step", "n"), (told, "")], rows)
 
 
 def memory_table(run: RunRecord) -> str:
     live = None
     if run.plan is not None:
         live = run.plan.schedule_at(max(run.last_step - 1, 0)).peak_live
-    rows = "".join(
-        f"<tr><td>{stage}</td><td class=n>"
-        + (f"{run.memory[stage] / _GIB:.2f}" if stage in run.memory else "-")
-        + f"</td><td class=n>{live[stage] if live else '-'}</td></tr>"
+    rows = [
+        [
+            stage,
+            f"{run.memory[stage] / _GIB:.2f}" if stage in run.memory else "-",
+            live[stage] if live else "-",
+        ]
         for stage in run.stages_now
-    )
+    ]
+    held, alive = "most held by a rank, GiB", "live micro-batches, at most"
     return (
-        "<div class='box'><table><tr><th>stage</th><th class=n>most held by a rank, GiB</th>"
-        f"<th class=n>live micro-batches, at most</th></tr>{rows}</table></div>"
-        "<p class='lead'>Measured at validations: of a GPU what torch held, else of the process."
+        table([("stage", ""), (held, "n"), (alive, "n")], rows)
+        + "<p class='lead'>Measured at validations: of a GPU what torch held, else of the process."
         "</p>"
     )
 
@@ -66,14 +61,7 @@ def memory_table(run: RunRecord) -> str:
 def events_table(run: RunRecord) -> str:
     if not run.events:
         return "<p class='lead'>Every loss and gradient was finite.</p>"
-    rows = "".join(
-        f"<tr><td class=n>{row['nonfinite_step']}</td><td class=n>{row['segment']}</td>"
-        f"<td class=n>{row['stage']}</td><td class=bad>{escape(str(row['nonfinite']))}</td>"
-        f"<td class=n>{row.get('skipped', '-')}</td></tr>"
-        for row in run.events[-_LISTED:]
-    )
-    return (
-        "<div class='box'><table><tr><th class=n>step</th><th class=n>segment</th>"
-        "<th class=n>stage</th><th>what</th><th class=n>steps left out so far</th></tr>"
-        f"{rows}</table></div>"
-    )
+    fields = ("nonfinite_step", "segment", "stage", "nonfinite", "skipped")
+    heads = ("step", "segment", "stage", "what", "steps left out so far")
+    rows = [[row.get(field, "-") for field in fields] for row in run.events[-_LISTED:]]
+    return table([*zip(heads, ("n", "n", "n", "bad", "n"), strict=True)], rows)

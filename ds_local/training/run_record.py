@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ds_local.charts.timelines import Band, Piece
-from ds_local.checkpoints.metrics_file import METRICS_FILE, MetricsFile, of_full_model
+from ds_local.checkpoints.metrics_file import METRICS_FILE, MetricsFile, not_finite, of_full_model
 from ds_local.checkpoints.run_file import run_facts
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
@@ -55,7 +54,7 @@ class RunRecord:
         self.train = [row for row in self.rows if row["split"] == "train"]
         self.validation = [row for row in self.rows if row["split"] == "validation"]
         self.samples = [row for row in self.rows if row["split"] == "sample"]
-        self.events = [row for row in self.rows if row.get("nonfinite_step") is not None]
+        self.events = not_finite(self.rows)
 
     # --- curves --------------------------------------------------------------------------------
 
@@ -262,25 +261,6 @@ def thinned(points: Points, most: int = 240) -> Points:
         peaks = {(x, y) for y, x in (there[0], there[-1])} if there else set()
         kept += sorted({part[0], part[-1], *peaks}, key=lambda p: p[0])
     return kept
-
-
-def flat(value: Any, name: str = "") -> dict[str, str]:
-    """Nested settings as lines: "optimizer.params.lr" -> "0.002"."""
-    if isinstance(value, dict) and value:
-        found: dict[str, str] = {}
-        for key, inner in value.items():
-            found |= flat(inner, f"{name}.{key}" if name else str(key))
-        return found
-    return {name: json.dumps(value)}
-
-
-def differences(runs: Sequence[RunRecord], part: str) -> list[tuple[str, list[str]]]:
-    """(setting, its value in each run) of the settings in a part of run.json that are not the same
-    in all."""
-    all_flat = [flat(run.facts.get(part, {})) for run in runs]
-    names: Iterable[str] = dict.fromkeys(name for one in all_flat for name in one)
-    rows = [(name, [one.get(name, "-") for one in all_flat]) for name in names]
-    return [row for row in rows if len(set(row[1])) > 1]
 
 
 def _json(path: Path) -> Any:

@@ -51,8 +51,7 @@ class Loop:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.args, self.folder, self.engine, self.data = args, run.path, engine, data
-        self.folder_of_run = run
-        self.shape, self.max_steps = shape, args.max_steps
+        self.say, self.shape, self.max_steps = run.say, shape, args.max_steps
         self.is_first = engine.global_rank == 0
         self.ending = ""  # why the run ends, once it does
         self.validation: Validation | None = None  # the last one
@@ -143,7 +142,7 @@ class Loop:
             self.clock.start()
             self._log()
             self._tell("on_step")
-            if _due(self.step, args.eval_every) and not engine.should_stop:
+            if self.is_due(self.step) and not engine.should_stop:
                 self.validate()
             if _due(self.step, args.save_every) and self.save():
                 saved = self.step
@@ -157,7 +156,7 @@ class Loop:
 
     def is_due(self, step: int) -> bool:
         """Is there a validation after so many steps, if that is not the end?"""
-        return bool(self.args.eval_every) and step % self.args.eval_every == 0
+        return _due(step, self.args.eval_every)
 
     @property
     def _is_over(self) -> bool:

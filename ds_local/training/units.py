@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -20,7 +20,6 @@ from ds_local.engine.engine import LocalPipelineEngine
 from ds_local.errors import ConfigError, RunError
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.units import KEY, Unit, folder_of, unit_of
-from ds_local.training.run_folder import RunFolder
 
 
 class Loop(Protocol):
@@ -30,7 +29,7 @@ class Loop(Protocol):
     engine: LocalPipelineEngine
     data: TokenData
     shape: BatchShape
-    folder_of_run: RunFolder
+    say: Callable[[str], None]  # on the console of the first rank
 
     @property
     def step(self) -> int: ...
@@ -176,16 +175,14 @@ def catch_up(loop: Loop, first: int, batches: Iterator[Any] | None) -> None:
     engine, own = loop.engine, loop.step
     unit = engine.module.unit
     if first > own and unit is not None and unit.num_replicas == 1:
-        loop.folder_of_run.say(
-            f"{engine.module.unit} lost {first - own} steps: {own + 1:,} to {first:,}"
-        )
+        loop.say(f"{engine.module.unit} lost {first - own} steps: {own + 1:,} to {first:,}")
         engine.skip_to(first)
     for step in range(first, own):
         if loop.is_due(step):
             serve_validation(loop, step)
         engine.serve_batch(step, batches)
     if first < own:
-        loop.folder_of_run.say(
+        loop.say(
             f"{engine.module.unit} served steps {first + 1:,} to {own:,} again, which it has in "
             "its weights"
         )
@@ -205,7 +202,7 @@ def join_replicas(loop: Loop) -> None:
             name = folder_of(unit.number, int(folder.split()[1]), unit.num_replicas)
             folder = str(Path(unit.meets_in, name, "checkpoints"))
         engine.load_checkpoint(folder, tag)
-        loop.folder_of_run.say(f"{unit} takes the weights of the other replicas after step {step}")
+        loop.say(f"{unit} takes the weights of the other replicas after step {step}")
 
 
 def serve_validation(loop: Loop, step: int) -> None:

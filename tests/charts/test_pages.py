@@ -2,6 +2,7 @@
 
 import json
 import re
+from xml.etree.ElementTree import Element
 
 import pytest
 from browser import opened, shown
@@ -103,3 +104,13 @@ def test_without_scripts_a_short_time_line_is_a_picture(monkeypatch):
     assert '<noscript><svg xmlns="http' in pages.timeline_page("t", "l", [band])
     monkeypatch.setattr(pages, "_STILL", 0)
     assert "<noscript>This page needs scripts.</noscript>" in pages.timeline_page("t", "l", [band])
+
+
+def test_a_table_escapes_its_cells_and_its_heads():
+    text = Element("pre")
+    text.text = "<b>"
+    assert pages.table([("a & b", ""), ("of", "n")], [["<i>", 1], [text, "-"]]) == (
+        "<div class='box'><table><tr><th>a &amp; b</th><th class=\"n\">of</th></tr>"
+        '<tr><td>&lt;i&gt;</td><td class="n">1</td></tr>'
+        '<tr><td><pre>&lt;b&gt;</pre></td><td class="n">-</td></tr></table></div>'
+    )

@@ -45,6 +45,10 @@ def test_exits_that_are_no_more_are_left_out():
     assert "2.5000" not in card
 
 
+def test_a_run_that_has_diverged_has_a_card():
+    assert "| 800.0000 |" in model_card(CHECKPOINT, {}, [row(1200, 1, 800.0)], 1, 4, 1)
+
+
 def test_losses_over_a_part_of_the_vocabulary_are_told():
     told = "Exits before the last tell 8 tokens apart"
     assert told not in model_card(CHECKPOINT, {}, METRICS, 1, 4, 1)

@@ -83,7 +83,7 @@ def test_a_candidate_is_a_line():
         "local (full heads): 4 stages within node x 2 replicas, 16 x 8 sequences, recomputing"
     )
     assert str(Candidate(1, 2, "data parallel", "", 8, 1)) == (
-        "data parallel: 1 stages x 2 replicas, 1 x 8 sequences"
+        "data parallel: 1 stage x 2 replicas, 1 x 8 sequences"
     )
 
 

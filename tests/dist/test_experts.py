@@ -14,9 +14,9 @@ from transformers.models.mixtral.modeling_mixtral import (
     load_balancing_loss_func,
 )
 
-from ds_local.checkpoints.hf_layers import to_hf
 from ds_local.config.sections import HeadConfig
 from ds_local.model import blocks, families
+from ds_local.model.hf_layers import to_hf
 
 COEFFICIENT, STEPS, GAS = 0.5, 4, 2
 

@@ -17,10 +17,10 @@ from samples import sampled
 from transformers import AutoModelForCausalLM
 
 from ds_local.checkpoints import hf_export as hf
-from ds_local.checkpoints.hf_layers import to_hf
 from ds_local.checkpoints.source import find_checkpoint
 from ds_local.errors import CheckpointError
 from ds_local.model import families
+from ds_local.model.hf_layers import to_hf
 from ds_local.model.pretrained import HEADS_FILE
 
 PLAIN = {"mode": "local"}

@@ -56,8 +56,8 @@ def trained_alone(family, keys):
     """The whole model of Hugging Face: its loss, and its weights after three steps."""
     from transformers import AutoModelForCausalLM
 
-    from ds_local.checkpoints.hf_layers import from_hf, to_hf
     from ds_local.model import families
+    from ds_local.model.hf_layers import from_hf, to_hf
 
     config = families.load_model_config(MODELS[family])
     config.tie_word_embeddings = False

@@ -106,7 +106,7 @@ def commands_of(script, folder, *words):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A text, and the folder of a tokenizer of 512 tokens."""
-    folder, source = tmp_path_factory.mktemp("text"), str(ROOT / "docs" / "migrating.md")
+    folder, source = tmp_path_factory.mktemp("text"), str(ROOT / "docs" / "runs.md")
     prepare([source], "sentencepiece:512", 64, folder / "data", progress=False)
     return source, folder / "data" / "tokenizer"
 

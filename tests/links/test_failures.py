@@ -6,7 +6,7 @@ from test_waiting import BROKEN, LATE
 
 from ds_local.errors import ConfigError, TransportError
 from ds_local.links import failures as module
-from ds_local.links.failures import Failures, around, meeting
+from ds_local.links.failures import Failures, meeting
 from ds_local.links.notices import Absence
 from ds_local.links.observer import Wait
 
@@ -119,12 +119,12 @@ def test_engines_of_one_process_do_not_quote_each_other():
     ranks.handlers["failed"]({"number": 1, "reason": "of the first"})
     assert first.first == "of the first"
     assert second.first is None
-    assert around(ranks).first == "of the first"  # whoever left the engine, or has none yet
+    assert Failures(ranks).first == "of the first"  # whoever left the engine, or has none yet
 
 
 def test_what_happens_around_the_engines_ends_them_all():
     ranks = Ranks(WAITS, WAITS, WAITS)
-    around(ranks)
+    Failures(ranks)
     ranks.handlers["failed"]({"number": 0, "reason": "rank 1: no memory"})
     assert engine(ranks).first == "rank 1: no memory"
 

@@ -6,7 +6,7 @@ from ds_local.links.mailbox import Mailbox
 
 
 def test_what_is_written_is_read_once_and_in_order():
-    mailbox = Mailbox(None, reader=0, shape=(2, 3))
+    mailbox = Mailbox(None, shape=(2, 3))
     assert mailbox.read() == []
     reports = [torch.full((2, 3), float(number), dtype=torch.float64) for number in range(40)]
     for report in reports:  # more than a ring of them

@@ -7,11 +7,11 @@ from families import check_no_look_into_the_future, layers_of, run
 from reference import MODELS
 from transformers import AutoModelForCausalLM
 
-from ds_local.checkpoints.hf_layers import from_hf
 from ds_local.config.sections import HeadConfig
 from ds_local.errors import UnsupportedModel
 from ds_local.model import blocks, families
 from ds_local.model.heads import lm_loss
+from ds_local.model.hf_layers import from_hf
 
 
 @pytest.fixture(params=sorted(MODELS))

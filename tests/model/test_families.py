@@ -6,8 +6,8 @@ import torch
 from families import VARIANTS, check_no_look_into_the_future, layers_of, run
 from transformers import AutoModelForCausalLM
 
-from ds_local.checkpoints.hf_layers import from_hf, to_hf
 from ds_local.model import families
+from ds_local.model.hf_layers import from_hf, to_hf
 
 
 @pytest.fixture(params=sorted(VARIANTS))

@@ -5,6 +5,7 @@ from ds_local.training.differences import (
     UNKNOWN,
     by_kind,
     differences,
+    flat,
     in_words,
     of_checkpoint,
 )
@@ -20,6 +21,10 @@ FACTS = {
     "model": {"n_layer": 4},
     "data": {"fingerprint": "abc", "seq_len": 16, "tokenizer_fingerprint": "def"},
 }
+
+
+def test_nested_settings_have_full_names():
+    assert flat({"a": {"b": 0.5, "c": {}}, "d": [1]}) == {"a.b": 0.5, "d": [1]}
 
 
 def test_each_setting_is_of_one_kind():

@@ -17,7 +17,7 @@ def test_the_figures_are_those_of_the_folder(tmp_path):
     phases = [{"until_step": 30, "mode": "local"}, {"mode": "backprop"}]
     page = report([RunRecord(write_run(tmp_path / "run", event=13, phases=phases))])
     assert "local, then backprop" in page
-    assert "2 stages x 1 replicas" in page
+    assert "2 stages x 1 replica \u00b7" in page
     assert "40 steps, 20,480 tokens" in page
     data = json.loads(re.search(r'id="data">(.*?)</script>', page).group(1))
     losses, *_ = data
@@ -33,10 +33,13 @@ def test_the_figures_are_those_of_the_folder(tmp_path):
     idle = next(chart for chart in data if chart["percent"])
     assert idle["curves"][1]["points"][0] == [2, 0.4]
     # tables: idle share and bytes, memory, events, versions, starts
-    assert "<td>1</td><td class=n>40.0%</td><td class=n>1000</td>" in page
+    assert '<td>1</td><td class="n">40.0%</td><td class="n">1000</td>' in page
     assert "activation link 0 -&gt; 1 (100%)" in page
-    assert "<td>1</td><td class=n>4.00</td>" in page
-    assert "<td class=n>13</td><td class=n>1</td><td class=n>1</td><td class=bad>loss</td>" in page
+    assert '<td>1</td><td class="n">4.00</td>' in page
+    assert (
+        '<td class="n">13</td><td class="n">1</td><td class="n">1</td><td class="bad">loss</td>'
+        in page
+    )
     assert "torch 2.99" in page
     assert "node7" in page
     assert "steps 2 to 2: idle 40.0%, longest for the activation link 0 -&gt; 1" in page
@@ -66,7 +69,7 @@ def test_a_run_that_ended_in_its_first_step_has_a_report(tmp_path):
     event = row | {"split": "event", "nonfinite": "loss", "nonfinite_step": 1}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(event) + "\n")
     page = report([RunRecord(tmp_path)])
-    assert "<td class=bad>loss</td>" in page
+    assert '<td class="bad">loss</td>' in page
     assert page.count("nothing was measured") == 5
 
 
@@ -93,12 +96,11 @@ def test_several_runs_beside_each_other(tmp_path, capsys):
     assert main([str(one), str(two), "--output", str(output)]) == 0
     page = output.read_text()
     assert capsys.readouterr().out == f"report: {output}\n"
-    assert "<tr><td>one</td><td>local</td><td class=n>40</td><td class=n>4.6000</td>" in page
-    assert (
-        "<td>local_parallel.mode</td><td>&quot;local&quot;</td><td>&quot;backprop&quot;</td>"
-        in page
-    )
+    assert '<tr><td>one</td><td>local</td><td class="n">40</td><td class="n">4.6000</td>' in page
+    assert '<td>local_parallel.mode</td><td>"local"</td><td>"backprop"</td>' in page
+    assert page.count("<tr><td>local_parallel.") == 1  # all else is the same
     assert page.count("<details><summary>two</summary>") == 1
+    assert "The same in all runs." in report([RunRecord(one)] * 2)
 
 
 def test_it_opens_in_a_browser(tmp_path):

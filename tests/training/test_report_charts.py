@@ -6,8 +6,7 @@ from written_runs import write_run
 
 from ds_local.charts.plots import Curve
 from ds_local.training.report_charts import (
-    by_segment,
-    by_stage,
+    curves_of,
     draw_idle,
     draw_link_waits,
     draw_losses,
@@ -26,7 +25,7 @@ def record(tmp_path, **how):
 
 def test_a_curve_for_each_segment_and_stage(tmp_path):
     run = record(tmp_path)
-    norms, idle = by_segment(run, "grad_norm"), by_stage(run, "idle_share")
+    norms, idle = curves_of(run, "grad_norm"), curves_of(run, "idle_share", "stage")
     assert [curve.name for curve in norms] == ["segment 0", "segment 1"]
     assert [curve.points[0] for curve in norms] == [(2, 1.5), (2, 2.5)]
     assert [(curve.name, curve.points[-1]) for curve in idle] == [

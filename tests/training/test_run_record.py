@@ -6,7 +6,7 @@ import pytest
 from written_runs import PER_STEP, STEPS, write_run
 
 from ds_local.errors import RunError
-from ds_local.training.run_record import RunRecord, differences, flat, thinned
+from ds_local.training.run_record import RunRecord, thinned
 
 
 def test_the_step_as_executed_where_it_was_recorded(tmp_path):
@@ -87,13 +87,6 @@ def test_the_plan_says_what_was_to_happen(tmp_path):
     (run.path / "run.json").write_text("{}")
     bare = RunRecord(run.path)
     assert (bare.plan, bare.phases, bare.expected_idle) == (None, [], None)
-
-
-def test_settings_that_are_not_the_same_in_all_runs(tmp_path):
-    one, two = (RunRecord(write_run(tmp_path / mode, mode=mode)) for mode in ("local", "backprop"))
-    assert differences([one, two], "config") == [("local_parallel.mode", ['"local"', '"backprop"'])]
-    assert differences([one, one], "config") == []
-    assert flat({"a": {"b": 0.5, "c": {}}, "d": [1]}) == {"a.b": "0.5", "a.c": "{}", "d": "[1]"}
 
 
 def test_a_folder_without_metrics_is_no_run(tmp_path):

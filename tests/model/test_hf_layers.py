@@ -5,9 +5,9 @@ import torch
 from families import layers_of
 from reference import MODELS
 
-from ds_local.checkpoints.hf_layers import from_hf, to_hf
 from ds_local.errors import ExportError
 from ds_local.model import families
+from ds_local.model.hf_layers import from_hf, to_hf
 
 
 @pytest.fixture(params=sorted(MODELS))

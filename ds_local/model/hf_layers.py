@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ds_local.errors import ExportError
-from ds_local.model import families
+from ds_local.model.anatomy import family_of, num_blocks, skeleton, tensor_names
 
 State = dict[str, Tensor]
 
@@ -23,11 +23,9 @@ def to_hf(config: PretrainedConfig, layers: Mapping[int, State]) -> State:
         ExportError: when a tensor is missing, unknown or of the wrong shape.
     """
     state: State = {}
-    for number in range(families.num_blocks(config) + 2):
+    for number in range(num_blocks(config) + 2):
         check_layer(config, number, layers.get(number, {}), f"layer {number}")
-        state |= {
-            name: layers[number][own] for own, name in families.tensor_names(config, number).items()
-        }
+        state |= {name: layers[number][own] for own, name in tensor_names(config, number).items()}
     return state
 
 
@@ -37,13 +35,13 @@ def from_hf(config: PretrainedConfig, state: Mapping[str, Tensor]) -> dict[int, 
     Raises:
         ExportError: when a tensor of the model is missing or of the wrong shape.
     """
-    family = families.family_of(config)
+    family = family_of(config)
     readout, tokens = f"{family.readout}.weight", f"{family.tokens}.weight"
     if readout not in state and tokens in state:
         state = {**state, readout: state[tokens]}
     layers: dict[int, State] = {}
-    for number in range(families.num_blocks(config) + 2):
-        names = families.tensor_names(config, number)
+    for number in range(num_blocks(config) + 2):
+        names = tensor_names(config, number)
         layers[number] = {own: state[name] for own, name in names.items() if name in state}
         check_layer(config, number, layers[number], f"the model, layer {number}")
     return layers
@@ -54,7 +52,7 @@ def check_layer(
 ) -> None:
     """Raises ExportError when the tensors of pipeline layer `number` are not what the config says;
     `where` is for its message."""
-    names, whole = families.tensor_names(config, number), families.skeleton(config).state_dict()
+    names, whole = tensor_names(config, number), skeleton(config).state_dict()
     missing, unknown = sorted(names.keys() - tensors.keys()), sorted(tensors.keys() - names.keys())
     if missing or unknown:
         raise ExportError(
