@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_local.model import blocks
+from ds_local.model.compiling import allow_kinds
 
 SEED = 1234
 WARM_UP = 3  # runs before those that count; the first one compiles
@@ -72,7 +73,7 @@ class Device:
         """In bf16 on the device, set to train; with compiled layers if asked for."""
         module = module.to(self.device, torch.bfloat16).train()
         if compiled:
-            torch._dynamo.config.recompile_limit = 64  # one for each shape that is measured
+            allow_kinds()
             for layer in module.modules():
                 if isinstance(layer, blocks.Block):
                     layer.compile()
