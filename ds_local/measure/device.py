@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -61,6 +62,7 @@ class Device:
         return start.elapsed_time(end) / 1000
 
     def forget_peak(self) -> None:
+        gc.collect()
         if self._is_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
