@@ -103,6 +103,7 @@ def test_no_two_test_files_share_a_name():
 # script that runs it
 TESTED_IN = {
     "model/anatomy": ("model/test_frames", "frame_of"),
+    "model/compiling": ("model/test_compiled_loss", "compiled_cross_entropy"),
     "model/state": ("model/test_routers", "hidden_of"),
     "config/files": ("config/test_bad_settings", "load_config"),
     "schedules/cells": ("schedules/test_sheets", "csv_of"),
