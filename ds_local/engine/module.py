@@ -254,9 +254,7 @@ class LocalPipelineModule(ModuleFiles):
 
     def _foresees(self, segment: int) -> bool:
         """Has the segment's head a companion?"""
-        if str(segment) not in self.heads:
-            return False
-        head = self.heads[str(segment)]
+        head = self.heads[str(segment)] if str(segment) in self.heads else None
         return isinstance(head, heads.AuxiliaryHead) and head.companion is not None
 
     def _computes_own_loss(self, segment: int) -> bool:
