@@ -229,6 +229,14 @@ def test_export_needs_no_deepspeed():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow
+def test_an_engine_needs_no_package_for_data():
+    """Where tokens come from elsewhere, as in tests/gpu, none of them need be there."""
+    code = "import sys; sys.modules |= dict.fromkeys(('datasets', 'pyarrow')); import ds_local"
+    code += "; ds_local.causal_lm, ds_local.initialize"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 # what is longer than 300 lines, and why it is not two files
 LONG_FILES = {
     "engine/engine": (650, "one class; its parts are StageUpdates, Executor, saving, loading"),

@@ -94,9 +94,8 @@ class LocalPipelineModule(ModuleFiles):
         check_arguments(loss_fn, head, activation_checkpoint_interval)
         check_batches(ds_config, self.section, stages, 1 if unit else world_size() // stages)
         self.unit, self.pipeline_stages = unit, stages
-        self.hf_config: Any = (
-            None  # of a Hugging Face model; set by `causal_lm`, as are its batches and copies
-        )
+        # of a Hugging Face model; set by `causal_lm`, as are its batches and copies
+        self.hf_config: Any = None
         self.token_batches: TokenBatches | None = None
         self.routers: Routers | None = None
         self.router_loss: Tensor | None = None  # of the segment that ran last
@@ -254,7 +253,9 @@ class LocalPipelineModule(ModuleFiles):
 
     def _foresees(self, segment: int) -> bool:
         """Has the segment's head a companion?"""
-        head = self.heads[str(segment)] if str(segment) in self.heads else None
+        if str(segment) not in self.heads:
+            return False
+        head = self.heads[str(segment)]
         return isinstance(head, heads.AuxiliaryHead) and head.companion is not None
 
     def _computes_own_loss(self, segment: int) -> bool:
