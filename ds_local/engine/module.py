@@ -35,8 +35,7 @@ from ds_local.errors import ConfigError
 from ds_local.links.agreement import together
 from ds_local.links.failures import meeting
 from ds_local.links.store_guard import store_guard
-from ds_local.model import blocks, heads
-from ds_local.model.compiling import allow_kinds
+from ds_local.model import blocks, compiling, heads
 from ds_local.model.cut import balance
 from ds_local.model.routers import Routers, share_of, without_logits
 from ds_local.model.split_linear import make_splittable
@@ -194,7 +193,7 @@ class LocalPipelineModule(ModuleFiles):
                 "engine.compile() makes one piece of what local_parallel.split_backward takes "
                 "apart; leave one out"
             )
-        allow_kinds()
+        compiling.allow_kinds()
         super().compile(*args, **kwargs)
         for head in self.heads.values():
             head.compile(*args, **kwargs)
