@@ -103,6 +103,7 @@ def test_no_two_test_files_share_a_name():
 # script that runs it
 TESTED_IN = {
     "model/anatomy": ("model/test_frames", "frame_of"),
+    "model/compiling": ("model/test_compiled_loss", "compiled_cross_entropy"),
     "model/state": ("model/test_routers", "hidden_of"),
     "config/files": ("config/test_bad_settings", "load_config"),
     "schedules/cells": ("schedules/test_sheets", "csv_of"),
@@ -225,6 +226,14 @@ def test_schedules_can_be_looked_at_without_torch():
 @pytest.mark.slow  # tests/launchers/test_whole_runs.py runs all of an exit without it
 def test_export_needs_no_deepspeed():
     code = "import sys; sys.modules['deepspeed'] = None; import ds_local.checkpoints.hf_export"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_an_engine_needs_no_package_for_data():
+    """Where tokens come from elsewhere, as in tests/gpu, none of them need be there."""
+    code = "import sys; sys.modules |= dict.fromkeys(('datasets', 'pyarrow')); import ds_local"
+    code += "; ds_local.causal_lm, ds_local.initialize"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

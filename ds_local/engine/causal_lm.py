@@ -15,7 +15,6 @@ from torch import Tensor
 from ds_local.config.deepspeed import batch_sizes, check_number
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.strict import SECTION
-from ds_local.data.token_counts import token_counts_of
 from ds_local.engine.batches import TokenBatches
 from ds_local.engine.deepspeed_checks import checked
 from ds_local.engine.module import LocalPipelineModule
@@ -129,8 +128,11 @@ def _counts(
             "says which these are; pass causal_lm token_counts=..., a folder of "
             "scripts/prepare_data.py or a number for each token id, or leave it out"
         )
-    folder = isinstance(given, str | Path)
-    return checked_counts(token_counts_of(given) if folder else given, hf_config.vocab_size)
+    if isinstance(given, str | Path):
+        from ds_local.data.token_counts import token_counts_of  # training without data needs none
+
+        given = token_counts_of(given)
+    return checked_counts(given, hf_config.vocab_size)
 
 
 def _check_agreed(counts_V: Tensor | None) -> None:

@@ -34,7 +34,7 @@ from ds_local.errors import ConfigError
 from ds_local.links.agreement import together
 from ds_local.links.failures import meeting
 from ds_local.links.store_guard import store_guard
-from ds_local.model import blocks, heads
+from ds_local.model import blocks, compiling, heads
 from ds_local.model.cut import balance
 from ds_local.model.routers import Routers, share_of, without_logits
 from ds_local.model.split_linear import make_splittable
@@ -92,9 +92,8 @@ class LocalPipelineModule(ModuleFiles):
         check_arguments(loss_fn, head, activation_checkpoint_interval)
         check_batches(ds_config, self.section, stages, 1 if unit else world_size() // stages)
         self.unit, self.pipeline_stages = unit, stages
-        self.hf_config: Any = (
-            None  # of a Hugging Face model; set by `causal_lm`, as are its batches and copies
-        )
+        # of a Hugging Face model; set by `causal_lm`, as are its batches and copies
+        self.hf_config: Any = None
         self.token_batches: TokenBatches | None = None
         self.routers: Routers | None = None
         self.router_loss: Tensor | None = None  # of the segment that ran last
@@ -193,6 +192,7 @@ class LocalPipelineModule(ModuleFiles):
                 "engine.compile() makes one piece of what local_parallel.split_backward takes "
                 "apart; leave one out"
             )
+        compiling.allow_kinds()
         super().compile(*args, **kwargs)
         for head in self.heads.values():
             head.compile(*args, **kwargs)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib.util import find_spec
@@ -31,7 +30,7 @@ from ds_local.measure.device import SEED, Device, Layers
 from ds_local.measure.gpu_checks import rows_of_study, rows_of_tests
 from ds_local.measure.gpu_engine import engine_rows
 from ds_local.measure.gpu_predictions import predictions
-from ds_local.measure.gpu_rows import is_done, merged
+from ds_local.measure.gpu_rows import is_done, merged, rows_of
 from ds_local.measure.heads import PARTS, VARIANTS, loss_of
 from ds_local.model import blocks, families
 from ds_local.model.flops import choose_parts
@@ -53,7 +52,8 @@ KERNELS = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}  # kernel -> its
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Rows of `benchmark.py gpu`. What stands in `args.json` already is not measured again.
+    """Rows of `benchmark.py gpu`. What stands in `args.json` already is not measured again, and
+    what does not fit into the device's memory has no row.
 
     Raises:
         ConfigError: without a CUDA device, except in a dry run; for a model that is none.
@@ -70,17 +70,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
     for task, run in _tasks(_Bench(args), args):
         if is_done(task, rows, args):
             continue
-        new = []
-        for row in run():
-            new.append({"task": task, "dry_run": args.dry_run, **row})
-            said = ", ".join(f"{k} {row[k]:.3g}" for k in _SAID if isinstance(row.get(k), float))
-            print(f"{task}, {row['what']}: {said}", file=sys.stderr, flush=True)
-        rows = merged(rows, new)
+        rows = merged(rows, rows_of(task, run, args))
         report.save(rows, args.json, "gpu")
     return rows
-
-
-_SAID = ("tokens_per_second", "useful_mfu", "forward", "head", "seconds", "efficiency")
 
 
 def _tasks(bench: _Bench, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:

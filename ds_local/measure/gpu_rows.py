@@ -1,14 +1,35 @@
-"""Which rows of earlier calls stand, so that `benchmark.py gpu` goes on where it was."""
+"""Rows of a task, and which of earlier calls stand, so that `benchmark.py gpu` goes on where it
+was."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
+
+from ds_local.errors import first_line
 from ds_local.measure.gpu_checks import RUN, missing_methods
 
 Row = dict[str, Any]
+
+
+_SAID = ("tokens_per_second", "useful_mfu", "forward", "head", "seconds", "efficiency")
+
+
+def rows_of(task: str, run: Callable[[], Iterable[Row]], args: argparse.Namespace) -> list[Row]:
+    """What a task measures, as far as the device's memory goes."""
+    rows: list[Row] = []
+    try:
+        for row in run():
+            rows.append({"task": task, "dry_run": args.dry_run, **row})
+            said = ", ".join(f"{k} {row[k]:.3g}" for k in _SAID if isinstance(row.get(k), float))
+            print(f"{task}, {row['what']}: {said}", file=sys.stderr, flush=True)
+    except torch.OutOfMemoryError as error:
+        print(f"{task} does not fit: {first_line(error)}", file=sys.stderr, flush=True)
+    return rows
 
 
 def is_done(task: str, rows: Sequence[Row], args: argparse.Namespace) -> bool:

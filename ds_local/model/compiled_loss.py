@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ds_local.model.compiling import allow_kinds
+
 # positions of a slice: on an H200 with D = 768 and V = 50,257 no faster in larger ones
 SLICE = 4096
 
@@ -39,6 +41,7 @@ def _slice_loss(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tens
 
 @lru_cache
 def _compiled() -> Any:
+    allow_kinds()
     return torch.compile(_slice_loss)
 
 

@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ds_local.measure.gpu_checks import METHODS
-from ds_local.measure.gpu_rows import has_failed_tests, is_done, merged
+from ds_local.measure.gpu_rows import has_failed_tests, is_done, merged, rows_of
 
 TESTS = {"task": "tests", "what": "tests", "passed": 12, "failed": 0, "dry_run": False}
 RUN = {"task": "study", "what": "study", "preset": "gpu-10m", "segments": 4, "seed": 1}
@@ -65,3 +66,17 @@ def test_other_tasks_are_done_with_a_row_and_stay():
     assert is_done("tiny whole False", [row], asked(dry_run=True))
     assert not is_done("tiny whole True", [row], asked(dry_run=True))
     assert merged([row], [TESTS]) == [row, TESTS]
+
+
+def test_what_does_not_fit_ends_no_other_task(capsys):
+    def run():
+        yield {"what": "head", "seconds": 0.5}
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it")
+
+    assert rows_of("heads", run, asked()) == [
+        {"task": "heads", "dry_run": False, "what": "head", "seconds": 0.5}
+    ]
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "heads does not fit: CUDA out of memory. Tried to allocate 2 GiB."
+    with pytest.raises(ZeroDivisionError):
+        rows_of("heads", lambda: [{"what": 1 / 0}], asked())
