@@ -107,7 +107,7 @@ def _losses(
         return []
     table = [
         f"| {'**' if s == segment else ''}{s}{' (this model)**' if s == segment else ''} | "
-        f"{row['step']} | {row['loss']:.4f} | {math.exp(row['loss']):.2f} |"
+        f"{row['step']} | {row['loss']:.4f} | {math.exp(min(row['loss'], 700.0)):.2f} |"
         for s, row in sorted(last.items())
     ]
     header = [

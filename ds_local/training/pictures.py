@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from ds_local.checkpoints.metrics_file import MetricsFile
+from ds_local.checkpoints.metrics_file import MetricsFile, of_events
 from ds_local.outputs import new_file
 
 
@@ -22,8 +22,8 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
     for segment, stage in sorted(now):
         mine = [row for row in train if row["segment"] == segment]
         own = mine[1:]  # the first report pays for the start
-        seconds = sum(row["step_seconds"] for row in own)
-        waited = sum(row["idle_share"] * row["step_seconds"] for row in own)
+        seconds = sum(map(_seconds, own))
+        waited = sum((row.get("idle_share") or 0.0) * _seconds(row) for row in own)
         idle = f"{waited / seconds:.1%}" if seconds else "-"
         loss, perplexity = _loss_words(validation.get(segment))
         skipped = mine[-1].get("skipped", 0)
@@ -33,7 +33,7 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
     lines += [
         f"not finite: {row['nonfinite']} of segment {row['segment']} (stage {row['stage']}) at "
         f"step {row['nonfinite_step']}"
-        for row in _events(rows)[-_LISTED:]
+        for row in of_events(rows)[-_LISTED:]
     ]
     if train:
         last, speed = train[-1], tokens_per_second(train)
@@ -45,11 +45,11 @@ def tokens_per_second(rows: list[dict[str, Any]]) -> float:
     """The pace of the slowest stage in the steps of `rows`, the first left out, which pays for the
     start. Saves and validations do not count."""
     first, last = rows[0]["step"], rows[-1]
-    seconds: Counter[int] = Counter()
+    seconds: defaultdict[int, float] = defaultdict(float)
     steps: Counter[int] = Counter()
     for row in rows:
         if row["step"] > first or last["step"] == first:
-            seconds[row["segment"]] += row["step_seconds"]
+            seconds[row["segment"]] += _seconds(row)
             steps[row["segment"]] += 1
     slowest = max(seconds[segment] / steps[segment] for segment in seconds)
     return last["tokens"] / last["step"] / max(slowest, 1e-9)
@@ -67,9 +67,9 @@ def _loss_words(row: dict[str, Any] | None) -> tuple[str, str]:
     return f"{row['loss']:.4f}", f"{math.exp(min(row['loss'], 700.0)):.2f}"
 
 
-def _events(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that tell of steps that were not finite."""
-    return [row for row in rows if row.get("nonfinite_step") is not None]
+def _seconds(row: dict[str, Any]) -> float:
+    """Length of the step, which older runs do not say."""
+    return row.get("step_seconds") or 0.0
 
 
 def draw_losses(metrics: str | Path, picture: str | Path) -> None:
@@ -100,11 +100,11 @@ def draw_losses(metrics: str | Path, picture: str | Path) -> None:
                     label=f"segment {segment}, {split}",
                     **style,
                 )
-    events = _events(everything)
+    events = of_events(everything)
     for segment in sorted({row["segment"] for row in events}):
         steps = [row for row in events if row["segment"] == segment]
         axis.plot(
-            [row["tokens"] * row["nonfinite_step"] / row["step"] for row in steps],
+            [row["tokens"] * row["nonfinite_step"] / max(row["step"], 1) for row in steps],
             [0.02] * len(steps),
             "x",
             transform=axis.get_xaxis_transform(),
@@ -136,7 +136,7 @@ def draw_diagnostics(metrics: str | Path, picture: str | Path) -> None:
     )
     for axis, name in zip(axes[0], names, strict=False):
         for segment in sorted({row["segment"] for row in rows}):
-            points = [(row["tokens"], row[name]) for row in rows if row["segment"] == segment]
+            points = [(row["tokens"], row.get(name)) for row in rows if row["segment"] == segment]
             axis.plot(
                 *zip(*points, strict=True),
                 marker=".",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_local.charts.timelines import Band, Piece
-from ds_local.checkpoints.metrics_file import METRICS_FILE, MetricsFile, of_full_model
+from ds_local.checkpoints.metrics_file import METRICS_FILE, MetricsFile, of_events, of_full_model
 from ds_local.checkpoints.run_file import run_facts
 from ds_local.config.deepspeed import batch_sizes
 from ds_local.config.files import local_parallel
@@ -55,7 +55,7 @@ class RunRecord:
         self.train = [row for row in self.rows if row["split"] == "train"]
         self.validation = [row for row in self.rows if row["split"] == "validation"]
         self.samples = [row for row in self.rows if row["split"] == "sample"]
-        self.events = [row for row in self.rows if row.get("nonfinite_step") is not None]
+        self.events = of_events(self.rows)
 
     # --- curves --------------------------------------------------------------------------------
 
@@ -161,9 +161,12 @@ class RunRecord:
 
     @cached_property
     def plan(self) -> RunPlan | None:
-        """None where run.json does not say enough."""
+        """None where run.json does not say enough, or is of a start with fewer stages that has
+        reported nothing yet."""
         try:
             section, layout = local_parallel(self.facts["config"]), self.facts["layout"]
+            if max(self.stages_now, default=0) >= layout["stages"]:
+                return None
             _, count = batch_sizes(self.facts["config"], layout["replicas"])
             return RunPlan.of(section, layout["stages"], count)
         except (DsLocalError, KeyError, TypeError):

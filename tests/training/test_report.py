@@ -51,6 +51,16 @@ def test_it_needs_nothing_from_elsewhere(tmp_path):
     assert "src=" not in page
 
 
+def test_a_start_with_fewer_stages_that_has_reported_nothing_yet(tmp_path):
+    run = write_run(tmp_path / "run")
+    facts = json.loads((run / "run.json").read_text())
+    facts["layout"]["stages"] = 1
+    (run / "run.json").write_text(json.dumps(facts))
+    page = report([RunRecord(run)])
+    assert "1 stages x 1 replicas" in page
+    assert "<td>1</td><td class=n>4.00</td><td class=n>-</td>" in page
+
+
 def test_folders_of_older_runs_are_read_as_far_as_they_go(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "run.json").write_text("{")
