@@ -20,7 +20,6 @@ from ds_local.config.files import nearest
 from ds_local.errors import ConfigError, OutputError, first_line
 from ds_local.outputs import check_file
 
-
 _TEXTS = ("--prompt",)  # options whose values are no names
 
 
