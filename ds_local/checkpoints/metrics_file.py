@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ds_local.checkpoints.run_fields import is_row
 from ds_local.config import strict_json
 from ds_local.outputs import write_whole
 
@@ -41,7 +42,8 @@ def of_full_model(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def not_finite(rows: Iterable[Mapping[str, Any]]) -> list[Any]:
     """Rows that tell of a step that was not finite."""
-    return [row for row in rows if row.get("nonfinite_step") is not None]
+    told = ("nonfinite", "nonfinite_step")
+    return [row for row in rows if all(row.get(name) is not None for name in told)]
 
 
 class MetricsFile:
@@ -83,8 +85,8 @@ class MetricsFile:
         self._append(to_disk=True)
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows; damaged lines, and a last one that a killed run left half-written, are left
-        out."""
+        """All rows; damaged lines, those that no run has written, and a last one that a killed run
+        left half-written, are left out."""
         return [row for row in map(_row, self._lines()) if row is not None]
 
     def _lines(self) -> list[bytes]:
@@ -113,27 +115,30 @@ class MetricsFile:
         text = b"".join(_strict(row, line) for row, line in kept)
         if text != b"".join(lines):
             write_whole(self.path, text.decode())
-        return max((row.get("seconds", 0.0) for row, _ in kept), default=0.0), len(damaged)
+        return max((float(row["seconds"]) for row, _ in kept), default=0.0), len(damaged)
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """The row in a line, None when it is damaged."""
+    """The row in a line, None when it is damaged, or none of a run's."""
     try:
         row = json.loads(line)
-    except ValueError:  # no JSON, no UTF-8
+    except (ValueError, RecursionError):  # no JSON, no UTF-8
         return None
-    fine = isinstance(row, dict) and type(row.get("step")) is int
-    return row if fine and isinstance(row.get("seconds", 0.0), int | float) else None
+    return _finite(row) if is_row(row) else None
 
 
 def _strict(row: dict[str, Any], line: bytes) -> bytes:
     """A line as it was, but for numbers that an older file has and JSON has not."""
-    odd = any(isinstance(v, float) and not math.isfinite(v) for v in row.values())
-    return _line(row).encode() if odd else line.rstrip(b"\n") + b"\n"
+    return line.rstrip(b"\n") + b"\n" if json.loads(line) == row else _line(row).encode()
 
 
 def _line(row: dict[str, Any]) -> str:
-    """A row of the file; whatever is null because it was not finite has a word about it."""
+    """A row of the file."""
+    return strict_json.dumps(_finite(row)) + "\n"
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """A row; whatever is null because it was not finite has a word about it."""
     bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
     named = {"nonfinite": row.get("nonfinite") or ", ".join(bad)} if bad else {}
-    return strict_json.dumps(row | named) + "\n"
+    return row | dict.fromkeys(bad) | named

@@ -5,7 +5,7 @@ The reference is written from here; the tests hold every row that a run writes a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TRAIN, VALIDATION, DIAGNOSTICS = "train", "validation", "diagnostics"
 SAMPLE, EVENT = "sample", "event"
@@ -24,15 +24,18 @@ class Field(NamedTuple):
     splits: tuple[str, ...]  # of the rows that have it
     unit: str
     meaning: str
+    kind: str = "number"  # of its value, see `_FITS`
 
 
 _ALL = tuple(SPLITS)
 _TOLD = (TRAIN, EVENT)
 METRICS = {
-    "step": Field(_ALL, "", "optimizer steps done; of an event, the step in which it arose"),
-    "segment": Field(_ALL, "", "which segment, from 0"),
-    "stage": Field(_ALL, "", "which stage holds it"),
-    "split": Field(_ALL, "", "the kind of row, as above"),
+    "step": Field(
+        _ALL, "", "optimizer steps done; of an event, the step in which it arose", "count"
+    ),
+    "segment": Field(_ALL, "", "which segment, from 0", "count"),
+    "stage": Field(_ALL, "", "which stage holds it", "count"),
+    "split": Field(_ALL, "", "the kind of row, as above", "text"),
     "loss": Field(
         _ALL,
         "nats a token",
@@ -40,14 +43,14 @@ METRICS = {
         "finite. With `head.vocabulary` and no `rare_samples` over the classes of the head, in "
         "all but the last segment",
     ),
-    "has_loss": Field((TRAIN,), "", "false where the routes give the segment no loss"),
+    "has_loss": Field((TRAIN,), "", "false where the routes give the segment no loss", "flag"),
     "router_loss": Field(
         (TRAIN,),
         "",
         "what the segment's experts add to its loss, before `router_aux_loss_coef`; only of models "
         "with experts",
     ),
-    "tokens": Field(_ALL, "tokens", "tokens trained on by then, all replicas together"),
+    "tokens": Field(_ALL, "tokens", "tokens trained on by then, all replicas together", "count"),
     "seconds": Field(
         _ALL, "s", "time trained by then, without validations, saves and the first step of a start"
     ),
@@ -56,6 +59,7 @@ METRICS = {
         "",
         "what was not finite since the row before: `batch`, `activation`, `loss`, `gradient`, "
         "`from_below`, `from_above`; in other rows the fields it befell",
+        "text",
     ),
     "nonfinite_step": Field(_TOLD, "", "in which step"),
     "skipped": Field(_TOLD, "steps", "steps left out by the stage so far"),
@@ -83,9 +87,11 @@ METRICS = {
     "exchanged_bytes": Field(
         (TRAIN,), "bytes", "sent to other replicas of the stage; null where DeepSpeed averages"
     ),
-    "slowest_link": Field((TRAIN,), "", "the link that the stage waited for longest; null: none"),
-    "prompt": Field((SAMPLE,), "", "the beginning of a validation sequence"),
-    "text": Field((SAMPLE,), "", "how the model went on"),
+    "slowest_link": Field(
+        (TRAIN,), "", "the link that the stage waited for longest; null: none", "text"
+    ),
+    "prompt": Field((SAMPLE,), "", "the beginning of a validation sequence", "text"),
+    "text": Field((SAMPLE,), "", "how the model went on", "text"),
     "memory_bytes": Field(
         (TRAIN, VALIDATION),
         "bytes",
@@ -102,6 +108,31 @@ METRICS = {
     ),
     "activation_rank": Field((DIAGNOSTICS,), "", "effective rank of these hidden states"),
 }
+_MOST = 2**63
+_FITS = {  # a number that is not finite is null, and was NaN in older files
+    "count": lambda value: type(value) is int and 0 <= value < _MOST,
+    "number": lambda value: (
+        value is None or type(value) is float or (type(value) is int and abs(value) < _MOST)
+    ),
+    "text": lambda value: value is None or isinstance(value, str),
+    "flag": lambda value: isinstance(value, bool),
+}
+_ALWAYS = ("step", "segment", "stage", "split", "loss", "tokens", "seconds")
+
+
+def is_row(row: Any) -> bool:
+    """Can a run have written this into metrics.jsonl? Fields and splits of a newer version may be
+    there too."""
+    if not isinstance(row, dict) or not row.keys() >= {*_ALWAYS}:
+        return False
+    known = all(_FITS[METRICS[name].kind](value) for name, value in row.items() if name in METRICS)
+    return (
+        known
+        and row["split"] is not None
+        and 0 <= (-1 if row["seconds"] is None else row["seconds"]) < _MOST
+        and row["step"] >= (row["split"] == TRAIN)  # one is of a step that was taken
+    )
+
 
 RUN = {
     "arguments": "the command line",

@@ -20,6 +20,8 @@ from ds_local.config.files import nearest
 from ds_local.errors import ConfigError, OutputError, first_line
 from ds_local.outputs import check_file
 
+_TEXTS = ("--prompt",)  # options whose values are no names
+
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Shows defaults, where there are some and the text does not say them."""
@@ -43,6 +45,24 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "formatter_class": _Help})
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(list(self._places(words)), namespace)
+
+    def _places(self, words: Sequence[str]) -> Iterator[str]:
+        """The words with `~` as a shell understands it, which leaves it alone in --output=~/run and
+        knows no file of arguments. None may be empty: that is a variable that was never set."""
+        option = ""
+        for word in words:
+            name, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+            option = name or option
+            if option not in _TEXTS and (sign or not name):
+                if not value:
+                    self.error(f"{option or 'an argument'} has the value '', which names nothing")
+                if value.startswith("~"):
+                    value = os.path.expanduser(value)
+            yield f"{name}{sign}{value}"
+
     def refuse(self, args: argparse.Namespace, options: Iterable[str], why: str) -> None:
         """End with "OPTION WHY" if one of these options was given, and not its default."""
         for option in options:
@@ -60,8 +80,8 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def whole(least: int = 0) -> Callable[[str], int]:
-    """The type of an argument that is an integer of at least `least`."""
+def whole(least: int = 0, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """The type of an argument that is an integer of at least `least` and at most `most`."""
 
     def parse(text: str) -> int:
         try:
@@ -72,6 +92,8 @@ def whole(least: int = 0) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(
                 f"must be an integer of at least {least}, got {text!r}"
             )
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most:,}, got {text!r}")
         return value
 
     return parse
@@ -191,7 +213,7 @@ def with_file(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str
     for group in parser._mutually_exclusive_groups:
         names = {action.dest for action in group._group_actions}
         own |= names if names & own else set()
-    options = _read_options(Path(path))
+    options = _read_options(Path(path).expanduser())
     left = {key: value for key, value in options.items() if key.replace("-", "_") not in own}
     return [*words_of(parser, left, str(path)), *words]
 

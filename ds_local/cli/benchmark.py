@@ -25,7 +25,7 @@ from typing import Any
 # before torch and DeepSpeed are imported, here and in the ranks
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from ds_local.cli.arguments import PICTURE, Parser, output_file
+from ds_local.cli.arguments import PICTURE, Parser, number, output_file, whole
 from ds_local.measure import network, pictures, report
 from ds_local.measure.gpu_rows import has_failed_tests
 from ds_local.measure.ranks import Pool
@@ -36,6 +36,7 @@ from ds_local.measure.systems import System, choose
 from ds_local.measure.tables import Row
 
 WIDTH = 256  # of the real layers in `memory`
+COUNT, SIZE = whole(1), number()  # types of options
 
 
 def schedules(args: argparse.Namespace) -> list[Row]:
@@ -181,15 +182,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             nargs="+",
             help="parts of names such as ds_local:local or torch:ZBV; default all that fit",
         )
-        sub.add_argument("--repeats", type=int, default=repeats)
+        sub.add_argument("--repeats", type=COUNT, default=repeats)
 
     sub = command(schedules, "sleeping stages: every pipeline at several numbers of micro-batches")
     compared(sub, 3)
-    sub.add_argument("--stages", type=int, nargs="+", default=[4, 8])
-    sub.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    sub.add_argument("--stages", type=COUNT, nargs="+", default=[4, 8])
+    sub.add_argument("--micro-batches", type=COUNT, nargs="+", default=[1, 2, 4, 8, 16])
     sub.add_argument(
         "--seconds",
-        type=float,
+        type=SIZE,
         default=0.05,
         help="of a stage's forward, input gradient and weight gradient each",
     )
@@ -198,19 +199,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     sub = command(links, "the same over slow and distant links, each rank in a network namespace")
     compared(sub, 2)
-    sub.add_argument("--stages", type=int, default=4)
-    sub.add_argument("--micro-batches", type=int, default=8)
-    sub.add_argument("--seconds", type=float, default=0.05)
+    sub.add_argument("--stages", type=COUNT, default=4)
+    sub.add_argument("--micro-batches", type=COUNT, default=8)
+    sub.add_argument("--seconds", type=SIZE, default=0.05)
     sub.add_argument(
         "--ratios",
-        type=float,
+        type=SIZE,
         nargs="*",
         default=[0, 0.25, 0.5, 1, 2, 3, 6],
         help="c/F: link time over forward time",
     )
     delays = [0, 10, 50, 100]
-    sub.add_argument("--delays", type=float, nargs="*", default=delays, help="one way, in ms")
-    sub.add_argument("--activation-bytes", type=int, default=1_250_000)
+    sub.add_argument("--delays", type=SIZE, nargs="*", default=delays, help="one way, in ms")
+    sub.add_argument("--activation-bytes", type=COUNT, default=1_250_000)
 
     _add_real_compute(command, compared)
 
@@ -227,10 +228,10 @@ def _add_real_compute(
     """The benchmarks whose compute is real."""
     sub = command(memory, "what stays alive for the backward passes, and how far processes grow")
     compared(sub, 1)
-    sub.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
-    sub.add_argument("--micro-batches", type=int, default=16)
-    sub.add_argument("--layers", type=int, default=8, help="in a stage; even")
-    sub.add_argument("--rows", type=int, default=512, help=f"of width {WIDTH} in a micro-batch")
+    sub.add_argument("--stages", type=COUNT, nargs="+", default=[2, 4, 8])
+    sub.add_argument("--micro-batches", type=COUNT, default=16)
+    sub.add_argument("--layers", type=COUNT, default=8, help="in a stage; even")
+    sub.add_argument("--rows", type=COUNT, default=512, help=f"of width {WIDTH} in a micro-batch")
 
     sub = command(real, "real compute on two pinned ranks: tokens/s, and time to a validation loss")
     sub.add_argument("--systems", nargs="+")
@@ -239,25 +240,25 @@ def _add_real_compute(
         type=Path,
         help="folder of prepare_data.py; default random tokens, and no time to a loss",
     )
-    sub.add_argument("--blocks", type=int, default=9)
-    sub.add_argument("--width", type=int, default=256)
-    sub.add_argument("--sequences", type=int, default=4, help="in a micro-batch")
-    sub.add_argument("--micro-batches", type=int, nargs="*", default=[1, 2, 4])
-    sub.add_argument("--steps", type=int, default=12, help="that count, in each repetition")
-    sub.add_argument("--repeats", type=int, default=3)
+    sub.add_argument("--blocks", type=COUNT, default=9)
+    sub.add_argument("--width", type=COUNT, default=256)
+    sub.add_argument("--sequences", type=COUNT, default=4, help="in a micro-batch")
+    sub.add_argument("--micro-batches", type=COUNT, nargs="*", default=[1, 2, 4])
+    sub.add_argument("--steps", type=COUNT, default=12, help="that count, in each repetition")
+    sub.add_argument("--repeats", type=COUNT, default=3)
     sub.add_argument(
         "--target-loss",
-        type=float,
+        type=SIZE,
         help="measure the time to this validation loss, at the most micro-batches",
     )
-    sub.add_argument("--max-steps", type=int, default=600, help="on the way to the target")
+    sub.add_argument("--max-steps", type=COUNT, default=600, help="on the way to the target")
 
     sub = command(heads, "variants of the auxiliary head in time and memory")
-    sub.add_argument("--width", type=int, default=768)
-    sub.add_argument("--vocabulary", type=int, default=50257)
+    sub.add_argument("--width", type=COUNT, default=768)
+    sub.add_argument("--vocabulary", type=COUNT, default=50257)
     text = "in a sequence, one sequence a micro-batch"
-    sub.add_argument("--tokens", type=int, default=512, help=text)
-    sub.add_argument("--repeats", type=int, default=5)
+    sub.add_argument("--tokens", type=COUNT, default=512, help=text)
+    sub.add_argument("--repeats", type=COUNT, default=5)
 
     _add_gpu(command)
 
@@ -285,21 +286,21 @@ def _add_gpu(command: Callable[..., argparse.ArgumentParser]) -> None:
         default=GPU_PARTS,
         help="what to do; heads and engine with the first model",
     )
-    sub.add_argument("--stages", type=int, nargs="+", default=[4, 8])
-    sub.add_argument("--sequences", type=int, default=16, help="in a micro-batch")
-    sub.add_argument("--tokens", type=int, default=1024, help="in a sequence")
-    sub.add_argument("--micro-batches", type=int, default=16, help="of a step, in the prediction")
-    sub.add_argument("--accumulate", type=int, default=4, help="micro-batches of a measured step")
+    sub.add_argument("--stages", type=COUNT, nargs="+", default=[4, 8])
+    sub.add_argument("--sequences", type=COUNT, default=16, help="in a micro-batch")
+    sub.add_argument("--tokens", type=COUNT, default=1024, help="in a sequence")
+    sub.add_argument("--micro-batches", type=COUNT, default=16, help="of a step, in the prediction")
+    sub.add_argument("--accumulate", type=COUNT, default=4, help="micro-batches of a measured step")
     sub.add_argument("--kernel", default="compiled", help="head.kernel of the model's own readout")
-    sub.add_argument("--repeats", type=int, default=10)
+    sub.add_argument("--repeats", type=COUNT, default=10)
     sub.add_argument(
         "--peak-tflops",
-        type=float,
+        type=SIZE,
         default=989.0,
         help="of the device in bf16, for the MFU; 989 is an H100 or H200",
     )
-    sub.add_argument("--study-minutes", type=float, default=8, help="for the runs of the study")
-    sub.add_argument("--study-steps", type=float, default=0.25, help="share of the preset's steps")
+    sub.add_argument("--study-minutes", type=SIZE, default=8, help="for the runs of the study")
+    sub.add_argument("--study-steps", type=SIZE, default=0.25, help="share of the preset's steps")
     sub.add_argument("--study-folder", type=Path, default=Path("out/study"))
     sub.add_argument("--no-compile", action="store_true", help="eager only")
     sub.add_argument(

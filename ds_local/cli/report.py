@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ds_local.charts.pages import PAGE_MARK
 from ds_local.cli.arguments import PAGE, Parser
+from ds_local.outputs import check_file
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     runs = [RunRecord(path) for path in args.runs]
     name = "report.html" if len(runs) == 1 else "compared.html"
-    output = args.output or PAGE(str(args.runs[0] / name))
+    output = args.output or check_file(args.runs[0] / name, PAGE_MARK)
     report.write(runs, output)
     print(f"report: {output}")
     return 0

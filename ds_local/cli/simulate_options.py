@@ -149,7 +149,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument("--png", type=PICTURE, help="picture of the time lines")
     output.add_argument(
-        "--steps", type=whole(1), default=2, help="steps that --html and --png show; default 2"
+        "--steps", type=whole(1, 100), default=2, help="steps that --html and --png show; default 2"
     )
     output.add_argument("--trace", type=TRACE, help="Chrome/Perfetto trace of one step")
 

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not rows:
         print(f"no metrics in {args.run}; is it a run folder?", file=sys.stderr)
         return 1
+    print(summary_table(rows))  # also where a picture cannot be written
     draw_losses(metrics.path, args.run / "loss.png")
-    print(summary_table(rows))
     print(f"loss curves: {args.run / 'loss.png'}; checkpoints: {args.run / 'checkpoints'}")
     return 0

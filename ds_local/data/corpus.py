@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 
 from ds_local.data.dataset import FORMAT, KIND
-from ds_local.data.documents import Reading
+from ds_local.data.documents import Reading, printable
 from ds_local.data.fields import TEXT_FIELDS, Chat, plain_chat
 from ds_local.data.left_out import Skipped
 from ds_local.data.mixture import Mixture
@@ -172,6 +172,11 @@ def _check_numbers(
 def _check_apart(sources: Sequence[str], output: Path) -> None:
     """No source may be in what is replaced, nor the output among what is read."""
     place = Path(os.path.realpath(output))
+    if printable(place) != str(place):
+        raise DataError(
+            f"--output {printable(place)!r} has bytes that are no UTF-8, which the readers of its "
+            "files do not take; choose another name"
+        )
     for source in sources:
         path = Path(os.path.realpath(source))
         if not source or source.startswith("hub:") or not os.path.exists(path):

@@ -47,14 +47,21 @@ class LastingReceiver(LineEnd):
         self._forms: dict[str, Form] = {}
         self.had_ended = self._had_ended()
         self._listener = Listener(
-            host, line.card, line.reconnect_seconds, CONNECT_SECONDS, self._welcome, self._lost
+            host,
+            line.card,
+            line.reconnect_seconds,
+            CONNECT_SECONDS,
+            self._welcome,
+            self._lost,
+            also={"had_ended": line.facts} if self.had_ended else {},  # for whoever comes next
         )
 
     def _had_ended(self) -> bool:
         """Did a process that was here before leave word that this part of the run has ended?"""
         try:
-            return bool(json.loads(self.line.card.read_text())["ended"] == self.line.facts)
-        except (OSError, ValueError, KeyError, TypeError):
+            card = json.loads(self.line.card.read_text())
+            return self.line.facts in (card.get("ended"), card.get("had_ended"))
+        except (OSError, ValueError, AttributeError):
             return False
 
     # --- the main thread --------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class Listener:
         hello_seconds: longest wait for the first frame of one that comes.
         welcome: called with a connection and its first frame, where that has the secret.
         lost: called with a connection and the error that ended it.
+        also: what else the card says.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Listener:
         hello_seconds: float,
         welcome: Callable[[socket.socket, dict[str, Any]], None],
         lost: Callable[[socket.socket, BaseException], None],
+        also: Mapping[str, Any] | None = None,
     ) -> None:
         self._patience, self._hello_seconds = patience, hello_seconds
         self._welcome, self._lost = welcome, lost
@@ -53,6 +55,7 @@ class Listener:
             "secret": self._secret,
             "process": os.getpid(),
             "machine": socket.gethostname(),
+            **(also or {}),
         }
         card.parent.mkdir(parents=True, exist_ok=True)
         write_whole(card, json.dumps(address, indent=1) + "\n", secret=True)

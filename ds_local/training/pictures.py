@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
     for segment, stage in sorted(now):
         mine = [row for row in train if row["segment"] == segment]
         own = mine[1:]  # the first report pays for the start
-        seconds = sum(row["step_seconds"] for row in own)
-        waited = sum(row["idle_share"] * row["step_seconds"] for row in own)
+        seconds = sum(map(_seconds, own))
+        waited = sum((row.get("idle_share") or 0.0) * _seconds(row) for row in own)
         idle = f"{waited / seconds:.1%}" if seconds else "-"
         loss, perplexity = _loss_words(validation.get(segment))
         skipped = mine[-1].get("skipped", 0)
@@ -44,11 +44,11 @@ def tokens_per_second(rows: list[dict[str, Any]]) -> float:
     """The pace of the slowest stage in the steps of `rows`, the first left out, which pays for the
     start. Saves and validations do not count."""
     first, last = rows[0]["step"], rows[-1]
-    seconds: Counter[int] = Counter()
+    seconds: defaultdict[int, float] = defaultdict(float)
     steps: Counter[int] = Counter()
     for row in rows:
         if row["step"] > first or last["step"] == first:
-            seconds[row["segment"]] += row["step_seconds"]
+            seconds[row["segment"]] += _seconds(row)
             steps[row["segment"]] += 1
     slowest = max(seconds[segment] / steps[segment] for segment in seconds)
     return last["tokens"] / last["step"] / max(slowest, 1e-9)
@@ -64,6 +64,11 @@ def _loss_words(row: dict[str, Any] | None) -> tuple[str, str]:
     if row["loss"] is None:
         return "not finite", "-"
     return f"{row['loss']:.4f}", f"{perplexity(row['loss']):.2f}"
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    """Length of the step, which older runs do not say."""
+    return row.get("step_seconds") or 0.0
 
 
 def draw_losses(metrics: str | Path, picture: str | Path) -> None:
@@ -98,7 +103,7 @@ def draw_losses(metrics: str | Path, picture: str | Path) -> None:
     for segment in sorted({row["segment"] for row in events}):
         steps = [row for row in events if row["segment"] == segment]
         axis.plot(
-            [row["tokens"] * row["nonfinite_step"] / row["step"] for row in steps],
+            [row["tokens"] * row["nonfinite_step"] / max(row["step"], 1) for row in steps],
             [0.02] * len(steps),
             "x",
             transform=axis.get_xaxis_transform(),
@@ -130,7 +135,7 @@ def draw_diagnostics(metrics: str | Path, picture: str | Path) -> None:
     )
     for axis, name in zip(axes[0], names, strict=False):
         for segment in sorted({row["segment"] for row in rows}):
-            points = [(row["tokens"], row[name]) for row in rows if row["segment"] == segment]
+            points = [(row["tokens"], row.get(name)) for row in rows if row["segment"] == segment]
             axis.plot(
                 *zip(*points, strict=True),
                 marker=".",

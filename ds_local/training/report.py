@@ -99,13 +99,13 @@ def _one(run: RunRecord, drawings: list[Svg]) -> str:
 def _lead(run: RunRecord) -> str:
     layout = run.facts.get("layout", {})
     words = [f"{run.last_step:,} steps, {run.tokens:,} tokens"]
-    if layout:
+    if {"stages", "replicas"} <= layout.keys():
         stages, replicas = counted(layout["stages"], "stage"), layout["replicas"]
         words.insert(0, f"{stages} x {counted(replicas, 'replica')}")
     if run.phases:
         words.insert(0, ", then ".join(dict.fromkeys(name for *_, name in run.phases)))
     asked = run.facts.get("arguments", {}).get("max_steps")
-    if asked and run.last_step < asked:
+    if isinstance(asked, int) and run.last_step < asked:
         words.append(f"of {asked:,} steps so far")
     return " \u00b7 ".join(words)
 

@@ -160,9 +160,12 @@ class RunRecord:
 
     @cached_property
     def plan(self) -> RunPlan | None:
-        """None where run.json does not say enough."""
+        """None where run.json does not say enough, or is of a start with fewer stages that has
+        reported nothing yet."""
         try:
             section, layout = local_parallel(self.facts["config"]), self.facts["layout"]
+            if max(self.stages_now, default=0) >= layout["stages"]:
+                return None
             _, count = batch_sizes(self.facts["config"], layout["replicas"])
             return RunPlan.of(section, layout["stages"], count)
         except (DsLocalError, KeyError, TypeError):

@@ -81,7 +81,15 @@ def note(run, unit, steps):
     }
     (folder / "run.json").write_text(json.dumps(facts))
     rows = [
-        {"step": step, "segment": unit, "split": split, "loss": step + unit / 10}
+        {
+            "step": step,
+            "segment": unit,
+            "stage": unit,
+            "split": split,
+            "loss": step + unit / 10,
+            "tokens": 8 * step,
+            "seconds": 1.0,
+        }
         for step in steps
         for split in ("train", "validation")
     ]

@@ -17,12 +17,13 @@ def refuse(word):
 
 def test_what_is_not_finite_is_null_with_a_word(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl")
-    lines = [
-        {"step": 1, "seconds": 1.0, "loss": 2.5, "nonfinite": None},
-        {"step": 2, "seconds": 2.0, "loss": math.nan, "grad_norm": math.inf, "nonfinite": "loss"},
-        {"step": 3, "seconds": 3.0, "loss": None, "has_loss": False},
-        {"step": 4, "seconds": 4.0, "loss": -math.inf, "gradient_cosine": math.nan},
+    figures = [
+        {"loss": 2.5, "nonfinite": None},
+        {"loss": math.nan, "grad_norm": math.inf, "nonfinite": "loss"},
+        {"loss": None, "has_loss": False},
+        {"loss": -math.inf, "gradient_cosine": math.nan},
     ]
+    lines = [rows([step], seconds=float(step), **more)[0] for step, more in enumerate(figures, 1)]
     file.write(lines)
 
     def read():
@@ -42,15 +43,20 @@ def test_what_is_not_finite_is_null_with_a_word(tmp_path):
 
 def test_an_older_file_with_nan_is_read_and_mended(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "seconds": 1.0, "loss": NaN}\n')
+    (row,) = rows([1], loss=math.nan)
+    path.write_text(json.dumps(row) + "\n")
     file = MetricsFile(path)
+    mended = row | {"loss": None, "nonfinite": "loss"}
+    assert file.read() == [mended]
     file.keep_until(1)
-    mended = {"step": 1, "seconds": 1.0, "loss": None, "nonfinite": "loss"}
     assert json.loads(path.read_text(), parse_constant=refuse) == mended
 
 
+ROW = {"segment": 0, "stage": 0, "split": "train", "tokens": 8, "loss": 1.5}
+
+
 def rows(steps, **more):
-    return [{"step": step, "seconds": step / 2, "loss": 1.5, **more} for step in steps]
+    return [{"step": step, "seconds": step / 2, **ROW, **more} for step in steps]
 
 
 @pytest.fixture
@@ -76,15 +82,15 @@ DAMAGE = [
     b'{"step": 3, "sec',
     b"\xff\xfe",
     b"[1]",
-    b'{"step": "3"}',
-    b'{"step": true}',
-    b'{"step": 3, "seconds": "x"}',
+    b'{"step": 3}',
+    b'{"step": 3, "seconds": 1.5, "loss": 2.0, "epoch": 1}',
+    b"[" * 100_000,
     b'{"step": 3}{"step": 4}',
     b"null",
 ]
 
 
-@pytest.mark.parametrize("damage", DAMAGE, ids=str)
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: str(damage[:40]))
 def test_a_damaged_line_is_set_aside_and_the_history_on_both_sides_stays(metrics, damage):
     lines = metrics.path.read_bytes().splitlines(keepends=True)
     lines[4] = damage + b"\n"
@@ -95,6 +101,41 @@ def test_a_damaged_line_is_set_aside_and_the_history_on_both_sides_stays(metrics
     assert steps(metrics) == kept[:-1]
     assert metrics.damaged_path.read_bytes() == damage + b"\n"
     assert metrics.keep_until(9) == (4.5, 0)
+
+
+FOREIGN = [
+    *({key: None} for key in ("step", "segment", "stage", "split", "tokens", "seconds")),
+    *({key: "x"} for key in ("step", "segment", "stage", "tokens", "seconds", "loss")),
+    {"step": True},
+    {"step": 0},
+    {"segment": -1},
+    {"stage": 1.0},
+    {"tokens": 10**400},
+    {"split": ["train"]},
+    {"seconds": -1.0},
+    {"loss": {}},
+    {"has_loss": None},
+    {"grad_norm": "x"},
+    {"step_seconds": [1]},
+    {"slowest_link": 3},
+]
+
+
+@pytest.mark.parametrize("change", FOREIGN, ids=str)
+def test_a_row_that_no_run_has_written_is_damaged(metrics, change):
+    foreign = json.dumps(rows([4])[0] | change).encode()
+    lines = metrics.path.read_bytes().splitlines(keepends=True)
+    metrics.path.write_bytes(b"".join([*lines[:4], foreign + b"\n", *lines[4:]]))
+    assert steps(metrics) == list(range(1, 11))
+    assert metrics.keep_until(10) == (5.0, 1)
+    assert metrics.damaged_path.read_bytes() == foreign + b"\n"
+
+
+def test_rows_of_a_newer_version_are_kept(metrics):
+    newer = rows([11], split="probe", sharpness=[1, 2]) + rows([0], split="validation")
+    metrics.write(newer)
+    assert metrics.keep_until(11) == (5.5, 0)
+    assert metrics.read()[-2:] == newer
 
 
 def test_a_half_written_last_line_spoils_no_later_one(metrics):

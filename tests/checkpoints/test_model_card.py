@@ -39,6 +39,11 @@ def test_the_last_validation_of_every_exit_that_the_checkpoint_has_seen():
     assert "## Data" not in card
 
 
+def test_a_loss_that_went_out_of_bounds_is_told():
+    card = model_card(CHECKPOINT, {}, [row(1200, 1, 1234.5)], 1, num_blocks=4, num_parameters=1)
+    assert "| **1 (this model)** | 1200 | 1234.5000 |" in card
+
+
 def test_exits_that_are_no_more_are_left_out():
     metrics = [row(600, 3, 2.5), *METRICS]  # of four segments, before
     card = model_card(CHECKPOINT, {}, metrics, 1, num_blocks=4, num_parameters=12345)

@@ -5,7 +5,8 @@ from commands import command
 from sentences import assert_one_sentence
 
 import ds_local
-from ds_local.cli.arguments import number, number_or_auto, whole
+from ds_local.cli.arguments import Parser, number, number_or_auto, whole
+from ds_local.cli.benchmark import parse_arguments as of_benchmark
 from ds_local.cli.simulate import parse_arguments as of_simulate
 from ds_local.cli.train import parse_arguments as of_train
 from ds_local.errors import ConfigError
@@ -35,6 +36,8 @@ SIMULATE = ["--stages", "2", "--micro-batches", "4", "--mode", "local"]
                 ("--backprop-micro-batches", "some"),
                 ("--backprop-from", "0"),
                 ("--seed", "-1"),
+                ("--seed", "9" * 30),
+                ("--max-steps", str(2**63)),
             ]
         ),
         *(
@@ -48,6 +51,16 @@ SIMULATE = ["--stages", "2", "--micro-batches", "4", "--mode", "local"]
                 ("--transfer", "slow"),
                 ("--link-depth", "0"),
                 ("--seq-len", "-8"),
+                ("--steps", "1000000000"),
+            ]
+        ),
+        *(
+            (of_benchmark, ["schedules"], option, value)
+            for option, value in [
+                ("--repeats", "0"),
+                ("--stages", "-1"),
+                ("--micro-batches", "0"),
+                ("--seconds", "-1"),
             ]
         ),
     ],
@@ -83,6 +96,28 @@ def test_good_numbers():
         0,
     )
     assert number(above=True)("1e-6") == 1e-6
+
+
+def test_a_tilde_is_the_home_wherever_a_shell_leaves_it_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = WHOLE.replace("output: o", "output: ~/run").replace("data: d", "data: ~/data")
+    found = of_train(
+        [*in_file(tmp_path, text)[:1], "~/run.yaml", "--model=~/model", "--max-steps=3"]
+    )
+    places = [str(tmp_path / name) for name in ("model", "data", "run")]
+    assert [found.model, found.data, found.output] == places
+    text = Parser()
+    text.add_argument("--prompt")
+    assert text.parse_args(["--prompt", "~/x is"]).prompt == "~/x is"
+
+
+@pytest.mark.parametrize("words", [["--output", ""], ["--output="]])
+def test_a_name_that_is_empty_is_one_sentence(words, capsys, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(SystemExit) as end:
+        of_train([*TRAIN, "--max-steps", "3", *words])
+    assert end.value.code == 2
+    assert_one_sentence(capsys.readouterr().err.strip(), "--output has the value ''", "--help")
 
 
 # --- from a file, from a script -------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from commands import command
+from sentences import assert_one_sentence
 from test_corpus import words
 
 
@@ -34,3 +35,12 @@ def test_numbers_that_make_no_data_are_refused(option, value, tmp_path):
     assert result.returncode == 2
     assert f"argument {option}" in result.stderr
     assert not (tmp_path / "data").exists()
+
+
+def test_an_output_whose_name_is_no_utf8_is_refused(tmp_path):
+    (tmp_path / "text.txt").write_text(words(200, 1))
+    output = tmp_path / "data\udcff"
+    result = command("prepare", "--source", tmp_path / "text.txt", "--output", output)
+    assert result.returncode == 1
+    assert_one_sentence(result.stderr.strip(), "has bytes that are no UTF-8")
+    assert not output.exists()

@@ -34,6 +34,16 @@ def test_a_run_is_a_table_and_a_picture(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_whose_folder_cannot_be_written_to_has_its_table(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row(1, 0)) + "\n")
+    (tmp_path / "loss.png").mkdir()  # no file can take this place
+    (tmp_path / "loss.png" / "mine").touch()
+    result = command("summarize", tmp_path)
+    assert result.returncode == 1
+    assert "1 steps, 100 tokens" in result.stdout
+    assert_one_sentence(result.stderr.strip(), f"cannot write {tmp_path / 'loss.png'}")
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     result = command("summarize", tmp_path)
     assert result.returncode == 1

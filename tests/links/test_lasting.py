@@ -467,7 +467,13 @@ def test_a_receiver_knows_that_one_before_it_has_ended(ends):
     second.end(finished=True)
     assert not ends(LastingReceiver, facts="of a longer run").had_ended  # its address is there now
     ends(LastingReceiver).end(finished=True)
-    assert ends(LastingReceiver).had_ended
+    for _ in range(3):  # killed before it has ended once more
+        assert ends(LastingReceiver).had_ended
+    sending = Sending(ends(LastingSender), 1, 2)  # it is met as any other
+    again = ends(LastingReceiver)
+    assert again.begin_at(1) == 1
+    assert take(again, tags(1, 2)) == [0] * NUMBERS
+    sending.ended()
 
 
 def test_the_end_of_an_earlier_run_is_no_end_of_this_one(ends):

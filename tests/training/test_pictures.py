@@ -62,6 +62,8 @@ def test_rows_of_older_runs_are_still_read():
         for row in rows()
     ]
     assert len(summary_table(old).splitlines()) == 4
+    untimed = [{k: row[k] for k in row if k not in ("step_seconds", "idle_share")} for row in old]
+    assert summary_table(untimed).splitlines()[1].split()[-2:] == ["-", "0"]
 
 
 def test_events_are_in_the_picture(tmp_path):

@@ -5,6 +5,8 @@ import re
 
 import pytest
 from browser import opened, shown
+from commands import command
+from sentences import assert_one_sentence
 from written_runs import write_run
 
 from ds_local.cli.report import main
@@ -52,6 +54,25 @@ def test_it_needs_nothing_from_elsewhere(tmp_path):
     assert urls <= {"http://www.w3.org/2000/svg"}
     assert '<link rel="icon" href="data:,">' in page
     assert "src=" not in page
+
+
+def test_a_start_with_fewer_stages_that_has_reported_nothing_yet(tmp_path):
+    run = write_run(tmp_path / "run")
+    facts = json.loads((run / "run.json").read_text())
+    facts["layout"]["stages"] = 1
+    (run / "run.json").write_text(json.dumps(facts))
+    page = report([RunRecord(run)])
+    assert "1 stage x 1 replica" in page
+    assert "<td>1</td><td class=n>4.00</td><td class=n>-</td>" in page
+
+
+def test_a_page_of_the_user_in_the_run_folder_is_left_alone(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "report.html").write_text("mine")
+    result = command("report", run)
+    assert result.returncode == 1
+    assert_one_sentence(result.stderr.strip(), "report.html exists and was not written by this")
+    assert (run / "report.html").read_text() == "mine"
 
 
 def test_folders_of_older_runs_are_read_as_far_as_they_go(tmp_path):
