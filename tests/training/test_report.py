@@ -63,7 +63,7 @@ def test_a_start_with_fewer_stages_that_has_reported_nothing_yet(tmp_path):
     (run / "run.json").write_text(json.dumps(facts))
     page = report([RunRecord(run)])
     assert "1 stage x 1 replica" in page
-    assert "<td>1</td><td class=n>4.00</td><td class=n>-</td>" in page
+    assert '<td>1</td><td class="n">4.00</td><td class="n">-</td>' in page
 
 
 def test_a_page_of_the_user_in_the_run_folder_is_left_alone(tmp_path):
