@@ -15,8 +15,8 @@ from ds_local.links.codecs import CODECS
 from ds_local.links.messages import activation_message, copied_to, parts_of_activation
 from ds_local.links.transport import MemoryLink
 from ds_local.links.trees import Tree
-from ds_local.measure.heads import PARTS, VARIANTS, loss_of, model_config
-from ds_local.model import blocks, compiled_loss
+from ds_local.measure.heads import PARTS, VARIANTS, gpt2_of, loss_of
+from ds_local.model import blocks, compiled_loss, families
 from ds_local.model.companion import Companion
 from ds_local.model.heads import KERNELS, count_targets
 from ds_local.model.split_linear import defer_weight_grads, make_splittable, run_deferred
@@ -29,7 +29,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(scope="module")
 def config():
-    return model_config(WIDTH, VOCABULARY, TOKENS)
+    return families.load_model_config(gpt2_of(WIDTH, VOCABULARY, TOKENS))
 
 
 def hidden_and_labels(sequences=8):
@@ -55,6 +55,8 @@ def check_learns(loss, inputs):
         "full",
         "shared readout, temperature",
         "1/8 of the vocabulary, 1/4 of the tokens",
+        "1/16 of the vocabulary, 1/32 drawn",
+        "shared readout, 1/32 of the vocabulary, 1/32 drawn",
         "shared readout, 1/8 of the tokens, companion",
         "a private block, 1/8 of the tokens",
         "rank 128, 1/8 of the tokens",

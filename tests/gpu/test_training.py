@@ -83,6 +83,10 @@ RUNS = {
     ),
     "tracked": ({**LOCAL, "head": {"blocks": 1, "blocks_from": "next_tracked", **COPIED}}, {}),
     "frequent": ({**LOCAL, "head": {"vocabulary": 8}}, {"token_counts": [1] * 64}),
+    "sampled softmax": (
+        {**LOCAL, "head": {"vocabulary": 8, "rare_samples": 8}},
+        {"token_counts": [1] * 64},
+    ),
     "companion": ({**LOCAL, "head": {"companion": 0.5, "token_fraction": 0.5}}, {}),
     "int8": ({**LOCAL, "link": {"codec": "int8"}}, {}),
     "run ahead": ({"mode": "backprop", "run_ahead": 1}, {}),
