@@ -71,7 +71,7 @@ def test_the_report_is_of_the_whole_run(run):
     }
     assert all(2**26 < held[stage] < 2**40 for stage in (0, 1))
     for stage in (0, 1):
-        assert f"<td>{stage}</td><td class=n>{held[stage] / 2**30:.2f}</td>" in page
+        assert f'<td>{stage}</td><td class="n">{held[stage] / 2**30:.2f}</td>' in page
 
 
 def test_the_model_writes_after_each_validation(run):
