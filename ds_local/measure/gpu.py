@@ -33,7 +33,7 @@ from ds_local.measure.gpu_predictions import predictions
 from ds_local.measure.gpu_rows import is_done, merged, rows_of
 from ds_local.measure.heads import PARTS, VARIANTS, loss_of
 from ds_local.model import blocks, families
-from ds_local.model.flops import choose_parts
+from ds_local.model.flops import choose_parts, forward_flops
 
 Row = dict[str, Any]
 
@@ -121,7 +121,7 @@ class _Bench:
         return self.args.sequences * self.args.tokens
 
     def mfu(self, config: Any, num_blocks: int, readout: bool, seconds: float) -> float:
-        block, last = blocks.forward_flops(config, self.args.tokens)
+        block, last = forward_flops(config, self.args.tokens)
         flops = 3.0 * self.tokens * (block * num_blocks + last * readout)
         return flops / seconds / (self.args.peak_tflops * 1e12)
 

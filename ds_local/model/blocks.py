@@ -293,15 +293,3 @@ def head_blocks(
     or above it."""
     last = parts[segment + 2] if head.blocks_from == "next_tracked" else parts[-1]
     return head.blocks_of(segment, min(last - 1, num_blocks(config)) - (parts[segment + 1] - 1))
-
-
-def forward_flops(config: PretrainedConfig, seq_len: int) -> tuple[float, float]:
-    """(one block, the mean of all; readout): floating-point operations of a forward pass per token,
-    matrix products only. Of experts those that a token goes to."""
-    blocks: Any = skeleton(config).get_submodule(family_of(config).blocks)
-    routers = routers_of(config)
-    share = 1.0 if routers is None else routers.top_k / routers.num_experts
-    sizes = {2: 1.0, 3: share}
-    weights = sum(p.numel() * sizes.get(p.dim(), 0.0) for p in blocks.parameters()) / len(blocks)
-    attention = 4 * seq_len * config.hidden_size  # scores and their product with the values
-    return 2.0 * weights + attention, 2.0 * config.vocab_size * config.hidden_size

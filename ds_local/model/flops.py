@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 from ds_local.config.schema import LocalParallelConfig
 from ds_local.config.sections import HeadConfig
 from ds_local.errors import ConfigError
-from ds_local.model import blocks, families
+from ds_local.model import anatomy, families
 from ds_local.model.cut import balance
+from ds_local.model.routers import routers_of
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.schedules.schedule import BACKWARD, FORWARD, INPUT_GRADIENT, Schedule
 
@@ -34,9 +35,21 @@ class UnitCosts(NamedTuple):
 
 def unit_flops(config: Any, head: HeadConfig, num_segments: int, seq_len: int) -> UnitCosts:
     """From the shapes of the model."""
-    block, readout = blocks.forward_flops(config, seq_len)
+    block, readout = forward_flops(config, seq_len)
     heads = [_head_flops(config, head, segment, block) for segment in range(num_segments - 1)]
     return UnitCosts(3 * block, 3 * readout, heads)
+
+
+def forward_flops(config: Any, seq_len: int) -> tuple[float, float]:
+    """(one block, the mean of all; readout): floating-point operations of a forward pass per token,
+    matrix products only. Of experts those that a token goes to."""
+    blocks: Any = anatomy.skeleton(config).get_submodule(anatomy.family_of(config).blocks)
+    routers = routers_of(config)
+    share = 1.0 if routers is None else routers.top_k / routers.num_experts
+    sizes = {2: 1.0, 3: share}
+    weights = sum(p.numel() * sizes.get(p.dim(), 0.0) for p in blocks.parameters()) / len(blocks)
+    attention = 4 * seq_len * config.hidden_size  # scores and their product with the values
+    return 2.0 * weights + attention, 2.0 * config.vocab_size * config.hidden_size
 
 
 def _head_flops(config: Any, head: HeadConfig, segment: int, block: float) -> float:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from ds_local.config.sections import HeadConfig
 from ds_local.errors import UnsupportedModel
-from ds_local.model import blocks, families
+from ds_local.model import blocks, families, flops
 from ds_local.model.heads import lm_loss
 from ds_local.model.hf_layers import from_hf
 
@@ -95,6 +95,6 @@ def test_unsupported_families_are_named(tmp_path):
 
 def test_forward_flops_of_gpt2_small():
     small = families.load_model_config({"model_type": "gpt2"})
-    block, readout = blocks.forward_flops(small, 1024)
+    block, readout = flops.forward_flops(small, 1024)
     assert block == 2 * 12 * 768**2 + 4 * 1024 * 768
     assert readout == 2 * 50257 * 768

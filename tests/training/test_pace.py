@@ -6,7 +6,7 @@ import pytest
 
 from ds_local.config.files import local_parallel
 from ds_local.model import families
-from ds_local.model.blocks import forward_flops
+from ds_local.model.flops import forward_flops
 from ds_local.schedules.run_plan import RunPlan
 from ds_local.training.pace import Pace, peak_of, useful_operations
 
