@@ -56,7 +56,7 @@ def check_learns(loss, inputs):
         "shared readout, temperature",
         "1/8 of the vocabulary, 1/4 of the tokens",
         "1/16 of the vocabulary, 1/32 drawn",
-        "shared readout, 1/32 of the vocabulary, 1/32 drawn",
+        "shared readout, 1/16 of the vocabulary, 1/32 drawn",
         "shared readout, 1/8 of the tokens, companion",
         "a private block, 1/8 of the tokens",
         "rank 128, 1/8 of the tokens",

@@ -31,9 +31,14 @@ MEASURED: dict[str, tuple[Section, float]] = {
     "1/8 of the vocabulary, rank 128": ({"vocabulary": 1 / 8, "rank": 128}, 1.31),
     "1/16 of the vocabulary, 1/32 drawn": ({"vocabulary": 1 / 16, "rare_samples": 1 / 32}, 1.79),
     "1/32 of the vocabulary, 1/32 drawn": ({"vocabulary": 1 / 32, "rare_samples": 1 / 32}, 2.33),
-    "shared readout, 1/32 of the vocabulary, 1/32 drawn": (
-        {"readout": "shared", "vocabulary": 1 / 32, "rare_samples": 1 / 32},
-        1.74,
+    "shared readout, 1/16 of the vocabulary, 1/32 drawn": (
+        {
+            "readout": "shared",
+            "temperature": True,
+            "vocabulary": 1 / 16,
+            "rare_samples": 1 / 32,
+        },
+        1.40,
     ),
     "1/8 of the tokens, companion": ({"token_fraction": 0.125, "companion": 1.0}, 1.79),
     "shared readout, 1/8 of the tokens, companion": (

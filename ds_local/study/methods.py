@@ -117,9 +117,9 @@ HEADS: dict[str, dict[str, Any]] = {
     "1/8 of the vocabulary": {"vocabulary": 1 / 8},
     "1/16 of the vocabulary, 1/32 drawn": {"vocabulary": 1 / 16, "rare_samples": 1 / 32},
     "1/32 of the vocabulary, 1/32 drawn": {"vocabulary": 1 / 32, "rare_samples": 1 / 32},
-    "shared readout, 1/32 of the vocabulary, 1/32 drawn": {
+    "shared readout, 1/16 of the vocabulary, 1/32 drawn": {
         **SHARED,
-        "vocabulary": 1 / 32,
+        "vocabulary": 1 / 16,
         "rare_samples": 1 / 32,
     },
     "1/8 of the tokens": EIGHTH,
