@@ -198,7 +198,7 @@ class AuxiliaryHead(nn.Module):
             positions.
         kernel: see `linear_cross_entropy`.
         rule: what becomes of the readout's product.
-        routers: of the private blocks; their loss is a part of the head's in training.
+        routers: of the private blocks; their loss is learned from in training.
         frequent: token ids -> classes, see `frequent.py`.
         sampled: the loss in training, instead of that over all classes of the readout.
         companion: a second loss in training, see `companion.py`.
@@ -237,8 +237,9 @@ class AuxiliaryHead(nn.Module):
             block.compile(*args, **kwargs)
 
     def forward(self, state: State, labels_BT: Tensor, shallow_BTD: Tensor | None = None) -> Tensor:
-        """The scalar loss of `lm_loss`, or in training an unbiased estimate of it. The companion,
-        which needs the segment's input `shallow_BTD`, adds to its gradient and not to its value."""
+        """The scalar loss of `lm_loss`, or in training an estimate of it. The companion, which
+        needs the segment's input `shallow_BTD`, and experts of private blocks add to its gradient
+        and not to its value."""
         hidden_BTD, router_loss = self._after_blocks(state)
         hidden_ND, targets_N, factor = (
             hidden_BTD[:, :-1].flatten(0, 1),
@@ -258,12 +259,13 @@ class AuxiliaryHead(nn.Module):
             classes_N = targets_N if self.frequent is None else self.frequent(targets_N)
             loss = readout_loss(hidden_ND, self.readout, classes_N, self.kernel, self.rule)
         loss = loss * factor / count_targets(labels_BT).clamp(min=1)
-        if self.training and self.companion is not None and shallow_BTD is not None:
-            beside = self.companion(self.norm(hidden_BTD), shallow_BTD, labels_BT)
-            loss = loss + (beside - beside.detach())
-        if router_loss is None or self.routers is None or not self.training:
+        if not self.training:
             return loss
-        return loss + self.routers.coefficient * router_loss
+        if self.companion is not None and shallow_BTD is not None:
+            loss = _beside(loss, self.companion(self.norm(hidden_BTD), shallow_BTD, labels_BT))
+        if self.routers is not None and router_loss is not None:
+            loss = _beside(loss, self.routers.coefficient * router_loss)
+        return loss
 
     def _after_blocks(self, state: State) -> tuple[Tensor, Tensor | None]:
         """(hidden state, router loss of the private blocks)."""
@@ -277,3 +279,8 @@ class AuxiliaryHead(nn.Module):
         if self.down is not None:
             hidden = self.down(hidden)
         return hidden if self.log_temperature is None else hidden * self.log_temperature.exp()
+
+
+def _beside(loss: Tensor, other: Tensor) -> Tensor:
+    """The loss, with the other's gradient added to its own."""
+    return loss + (other - other.detach())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import MIXTRAL
 from reference import MODELS
 from torch.nn import functional as F
 
@@ -288,3 +289,18 @@ def test_learning_rates_ramp_up_later_in_deeper_segments():
     assert [section.lr_multiplier(0, 0), section.lr_multiplier(1, 0)] == [1, pytest.approx(2 / 11)]
     assert section.lr_multiplier(1, 10) == 2
     assert section.lr_multiplier(3, 14) == pytest.approx(15 / 31)
+
+
+def test_the_router_loss_of_private_blocks_is_learned_from_and_not_reported():
+    hidden, labels = torch.randn(2, 6, 32), tokens(2, 6)
+    found = {}
+    for coefficient in (0.0, 4.0):
+        mixtral = families.load_model_config(MIXTRAL | {"router_aux_loss_coef": coefficient})
+        head = make_head(mixtral, 0, blocks=1).train()
+        loss = head(hidden, labels)
+        loss.backward()
+        gate = next(p for name, p in head.named_parameters() if name.endswith("gate.weight"))
+        found[coefficient] = loss.item(), gate.grad
+        assert head.eval()(hidden, labels).item() == pytest.approx(loss.item(), rel=1e-6)
+    assert found[0.0][0] == found[4.0][0]
+    assert (found[4.0][1] - found[0.0][1]).abs().max() > 1e-3
