@@ -79,7 +79,8 @@ class SampledSoftmax(nn.Module):
         size, device = self.size, targets_N.device
         picks = torch.multinomial(self.odds, self.samples, replacement=True)
         log_weights = to_device(-(self.samples * self.odds[picks]).log(), device)
-        ids_C = self.ranking_V[to_device(torch.cat([torch.arange(size), size + picks]), device)]
+        drawn = self.ranking_V[size + to_device(picks, device)]
+        ids_C = torch.cat([self.ranking_V[:size], drawn])
         known_N = targets_N.clamp(min=0)
         # one look-up, so that the gradient of the readout is made once
         rows = F.embedding(torch.cat([ids_C, known_N]), readout.weight)
@@ -93,7 +94,7 @@ class SampledSoftmax(nn.Module):
         ) -> Tensor:
             logits = rule(F.linear(hidden, weight_CD, bias_C)).float()
             itself = rule((hidden.float() * own.float()).sum(1) + bias)
-            drawn_again = ids_C[size:] == targets[:, None]
+            drawn_again = drawn == targets[:, None]
             return F.cross_entropy(
                 torch.cat(
                     [
