@@ -205,8 +205,8 @@ def head_options(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def classes_of(facts: Mapping[str, Any]) -> int | None:
     """Tokens with a class of their own in the auxiliary heads of a checkpoint; None: all."""
-    head = facts[SECTION]["head"]
-    return None if head["rare_samples"] else head["vocabulary"]
+    head = facts.get(SECTION, {}).get("head", {})
+    return None if head.get("rare_samples") else head.get("vocabulary")
 
 
 def layout_changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

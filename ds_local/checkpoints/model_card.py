@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_local.checkpoints.facts import classes_of
 from ds_local.checkpoints.metrics_file import perplexity
 from ds_local.config.deepspeed import precision_of
 from ds_local.errors import counted
@@ -115,8 +116,7 @@ def _losses(
         "| exit after segment | step | validation loss (nats per token) | perplexity |",
         "| --- | --- | --- | --- |",
     ]
-    head = checkpoint.get("local_parallel", {}).get("head", {})
-    if (classes := head.get("vocabulary")) and not head.get("rare_samples"):
+    if classes := classes_of(checkpoint):
         told = f"Exits before the last tell {classes:,} tokens apart and have one class for all "
         table += ["", f"{told}others: their losses are lower for that."]
     return [*header, *table]

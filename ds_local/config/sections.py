@@ -177,9 +177,9 @@ class HeadConfig(Strict):
                     "rare; give vocabulary too, or leave rare_samples out"
                 )
         elif self.rare_samples is None:
-            whose = {"shared": "a shared readout"}.get(self.readout)
-            whose = whose or {"model": "the model's readout"}.get(self.init)
-            if whose:
+            shared = self.readout == "shared"
+            if shared or self.init == "model":
+                whose = "a shared readout" if shared else "the model's readout"
                 raise ValueError(
                     f"{whose} has all tokens, and vocabulary is {self.vocabulary}; leave "
                     "vocabulary out, add rare_samples, or use a readout of its own"
